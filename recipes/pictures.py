@@ -1,0 +1,72 @@
+"""The pictures a run leaves: `curves.png` and `detections.png`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from vovnet_zoo import FCOS, predict
+from vovnet_zoo.data import CocoDataset
+from vovnet_zoo.draw import draw_detections
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def draw_curves(rows: list[dict], path: Path) -> None:
+    """Losses, learning rate and AP over steps, from the rows of `metrics.jsonl`."""
+    train = [row for row in rows if "loss" in row]
+    scored = [row for row in rows if "AP" in row]
+    figure, (losses, rate, ap) = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
+    steps = [row["step"] for row in train]
+    for name in ("loss", "loss_cls", "loss_box", "loss_ctr"):
+        losses.plot(steps, [row[name] for row in train], label=name, linewidth=1)
+    losses.set(title="losses", xlabel="step", yscale="log")
+    losses.legend()
+    rate.plot(steps, [row["lr"] for row in train])
+    rate.set(title="learning rate", xlabel="step")
+    for name in ("AP", "AP50", "AP75"):
+        ap.plot([row["step"] for row in scored], [row[name] for row in scored], marker="o", label=name)
+    ap.set(title="box AP on the held-out images", xlabel="step", ylim=(0, 1))
+    ap.legend()
+    for axis in (losses, rate, ap):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_comparison(model: FCOS, dataset: CocoDataset, path: Path, count: int = 8, height: int = 320) -> None:
+    """`count` images of a dataset without transforms, prediction beside truth."""
+    names = dataset.class_names
+    indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    pairs = []
+    for index in indices:
+        image, target = dataset[index]
+        (detection,) = predict(model, image.as_subclass(torch.Tensor))
+        left = draw_detections(image, detection, names)
+        right = draw_detections(image, target, names)
+        width = round(left.width * height / left.height)
+        pair = Image.new("RGB", (2 * width + 4, height + 18), "white")
+        pair.paste(left.resize((width, height)), (0, 18))
+        pair.paste(right.resize((width, height)), (width + 4, 18))
+        caption, font = ImageDraw.Draw(pair), ImageFont.load_default(size=13)
+        caption.text((4, 1), "prediction (score >= 0.3)", fill="black", font=font)
+        caption.text((width + 8, 1), "truth", fill="black", font=font)
+        pairs.append(pair)
+
+    columns = 2
+    rows = [pairs[i : i + columns] for i in range(0, len(pairs), columns)]
+    gap = 12
+    sheet_width = max(sum(p.width for p in row) + gap * (len(row) - 1) for row in rows)
+    sheet = Image.new("RGB", (sheet_width, sum(row[0].height + gap for row in rows)), "white")
+    y = 0
+    for row in rows:
+        x = 0
+        for pair in row:
+            sheet.paste(pair, (x, y))
+            x += pair.width + gap
+        y += row[0].height + gap
+    sheet.save(path)

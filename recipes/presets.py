@@ -1,0 +1,179 @@
+"""Named training configurations. A preset is a `TrainConfig`; every field can be changed on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a training run is made of. Sizes in pixels; a step is one update of the weights."""
+
+    data: Path
+    """COCO-format dataset: annotations/instances_{train,val}*.json beside the image folders."""
+    out: Path
+    """Run folder: best/, last/, metrics.jsonl, curves.png, detections.png."""
+    draw_shapes: bool = False
+    """Make a dataset of drawn shapes in --data, if nothing is there."""
+
+    model: str = "fcos_vovnet39_fpn"
+    """A name of list_detectors(), or "fcos" with --backbone."""
+    backbone: str | None = None
+    """Any timm model with maps at strides 8, 16, 32; with --model fcos."""
+    variant: Literal["improved", "published"] = "improved"
+    """Of model and loss: today's default, or that of the 2019 detectors."""
+    channels: int = 256
+    """Width of FPN and head."""
+    num_convs: int = 4
+    """Depth of the head's towers."""
+    init: str | None = None
+    """Start from this detector (folder or Hub name); its head is kept if it has as many classes."""
+    pretrained_backbone: bool = False
+    """Start from the backbone's ImageNet weights, through timm."""
+    frozen_norm: bool = False
+    """Keep the backbone's batch norms fixed; right with pretrained weights and few images per device."""
+
+    min_size: tuple[int, int] = (640, 800)
+    """Range of the shorter side in training."""
+    max_size: int = 1333
+    """Limit of the longer side."""
+    test_size: int = 800
+    """Shorter side in evaluation; the model remembers it."""
+    augment: Literal["none", "flip", "jitter_crop"] = "flip"
+    """In training: nothing, mirroring, or mirroring with zooming and cropping."""
+    drop_empty: bool = False
+    """Leave out training images without boxes."""
+    batch_size: int = 16
+    """Images per step, over all processes and accumulated parts."""
+    accum: int = 1
+    """Parts each process's share of a batch is computed in, to save memory."""
+    workers: int = 4
+    """Data loading processes per training process."""
+
+    steps: int = 90_000
+    """Updates of the weights."""
+    optimizer: str = "momentum"
+    """A name of timm.optim.list_optimizers(); "momentum" is SGD without Nesterov."""
+    lr: float = 0.01
+    """Learning rate at its highest."""
+    weight_decay: float = 1e-4
+    """Of all but biases."""
+    bias_lr_factor: float = 1.0
+    """Learning rate of biases, times lr."""
+    decay_norms: bool = True
+    """Weight decay for one-dimensional weights too (norms and level scales)."""
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    """Learning rate over the steps."""
+    milestones: tuple[int, ...] = (60_000, 80_000)
+    """Steps where multistep multiplies the learning rate by 0.1."""
+    warmup: Literal["constant", "linear"] = "linear"
+    """Learning rate over the first steps."""
+    warmup_steps: int = 500
+    """Length of the warm-up."""
+    warmup_factor: float = 1 / 3
+    """Learning rate of the first step, times lr."""
+    ema: float | None = None
+    """Decay of the moving average of the weights, which is then what is scored and saved."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient."""
+    layer_decay: float | None = None
+    """Each part of the backbone has the learning rate of the one above it, times this."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """Of the network under autocast; losses are float32 in any case."""
+    compile: bool = False
+    """Fuse kernels with torch.compile."""
+    seed: int = 0
+    """Of initial weights, order of images and augmentation."""
+    device: str | None = None
+    """torch device; default: the GPU where there is one."""
+
+    eval_every: int | None = None
+    """Steps between evaluations; there is one at the end in any case."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints, which is what a killed run can lose."""
+    max_not_finite: int = 10
+    """Stop after this many steps in a row with a loss that is not finite; each is skipped."""
+    allow_changes: bool = False
+    """Go on from the checkpoints in --out although the configuration or the data have changed."""
+
+
+_PUBLISHED = dict(
+    data=tyro.MISSING,
+    variant="published",
+    pretrained_backbone=True,
+    frozen_norm=True,
+    drop_empty=True,
+    bias_lr_factor=2.0,
+    eval_every=15_000,
+)
+_PUBLISHED_2X = dict(_PUBLISHED, steps=180_000, milestones=(120_000, 160_000), warmup="linear")
+
+PRESETS: dict[str, tuple[str, TrainConfig]] = {
+    "quickstart": (
+        "Minutes on a CPU: makes its own dataset of drawn shapes.",
+        TrainConfig(
+            data=Path("runs/shapes"),
+            out=Path("runs/quickstart"),
+            draw_shapes=True,
+            model="fcos_vovnet27_slim_fpn",
+            channels=64,
+            num_convs=2,
+            min_size=(160, 160),
+            max_size=160,
+            test_size=160,
+            batch_size=16,
+            workers=1,
+            steps=180,
+            optimizer="adamw",
+            lr=2e-3,
+            weight_decay=0.05,
+            decay_norms=False,
+            schedule="cosine",
+            warmup_steps=20,
+            warmup_factor=0.01,
+            ema=0.99,
+            clip_grad=10.0,
+        ),
+    ),
+    "finetune": (
+        "Your own small COCO-format dataset, from scratch, or from --init or --pretrained-backbone.",
+        TrainConfig(
+            data=tyro.MISSING,
+            out=Path("runs/finetune"),
+            model="fcos_vovnet27_slim_fpn",
+            channels=128,
+            min_size=(288, 352),
+            max_size=640,
+            test_size=320,
+            batch_size=4,
+            workers=1,
+            steps=600,
+            optimizer="muon",
+            lr=2e-3,
+            weight_decay=0.05,
+            decay_norms=False,
+            schedule="cosine",
+            warmup_steps=50,
+            warmup_factor=0.01,
+            ema=0.995,
+            clip_grad=10.0,
+            checkpoint_every=100,
+        ),
+    ),
+    "v39_1x": (
+        "Published schedule of FCOS V-39-FPN 1x (37.7 AP on COCO, as published).",
+        TrainConfig(out=Path("runs/v39_1x"), model="fcos_vovnet39_fpn", warmup="constant", **_PUBLISHED),
+    ),
+    "v57_2x": (
+        "Published schedule of FCOS V-57-FPN 2x multi-scale (41.6 AP on COCO, as published).",
+        TrainConfig(out=Path("runs/v57_2x"), model="fcos_vovnet57_fpn", **_PUBLISHED_2X),
+    ),
+    "v93_2x": (
+        "Published schedule of FCOS V-93-FPN 2x multi-scale (42.1 AP on COCO, as published).",
+        TrainConfig(out=Path("runs/v93_2x"), model="fcos_vovnet93_fpn", **_PUBLISHED_2X),
+    ),
+}

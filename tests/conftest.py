@@ -1,0 +1,50 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def bccd() -> Path:
+    """Photos of blood cells, 3 classes; not part of a public clone."""
+    return _shared("data/bccd")
+
+
+@pytest.fixture(scope="session")
+def coco_mini() -> Path:
+    """128 photos each of COCO train2017 and val2017; not part of a public clone."""
+    return _shared("data/coco-mini")
+
+
+def _shared(name: str) -> Path:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"{name} is not here")
+    return SHARED / name
+
+
+@pytest.fixture
+def tiny_coco(tmp_path) -> Path:
+    """A dataset of 8 training and 3 validation images of several sizes: bright rectangles of two classes."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 8), ("val", 3)):
+        (tmp_path / split).mkdir()
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        images, annotations = [], []
+        for i in range(count):
+            width, height = 64 + 16 * (i % 3), 64
+            pixels = torch.randint(0, 60, (height, width, 3), dtype=torch.uint8, generator=generator)
+            for label in range(0 if i == 1 else 2):  # the second image is without boxes
+                x, y = 4 + 30 * label, 6 + 5 * i % 20
+                pixels[y : y + 24, x : x + 20, label] = 255
+                box = {"bbox": [x, y, 20, 24], "area": 480, "iscrowd": 0}
+                annotations.append({"id": len(annotations) + 1, "image_id": 10 + i, "category_id": 7 + 5 * label, **box})
+            Image.fromarray(pixels.numpy()).save(tmp_path / split / f"{i}.png")
+            images.append({"id": 10 + i, "file_name": f"{i}.png", "width": width, "height": height})
+        categories = [{"id": 7, "name": "red"}, {"id": 12, "name": "green"}]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return tmp_path

@@ -1,0 +1,259 @@
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from vovnet_zoo import coco_eval
+
+
+@pytest.fixture(scope="module")
+def coco_mini():
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco-mini" / "annotations"
+    if not folder.is_dir():
+        pytest.skip("needs the shared data folder")
+    return folder
+
+
+def make_coco():
+    """Two images, classes cat (id 3), dog (7) and bird (9, without ground truth)."""
+    return {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 200, "height": 200} for i in (5, 6)],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 9, "name": "bird"}],
+        "annotations": [
+            {"image_id": 5, "category_id": 3, "bbox": [10, 10, 20, 20]},
+            {"image_id": 5, "category_id": 7, "bbox": [50, 50, 100, 100]},
+            {"image_id": 6, "category_id": 7, "bbox": [10, 10, 50, 50]},
+        ],
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(coco):
+        (tmp_path / "instances.json").write_text(json.dumps(coco))
+        return tmp_path / "instances.json"
+
+    return write
+
+
+def ground_truth_results(coco, score=0.9):
+    return [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": score}
+        for a in coco["annotations"]
+        if not a.get("iscrowd")
+    ]
+
+
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_ground_truth_scores_one(coco_mini, split, capsys):
+    file = coco_mini / f"instances_{split}.json"
+    coco = json.loads(file.read_text())
+    metrics = coco_eval.evaluate(file, ground_truth_results(coco))
+    assert capsys.readouterr().out == ""
+    for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "ARs", "ARm", "ARl"):
+        assert metrics[name] == pytest.approx(1.0, abs=1e-9), name
+    present = {a["category_id"] for a in coco["annotations"] if not a["iscrowd"]}
+    expected = {c["name"]: 1.0 if c["id"] in present else -1.0 for c in coco["categories"]}
+    assert metrics["per_class"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_same_numbers_as_pycocotools(coco_mini, capsys):
+    file = coco_mini / "instances_val2017.json"
+    reference = COCO(file)
+    rng, results = np.random.default_rng(0), []
+    for row in ground_truth_results(reference.dataset):  # jittered, some missed, some doubled, some of a wrong class
+        for _ in range(rng.integers(0, 3)):
+            x, y, w, h = row["bbox"]
+            dx, dy, dw, dh = rng.normal(0, 0.08, 4)
+            box = [x + dx * w, y + dy * h, w * (1 + dw), h * (1 + dh)]
+            category_id = row["category_id"] if rng.random() < 0.9 else 1
+            results.append(row | {"bbox": box, "category_id": category_id, "score": float(rng.random())})
+    run = COCOeval(reference, reference.loadRes(results), "bbox")
+    run.evaluate()
+    run.accumulate()
+    run.summarize()
+    before = json.dumps(reference.dataset)
+    metrics = coco_eval.evaluate(file, results)
+    per_class = metrics.pop("per_class")
+    assert 0.1 < metrics["AP"] < 0.9
+    names = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+    assert list(metrics) == names
+    assert [metrics[name] for name in names] == pytest.approx(run.stats.tolist(), abs=1e-12)
+    assert np.mean([ap for ap in per_class.values() if ap >= 0]) == pytest.approx(metrics["AP"], abs=1e-12)
+    assert coco_eval.evaluate(reference, results)["AP"] == metrics["AP"]
+    assert json.dumps(reference.dataset) == before
+
+    subset = sorted(reference.imgs)[:40]
+    run.params.imgIds = subset
+    run.evaluate()
+    run.accumulate()
+    run.summarize()
+    assert coco_eval.evaluate(file, results, image_ids=subset)["AP"] == pytest.approx(run.stats[0], abs=1e-12)
+
+
+def test_missing_keys_and_absent_classes(write):
+    coco = make_coco()  # no info, area, iscrowd, annotation ids
+    metrics = coco_eval.evaluate(write(coco), ground_truth_results(coco))
+    assert metrics["per_class"] == pytest.approx({"cat": 1.0, "dog": 1.0, "bird": -1.0})
+    assert [metrics[name] for name in ("AP", "APs", "APm", "APl")] == pytest.approx([1.0] * 4)
+    coco["annotations"] = [a | {"id": 0, "iscrowd": None, "area": None} for a in coco["annotations"]]
+    assert coco_eval.evaluate(write(coco), ground_truth_results(coco))["AP"] == pytest.approx(
+        1.0
+    )  # pycocotools: id 0 is no match
+    coco["categories"][2]["name"] = "dog"
+    assert coco_eval.evaluate(write(coco), [])["per_class"] == {"cat": 0.0, "dog (7)": 0.0, "dog (9)": -1.0}
+
+
+def test_crowd_regions_are_neither_missed_nor_wrong(write):
+    coco = make_coco()
+    coco["annotations"][1]["iscrowd"] = 1
+    results = ground_truth_results(coco)
+    inside = [{"image_id": 5, "category_id": 7, "bbox": [60, 60, 10, 10], "score": 0.99}]
+    assert coco_eval.evaluate(write(coco), results)["AP"] == pytest.approx(1.0)
+    assert coco_eval.evaluate(write(coco), results + inside)["AP"] == pytest.approx(1.0)
+    coco["annotations"][1]["iscrowd"] = 0
+    assert coco_eval.evaluate(write(coco), results + inside)["per_class"]["dog"] < 0.5
+
+
+def test_no_results_or_no_ground_truth(write):
+    coco = make_coco()
+    metrics = coco_eval.evaluate(write(coco), [])
+    assert metrics["AP"] == metrics["AR100"] == 0.0 and metrics["per_class"]["bird"] == -1.0
+    assert coco_eval.evaluate(write(coco), ground_truth_results(coco), image_ids=[6])["per_class"]["cat"] == -1.0
+    results = ground_truth_results(coco)
+    coco["annotations"] = []
+    metrics = coco_eval.evaluate(write(coco), results)
+    assert metrics["AP"] == metrics["AR100"] == -1.0
+
+
+def test_max_dets(write):
+    coco = make_coco()
+    junk = [{"image_id": 6, "category_id": 7, "bbox": [100 + i, 100, 9, 9], "score": 0.99} for i in range(20)]
+    results = ground_truth_results(coco) + junk
+    metrics = coco_eval.evaluate(write(coco), results, max_dets=300)
+    assert "AR300" in metrics and metrics["AR10"] < metrics["AR300"] == 1.0
+    metrics = coco_eval.evaluate(write(coco), results, max_dets=5)
+    assert [name for name in metrics if name.startswith("AR")] == ["AR1", "AR5", "ARs", "ARm", "ARl"]
+    assert metrics["AR5"] == pytest.approx((1 + 0.5) / 2)
+
+
+def test_unusable_ground_truth_is_left_out(write, caplog):
+    coco = make_coco()
+    results = ground_truth_results(coco)
+    for bbox in (["1", "2", "3", "4"], None, [float("nan"), 1, 1, 1], [1, 2, 3]):
+        coco["annotations"].append({"image_id": 5, "category_id": 3, "bbox": bbox})
+    coco["annotations"] += [{"image_id": 99, "category_id": 3, "bbox": [1, 2, 3, 4]}, "box", {"bbox": [1, 2, 3, 4]}]
+    assert coco_eval.evaluate(write(coco), results)["AP"] == pytest.approx(1.0)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "instances.json: 7 unusable annotations" in caplog.text
+
+
+def test_wrong_results(write):
+    coco = make_coco()
+    file, good = write(coco), ground_truth_results(coco)
+    nan = float("nan")
+    for change, message in (
+        ({"image_id": 4}, r"instances\.json: .* images .*\[4\]"),
+        ({"category_id": 0}, r"instances\.json: .* categories .*\[0\]"),
+        ({"score": nan}, "image 5 not finite"),
+        ({"bbox": [1, 2, nan, 4]}, "image 5 not finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            coco_eval.evaluate(file, [good[0] | change, *good])
+    with pytest.raises(ValueError, match=r"instances\.json: .*\[77\]"):
+        coco_eval.evaluate(file, good, image_ids=[5, 77])
+    with pytest.raises(ValueError, match=r"none\.json"):
+        coco_eval.evaluate(file.parent / "none.json", good)
+
+
+def test_to_coco_results():
+    detections = [
+        {
+            "boxes": torch.tensor([[1.0, 2, 4, 6], [0, 0, 0.5, 200]]),
+            "scores": torch.tensor([0.5, 0.25], dtype=torch.float16),
+            "labels": torch.tensor([1, 0]),
+        },
+        {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)},
+    ]
+    rows = coco_eval.to_coco_results(detections, torch.tensor([5, 6]), [3, 7])
+    assert rows == [
+        {"image_id": 5, "category_id": 7, "bbox": [1, 2, 3, 4], "score": 0.5},
+        {"image_id": 5, "category_id": 3, "bbox": [0, 0, 0.5, 200], "score": 0.25},
+    ]
+    assert json.loads(json.dumps(rows)) == rows
+    assert detections[0]["boxes"].tolist() == [[1, 2, 4, 6], [0, 0, 0.5, 200]]
+    rows = coco_eval.to_coco_results(detections, [5, 6], [3, 7], plus_one=True)
+    assert [row["bbox"] for row in rows] == [[1, 2, 4, 5], [0, 0, 1.5, 201]]
+    assert coco_eval.to_coco_results([], [], [3, 7]) == []
+    with pytest.raises(ValueError, match=r"image 5: labels 0\.\.1 do not fit the 1 categories"):
+        coco_eval.to_coco_results(detections, [5, 6], [3])
+    with pytest.raises(ValueError, match="2 detections for 1"):
+        coco_eval.to_coco_results(detections, [5], [3, 7])
+
+
+def test_to_coco_results_published():
+    path = Path(__file__).resolve().parents[2] / "shared" / "golden" / "golden_fcos_ops.safetensors"
+    if not path.is_file():
+        pytest.skip("needs the golden numbers")
+    from safetensors.torch import load_file
+
+    golden = load_file(path)
+    boxes, n = golden["boxes/flipped"], len(golden["boxes/flipped"])
+    detections = [{"boxes": boxes, "scores": torch.ones(n), "labels": torch.zeros(n, dtype=torch.int64)}]
+    rows = coco_eval.to_coco_results(detections, [1], [1], plus_one=True)
+    torch.testing.assert_close(torch.tensor([row["bbox"] for row in rows]), golden["boxes/flipped_xywh"])
+
+
+# ---- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def row(image_id, score):
+    return {"image_id": image_id, "category_id": 1, "bbox": [0.0, 0.0, 1.0, 1.0], "score": score}
+
+
+GATHERS = [  # per rank (rows, image ids), and what rank 0 gets
+    # different numbers; image 2 on both ranks, image 4 on both but only the second found something in it
+    ([([row(1, 0.1), row(2, 0.2)], [1, 2, 4]), ([row(2, 0.9), row(3, 0.3), row(4, 0.4)], [2, 3, 4])], [0.1, 0.2, 0.3]),
+    ([([], []), ([row(3, 0.3)], [3])], [0.3]),
+    ([([row(1, 0.1)], [1]), ([], [])], [0.1]),
+    ([([], []), ([], [])], []),
+    ([([], [1]), ([row(3, 0.3)], [3, 3])], "rank 1 .* more than once"),
+    ([([], [1]), ([row(3, 0.3)], [2])], "rank 1 .* does not list"),
+]
+
+
+def gather_worker(rank, rendezvous):
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    for parts, expected in GATHERS:
+        if rank == 0 and isinstance(expected, str):
+            with pytest.raises(ValueError, match=expected):
+                coco_eval.gather_results(*parts[rank])
+            continue
+        rows = coco_eval.gather_results(*parts[rank])
+        assert (rows is None) if rank else ([r["score"] for r in rows] == expected)
+    dist.destroy_process_group()
+
+
+def test_gather_results_two_processes(tmp_path):
+    mp.start_processes(gather_worker, args=(tmp_path / "rendezvous",), nprocs=2, start_method="fork")
+
+
+def test_gather_results_alone():
+    rows = [row(1, 0.1), row(2, 0.2)]
+    assert coco_eval.gather_results(rows, torch.tensor([1, 2, 3])) == rows
+
+
+def test_format_table(write):
+    coco = make_coco()
+    results = ground_truth_results(coco)[:2]
+    lines = coco_eval.format_table(coco_eval.evaluate(write(coco), results), per_class=True).splitlines()
+    assert lines[0].split() == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+    assert lines[1].split()[3:6] == ["1.000", "0.000", "1.000"] and len(lines[0]) == len(lines[1])
+    assert [line.split() for line in lines[2:]] == [["1.000", "cat"], ["0.505", "dog"], ["-", "bird"]]

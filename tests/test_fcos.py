@@ -1,0 +1,157 @@
+import pytest
+import torch
+from torch import nn
+
+from vovnet_zoo import FCOS, FCOSLoss, Predictions, create_detector
+from vovnet_zoo.fcos import make_points
+
+BACKBONES = [
+    "vovnet39",
+    "ese_vovnet19b_dw",
+    "resnet18",
+    "mobilenetv3_small_050",
+    "convnext_atto",
+    "efficientnet_b0",
+    "swin_tiny_patch4_window7_224",
+    "pvt_v2_b0",
+]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_any_backbone_trains(backbone):
+    torch.manual_seed(0)
+    model = create_detector("fcos", backbone=backbone, num_classes=3, channels=64, num_convs=1).train()
+    preds = model(torch.randn(2, 3, 128, 160))
+    num_points = sum(-(-128 // s) * -(-160 // s) for s in (8, 16, 32, 64, 128))
+    assert preds.logits.shape == (2, num_points, 3)
+    assert preds.distances.shape == (2, num_points, 4) and (preds.distances >= 0).all()
+    assert preds.centerness.shape == (2, num_points)
+    assert preds.points.shape == (num_points, 2) and preds.strides.shape == (num_points,)
+    boxes, labels = torch.tensor([[[20.0, 30, 90, 80]], [[0, 0, 0, 0]]]), torch.tensor([[2], [-1]])
+    losses = FCOSLoss()(preds, boxes, labels)
+    sum(losses.values()).backward()
+    assert all(value > 0 and value.isfinite() for value in losses.values())
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+@pytest.mark.parametrize(
+    "backbone, reason",
+    [
+        ("vit_tiny_patch16_224", "strides"),
+        ("inception_v3", "turns a 96x160 image into maps"),
+        ("maxvit_tiny_tf_224", "images of any size"),
+        ("resnet1888", "did you mean"),
+    ],
+)
+def test_unusable_backbone_says_why(backbone, reason):
+    with pytest.raises(ValueError, match=reason):
+        create_detector("fcos", backbone=backbone, num_classes=3)
+
+
+def test_parameter_count_of_the_published_detector():
+    model = create_detector("fcos_vovnet39_fpn", variant="published")
+    assert sum(p.numel() for p in model.parameters()) == 30_016_538
+    assert sum(b.numel() for b in model.buffers()) == 40_832
+
+
+def test_points_lie_at_cell_centres():
+    points, strides = make_points([(2, 3), (1, 2)], [8, 16], "cpu")
+    assert points.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12], [8, 8], [24, 8]]
+    assert strides.tolist() == [8] * 6 + [16] * 2
+
+
+def test_predictions_are_the_flattened_heads():
+    model = tiny().eval()
+    images = torch.randn(2, 3, 64, 96)
+    with torch.inference_mode():
+        preds = model(images)
+        features = model.forward_features(images)
+        cls, reg, ctr = model.forward_head(features)
+    assert isinstance(preds, Predictions)
+    assert [tuple(x.shape) for x in features] == [(2, 64, h, w) for h, w in ((8, 12), (4, 6), (2, 3), (1, 2), (1, 1))]
+    # the point of row 3, column 5 at stride 8
+    at = 3 * 12 + 5
+    assert preds.points[at].tolist() == [5 * 8 + 4, 3 * 8 + 4]
+    torch.testing.assert_close(preds.logits[:, at], cls[0][:, :, 3, 5])
+    torch.testing.assert_close(preds.distances[:, at], reg[0][:, :, 3, 5])
+    torch.testing.assert_close(preds.centerness[:, at], ctr[0][:, 0, 3, 5])
+    torch.testing.assert_close(preds.distances[:, -1], reg[4][:, :, 0, 0])
+
+
+def test_variants_compute_what_they_say():
+    """Distances and centerness of both variants from the same weights, written out by hand for one level."""
+    features = [torch.randn(1, 64, 4, 4) for _ in range(5)]
+    for distance, centerness_on in (("relu", "box"), ("exp", "cls")):
+        head = tiny(distance=distance, centerness_on=centerness_on).head
+        nn.init.normal_(head.box_distances.weight, std=0.5)
+        nn.init.normal_(head.centerness.weight, std=0.5)
+        with torch.no_grad():
+            head.scales.copy_(torch.tensor([1.0, 1.5, 2.0, 2.5, 3.0]))
+            _, reg, ctr = head(features)
+            cls_features, box_features = head.cls_tower(features[1]), head.box_tower(features[1])
+            raw = 1.5 * head.box_distances(box_features)
+            torch.testing.assert_close(reg[1], raw.clamp(min=0) * 16 if distance == "relu" else raw.exp())
+            own = box_features if centerness_on == "box" else cls_features
+            torch.testing.assert_close(ctr[1], head.centerness(own))
+
+
+def test_initial_foreground_probability():
+    preds = tiny(prior=0.02).eval()(torch.zeros(1, 3, 64, 64))
+    assert preds.logits.sigmoid().mean().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_frozen_norm_has_no_trainable_norm():
+    model = create_detector("fcos", backbone="resnet18", num_classes=2, channels=64, frozen_norm=True)
+    names = {name for name, _ in model.backbone.named_parameters()}
+    assert names and not any(".bn" in name for name in names)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"num_classes": 0}, "at least one"),
+        ({"channels": 100}, "32 groups"),
+        ({"channels": 32}, "at least 2"),
+        ({"distance": "softplus"}, "'relu' or 'exp'"),
+        ({"centerness_on": "both"}, "'box' or 'cls'"),
+        ({"class_names": ["a", "b"]}, "2 class_names"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**kwargs)
+
+
+def test_bad_images():
+    with pytest.raises(ValueError, match=r"\[B,3,H,W\]"):
+        tiny()(torch.zeros(3, 64, 64))
+
+
+def test_one_graph():
+    """Network, assignment and loss compile without a graph break, forward and backward."""
+    model, criterion = tiny().train(), FCOSLoss()
+
+    def step(images, boxes, labels):
+        return criterion(model(images), boxes, labels)
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    images = torch.randn(2, 3, 64, 96)
+    for count in (3, 0):
+        boxes = torch.tensor([10.0, 12, 50, 40]).expand(2, count, 4)
+        labels = torch.ones(2, count, dtype=torch.int64)
+        wanted, got = step(images, boxes, labels), compiled(images, boxes, labels)
+        torch.testing.assert_close(got, wanted)
+        sum(got.values()).backward()
+
+
+def test_config_rebuilds_the_model():
+    model = tiny(class_names=["a", "b", "c"], distance="exp")
+    again = FCOS(**model.config)
+    assert again.config == model.config
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+def tiny(**kwargs) -> FCOS:
+    torch.manual_seed(0)
+    return FCOS(**{"backbone": "resnet10t", "num_classes": 3, "channels": 64, "num_convs": 1, **kwargs})

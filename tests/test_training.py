@@ -1,0 +1,167 @@
+"""The training recipe, run as users run it: `python recipes/train_coco.py` or torchrun, on a few tiny images."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint import list_checkpoints, load_checkpoint
+from optim import create_optimizer, lr_factor, set_lr
+from presets import PRESETS, TrainConfig
+
+from vovnet_zoo import FCOS, create_detector
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "--model fcos --backbone resnet10t --channels 64 --num-convs 1 --min-size 48 64 --max-size 96 --test-size 64"
+
+
+def train(data: Path, out: Path, options: str = "", processes: int = 1, fails: bool = False) -> str:
+    """Run the finetune preset on a tiny model; returns what was printed."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launch, ROOT / "recipes" / "train_coco.py", "finetune", "--data", data, "--out", out]
+    command += [*TINY.split(), "--batch-size", "4", "--device", "cpu", *options.split()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert (result.returncode != 0) == fails, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in rows(out) if "loss" in row]
+
+
+def test_a_run_leaves_everything(tiny_coco, tmp_path):
+    out = tmp_path / "run"
+    printed = train(tiny_coco, out, "--steps 6 --eval-every 3 --workers 1")
+    assert "red" in printed and "AP50" in printed
+    for name in ("best", "last"):
+        model = FCOS.from_pretrained(out / name)
+        assert model.config["class_names"] == ["red", "green"] and model.config["min_size"] == 64
+    assert (out / "curves.png").stat().st_size > 10_000 and (out / "detections.png").stat().st_size > 1000
+    about = json.loads((out / "run.json").read_text())
+    assert about["config"]["steps"] == 6 and about["starts"][0]["versions"]["torch"] == torch.__version__
+    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(6))
+    assert [row["step"] for row in rows(out) if "AP" in row] == [2, 5]
+    first = rows(out)[0]
+    assert {"loss_cls", "loss_box", "loss_ctr", "lr", "grad_norm", "images_per_s", "data_wait_s", "peak_memory_gib"} <= set(first)
+    assert "trained" in train(tiny_coco, out, "--steps 6 --eval-every 3 --workers 1")  # again: nothing left to do
+    assert len(losses(out)) == 6
+
+
+def test_two_processes_equal_one(tiny_coco, tmp_path):
+    """The same global batch: 20 steps of 1 process, of 2, and of 1 that accumulates; batch norm frozen."""
+    options = "--steps 20 --frozen-norm --workers 0 --optimizer momentum --lr 0.01 --warmup-steps 2"
+    curves = []
+    for name, processes, accum in (("one", 1, 1), ("two", 2, 1), ("parts", 1, 2)):
+        train(tiny_coco, tmp_path / name, f"{options} --accum {accum}", processes)
+        curves.append(torch.tensor(losses(tmp_path / name)))
+    assert curves[0][0] > 1.2 * curves[0][-1]  # it learns
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(curves[2], curves[0], rtol=1e-4, atol=0)
+    weights = [FCOS.from_pretrained(tmp_path / name / "last").state_dict() for name in ("one", "two", "parts")]
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], rtol=1e-3, atol=1e-5)
+
+
+def test_batches_without_boxes_train(tiny_coco, tmp_path):
+    for split in ("train", "val"):
+        file = tiny_coco / "annotations" / f"instances_{split}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
+    train(tiny_coco, tmp_path / "run", "--steps 3 --workers 0")
+    assert all(0 < loss < 100 for loss in losses(tmp_path / "run"))
+
+
+def test_wrong_input_is_named(tiny_coco, tmp_path):
+    assert "no such folder" in train(tiny_coco / "missing", tmp_path / "a", fails=True)
+    assert "cannot be shared out" in train(tiny_coco, tmp_path / "b", "--batch-size 3 --accum 2", fails=True)
+    (tiny_coco / "train" / "3.png").write_bytes(b"not a picture")
+    assert "3.png" in train(tiny_coco, tmp_path / "c", "--steps 4 --workers 0", fails=True)
+    file = tiny_coco / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    content["categories"][0]["name"] = "blue"
+    file.write_text(json.dumps(content))
+    assert "different classes" in train(tiny_coco, tmp_path / "d", fails=True)
+
+
+def test_another_run_is_refused(tiny_coco, tmp_path):
+    out = tmp_path / "run"
+    train(tiny_coco, out, "--steps 2 --workers 0")
+    printed = train(tiny_coco, out, "--steps 4 --workers 0", fails=True)
+    assert "steps: was 2, now 4" in printed and "--allow-changes" in printed
+    assert "lr: was" in train(tiny_coco, out, "--steps 2 --workers 0 --lr 0.5", fails=True)
+    train(tiny_coco, out, "--steps 4 --workers 0 --allow-changes")
+    assert load_checkpoint(out / "checkpoints")["progress"]["step"] == 4
+    assert len(list_checkpoints(out / "checkpoints")) == 2
+
+
+def test_init_keeps_the_head_for_the_same_classes(tiny_coco, tmp_path):
+    import train_coco
+
+    start = create_detector("fcos", backbone="resnet10t", channels=64, num_convs=1, num_classes=2, class_names=["a", "b"])
+    torch.nn.init.normal_(start.head.cls_logits.bias)
+    start.save_pretrained(tmp_path / "start")
+    config = TrainConfig(data=tiny_coco, out=tmp_path, init=str(tmp_path / "start"), test_size=96)
+    same = train_coco.build_model(config, ["a", "b"])
+    assert same.config["min_size"] == 96
+    torch.testing.assert_close(same.state_dict(), start.state_dict())
+    other = train_coco.build_model(config, ["a", "b", "c"])
+    assert other.head.cls_logits.out_channels == 3
+    torch.testing.assert_close(other.head.box_distances.weight, start.head.box_distances.weight)
+
+
+def test_published_schedules():
+    """Learning rates of weights and biases, and weight decay, as published (legacy V-39 1x and the two 2x)."""
+    config = PRESETS["v39_1x"][1]
+    values = {0: 1 / 3, 499: 1 / 3, 500: 1, 59_999: 1, 60_000: 0.1, 79_999: 0.1, 80_000: 0.01, 89_999: 0.01}
+    for step, factor in values.items():
+        assert lr_factor(config, step) == pytest.approx(factor, rel=1e-12)
+    for name in ("v57_2x", "v93_2x"):
+        config = PRESETS[name][1]
+        assert (config.steps, config.milestones) == (180_000, (120_000, 160_000))
+        assert lr_factor(config, 0) == pytest.approx(1 / 3) and lr_factor(config, 250) == pytest.approx(2 / 3)
+        assert lr_factor(config, 500) == 1 and lr_factor(config, 160_000) == pytest.approx(0.01)
+    for name in ("v39_1x", "v57_2x", "v93_2x"):
+        config = PRESETS[name][1]
+        assert (config.batch_size, config.min_size, config.max_size, config.test_size) == (16, (640, 800), 1333, 800)
+        assert (config.lr, config.weight_decay, config.bias_lr_factor) == (0.01, 1e-4, 2.0)
+        assert config.frozen_norm and config.drop_empty and config.augment == "flip" and config.variant == "published"
+    model = create_detector("fcos", backbone="resnet10t", channels=64, num_convs=1, variant="published")
+    optimizer = create_optimizer(model, PRESETS["v39_1x"][1])
+    assert type(optimizer) is torch.optim.SGD
+    set_lr(optimizer, PRESETS["v39_1x"][1], 60_000)
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+    assert seen.keys() == dict(model.named_parameters()).keys()
+    for name, group in seen.items():
+        bias = "bias" in name
+        assert group["lr"] == pytest.approx(0.002 if bias else 0.001) and group["weight_decay"] == (0 if bias else 1e-4)
+        assert group["momentum"] == 0.9 and not group["nesterov"]
+
+
+def test_layer_decay():
+    model = create_detector("fcos", backbone="resnet10t", channels=64, num_convs=1)
+    config = TrainConfig(data=Path(), out=Path(), layer_decay=0.5)
+    factors = {id(p): g["lr_factor"] for g in create_optimizer(model, config).param_groups for p in g["params"]}
+    assert factors[id(model.backbone.layer4[0].conv1.weight)] == 0.5
+    assert factors[id(model.backbone.layer3[0].conv1.weight)] == 0.25
+    assert factors[id(model.head.cls_logits.weight)] == 1
+
+
+def test_evaluation_is_shared_out(tiny_coco, tmp_path):
+    train(tiny_coco, tmp_path / "run", "--steps 2 --workers 0")
+    found = []
+    for processes in (1, 2, 4):  # 3 images: one of four processes has none
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+        out = tmp_path / f"detections{processes}.json"
+        command = [sys.executable, *launch, ROOT / "recipes" / "eval_coco.py", "--model", tmp_path / "run" / "last"]
+        command += ["--data", tiny_coco, "--out", out, "--workers", "0", "--device", "cpu"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0 and "AP50" in result.stdout, result.stderr
+        found.append(sorted(json.loads(out.read_text()), key=lambda r: (r["image_id"], -r["score"], r["bbox"])))
+    assert found[0] == found[1] == found[2]
+    assert {row["category_id"] for row in found[0]} <= {7, 12} and {row["image_id"] for row in found[0]} <= {10, 11, 12}

@@ -1,0 +1,20 @@
+"""VoVNet backbones for timm, and FCOS detectors on any timm backbone."""
+
+from . import vovnet as vovnet  # registers the backbones with timm
+from .detectors import create_detector, list_detectors
+from .fcos import FCOS, Predictions
+from .inference import postprocess, predict
+from .loss import FCOSLoss, assign_targets
+from .version import __version__
+
+__all__ = [
+    "FCOS",
+    "FCOSLoss",
+    "Predictions",
+    "__version__",
+    "assign_targets",
+    "create_detector",
+    "list_detectors",
+    "postprocess",
+    "predict",
+]

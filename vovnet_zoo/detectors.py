@@ -1,0 +1,142 @@
+"""The detector table, and `create_detector`, which builds what it names."""
+
+from __future__ import annotations
+
+import difflib
+
+from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
+
+from . import hub, vovnet
+from .convert import Converted, convert
+from .fcos import FCOS, create_backbone
+from .hub import Weights
+
+# What differs between the 2019 detectors and today's default; the loss's share is in loss.VARIANTS.
+VARIANTS = {
+    "improved": dict(distance="relu", centerness_on="box"),
+    "published": dict(distance="exp", centerness_on="cls", frozen_norm=True),
+}
+DEFAULT = dict(variant="improved", num_classes=80)
+
+DETECTORS = {
+    "fcos_vovnet27_slim_fpn": dict(backbone="vovnet27_slim"),
+    "fcos_vovnet39_fpn": dict(backbone="vovnet39"),
+    "fcos_vovnet57_fpn": dict(backbone="vovnet57"),
+    "fcos_vovnet75_fpn": dict(backbone="vovnet75"),
+    "fcos_vovnet93_fpn": dict(backbone="vovnet93"),
+}
+
+
+def _authors(file: str, ap: str) -> Weights:
+    return Weights(
+        "gone",
+        f"https://dl.dropbox.com/s/{file}?dl=1",
+        score=f"COCO val2017 AP {ap} (the authors' repository VoVNet-FCOS)",
+        mean=(122.7717 / 255, 115.9465 / 255, 102.9801 / 255),
+        std=(1 / 255, 1 / 255, 1 / 255),
+        size=(800, 1333),
+    )
+
+
+# The published schedules: 1x is 90,000 iterations, 2x twice that, ms with the shorter side drawn from 640..800.
+WEIGHTS = {
+    "fcos_vovnet27_slim_fpn.fcos_1x_coco": Weights("unpublished"),
+    "fcos_vovnet39_fpn.fcos_1x_coco": _authors("8n0wyypfggliplw/FCOS-V-39-FPN-1x.pth", "37.7"),
+    "fcos_vovnet57_fpn.fcos_2x_ms_coco": _authors("f1posfwebb2ynnp/FCOS-V-57-MS-FPN-2x.pth", "41.6"),
+    "fcos_vovnet75_fpn.fcos_2x_ms_coco": Weights("unpublished"),
+    "fcos_vovnet93_fpn.fcos_2x_ms_coco": _authors("2v7go4lenvvjd1s/FCOS-V-93-MS-FPN-2x.pth", "42.1"),
+}
+HOW_TO_MAKE = f"{vovnet.HOW_TO_MAKE}, or train a preset (python recipes/train_coco.py --help lists them)"
+
+
+def create_detector(
+    name: str,
+    *,
+    pretrained: bool = False,
+    pretrained_backbone: bool = False,
+    variant: str | None = None,
+    num_classes: int | None = None,
+    **kwargs,
+) -> FCOS:
+    """Build a detector.
+
+    Args:
+        name: one of `list_detectors()`, with `pretrained` also "name.tag"; or "fcos" with `backbone=` any timm model
+            that gives maps at strides 8, 16, 32.
+        pretrained: load the detector's trained weights, with the settings they were trained with.
+        pretrained_backbone: load the backbone's ImageNet weights through timm.
+        variant: "improved" or "published", see `VARIANTS`; None is "improved", or with `pretrained` the weights' own.
+        num_classes: foreground classes; None is 80, or with `pretrained` the weights' own.
+        kwargs: further arguments of `FCOS`; they win over the variant's.
+
+    Raises:
+        ValueError: unknown name or variant, or weights that cannot be had or are of another kind.
+        OSError: the weights' server cannot be reached, or refuses.
+    """
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r}: one of {sorted(VARIANTS)}")
+    base, _, tag = name.partition(".")
+    if base == "fcos" and not tag and not pretrained:
+        if "backbone" not in kwargs:
+            raise ValueError("create_detector('fcos') needs backbone=, the name of a timm model")
+        arch = {}
+    elif base in DETECTORS and (not tag or (pretrained and name in WEIGHTS)):
+        arch = DETECTORS[base]
+    else:
+        known = [*DETECTORS, *WEIGHTS] if pretrained else ["fcos", *DETECTORS]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"no detector {name!r}; {hint}There are: {', '.join(sorted(known))}")
+    if pretrained:
+        return _load(name, variant, num_classes, kwargs)
+
+    settings = {"num_classes": DEFAULT["num_classes"] if num_classes is None else num_classes}
+    model = FCOS(**{**settings, **VARIANTS[variant or DEFAULT["variant"]], **arch, **kwargs})
+    if pretrained_backbone:
+        weights = create_backbone(model.config["backbone"], pretrained=True).state_dict()
+        if model.config["frozen_norm"]:
+            weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+        model.backbone.load_state_dict(weights, strict=True)
+    return model
+
+
+def list_detectors(*, pretrained: bool = False) -> list[str]:
+    """Names of the detectors; with `pretrained`, each `name.tag` whose weights can be had."""
+    return sorted(key for key in WEIGHTS if hub.available(key, WEIGHTS)) if pretrained else sorted(DETECTORS)
+
+
+def build_converted(converted: Converted, **kwargs) -> FCOS:
+    """The detector of a published checkpoint."""
+    class_names = coco_class_names()
+    if len(class_names) != converted.config["num_classes"]:
+        class_names = None
+    model = FCOS(**{**VARIANTS["published"], "class_names": class_names, **converted.config, **kwargs})
+    hub.load_strict(model, converted.state_dict, "the checkpoint")
+    return model.eval()
+
+
+def archs() -> dict[str, list[int]]:
+    """Blocks per stage of each backbone, as `convert` wants them."""
+    return {name: cfg["block_per_stage"] for name, cfg in vovnet.model_cfgs.items()}
+
+
+def coco_class_names() -> list[str]:
+    """COCO's 80 classes in the order of their ids, as torchvision knows them among 91 places."""
+    return [x for x in FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if x not in ("__background__", "N/A")]
+
+
+def _load(name: str, variant: str | None, num_classes: int | None, kwargs: dict) -> FCOS:
+    key, repo_id = hub.find(name, WEIGHTS, HOW_TO_MAKE)
+    if repo_id is None:
+        converted = convert(hub.read_checkpoint(hub.fetch(WEIGHTS[key].url, WEIGHTS[key].sha1)), archs())
+        if not converted.config:
+            raise ValueError(f"{WEIGHTS[key].url} holds {converted.form}, not a detector")
+        model = build_converted(converted, **kwargs)
+    else:
+        model = FCOS.from_pretrained(repo_id, **kwargs)
+    wanted = {**DETECTORS[key.split(".")[0]], **(VARIANTS[variant] if variant else {})}
+    if num_classes is not None:
+        wanted["num_classes"] = num_classes
+    if wrong := [f"{k}={model.config[k]!r}, not {v!r}" for k, v in wanted.items() if model.config[k] != v]:
+        raise ValueError(f"the weights {key} were trained with {', '.join(wrong)}; leave it out, or train your own")
+    return model

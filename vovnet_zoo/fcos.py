@@ -1,0 +1,250 @@
+"""The FCOS network (arXiv 1904.01355 and 2006.09214): images -> backbone -> FPN -> head -> `Predictions`."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import freeze_batch_norm_2d
+from timm.layers.format import Format
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from .hub import StrictHubMixin
+
+
+class FCOS(
+    nn.Module,
+    StrictHubMixin,
+    library_name="vovnet_zoo",
+    license="apache-2.0",
+    pipeline_tag="object-detection",
+    tags=["fcos", "vovnet", "timm"],
+    paper_url="https://arxiv.org/abs/1904.01355",
+):
+    """Fully convolutional one-stage detector on a timm backbone.
+
+    Tensors in, tensors out: sizing, normalising and NMS are `predict`'s and `postprocess`'s.
+    Every argument is JSON-able; together they are the model's `config`, which `save_pretrained` writes.
+
+    Args:
+        backbone: timm model that gives feature maps at strides 8, 16 and 32.
+        num_classes: foreground classes K.
+        class_names: K names, in label order; None where unknown.
+        channels: width of the FPN and of the head, a multiple of 32 from 64 on.
+        num_convs: convolutions in each tower of the head.
+        distance: how the head's output becomes distances in pixels, `s` a learned scale per level:
+            "relu": `relu(s * x) * stride` (arXiv 2006.09214); "exp": `exp(s * x)` (arXiv 1904.01355, section 3.1).
+        centerness_on: the tower that predicts centerness, "box" (2006.09214) or "cls" (1904.01355).
+        frozen_norm: the backbone's batch norms are fixed affine maps (buffers), not trained.
+        prior: initial foreground probability of every class (RetinaNet, arXiv 1708.02002, section 4.1).
+        image_mean, image_std: per RGB channel, for pixels in 0..1; None takes the backbone's.
+        min_size, max_size: the image's shorter side is resized to `min_size` pixels unless its longer side would
+            exceed `max_size`. Used by `predict`.
+
+    Raises:
+        ValueError: an argument is out of range, or the backbone is unknown or has no maps at strides 8, 16, 32.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        *,
+        class_names: Sequence[str] | None = None,
+        channels: int = 256,
+        num_convs: int = 4,
+        distance: Literal["relu", "exp"] = "relu",
+        centerness_on: Literal["box", "cls"] = "box",
+        frozen_norm: bool = False,
+        prior: float = 0.01,
+        image_mean: Sequence[float] | None = None,
+        image_std: Sequence[float] | None = None,
+        min_size: int = 800,
+        max_size: int = 1333,
+    ):
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes={num_classes}: a detector needs at least one foreground class")
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(f"{len(class_names)} class_names for num_classes={num_classes}")
+        if channels < 64 or channels % 32:
+            raise ValueError(f"channels={channels}: the head's GroupNorm has 32 groups of at least 2 channels; give 64, 96 ..")
+
+        body = create_backbone(backbone)
+        mean, std = (image_mean or body.pretrained_cfg["mean"]), (image_std or body.pretrained_cfg["std"])
+        self.config = dict(
+            backbone=backbone,
+            num_classes=num_classes,
+            class_names=None if class_names is None else list(class_names),
+            channels=channels,
+            num_convs=num_convs,
+            distance=distance,
+            centerness_on=centerness_on,
+            frozen_norm=frozen_norm,
+            prior=prior,
+            image_mean=list(mean),
+            image_std=list(std),
+            min_size=min_size,
+            max_size=max_size,
+        )
+        self._hub_mixin_config = self.config  # with the backbone's mean and std made explicit
+
+        in_channels = probe_channels(body, backbone)
+        self.strides = [8, 16, 32, 64, 128]
+        self.backbone = freeze_batch_norm_2d(body) if frozen_norm else body
+        self.fpn = FeaturePyramidNetwork(in_channels, channels, extra_blocks=LastLevelP6P7(channels, channels))
+        self.head = FCOSHead(channels, num_classes, num_convs, self.strides, distance, centerness_on, prior)
+
+    def forward(self, images: Tensor) -> Predictions:
+        """`images`: float [B,3,H,W], normalised with `config`'s mean and std and zero-padded so that 32 divides H, W."""
+        cls, reg, ctr = self.forward_head(self.forward_features(images))
+        points, strides = make_points([x.shape[-2:] for x in cls], self.strides, images.device)
+        return Predictions(
+            logits=torch.cat([x.flatten(2).transpose(1, 2) for x in cls], dim=1),  # [B,P,K]
+            distances=torch.cat([x.flatten(2).transpose(1, 2) for x in reg], dim=1),  # [B,P,4]
+            centerness=torch.cat([x.flatten(1) for x in ctr], dim=1),  # [B,P]
+            points=points,
+            strides=strides,
+        )
+
+    def forward_features(self, images: Tensor) -> list[Tensor]:
+        """Pyramid maps P3..P7 [B,C,H/8,W/8] .. [B,C,H/128,W/128] (each stride rounds up)."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be [B,3,H,W], got {list(images.shape)}")
+        maps = backbone_maps(self.backbone, images)
+        return list(self.fpn(OrderedDict(zip(("c3", "c4", "c5"), maps, strict=True))).values())
+
+    def forward_head(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Class logits [B,K,h,w], distances (left, top, right, bottom) [B,4,h,w] in pixels of the network input, and
+        centerness logits [B,1,h,w], each a list over levels."""
+        return self.head(features)
+
+
+class FCOSHead(nn.Module):
+    """Two towers of convolutions, shared by all levels (arXiv 1904.01355, figure 2)."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        num_convs: int,
+        strides: Sequence[int],
+        distance: str,
+        centerness_on: str,
+        prior: float,
+    ):
+        super().__init__()
+        if distance not in ("relu", "exp"):
+            raise ValueError(f"distance={distance!r}: 'relu' or 'exp'")
+        if centerness_on not in ("box", "cls"):
+            raise ValueError(f"centerness_on={centerness_on!r}: 'box' or 'cls'")
+        self.strides, self.distance, self.centerness_on = strides, distance, centerness_on
+        self.cls_tower = _tower(channels, num_convs)
+        self.box_tower = _tower(channels, num_convs)
+        self.cls_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.box_distances = nn.Conv2d(channels, 4, 3, padding=1)
+        self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
+        self.scales = nn.Parameter(torch.ones(len(strides)))
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+        nn.init.constant_(self.cls_logits.bias, -math.log((1 - prior) / prior))
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        cls, reg, ctr = [], [], []
+        for x, stride, scale in zip(features, self.strides, self.scales.unbind(), strict=True):
+            cls_features, box_features = self.cls_tower(x), self.box_tower(x)
+            cls.append(self.cls_logits(cls_features))
+            ctr.append(self.centerness(box_features if self.centerness_on == "box" else cls_features))
+            raw = self.box_distances(box_features)
+            raw = scale * raw.to(torch.promote_types(raw.dtype, torch.float32))  # pixels need more than bf16's 8 bits
+            reg.append(F.relu(raw) * stride if self.distance == "relu" else raw.exp())
+        return cls, reg, ctr
+
+
+def _tower(channels: int, num_convs: int) -> nn.Sequential:
+    layers = []
+    for _ in range(num_convs):
+        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(32, channels), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class Predictions(NamedTuple):
+    """What FCOS says at the P locations of all levels, P3 first, each level row by row."""
+
+    logits: Tensor  # [B,P,K] class logits
+    distances: Tensor  # [B,P,4] left, top, right, bottom, in pixels of the network input
+    centerness: Tensor  # [B,P] logits
+    points: Tensor  # [P,2] x, y in pixels of the network input
+    strides: Tensor  # [P] stride of the point's level
+
+
+def make_points(sizes: Sequence[Sequence[int]], strides: Sequence[int], device) -> tuple[Tensor, Tensor]:
+    """Centres [P,2] (x, y) of the cells of maps of these (h, w) `sizes`, and the stride [P] of each, float32.
+
+    A cell (ix, iy) is at `ix * stride + stride // 2` (arXiv 1904.01355, section 3.1).
+    """
+    points, point_strides = [], []
+    for (h, w), stride in zip(sizes, strides, strict=True):
+        x = torch.arange(w, device=device, dtype=torch.float32) * stride + stride // 2
+        y = torch.arange(h, device=device, dtype=torch.float32) * stride + stride // 2
+        points.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1).reshape(-1, 2))
+        point_strides.append(torch.full((h * w,), float(stride), device=device))
+    return torch.cat(points), torch.cat(point_strides)
+
+
+def create_backbone(name: str, pretrained: bool = False) -> nn.Module:
+    """timm feature extractor `name`. `ValueError` if timm has no such model or cannot extract its feature maps."""
+    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    try:
+        body = timm.create_model(name, pretrained=pretrained, features_only=True)
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        if pretrained:
+            raise
+        raise ValueError(f"timm cannot extract feature maps from {name!r} ({error}); FCOS needs them") from error
+    reductions = body.feature_info.reduction()
+    if missing := [stride for stride in (8, 16, 32) if stride not in reductions]:
+        raise ValueError(f"backbone {name!r} gives maps at strides {reductions}, none at {missing}; FCOS needs 8, 16, 32")
+    # timm's window transformers fix the input size unless told otherwise
+    if any(getattr(module, "strict_img_size", False) for module in body.modules()):
+        body = timm.create_model(name, pretrained=pretrained, features_only=True, strict_img_size=False)
+    return body
+
+
+def backbone_maps(body: nn.Module, images: Tensor) -> list[Tensor]:
+    """The deepest maps of `body` at strides 8, 16 and 32, each [B,C,h,w]."""
+    reductions, maps = body.feature_info.reduction(), body(images)
+    maps = [maps[len(reductions) - 1 - reductions[::-1].index(stride)] for stride in (8, 16, 32)]
+    if getattr(body, "output_fmt", Format.NCHW) == Format.NHWC:
+        maps = [x.permute(0, 3, 1, 2) for x in maps]
+    return maps
+
+
+def probe_channels(body: nn.Module, name: str) -> list[int]:
+    """Channels of the three maps, by running a small image: feature_info does not say that a size is fixed.
+
+    `ValueError` if the backbone does not take this size, or its maps are not at the strides it claims.
+    """
+    height, width = 96, 160
+    try:
+        with torch.no_grad():
+            maps = backbone_maps(body.eval(), torch.zeros(1, 3, height, width))
+    except Exception as error:
+        raise ValueError(f"backbone {name!r} does not take images of any size, as FCOS needs: {error}") from error
+    sizes = [tuple(x.shape[-2:]) for x in maps]
+    if sizes != (wanted := [(height // s, width // s) for s in (8, 16, 32)]):
+        raise ValueError(f"backbone {name!r} turns a {height}x{width} image into maps {sizes}; FCOS needs {wanted}")
+    body.train()
+    return [x.shape[1] for x in maps]

@@ -1,0 +1,170 @@
+"""From predictions to detections (`postprocess`), and from an image file to detections (`predict`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+from torchvision.ops import nms
+from torchvision.transforms.v2 import functional as tvf
+
+from .data import normalize, read_image, resize_size
+from .fcos import FCOS, Predictions
+
+ImageLike = str | PathLike | Image.Image | np.ndarray | Tensor
+
+
+def predict(
+    model: FCOS, images: ImageLike | Sequence[ImageLike], *, plus_one: bool = False, **options
+) -> list[dict[str, Tensor]]:
+    """Detect objects in one image or in several of any sizes.
+
+    Each image passes the network alone, so its detections do not depend on its neighbours' padding.
+
+    Args:
+        model: a detector, on any device; left in the mode (train or eval) it came in.
+        images: a path, a PIL image, a uint8 array [H,W,3] or [H,W] (RGB or grey), a tensor [3,H,W] or [1,H,W] (uint8,
+            or floating point in 0..1), or a sequence of these.
+        plus_one: the published pixel convention, see `postprocess`.
+        options: `score_threshold`, `nms_threshold`, `topk`, `max_detections` of `postprocess`.
+
+    Returns:
+        One dict per image, on the CPU, best score first: `boxes` float32 [N,4] xyxy in pixels of the original image,
+        `scores` float32 [N], `labels` int64 [N] (0..K-1; names in `model.config["class_names"]`).
+
+    Raises:
+        ValueError: an image that cannot be read or has an unusable type or shape.
+    """
+    single = isinstance(images, (str, PathLike, Image.Image, np.ndarray)) or (
+        isinstance(images, Tensor) and images.ndim < 4
+    )
+    device, dtype = next((p.device, p.dtype) for p in model.parameters())
+    config, was_training = model.config, model.training
+    model.eval()
+    detections = []
+    try:
+        with torch.inference_mode():
+            for item in [images] if single else images:
+                image = to_rgb(item)
+                height, width = image.shape[-2:]
+                h, w = resize_size(height, width, config["min_size"], config["max_size"])
+                resized = tvf.resize(image.to(device), [h, w], antialias=True)
+                padded = pad(resized, (0, -w % 32, 0, -h % 32))[None]  # uint8 [1,3,H,W]
+                sizes = torch.tensor([[h, w]], device=device)
+                inputs = normalize(padded, sizes, config["image_mean"], config["image_std"]).to(dtype)
+                (found,) = postprocess(model(inputs), sizes, plus_one=plus_one, **options)
+                found = {key: value.cpu() for key, value in found.items()}
+                found["boxes"] *= torch.tensor([width / w, height / h]).repeat(2)
+                detections.append(found)
+    finally:
+        model.train(was_training)
+    return detections
+
+
+def postprocess(
+    preds: Predictions,
+    image_sizes: Tensor,
+    *,
+    score_threshold: float = 0.05,
+    nms_threshold: float = 0.6,
+    topk: int = 1000,
+    max_detections: int = 100,
+    plus_one: bool = False,
+) -> list[dict[str, Tensor]]:
+    """Decode, threshold, and non-maximum suppression per class (arXiv 1904.01355, section 4).
+
+    Args:
+        preds: of B images.
+        image_sizes: [B,2] (h, w) of the images in the network input, without padding; boxes are clipped to it.
+        score_threshold: a location and class is a candidate when its class probability alone is above.
+        nms_threshold: a box whose IoU with a better one of its class is above is dropped.
+        topk: candidates kept per level and image, by class probability times centerness.
+        max_detections: detections kept per image.
+        plus_one: the published pixel convention: a box covers the pixels x1..x2, so its width is x2 - x1 + 1; boxes
+            are clipped to w - 1 and h - 1, none is dropped as empty, an IoU equal to `nms_threshold` suppresses.
+
+    Returns:
+        One dict per image, best score first: `boxes` [N,4] xyxy in pixels of the network input, `scores` [N], the
+        geometric mean of class probability and centerness, `labels` int64 [N].
+    """
+    boxes, scores, labels = decode(preds, image_sizes, score_threshold, topk, plus_one)
+    candidate = scores >= 0
+    if plus_one:
+        nms_threshold = math.nextafter(nms_threshold, 0)
+    else:
+        candidate &= (boxes[..., 2:] > boxes[..., :2]).all(-1)
+
+    detections = []
+    for box, score, label, kept in zip(boxes, scores, labels, candidate, strict=True):
+        box, score, label = box[kept], score[kept], label[kept]
+        # One NMS for all classes: each class on a plane of its own, in float64 so that the shift rounds nothing away.
+        corners = box.double()
+        if plus_one:
+            corners[:, 2:] += 1
+        if len(box):
+            corners += label[:, None] * (corners.max() + 1)
+        keep = nms(corners, score.double(), nms_threshold)[:max_detections]
+        detections.append({"boxes": box[keep], "scores": score[keep], "labels": label[keep]})
+    return detections
+
+
+def decode(
+    preds: Predictions, image_sizes: Tensor, score_threshold: float, topk: int, plus_one: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best candidates of each level: boxes [B,N,4] xyxy clipped to the image, scores [B,N], labels [B,N].
+
+    N is the sum over levels of min(topk, locations * K); places without a candidate have score -1.
+    """
+    level_sizes = torch.unique_consecutive(preds.strides, return_counts=True)[1].tolist()
+    limits = image_sizes.flip(-1).repeat(1, 2)[:, None].to(preds.distances) - int(plus_one)  # [B,1,4] w, h, w, h
+    num_classes = preds.logits.shape[-1]
+    found = []
+    for logits, distances, centerness, points in zip(
+        preds.logits.split(level_sizes, dim=1),  # [B,n,K]
+        preds.distances.split(level_sizes, dim=1),  # [B,n,4]
+        preds.centerness.split(level_sizes, dim=1),  # [B,n]
+        preds.points.split(level_sizes),  # [n,2]
+        strict=True,
+    ):
+        probability = logits.float().sigmoid()
+        score = probability * centerness.float().sigmoid()[..., None]
+        score = torch.where(probability > score_threshold, score, -1.0).flatten(1)  # [B,n*K]
+        score, index = score.topk(min(topk, score.shape[1]))  # [B,k]
+        location, label = index // num_classes, index % num_classes
+        left_top, right_bottom = distances.gather(1, location[..., None].expand(-1, -1, 4)).chunk(2, dim=-1)
+        point = points[location]  # [B,k,2]
+        box = torch.cat([point - left_top, point + right_bottom], dim=-1).clamp(min=0).minimum(limits)  # [B,k,4]
+        found.append((box, torch.where(score >= 0, score.clamp(min=0).sqrt(), -1.0), label))
+    boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return boxes, scores, labels
+
+
+def to_rgb(image: ImageLike) -> Tensor:
+    """uint8 [3,H,W] RGB of anything `predict` takes."""
+    if isinstance(image, (str, PathLike)):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        image = np.array(image.convert("RGB"))
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise ValueError(f"an image array must be uint8 [H,W,3] or [H,W], got {image.dtype} {list(image.shape)}")
+        array = image[..., None] if image.ndim == 2 else image
+        image = torch.from_numpy(np.array(array)).permute(2, 0, 1)
+    if not isinstance(image, Tensor):
+        raise ValueError(f"an image must be a path, PIL image, uint8 array or tensor, not {type(image).__name__}")
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
+        raise ValueError(f"an image must have 1 or 3 channels, [3,H,W] as tensor, got {list(image.shape)}")
+    if image.is_floating_point():
+        if image.amin() < 0 or image.amax() > 1:
+            raise ValueError("a floating point image must be in 0..1; give 0..255 as uint8")
+        image = (image * 255).round().to(torch.uint8)
+    if image.dtype != torch.uint8:
+        raise ValueError(f"an image tensor must be uint8 or floating point, got {image.dtype}")
+    return image.expand(3, -1, -1)

@@ -1,0 +1,189 @@
+"""The FCOS training loss: which location learns which box (`assign_targets`), and what its errors cost (`FCOSLoss`)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+
+from .fcos import Predictions
+
+VARIANTS = {
+    "improved": dict(center_radius=1.5, box_loss="giou", plus_one=False, add_images=False),
+    "published": dict(center_radius=None, box_loss="iou", plus_one=True, add_images=True),
+}
+
+
+class FCOSLoss(nn.Module):
+    """Focal classification loss, IoU box loss weighted by centerness, and centerness loss.
+
+    Args:
+        variant: "improved" (arXiv 2006.09214) or "published" (the 2019 detectors, arXiv 1904.01355); sets the rest.
+        center_radius: only locations within this many strides of a box's centre learn it; None: all inside the box.
+        box_loss: "giou" (arXiv 1902.09630) or "iou": `-log((intersection + 1) / (union + 1))`.
+        plus_one: areas of boxes count pixels, `(w + 1) * (h + 1)`, when the smallest box is chosen.
+        add_images: classification is divided by positives + images rather than by positives.
+        alpha, gamma: of the focal loss (arXiv 1708.02002).
+    """
+
+    def __init__(self, variant: str = "improved", *, alpha: float = 0.25, gamma: float = 2.0, **overrides):
+        super().__init__()
+        if variant not in VARIANTS:
+            raise ValueError(f"variant={variant!r}: one of {sorted(VARIANTS)}")
+        if unknown := overrides.keys() - VARIANTS[variant].keys():
+            raise ValueError(f"unknown {sorted(unknown)}: a variant has {sorted(VARIANTS[variant])}")
+        options = VARIANTS[variant] | overrides
+        if options["box_loss"] not in ("giou", "iou"):
+            raise ValueError(f"box_loss={options['box_loss']!r}: 'giou' or 'iou'")
+        self.center_radius, self.plus_one = options["center_radius"], options["plus_one"]
+        self.box_loss, self.add_images = options["box_loss"], options["add_images"]
+        self.alpha, self.gamma = alpha, gamma
+
+    def forward(
+        self, preds: Predictions, boxes: Tensor, labels: Tensor, normalizers: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Losses of a batch, each a scalar, in float32 (float64 for float64 predictions).
+
+        Args:
+            preds: of B images at P locations with K classes.
+            boxes: [B,M,4] xyxy in pixels of the network input.
+            labels: int64 [B,M], 0..K-1, -1 for padding.
+            normalizers: [3], what the three losses are divided by; default: `self.normalizers` of this batch. A global
+                batch that is split over ranks or accumulated passes the sum over its parts, and the losses add up.
+
+        Returns:
+            {"loss_cls", "loss_box", "loss_ctr"}
+        """
+        targets = self.assign(preds.points, preds.strides, boxes, labels)
+        if normalizers is None:
+            normalizers = self.normalizers(targets)
+        # without positives the sums are 0 too: divide by something
+        cls_norm, box_norm, ctr_norm = torch.maximum(normalizers, normalizers.new_tensor([1, 1e-6, 1])).unbind()
+
+        logits = _at_least_float32(preds.logits)  # [B,P,K]
+        distances = _at_least_float32(preds.distances)  # [B,P,4]
+        centerness = _at_least_float32(preds.centerness)  # [B,P]
+        positive = targets.labels >= 0  # [B,P]
+
+        classes = torch.arange(logits.shape[-1], device=logits.device)
+        one_hot = (targets.labels[..., None] == classes).to(logits.dtype)  # [B,P,K], zeros for background
+        loss_cls = sigmoid_focal_loss(logits, one_hot, self.alpha, self.gamma, reduction="sum") / cls_norm
+
+        # Background locations take part with weight 0 and a harmless box, so that no inf or nan reaches the gradient.
+        distances = torch.where(positive[..., None], distances, 1.0)
+        wanted = torch.where(positive[..., None], targets.distances, 1.0)
+        box_losses = giou_loss(distances, wanted) if self.box_loss == "giou" else iou_loss(distances, wanted)  # [B,P]
+        loss_box = (box_losses * targets.centerness).sum() / box_norm
+
+        ctr_losses = F.binary_cross_entropy_with_logits(centerness, targets.centerness, reduction="none")  # [B,P]
+        loss_ctr = (ctr_losses * positive).sum() / ctr_norm
+        return {"loss_cls": loss_cls, "loss_box": loss_box, "loss_ctr": loss_ctr}
+
+    def assign(self, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor) -> Targets:
+        """`assign_targets` with this loss's options."""
+        return assign_targets(
+            points, strides, boxes, labels, center_radius=self.center_radius, plus_one=self.plus_one
+        )
+
+    def normalizers(self, targets: Targets) -> Tensor:
+        """[3]: positives (+ images), sum of centerness targets, positives. They add up over the parts of a batch."""
+        num_positive = (targets.labels >= 0).sum().to(targets.centerness.dtype)
+        num_images = targets.labels.shape[0] if self.add_images else 0
+        return torch.stack([num_positive + num_images, targets.centerness.sum(), num_positive])
+
+
+class Targets(NamedTuple):
+    """What each of P locations should learn, for B images."""
+
+    labels: Tensor  # [B,P] int64, 0..K-1, -1 for background
+    distances: Tensor  # [B,P,4] left, top, right, bottom in pixels of the network input; 0 for background
+    centerness: Tensor  # [B,P] in 0..1; 0 for background
+
+
+def assign_targets(
+    points: Tensor,
+    strides: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    *,
+    center_radius: float | None = 1.5,
+    plus_one: bool = False,
+) -> Targets:
+    """Give each location the smallest box it lies strictly inside of, among those of its level's size.
+
+    A level of stride s takes boxes whose furthest side is 4s..8s pixels away, both ends included: 64..128 at stride 16;
+    the first level has no lower end, the last no upper (arXiv 1904.01355, section 3.2). Pure tensor operations of
+    fixed shape, so that a training step can be one graph.
+
+    Args:
+        points: [P,2] x, y; strides: [P] (`Predictions.points`, `.strides`).
+        boxes: [B,M,4] xyxy in pixels of the network input; labels: int64 [B,M], -1 for padding.
+        center_radius: the location must also lie within `center_radius * stride` of the box's centre in x and in y
+            (arXiv 2006.09214); None switches this off.
+        plus_one: areas are `(w + 1) * (h + 1)`.
+    """
+    if boxes.ndim != 3 or boxes.shape[-1] != 4 or labels.shape != boxes.shape[:2]:
+        raise ValueError(f"boxes must be [B,M,4] and labels [B,M], got {list(boxes.shape)} and {list(labels.shape)}")
+    if boxes.shape[1] == 0:  # one padding box, so that there is something to choose from
+        boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
+
+    x, y = points[:, None].unbind(-1)  # [P,1]
+    x1, y1, x2, y2 = boxes[:, None].unbind(-1)  # [B,1,M]
+    left, top, right, bottom = x - x1, y - y1, x2 - x, y2 - y  # [B,P,M]
+    inside = torch.minimum(torch.minimum(left, right), torch.minimum(top, bottom)) > 0
+    if center_radius is not None:
+        reach = strides[:, None] * center_radius  # [P,1]
+        inside &= ((x - (x1 + x2) / 2).abs() < reach) & ((y - (y1 + y2) / 2).abs() < reach)
+
+    furthest = torch.maximum(torch.maximum(left, right), torch.maximum(top, bottom))  # [B,P,M]
+    low = torch.where(strides == strides.amin(), 0.0, 4 * strides)[:, None]  # [P,1]
+    high = torch.where(strides == strides.amax(), torch.inf, 8 * strides)[:, None]
+    candidate = inside & (furthest >= low) & (furthest <= high) & (labels[:, None] >= 0)  # [B,P,M]
+
+    area = (x2 - x1 + plus_one) * (y2 - y1 + plus_one)  # [B,1,M]
+    smallest = torch.where(candidate, area, torch.inf).argmin(-1)  # [B,P], the first among equals
+    positive = candidate.gather(-1, smallest[..., None]).squeeze(-1)  # [B,P]
+
+    label = torch.where(positive, labels.gather(1, smallest), -1)
+    box = boxes.gather(1, smallest[..., None].expand(-1, -1, 4))  # [B,P,4]
+    distances = torch.cat([points - box[..., :2], box[..., 2:] - points], dim=-1)
+    distances = torch.where(positive[..., None], distances, 0.0)
+    return Targets(label, distances, centerness_targets(distances))
+
+
+def centerness_targets(distances: Tensor) -> Tensor:
+    """`sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))` of distances [...,4] (arXiv 1904.01355, equation 3).
+
+    0 where the distances are 0.
+    """
+    left, top, right, bottom = distances.unbind(-1)
+    horizontal = torch.minimum(left, right) / torch.maximum(left, right)
+    vertical = torch.minimum(top, bottom) / torch.maximum(top, bottom)
+    return torch.where((left > 0) & (top > 0), horizontal * vertical, 0.0).sqrt()
+
+
+def iou_loss(distances: Tensor, targets: Tensor) -> Tensor:
+    """`-log((intersection + 1) / (union + 1))` [...] of boxes around the same point, given as distances [...,4].
+
+    Areas in square pixels; the 1 keeps empty overlaps finite (the published detectors' UnitBox loss).
+    """
+    left, top, right, bottom = distances.unbind(-1)
+    left_t, top_t, right_t, bottom_t = targets.unbind(-1)
+    width = torch.minimum(left, left_t) + torch.minimum(right, right_t)
+    height = torch.minimum(top, top_t) + torch.minimum(bottom, bottom_t)
+    intersection = width * height
+    union = (left + right) * (top + bottom) + (left_t + right_t) * (top_t + bottom_t) - intersection
+    return -((intersection + 1) / (union + 1)).log()
+
+
+def giou_loss(distances: Tensor, targets: Tensor) -> Tensor:
+    """1 - GIoU [...] (arXiv 1902.09630) of boxes around the same point, given as distances [...,4] in pixels."""
+    sign = distances.new_tensor([-1.0, -1.0, 1.0, 1.0])
+    return generalized_box_iou_loss(distances * sign, targets * sign)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
