@@ -47,6 +47,8 @@ class TrainConfig:
     """In training: nothing, mirroring, or mirroring with zooming and cropping."""
     drop_empty: bool = False
     """Leave out training images without boxes."""
+    skip_bad_images: bool = False
+    """Train without images that cannot be read or are not of the size the JSON says, rather than stop."""
     batch_size: int = 16
     """Images per step, over all processes and accumulated parts."""
     accum: int = 1
@@ -110,7 +112,7 @@ _PUBLISHED = dict(
     bias_lr_factor=2.0,
     eval_every=15_000,
 )
-_PUBLISHED_2X = dict(_PUBLISHED, steps=180_000, milestones=(120_000, 160_000), warmup="linear")
+_PUBLISHED_2X = dict(_PUBLISHED, steps=250_000, milestones=(120_000, 160_000), warmup="linear")
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "quickstart": (
@@ -122,12 +124,12 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             model="fcos_vovnet27_slim_fpn",
             channels=64,
             num_convs=2,
-            min_size=(160, 160),
-            max_size=160,
-            test_size=160,
+            min_size=(128, 128),
+            max_size=128,
+            test_size=128,
             batch_size=16,
             workers=1,
-            steps=180,
+            steps=250,
             optimizer="adamw",
             lr=2e-3,
             weight_decay=0.05,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import json
 import shutil
 from pathlib import Path
@@ -13,13 +14,13 @@ CLASSES = ("circle", "square", "triangle", "star")
 SUPERSAMPLING = 3  # shapes are drawn larger and reduced, for smooth edges
 
 
-def make_shapes(root: Path, num_train: int = 400, num_val: int = 100, size: int = 160, seed: int = 0) -> Path:
+def make_shapes(root: Path, num_train: int = 500, num_val: int = 100, size: int = 128, seed: int = 0) -> Path:
     """Write `root/{train,val}/*.png` and `root/annotations/instances_{train,val}.json`; returns `root`.
 
-    Each image is `size` x `size` with 1 to 6 shapes, of 12 to 90 pixels, of any angle, drawn over each other, on a
-    background of textured noise. Boxes are of what can be seen; a shape of which less than half can be seen is not
-    annotated. The same arguments give the same files. Existing files are kept: a dataset is written beside and then
-    renamed.
+    Each image is `size` x `size` pixels with 1 to 5 bright shapes, 20 to 80 pixels wide, turned by any angle, drawn
+    over each other on a dull background of textured noise. Boxes are of what can be seen; a shape of which less than
+    half can be seen is not annotated. The same arguments give the same files. An existing `root` is kept: a dataset is
+    written beside it and then renamed, so it is never half there.
     """
     if root.exists():
         return root
@@ -51,16 +52,16 @@ def draw_image(rng: np.random.Generator, size: int) -> tuple[Image.Image, list[t
     """A picture and its objects: (label, (x1, y1, x2, y2)) in pixels."""
     picture = background(rng, size)
     layers = []
-    for _ in range(rng.integers(1, 7)):
+    for _ in range(rng.integers(1, 6)):
         label = int(rng.integers(len(CLASSES)))
-        radius = 6 * 7.5 ** rng.random()  # 6..45 pixels, small ones as likely as large ones
+        radius = 10 * 4 ** rng.random()  # 10..40 pixels, small ones as likely as large ones
         centre = rng.uniform(0.6 * radius, size - 0.6 * radius, size=2)
         mask = shape_mask(CLASSES[label], centre, radius, rng.uniform(0, 2 * np.pi), size)
-        colour = tuple(int(c) for c in rng.integers(0, 256, size=3))
+        colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.6, 1), rng.uniform(0.7, 1)))
         picture.paste(Image.new("RGB", picture.size, colour), mask=mask)
         layers.append((label, np.asarray(mask) > 127))
 
-    noise = rng.normal(0, 6, size=(size, size, 3))
+    noise = rng.normal(0, 4, size=(size, size, 3))
     picture = Image.fromarray(np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8))
 
     objects, covered = [], np.zeros((size, size), bool)
@@ -86,10 +87,10 @@ def shape_mask(name: str, centre: np.ndarray, radius: float, angle: float, size:
 
 
 def background(rng: np.random.Generator, size: int) -> Image.Image:
-    """Coloured noise at three scales."""
+    """Dull coloured noise at three scales."""
     total = np.zeros((size, size, 3))
-    for cells, strength in ((3, 60), (12, 30), (48, 15)):
+    for cells, strength in ((3, 30), (12, 20), (48, 10)):
         noise = rng.normal(0, 1, size=(cells, cells, 3)) * strength
         channels = [Image.fromarray(noise[..., c].astype(np.float32)).resize((size, size)) for c in range(3)]
         total += np.stack([np.asarray(channel) for channel in channels], axis=-1)
-    return Image.fromarray(np.clip(total + rng.uniform(60, 196, size=3), 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(total + rng.uniform(60, 160, size=3), 0, 255).astype(np.uint8))

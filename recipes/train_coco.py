@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from vovnet_zoo import FCOS, FCOSLoss, create_detector
 from vovnet_zoo.coco_eval import format_table
-from vovnet_zoo.data import CocoDataset, TrainSampler, collate, find_split, normalize, train_transforms
+from vovnet_zoo.data import CocoDataset, Skipped, TrainSampler, collate, find_split, normalize, train_transforms
 from vovnet_zoo.fcos import make_points
 
 
@@ -57,7 +57,12 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
             make_shapes(config.data)
         barrier()
     transforms = train_transforms(config.min_size, config.max_size, config.augment)
-    train_set = CocoDataset(*find_split(config.data, "train"), transforms=transforms, drop_empty=config.drop_empty)
+    train_set = CocoDataset(
+        *find_split(config.data, "train"),
+        transforms=transforms,
+        drop_empty=config.drop_empty,
+        skip_bad_images=config.skip_bad_images,
+    )
     val_set = CocoDataset(*find_split(config.data, "val"))
     check_config(config, train_set, val_set, world_size)
 
@@ -93,8 +98,10 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
     bar = tqdm(total=config.steps, initial=progress["step"], unit="step", disable=rank > 0, dynamic_ncols=True)
     began = time.perf_counter()
     for step in range(progress["step"], config.steps):
-        parts = [{k: x.to(device, non_blocking=True) for k, x in part.items()} for part in next(batches)]
+        parts = next(batches)
         data_wait = time.perf_counter() - began
+        note_skipped([image for part in parts for image in part.pop("skipped", [])], step, run)
+        parts = [{name: x.to(device, non_blocking=True) for name, x in part.items()} for part in parts]
         lr = set_lr(optimizer, config, step)
         torch.manual_seed(seed_of(config.seed, step, rank))  # drop path and the like: without history
 
@@ -216,6 +223,15 @@ def skip_step(
             f"{progress['not_finite']} steps in a row were not finite, the last batch is in {path}; "
             "lower --lr, set --clip-grad, or look at the images and boxes named there"
         )
+
+
+def note_skipped(skipped: list[Skipped], step: int, run: RunLog) -> None:
+    """Log each image that could not be read; `skipped.txt` in the run folder of every rank lists them."""
+    for image in skipped:
+        log.warning("step %d: image %d skipped: %s", step, image.image_id, image.reason)
+    if skipped:
+        with open(run.folder / "skipped.txt", "a") as file:
+            file.writelines(f"step {step}, image {image.image_id}: {image.reason}\n" for image in skipped)
 
 
 def build_model(config: TrainConfig, class_names: list[str]) -> FCOS:

@@ -257,3 +257,12 @@ def test_format_table(write):
     assert lines[0].split() == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
     assert lines[1].split()[3:6] == ["1.000", "0.000", "1.000"] and len(lines[0]) == len(lines[1])
     assert [line.split() for line in lines[2:]] == [["1.000", "cat"], ["0.505", "dog"], ["-", "bird"]]
+
+
+@pytest.mark.parametrize("area", [-1, 1e11, 10**400, float("nan"), float("inf"), True, "big", None])
+def test_absurd_area_does_not_hide_ground_truth(write, area):
+    coco = make_coco()
+    expected = coco_eval.evaluate(write(coco), ground_truth_results(coco))
+    for annotation in coco["annotations"]:
+        annotation["area"] = area
+    assert coco_eval.evaluate(write(coco), ground_truth_results(coco)) == expected

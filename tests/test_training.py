@@ -2,38 +2,16 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint import list_checkpoints, load_checkpoint
 from optim import create_optimizer, lr_factor, set_lr
+from launch import ROOT, command, losses, rows, train
 from presets import PRESETS, TrainConfig
 
 from vovnet_zoo import FCOS, create_detector
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY = "--model fcos --backbone resnet10t --channels 64 --num-convs 1 --min-size 48 64 --max-size 96 --test-size 64"
-
-
-def train(data: Path, out: Path, options: str = "", processes: int = 1, fails: bool = False) -> str:
-    """Run the finetune preset on a tiny model; returns what was printed."""
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launch, ROOT / "recipes" / "train_coco.py", "finetune", "--data", data, "--out", out]
-    command += [*TINY.split(), "--batch-size", "4", "--device", "cpu", *options.split()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert (result.returncode != 0) == fails, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
-
-def rows(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(out: Path) -> list[float]:
-    return [row["loss"] for row in rows(out) if "loss" in row]
-
 
 def test_a_run_leaves_everything(tiny_coco, tmp_path):
     out = tmp_path / "run"
@@ -53,19 +31,19 @@ def test_a_run_leaves_everything(tiny_coco, tmp_path):
     assert len(losses(out)) == 6
 
 
-def test_two_processes_equal_one(tiny_coco, tmp_path):
-    """The same global batch: 20 steps of 1 process, of 2, and of 1 that accumulates; batch norm frozen."""
-    options = "--steps 20 --frozen-norm --workers 0 --optimizer momentum --lr 0.01 --warmup-steps 2"
-    curves = []
-    for name, processes, accum in (("one", 1, 1), ("two", 2, 1), ("parts", 1, 2)):
-        train(tiny_coco, tmp_path / name, f"{options} --accum {accum}", processes)
-        curves.append(torch.tensor(losses(tmp_path / name)))
+def test_world_size_and_accumulation_change_nothing(tiny_coco, tmp_path):
+    """20 steps with a global batch of 8: 1x8, 2x4, 4x2 and 1x(4, accumulated twice); batch norm frozen."""
+    options = "--steps 20 --batch-size 8 --frozen-norm --workers 0 --optimizer momentum --lr 0.01 --warmup-steps 2"
+    curves, weights = [], []
+    for processes, accum in ((1, 1), (2, 1), (4, 1), (1, 2)):
+        out = tmp_path / f"{processes}x{accum}"
+        train(tiny_coco, out, f"{options} --accum {accum}", processes)
+        curves.append(torch.tensor(losses(out)))
+        weights.append(FCOS.from_pretrained(out / "last").state_dict())
     assert curves[0][0] > 1.2 * curves[0][-1]  # it learns
-    torch.testing.assert_close(curves[1], curves[0], rtol=1e-4, atol=0)
-    torch.testing.assert_close(curves[2], curves[0], rtol=1e-4, atol=0)
-    weights = [FCOS.from_pretrained(tmp_path / name / "last").state_dict() for name in ("one", "two", "parts")]
-    for other in weights[1:]:
-        torch.testing.assert_close(other, weights[0], rtol=1e-3, atol=1e-5)
+    for curve, weight in zip(curves[1:], weights[1:], strict=True):
+        torch.testing.assert_close(curve, curves[0], rtol=1e-4, atol=0)
+        torch.testing.assert_close(weight, weights[0], rtol=1e-3, atol=1e-5)
 
 
 def test_batches_without_boxes_train(tiny_coco, tmp_path):
@@ -156,11 +134,10 @@ def test_evaluation_is_shared_out(tiny_coco, tmp_path):
     train(tiny_coco, tmp_path / "run", "--steps 2 --workers 0")
     found = []
     for processes in (1, 2, 4):  # 3 images: one of four processes has none
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
         out = tmp_path / f"detections{processes}.json"
-        command = [sys.executable, *launch, ROOT / "recipes" / "eval_coco.py", "--model", tmp_path / "run" / "last"]
-        command += ["--data", tiny_coco, "--out", out, "--workers", "0", "--device", "cpu"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        options = ["--model", tmp_path / "run" / "last", "--data", tiny_coco, "--out", out, "--workers", "0", "--device", "cpu"]
+        line = command("eval_coco.py", options, processes)
+        result = subprocess.run(line, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0 and "AP50" in result.stdout, result.stderr
         found.append(sorted(json.loads(out.read_text()), key=lambda r: (r["image_id"], -r["score"], r["bbox"])))
     assert found[0] == found[1] == found[2]

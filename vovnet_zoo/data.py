@@ -521,7 +521,7 @@ def read_image_bytes(path: str | Path) -> bytes:
         return _read_bytes(path, "image", MAX_IMAGE_BYTES)
     except ValueError as error:
         backslashes = "\\" in str(path) and os.sep == "/"
-        hint = "; write its backslashes as '/' in the annotation file" if backslashes else "; restore or remove it"
+        hint = "; write its backslashes as '/' in the JSON" if backslashes else "; restore it or correct its path"
         kind = "missing image file" if isinstance(error.__cause__, FileNotFoundError) else "unreadable image file"
         raise ImageError(f"{error}{hint}", kind) from error.__cause__
 

@@ -1,0 +1,39 @@
+"""Starts the recipes as users do, for the tests of training."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "--model fcos --backbone resnet10t --channels 64 --num-convs 1 --min-size 48 64 --max-size 96 --test-size 64"
+
+
+def command(script: str, options: list, processes: int = 1, torchrun: str = "--standalone") -> list:
+    """The command line of a recipe, under torchrun for several processes."""
+    launch = ["-m", "torch.distributed.run", *torchrun.split(), f"--nproc-per-node={processes}"] if processes > 1 else []
+    return [sys.executable, *launch, ROOT / "recipes" / script, *options]
+
+
+def train_command(data: Path, out: Path, options: str = "", processes: int = 1, torchrun: str = "--standalone") -> list:
+    """The finetune preset with a tiny model."""
+    line = ["finetune", "--data", data, "--out", out, *TINY.split(), "--batch-size", "4", "--device", "cpu"]
+    return command("train_coco.py", [*line, *options.split()], processes, torchrun)
+
+
+def train(data: Path, out: Path, options: str = "", processes: int = 1, fails: bool = False) -> str:
+    """Run it; returns what was printed."""
+    line = train_command(data, out, options, processes)
+    result = subprocess.run(line, capture_output=True, text=True, timeout=240)
+    assert (result.returncode != 0) == fails, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def rows(out: Path) -> list[dict]:
+    """The run's metrics.jsonl, so far."""
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in rows(out) if "loss" in row]

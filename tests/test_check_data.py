@@ -1,0 +1,290 @@
+import json
+import multiprocessing
+import os
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vovnet_zoo import check_data
+from vovnet_zoo.check_data import check_dataset, inspect_image, main, run_parallel
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A dataset without anything to say about it: train of 5, val of 3 pictures."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "annotations").mkdir()
+    for split, count in (("train", 5), ("val", 3)):
+        (tmp_path / split).mkdir()
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(tmp_path / split / f"{i}.png")
+        coco = {
+            "images": [{"id": i, "file_name": f"{i}.png", "width": 60, "height": 40} for i in range(count)],
+            "annotations": [
+                {"id": i, "image_id": i, "category_id": i % 2, "bbox": [10, 5, 30, 20]} for i in range(count)
+            ],
+            "categories": [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}],
+        }
+        file_of(tmp_path, split).write_text(json.dumps(coco))
+    return tmp_path
+
+
+def file_of(root, split):
+    return root / "annotations" / f"instances_{split}.json"
+
+
+def edit(root, split, change):
+    coco = json.loads(file_of(root, split).read_text())
+    change(coco)
+    file_of(root, split).write_text(json.dumps(coco))
+
+
+def check(root, **more):
+    return check_dataset(root, **{"workers": 0, "progress": False} | more)
+
+
+def found(report):
+    return {(f.split, f.kind): f.count for f in report.findings}
+
+
+def items(report, kind):
+    return [item for f in report.findings if f.kind == kind for item in f.items]
+
+
+def test_nothing_wrong(root):
+    report = check(root)
+    assert report.ok and report.findings == []
+    assert report.splits == {
+        "train": {"images": 5, "boxes": 5, "classes": 2},
+        "val": {"images": 3, "boxes": 3, "classes": 2},
+    }
+    assert str(report).splitlines() == [
+        f"{root}: train: 5 images, 5 boxes, 2 classes",
+        f"{root}: val: 3 images, 3 boxes, 2 classes",
+        f"{root}: 0 errors, 0 warnings, 0 notes",
+    ]
+
+
+def spoil(root):
+    """Many things at once, in both splits."""
+
+    def train(coco):
+        image, annotation = coco["images"][0], coco["annotations"][0]
+        coco["images"] += [
+            image | {"id": 10, "file_name": "gone.png"},
+            image | {"id": 11, "width": 0},
+            image | {"id": 3, "file_name": "again.png"},
+            "5.png",
+            image | {"id": 12, "file_name": "../val/0.png"},
+            image | {"id": 13, "file_name": "empty.png"},
+            image | {"id": 14, "file_name": "text.png", "width": 61},
+        ]
+        coco["categories"] += [{"id": 1, "name": "bird"}, {"id": 2}, {"id": 3, "name": "dog"}]
+        coco["annotations"] += [
+            annotation | {"id": 20, "image_id": 11},  # waits for image 11
+            annotation | {"id": 21, "category_id": 2},  # waits for category 2
+            annotation | {"id": 22, "image_id": 99},
+            annotation | {"id": 23, "image_id": 99},
+            annotation | {"id": 24, "category_id": 99},
+            annotation | {"id": 25, "bbox": [float("nan"), 1, 2, 3]},
+            annotation | {"id": 26, "bbox": [1, 2, -3, 4]},
+            annotation | {"id": 27, "bbox": [100, 2, 3, 4]},
+            annotation | {"id": 28, "bbox": [-9, -9, 20, 20]},
+            annotation | {"id": 29, "iscrowd": 1},
+            annotation | {"id": 20},
+            None,
+        ]
+
+    edit(root, "train", train)
+    edit(root, "val", lambda coco: coco["images"][0].update(width=40, height=60))
+    (root / "train" / "empty.png").touch()
+    (root / "train" / "text.png").write_text("no image\n")
+    (root / "train" / "extra.jpg").write_text("nobody asks\n")
+    (root / "train" / "notes.txt").write_text("no image by name\n")
+    (root / "train" / "1.png").write_bytes((root / "train" / "1.png").read_bytes()[:-1000])
+    (root / "train" / "2.png").write_bytes((root / "val" / "2.png").read_bytes())
+    (root / "train" / "4.png").write_bytes((root / "train" / "3.png").read_bytes())
+    Image.new("RGB", (60, 40)).save(root / "val" / "1.png", "JPEG")
+
+
+def test_all_at_once(root):
+    spoil(root)
+    report = check(root)
+    assert not report.ok
+    assert found(report) == {
+        ("", "classes differ"): 1,
+        ("train", "category entry"): 1,
+        ("train", "image entry"): 3,
+        ("train", "repeated category id"): 1,
+        ("train", "repeated image id"): 1,
+        ("train", "not an object"): 1,
+        ("train", "unknown image_id"): 2,
+        ("train", "unknown category_id"): 1,
+        ("train", "box is not 4 finite numbers"): 1,
+        ("train", "missing image file"): 1,
+        ("train", "empty image file"): 1,
+        ("train", "not an image"): 1,
+        ("train", "damaged image"): 1,
+        ("val", "size unlike the JSON"): 1,
+        ("", "same image in train and val"): 1,
+        ("train", "empty box"): 1,
+        ("train", "box outside the image"): 1,
+        ("train", "box clipped to the image"): 1,
+        ("train", "repeated box"): 1,
+        ("train", "repeated annotation id"): 1,
+        ("train", "repeated class name"): 1,
+        ("train", "same image twice"): 1,
+        ("train", "image without boxes"): 3,
+        ("train", "class without boxes"): 1,
+        ("train", "crowd region"): 1,
+        ("train", "file without entry"): 1,
+        ("val", "format unlike the name"): 1,
+    }
+    order = ["error", "warning", "info"]
+    assert [order.index(f.severity) for f in report.findings] == sorted(
+        order.index(f.severity) for f in report.findings
+    )
+    assert items(report, "unknown image_id") == [
+        f"annotations[{i}]: image_id 99, category_id 0, bbox [10, 5, 30, 20]" for i in (7, 8)
+    ]
+    assert items(report, "same image in train and val") == ["train/2.png = val/2.png"]
+    assert items(report, "same image twice") == ["train/3.png = train/4.png"]
+    assert items(report, "file without entry") == ["extra.jpg"]
+    assert items(report, "repeated image id") == ["3: 3.png, again.png"]
+    assert items(report, "classes differ") == ["only in train: dog (3); only in val: none"]
+    assert items(report, "missing image file")[0].startswith("train/gone.png: cannot read the image: No such file")
+    assert "annotated before its EXIF rotation?" in items(report, "size unlike the JSON")[0]
+    assert [item.split(":")[0] for item in items(report, "image entry")] == [
+        "image 11 (0.png) needs a whole positive width and height, not 0 and 40",
+        "images[8] has no integer 'id'",
+        "image 12 (../val/0.png) must have a 'file_name' below the folder of images, without '..'",
+    ]
+
+
+def test_table(root):
+    spoil(root)
+    report = check(root)
+    lines = str(report).splitlines()
+    header, rows = lines[0], lines[1 : 1 + len(report.findings)]
+    assert header.split() == "severity split kind count example what to do".split()
+    for name in ("split", "kind", "example", "what to do"):
+        at = header.index(name)
+        assert all(row[at - 1] == " " != row[at] for row in rows)
+    assert max(map(len, lines)) < 200
+    row = next(row for row in rows if "unknown image_id" in row)
+    assert row.split()[:5] == ["error", "train", "unknown", "image_id", "2"] and row.endswith("training drops it")
+    assert lines[-1].startswith(f"{root}: 17 errors, ")
+
+
+def test_processes_give_the_same_report(root, capfd):
+    spoil(root)
+    assert check(root, workers=2, progress=True) == check(root)
+    progress = capfd.readouterr().err
+    assert "images: 100%" in progress and "11/11" in progress
+    check(root)
+    assert capfd.readouterr().err == ""
+
+
+def test_spawned_processes(root, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_context", lambda: multiprocessing.context._concrete_contexts["spawn"])
+    monkeypatch.setattr(
+        "concurrent.futures.process.mp.get_context", lambda: multiprocessing.context._concrete_contexts["spawn"]
+    )
+    assert check(root, workers=1).findings == []
+
+
+def deadly(job):
+    if job in (3, 50):
+        os._exit(1)
+    return job * job
+
+
+def test_process_that_dies(monkeypatch):
+    jobs = list(range(100))
+    results = dict(run_parallel(deadly, jobs, 2))
+    assert results == {job: None if job in (3, 50) else job * job for job in jobs}
+    assert dict(run_parallel(abs, [], 2)) == {}
+
+
+def test_image_that_ends_the_process(root, monkeypatch):
+    monkeypatch.setattr(
+        check_data, "run_parallel", lambda f, jobs, n: ((i, f(job) if i else None) for i, job in enumerate(jobs))
+    )
+    report = check(root)
+    assert found(report) == {("train", "crashing image"): 1} and not report.ok
+    assert items(report, "crashing image") == ["train/0.png: decoding it ends the process"]
+
+
+def test_splits_missing(root, tmp_path):
+    file_of(root, "val").rename(root / "val.json")
+    report = check(root)
+    assert report.ok and found(report) == {("val", "no val split"): 1} and list(report.splits) == ["train"]
+    (root / "train2017").mkdir()
+    file_of(root, "train2017").write_text("{}")
+    report = check(root)
+    assert found(report) == {("train", "no dataset"): 1, ("val", "no val split"): 1} and not report.ok
+    assert "several 'train' splits" in items(report, "no dataset")[0]
+    report = check(tmp_path / "none")
+    assert found(report) == {("", "no dataset"): 1} and str(tmp_path / "none") in str(report)
+
+
+def test_one_bad_annotation_file_does_not_hide_the_other(root):
+    file_of(root, "train").write_text("{")
+    (root / "val" / "0.png").unlink()
+    report = check(root)
+    assert found(report) == {("train", "annotation file"): 1, ("val", "missing image file"): 1}
+    assert list(report.splits) == ["val"]
+
+
+def test_training_size(root):
+    Image.new("RGB", (4000, 200)).save(root / "train" / "0.png")
+    Image.new("RGB", (20, 20)).save(root / "train" / "1.png")
+
+    def change(coco):
+        coco["images"][0].update(width=4000, height=200)
+        coco["images"][1].update(width=20, height=20)
+        coco["annotations"][0]["bbox"] = [100, 100, 40, 2]
+        coco["annotations"][1]["bbox"] = [0, 0, 10, 10]
+
+    edit(root, "train", change)
+    report = check(root)
+    assert report.ok
+    assert items(report, "panorama") == ["0.png: 4000x200, trained at 1340x67"]
+    assert items(report, "box that vanishes") == ["0.png: box 100, 100, 140, 102, below a pixel at 1340x67"]
+    assert items(report, "tiny image") == ["1.png: 20x20, trained at 640x640"]
+    report = check(root, min_size=600, max_size=3000)
+    assert found(report) == {("train", "tiny image"): 1}
+
+
+def test_command(root, capsys, tmp_path):
+    out = tmp_path / "new" / "report.json"
+    assert main(root, workers=0, json_out=out) == 0
+    assert json.loads(out.read_text()) == {"ok": True, **asdict(check(root))}
+    assert "0 errors" in capsys.readouterr().out
+    (root / "val" / "1.png").write_bytes(b"")
+    assert main(root, workers=0, json_out=out) == 1
+    written = json.loads(out.read_text())
+    assert not written["ok"] and written["findings"][0]["kind"] == "empty image file"
+    assert "empty image file" in capsys.readouterr().out
+
+
+def test_inspect_image_says_what_the_decoder_said(tmp_path, capfd):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    noise.save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    assert inspect_image(str(tmp_path / "a.jpg")).complaint == ""
+    (tmp_path / "a.jpg").write_bytes(data[:2000] + b"\xff\xd9")
+    seen = inspect_image(str(tmp_path / "a.jpg"))
+    assert seen.size == (64, 64) and "JPEG" in seen.complaint
+    assert capfd.readouterr().err == ""
+
+
+def test_real_photos(request):
+    folder = request.config.rootpath.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the shared data folder")
+    for name in ("coco-mini", "bccd"):
+        report = check(folder / name, workers=2)
+        assert report.ok and all(finding.severity == "info" for finding in report.findings)

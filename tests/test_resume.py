@@ -1,0 +1,146 @@
+"""A run that is killed, interrupted, or finds its disk full, and is started again, ends as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from launch import losses, rows, train, train_command
+
+from vovnet_zoo import FCOS
+
+OPTIONS = "--steps 24 --workers 1 --checkpoint-every 2"  # batch norm live, EMA on, Muon: all that has a state
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(1 process, 2 processes) -> run folder of a run that nothing happened to, made when first asked for."""
+    made = {}
+
+    def run(data: Path, processes: int) -> Path:
+        if processes not in made:
+            made[processes] = tmp_path_factory.mktemp("undisturbed") / "run"
+            train(data, made[processes], OPTIONS, processes)
+        return made[processes]
+
+    return run
+
+
+def test_killed_again_and_again(tiny_coco, tmp_path, undisturbed):
+    """kill -9 of all of a run of 2 processes with workers, at 5 random steps."""
+    out, processes = tmp_path / "run", 2
+    for step in sorted(random.Random(0).sample(range(1, 24), 5)):
+        interrupt(tiny_coco, out, processes, step, signal.SIGKILL)
+    assert "going on after step" in train(tiny_coco, out, OPTIONS, processes)
+    assert_same(out, undisturbed(tiny_coco, processes))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted(tiny_coco, tmp_path, undisturbed, number):
+    """The step is finished and saved, the message says how to go on, and nothing is lost."""
+    out = tmp_path / "run"
+    code, printed = interrupt(tiny_coco, out, 1, 7, number)
+    assert code == 128 + number and "the same command goes on from there" in printed
+    saved = load_checkpoint(out / "checkpoints")["progress"]["step"]
+    assert saved == rows(out)[-1]["step"] + 1 >= 8
+    train(tiny_coco, out, OPTIONS)
+    assert_same(out, undisturbed(tiny_coco, 1))
+
+
+def test_damaged_newest_checkpoint(tiny_coco, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    interrupt(tiny_coco, out, 1, 9, signal.SIGKILL)
+    newest = list_checkpoints(out / "checkpoints")[-1]
+    os.truncate(newest, newest.stat().st_size // 2)
+    assert f"{newest.name} is damaged" in train(tiny_coco, out, OPTIONS)
+    assert_same(out, undisturbed(tiny_coco, 1))
+
+
+def test_a_lost_process_is_started_again(tiny_coco, tmp_path, undisturbed):
+    """torchrun --max-restarts goes on by itself when one of two processes is killed."""
+    out = tmp_path / "run"
+    line = train_command(tiny_coco, out, OPTIONS, 2, "--standalone --max-restarts 2")
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        wait_for_step(out, 6, job)
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        printed = job.communicate(timeout=200)[0]
+    assert job.returncode == 0, printed
+    assert "going on after step" in printed
+    assert_same(out, undisturbed(tiny_coco, 2))
+
+
+def test_full_disk(tiny_coco, tmp_path, undisturbed):
+    """The checkpoint before survives, the message says so, and with room again the run goes on."""
+    out = tmp_path / "run"
+    out.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", out], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        interrupt(tiny_coco, out, 1, 5, signal.SIGTERM)
+        before = list_checkpoints(out / "checkpoints")
+        used = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        room = used + before[-1].stat().st_size // 2
+        subprocess.run(["mount", "-o", f"remount,size={room}", out], check=True)
+        printed = train(tiny_coco, out, OPTIONS, fails=True)
+        assert "No space left" in printed and f"{before[-1].name} is intact" in printed
+        assert list_checkpoints(out / "checkpoints") == before
+        subprocess.run(["mount", "-o", "remount,size=1g", out], check=True)
+        train(tiny_coco, out, OPTIONS)
+        assert_same(out, undisturbed(tiny_coco, 1))
+    finally:
+        subprocess.run(["umount", out], check=True)
+
+
+def test_another_world_size_goes_on(tiny_coco, tmp_path, undisturbed):
+    """Stopped with 1 process, finished by 2: the same as far as floating point goes."""
+    out = tmp_path / "run"
+    options = OPTIONS + " --frozen-norm --optimizer momentum"
+    interrupt(tiny_coco, out, 1, 7, signal.SIGTERM, options)
+    train(tiny_coco, out, options, 2)
+    train(tiny_coco, tmp_path / "one", options)
+    torch.testing.assert_close(losses(out), losses(tmp_path / "one"), rtol=1e-4, atol=0)
+
+
+def test_save_checkpoint_keeps_the_newest(tmp_path):
+    for step in (5, 10, 15, 1000):
+        save_checkpoint(tmp_path, step, {"weights": torch.full((4,), float(step))}, keep=2)
+    assert [path.name[:8] for path in list_checkpoints(tmp_path)] == ["00000015", "00001000"]
+    assert load_checkpoint(tmp_path)["weights"].tolist() == [1000.0] * 4
+    assert load_checkpoint(tmp_path / "empty") is None
+
+
+def interrupt(data: Path, out: Path, processes: int, step: int, number: int, options: str = OPTIONS) -> tuple[int, str]:
+    """Start the run and send all its processes a signal once `step` has been done: (exit code, output)."""
+    line = train_command(data, out, options, processes)
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as job:
+        wait_for_step(out, step, job)
+        os.killpg(job.pid, number)
+        printed = job.communicate(timeout=100)[0]
+    return job.returncode, printed
+
+
+def wait_for_step(out: Path, step: int, job: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        if (out / "metrics.jsonl").is_file() and any(row["step"] >= step for row in rows(out)):
+            return
+        assert job.poll() is None, job.stdout.read()
+        time.sleep(0.01)
+    raise TimeoutError(f"step {step} was not reached")
+
+
+def assert_same(out: Path, other: Path) -> None:
+    """Bitwise the same weights and losses, each step once."""
+    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(24))
+    assert losses(out) == losses(other)
+    for name in ("last", "best"):
+        ours, theirs = (FCOS.from_pretrained(run / name).state_dict() for run in (out, other))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
