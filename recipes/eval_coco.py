@@ -46,9 +46,7 @@ def main(config: EvalConfig) -> dict | None:
             model.config["min_size"] = config.size
         dataset = CocoDataset(*find_split(config.data, config.split))
         check_classes(model, dataset)
-        results, metrics = evaluate(
-            model, dataset, rank, world_size, workers=config.workers, plus_one=config.plus_one
-        )
+        results, metrics = evaluate(model, dataset, rank, world_size, workers=config.workers, plus_one=config.plus_one)
         if rank == 0:
             print(format_table(metrics))
             if config.out is not None:

@@ -17,7 +17,7 @@ SUPERSAMPLING = 3  # shapes are drawn larger and reduced, for smooth edges
 def make_shapes(root: Path, num_train: int = 500, num_val: int = 100, size: int = 128, seed: int = 0) -> Path:
     """Write `root/{train,val}/*.png` and `root/annotations/instances_{train,val}.json`; returns `root`.
 
-    Each image is `size` x `size` pixels with 1 to 5 bright shapes, 20 to 80 pixels wide, turned by any angle, drawn
+    Each image is `size` x `size` pixels with 1 to 5 bright shapes, 24 to 84 pixels wide, turned by any angle, drawn
     over each other on a dull background of textured noise. Boxes are of what can be seen; a shape of which less than
     half can be seen is not annotated. The same arguments give the same files. An existing `root` is kept: a dataset is
     written beside it and then renamed, so it is never half there.
@@ -38,9 +38,7 @@ def make_shapes(root: Path, num_train: int = 500, num_val: int = 100, size: int 
             images.append({"id": image_id, "file_name": file_name, "width": size, "height": size})
             for label, (x1, y1, x2, y2) in objects:
                 box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
-                annotations.append(
-                    {"id": len(annotations) + 1, "image_id": image_id, "category_id": label + 1, **box}
-                )
+                annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": label + 1, **box})
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (partial / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
@@ -54,10 +52,12 @@ def draw_image(rng: np.random.Generator, size: int) -> tuple[Image.Image, list[t
     layers = []
     for _ in range(rng.integers(1, 6)):
         label = int(rng.integers(len(CLASSES)))
-        radius = 10 * 4 ** rng.random()  # 10..40 pixels, small ones as likely as large ones
+        radius = 12 * 3.5 ** rng.random()  # 12..42 pixels, small ones as likely as large ones
         centre = rng.uniform(0.6 * radius, size - 0.6 * radius, size=2)
         mask = shape_mask(CLASSES[label], centre, radius, rng.uniform(0, 2 * np.pi), size)
-        colour = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.6, 1), rng.uniform(0.7, 1)))
+        colour = tuple(
+            round(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.6, 1), rng.uniform(0.7, 1))
+        )
         picture.paste(Image.new("RGB", picture.size, colour), mask=mask)
         layers.append((label, np.asarray(mask) > 127))
 

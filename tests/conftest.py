@@ -1,9 +1,12 @@
 import json
+import os
 from pathlib import Path
 
-import pytest
-import torch
-from PIL import Image
+os.environ["OMP_NUM_THREADS"] = "1"  # one core per test process, so that they do not wait for each other
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -41,7 +44,9 @@ def tiny_coco(tmp_path) -> Path:
                 x, y = 4 + 30 * label, 6 + 5 * i % 20
                 pixels[y : y + 24, x : x + 20, label] = 255
                 box = {"bbox": [x, y, 20, 24], "area": 480, "iscrowd": 0}
-                annotations.append({"id": len(annotations) + 1, "image_id": 10 + i, "category_id": 7 + 5 * label, **box})
+                annotations.append(
+                    {"id": len(annotations) + 1, "image_id": 10 + i, "category_id": 7 + 5 * label, **box}
+                )
             Image.fromarray(pixels.numpy()).save(tmp_path / split / f"{i}.png")
             images.append({"id": 10 + i, "file_name": f"{i}.png", "width": width, "height": height})
         categories = [{"id": 7, "name": "red"}, {"id": 12, "name": "green"}]

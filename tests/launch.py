@@ -11,7 +11,9 @@ TINY = "--model fcos --backbone resnet10t --channels 64 --num-convs 1 --min-size
 
 def command(script: str, options: list, processes: int = 1, torchrun: str = "--standalone") -> list:
     """The command line of a recipe, under torchrun for several processes."""
-    launch = ["-m", "torch.distributed.run", *torchrun.split(), f"--nproc-per-node={processes}"] if processes > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", *torchrun.split(), f"--nproc-per-node={processes}"] if processes > 1 else []
+    )
     return [sys.executable, *launch, ROOT / "recipes" / script, *options]
 
 

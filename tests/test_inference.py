@@ -28,9 +28,7 @@ def test_postprocess_equals_torchvision_nms():
     torch.manual_seed(0)
     points, strides = points_of(128, 160)
     n = len(points)
-    preds = Predictions(
-        torch.randn(3, n, 5) - 1, torch.rand(3, n, 4) * 40, torch.randn(3, n), points, strides
-    )
+    preds = Predictions(torch.randn(3, n, 5) - 1, torch.rand(3, n, 4) * 40, torch.randn(3, n), points, strides)
     found = postprocess(preds, torch.tensor([[128, 160]] * 3), topk=10**6, max_detections=10**6)
     for b in range(3):
         probability = preds.logits[b].sigmoid()

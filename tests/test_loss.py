@@ -19,7 +19,12 @@ def test_assignment_equals_a_loop_over_points_and_boxes():
         for b in range(3):
             for p in range(len(points)):
                 label, distances = assign_one(
-                    points[p].tolist(), strides[p].item(), boxes[b].tolist(), labels[b].tolist(), center_radius, plus_one
+                    points[p].tolist(),
+                    strides[p].item(),
+                    boxes[b].tolist(),
+                    labels[b].tolist(),
+                    center_radius,
+                    plus_one,
                 )
                 assert got.labels[b, p].item() == label
                 assert got.distances[b, p].tolist() == pytest.approx(distances, abs=1e-4)

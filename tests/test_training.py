@@ -13,6 +13,7 @@ from presets import PRESETS, TrainConfig
 
 from vovnet_zoo import FCOS, create_detector
 
+
 def test_a_run_leaves_everything(tiny_coco, tmp_path):
     out = tmp_path / "run"
     printed = train(tiny_coco, out, "--steps 6 --eval-every 3 --workers 1")
@@ -26,7 +27,16 @@ def test_a_run_leaves_everything(tiny_coco, tmp_path):
     assert [row["step"] for row in rows(out) if "loss" in row] == list(range(6))
     assert [row["step"] for row in rows(out) if "AP" in row] == [2, 5]
     first = rows(out)[0]
-    assert {"loss_cls", "loss_box", "loss_ctr", "lr", "grad_norm", "images_per_s", "data_wait_s", "peak_memory_gib"} <= set(first)
+    assert {
+        "loss_cls",
+        "loss_box",
+        "loss_ctr",
+        "lr",
+        "grad_norm",
+        "images_per_s",
+        "data_wait_s",
+        "peak_memory_gib",
+    } <= set(first)
     assert "trained" in train(tiny_coco, out, "--steps 6 --eval-every 3 --workers 1")  # again: nothing left to do
     assert len(losses(out)) == 6
 
@@ -80,7 +90,9 @@ def test_another_run_is_refused(tiny_coco, tmp_path):
 def test_init_keeps_the_head_for_the_same_classes(tiny_coco, tmp_path):
     import train_coco
 
-    start = create_detector("fcos", backbone="resnet10t", channels=64, num_convs=1, num_classes=2, class_names=["a", "b"])
+    start = create_detector(
+        "fcos", backbone="resnet10t", channels=64, num_convs=1, num_classes=2, class_names=["a", "b"]
+    )
     torch.nn.init.normal_(start.head.cls_logits.bias)
     start.save_pretrained(tmp_path / "start")
     config = TrainConfig(data=tiny_coco, out=tmp_path, init=str(tmp_path / "start"), test_size=96)
@@ -135,10 +147,46 @@ def test_evaluation_is_shared_out(tiny_coco, tmp_path):
     found = []
     for processes in (1, 2, 4):  # 3 images: one of four processes has none
         out = tmp_path / f"detections{processes}.json"
-        options = ["--model", tmp_path / "run" / "last", "--data", tiny_coco, "--out", out, "--workers", "0", "--device", "cpu"]
+        options = [
+            "--model",
+            tmp_path / "run" / "last",
+            "--data",
+            tiny_coco,
+            "--out",
+            out,
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+        ]
         line = command("eval_coco.py", options, processes)
         result = subprocess.run(line, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0 and "AP50" in result.stdout, result.stderr
         found.append(sorted(json.loads(out.read_text()), key=lambda r: (r["image_id"], -r["score"], r["bbox"])))
     assert found[0] == found[1] == found[2]
     assert {row["category_id"] for row in found[0]} <= {7, 12} and {row["image_id"] for row in found[0]} <= {10, 11, 12}
+
+
+def test_bad_images_are_skipped_and_counted(tiny_coco, tmp_path):
+    (tiny_coco / "train" / "3.png").write_bytes(b"not a picture")
+    printed = train(tiny_coco, tmp_path / "run", "--steps 4 --workers 1 --skip-bad-images")
+    assert "image 13 skipped" in printed and "3.png" in printed
+    listed = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
+    assert len(listed) == 2  # 16 images seen, 8 there are
+    assert len(losses(tmp_path / "run")) == 4
+
+
+def test_a_loss_that_is_not_finite(tiny_coco, tmp_path):
+    """Weights stay as they were, the batch is written down, and after so many in a row the run stops."""
+    out = tmp_path / "run"
+    printed = train(
+        tiny_coco,
+        out,
+        "--steps 9 --workers 0 --optimizer momentum --lr 1e30 --warmup-steps 0 --max-not-finite 3",
+        fails=True,
+    )
+    assert "3 steps in a row were not finite" in printed
+    dumps = sorted((out / "not_finite").glob("*.json"))
+    assert len(dumps) == 3 and str(dumps[-1]) in printed
+    batch = json.loads(dumps[0].read_text())["batch"][0]
+    assert len(batch["image_ids"]) == 4 and len(batch["boxes"]) == 4 and batch["shape"][:2] == [4, 3]

@@ -7,7 +7,7 @@ import difflib
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from . import hub, vovnet
-from .convert import Converted, convert
+from .convert import BGR_MEAN, Converted, convert
 from .fcos import FCOS, create_backbone
 from .hub import Weights
 
@@ -32,8 +32,8 @@ def _authors(file: str, ap: str) -> Weights:
         "gone",
         f"https://dl.dropbox.com/s/{file}?dl=1",
         score=f"COCO val2017 AP {ap} (the authors' repository VoVNet-FCOS)",
-        mean=(122.7717 / 255, 115.9465 / 255, 102.9801 / 255),
-        std=(1 / 255, 1 / 255, 1 / 255),
+        mean=tuple(mean / 255 for mean in reversed(BGR_MEAN)),
+        std=(1 / 255,) * 3,
         size=(800, 1333),
     )
 

@@ -76,7 +76,9 @@ class FCOS(
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"{len(class_names)} class_names for num_classes={num_classes}")
         if channels < 64 or channels % 32:
-            raise ValueError(f"channels={channels}: the head's GroupNorm has 32 groups of at least 2 channels; give 64, 96 ..")
+            raise ValueError(
+                f"channels={channels}: the head's GroupNorm has 32 groups of at least 2 channels; give 64, 96 .."
+            )
 
         body = create_backbone(backbone)
         mean, std = (image_mean or body.pretrained_cfg["mean"]), (image_std or body.pretrained_cfg["std"])
@@ -216,7 +218,9 @@ def create_backbone(name: str, pretrained: bool = False) -> nn.Module:
         raise ValueError(f"timm cannot extract feature maps from {name!r} ({error}); FCOS needs them") from error
     reductions = body.feature_info.reduction()
     if missing := [stride for stride in (8, 16, 32) if stride not in reductions]:
-        raise ValueError(f"backbone {name!r} gives maps at strides {reductions}, none at {missing}; FCOS needs 8, 16, 32")
+        raise ValueError(
+            f"backbone {name!r} gives maps at strides {reductions}, none at {missing}; FCOS needs 8, 16, 32"
+        )
     # timm's window transformers fix the input size unless told otherwise
     if any(getattr(module, "strict_img_size", False) for module in body.modules()):
         body = timm.create_model(name, pretrained=pretrained, features_only=True, strict_img_size=False)

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import uuid
 import zipfile
 import zlib
@@ -27,7 +28,7 @@ import torch
 from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData, PyTorchModelHubMixin, constants
 from torch import Tensor, nn
 
-ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError)
 CONFIG, WEIGHTS, CARD = constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, "README.md"
 
 
@@ -83,7 +84,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> str | None:
         """As the mixin's, but a file that is there is whole: `save_directory` is never seen half written."""
         if kwargs.get("push_to_hub"):
-            kwargs["repo_id"] = kwargs.get("repo_id") or Path(save_directory).name
+            kwargs["repo_id"] = kwargs.get("repo_id") or Path(save_directory).resolve().name
         with staged(save_directory) as folder:
             return super().save_pretrained(folder, **kwargs)
 
@@ -228,7 +229,7 @@ def check_parts(path: Path, source: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except (*ZIP_ERRORS, ValueError, OSError) as error:
+    except (*ZIP_ERRORS, ValueError) as error:
         raise ValueError(f"{source} is not a whole PyTorch checkpoint ({error}); download or save it again") from error
     if broken:
         raise ValueError(f"{source}: its part {broken} is damaged; download or save it again")
@@ -240,18 +241,17 @@ def staged(target: str | Path) -> Iterator[Path]:
 
     A new `target` appears at once. In one that is there, each file is replaced; a README.md there is kept.
     """
-    target = Path(target)
+    target = Path(target).resolve()
     with temporary(target) as folder:
         folder.mkdir(parents=True)
         yield folder
-        try:
+        if not target.exists():
             os.rename(folder, target)
-        except OSError:  # there, and not an empty folder
-            target.mkdir(exist_ok=True)
-            if (target / CARD).exists():
-                (folder / CARD).unlink(missing_ok=True)
-            for file in folder.iterdir():
-                os.replace(file, target / file.name)
+            return
+        if (target / CARD).exists():
+            (folder / CARD).unlink(missing_ok=True)
+        for file in folder.iterdir():
+            os.replace(file, target / file.name)
 
 
 @contextlib.contextmanager
@@ -306,9 +306,9 @@ def find(name: str, table: Mapping[str, Weights], how_to_make: str) -> tuple[str
             return key, None
     there = [key for key in table if available(key, table)]
     message = [f"no weights of {name!r} are published yet. There are: {', '.join(there) or 'none'}."]
-    for key in keys:
-        if table[key].url:
-            message.append(f"{key!r} is tried at {table[key].url}, which third parties report to answer 403.")
+    for key, row in table.items():
+        if row.state == "gone" and key.split(".")[0] == name.split(".")[0]:
+            message.append(f"{key!r} is tried at {row.url}, which third parties report to answer 403.")
     message.append(f"To make them, {how_to_make}. To load what you publish, set {ORGANISATION_VARIABLE} to where.")
     raise ValueError("\n".join(message))
 
@@ -388,7 +388,7 @@ def _is_wrapped(path: Path, source: str) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return not any(name.endswith("/data.pkl") for name in archive.namelist())
-    except (*ZIP_ERRORS, ValueError, OSError) as error:
+    except (*ZIP_ERRORS, ValueError) as error:
         raise ValueError(f"{source} is not a whole file ({error}); download or save it again") from error
 
 
@@ -415,11 +415,16 @@ def download(repo_id: str, filename: str, **options) -> Path:
         path = Path(huggingface_hub.hf_hub_download(repo_id, filename, **options))
     except huggingface_hub.errors.HFValidationError as error:
         raise ValueError(f"{repo_id!r} is no folder here, and no 'organisation/name' on the Hub") from error
-    except OSError:  # HTTP statuses too; all say what and where
+    except huggingface_hub.errors.LocalEntryNotFoundError as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise huggingface_hub.errors.LocalEntryNotFoundError(
+            f"{repo_id}: {filename} is not in the cache, and the Hub at {constants.ENDPOINT} did not help: {reason}"
+        ) from error
+    except huggingface_hub.errors.HfHubHTTPError:  # the Hub's refusals, which say what and where
         raise
-    except huggingface_hub.errors.HTTPError as error:  # the HTTP library's
+    except (huggingface_hub.errors.HTTPError, OSError) as error:  # the HTTP library's and the system's, which do not
         reason = str(error) or type(error).__name__
-        raise ConnectionError(f"{repo_id}: lost the Hub while getting {filename} ({reason}); try again") from error
+        raise OSError(f"{repo_id}: could not get {filename} ({reason}); nothing was loaded, try again") from error
     if not path.is_symlink():  # a cache on a file system without links: nothing to compare with
         return path
     blob = Path(os.readlink(path))

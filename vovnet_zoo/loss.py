@@ -84,9 +84,7 @@ class FCOSLoss(nn.Module):
 
     def assign(self, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor) -> Targets:
         """`assign_targets` with this loss's options."""
-        return assign_targets(
-            points, strides, boxes, labels, center_radius=self.center_radius, plus_one=self.plus_one
-        )
+        return assign_targets(points, strides, boxes, labels, center_radius=self.center_radius, plus_one=self.plus_one)
 
     def normalizers(self, targets: Targets) -> Tensor:
         """[3]: positives (+ images), sum of centerness targets, positives. They add up over the parts of a batch."""

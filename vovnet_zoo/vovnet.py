@@ -133,8 +133,10 @@ def _locate(variant: str, pretrained_cfg=None, pretrained_cfg_overlay=None, cach
     if cfg.source or cfg.file or cfg.state_dict or cfg.hf_hub_id:
         return overlay
     name = f"{variant}.{cfg.tag}"
-    if cfg.url and (name not in WEIGHTS or cfg.url != WEIGHTS[name].url):  # the caller's own
-        return {**overlay, "file": str(hub.fetch(cfg.url, cache_dir=cache_dir))}
+    explicit = overlay.get("url") or (pretrained_cfg and not isinstance(pretrained_cfg, str))
+    if cfg.url and (explicit or name not in WEIGHTS or cfg.url != WEIGHTS[name].url):  # the caller's
+        known = {weights.url: weights.sha1 for weights in WEIGHTS.values()}
+        return {**overlay, "file": str(hub.fetch(cfg.url, known.get(cfg.url, ""), cache_dir))}
     key, repo_id = hub.find(name, WEIGHTS, HOW_TO_MAKE)
     if repo_id is None:
         return {**overlay, "file": str(hub.fetch(WEIGHTS[key].url, WEIGHTS[key].sha1, cache_dir))}

@@ -1,0 +1,47 @@
+"""torch.hub entry points: `torch.hub.load("OWNER/REPOSITORY", NAME)` for every backbone and detector of vovnet_zoo."""
+
+dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors"]
+
+
+def _entries():
+    """A function for each row of the tables, with a docstring."""
+    import timm as _timm
+
+    import vovnet_zoo as _zoo
+    from vovnet_zoo import detectors as _detectors
+    from vovnet_zoo import vovnet as _vovnet
+
+    def backbone(name):
+        def entry(pretrained=False, **kwargs):
+            return _timm.create_model(name, pretrained=pretrained, **kwargs)
+
+        tags = [key for key in _vovnet.WEIGHTS if key.startswith(f"{name}.")]
+        entry.__doc__ = (
+            f"{_timm.model_entrypoint(name).__doc__}\n\n"
+            "Args:\n"
+            f"    pretrained (bool): load ImageNet weights; pretrained_cfg=TAG chooses among {', '.join(tags)}.\n"
+            "    kwargs: of timm.create_model, such as num_classes, in_chans, features_only.\n"
+        )
+        return entry
+
+    def detector(name, backbone_name):
+        def entry(pretrained=False, **kwargs):
+            return _zoo.create_detector(name, pretrained=pretrained, **kwargs)
+
+        entry.__doc__ = (
+            f"FCOS detector (arXiv 1904.01355) on {backbone_name} with a feature pyramid.\n\n"
+            "Args:\n"
+            "    pretrained (bool): load trained weights.\n"
+            '    kwargs: of vovnet_zoo.create_detector, such as num_classes, variant="published".\n'
+        )
+        return entry
+
+    entries = {name: backbone(name) for name in _vovnet.model_cfgs}
+    entries |= {name: detector(name, arch["backbone"]) for name, arch in _detectors.DETECTORS.items()}
+    for name, entry in entries.items():
+        entry.__name__ = entry.__qualname__ = name
+        entry.__module__ = __name__
+    return entries
+
+
+globals().update(_entries())

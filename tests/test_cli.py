@@ -1,0 +1,113 @@
+"""The command line, in this process: what it writes, and how it fails."""
+
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import vovnet_zoo
+from vovnet_zoo import cli, hub
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `vovnet-zoo ARGS`: (exit status, stdout, stderr)."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["vovnet-zoo", *map(str, args)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A detector that sees a cat or a dog everywhere."""
+    torch.manual_seed(0)
+    model = vovnet_zoo.create_detector(
+        "fcos_vovnet27_slim_fpn", num_classes=2, class_names=["cat", "dog"], channels=64, num_convs=1, min_size=64
+    )
+    torch.nn.init.constant_(model.head.cls_logits.bias, 2.0)
+    torch.nn.init.constant_(model.head.centerness.bias, 2.0)
+    torch.nn.init.constant_(model.head.box_distances.bias, 1.0)
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Two images of one name, and one of another size."""
+    paths = [tmp_path / "a" / "x.png", tmp_path / "b" / "x.jpg", tmp_path / "y.png"]
+    for path, size in zip(paths, [(64, 64), (64, 64), (200, 100)], strict=True):
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", size, "gray").save(path)
+    return paths
+
+
+def test_help(run):
+    status, out, _ = run("--help")
+    assert status == 0 and all(command in out for command in ("predict", "convert", "publish"))
+    status, out, _ = run("predict", "--help")
+    assert status == 0 and "--model" in out and "--score" in out
+
+
+def test_predict(run, folder, images, tmp_path):
+    status, out, err = run("predict", *images, "--model", folder, "--out", tmp_path / "out")
+    assert status == 0, err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"x.png", "x_2.png", "y.png", "detections.json"}
+    assert Image.open(tmp_path / "out" / "y.png").size == (200, 100)
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [row["image"] for row in rows] == [str(path) for path in images]
+    for row in rows:
+        assert len(row["boxes"]) == len(row["scores"]) == len(row["labels"]) == len(row["names"]) > 0
+        assert min(row["scores"]) >= 0.3 and set(row["names"]) <= {"cat", "dog"}
+    assert run("predict", images[0], "--model", folder, "--out", tmp_path / "none", "--score", "0.999")[0] == 0
+    assert json.loads((tmp_path / "none" / "detections.json").read_text())[0]["boxes"] == []
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(image="not_there.png"), "not_there.png"),
+        (dict(model="not/a/model"), "not/a/model"),
+        (dict(model="fcos_vovnet39_fpn"), "published yet"),
+        (dict(model="."), "has no config.json"),
+    ],
+)
+def test_errors_of_the_users(run, folder, images, tmp_path, monkeypatch, change, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(hub.ORGANISATION_VARIABLE, raising=False)
+    image, model = change.get("image", images[0]), change.get("model", folder)
+    status, _, err = run("predict", image, "--model", model, "--out", tmp_path / "out")
+    assert status == 2 and message in err and "Traceback" not in err
+
+
+def test_convert(run, tmp_path):
+    torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "w.pth")
+    status, _, err = run("convert", tmp_path / "w.pth", tmp_path / "out")
+    assert status == 2 and "w.pth: no known format" in err
+    assert run("convert", tmp_path / "none.pth", tmp_path / "out")[0] == 2
+
+    net = vovnet_zoo.fcos.timm.create_model("vovnet27_slim", num_classes=3)
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    status, out, err = run("convert", tmp_path / "w.pth", tmp_path / "out")
+    assert status == 0 and "out" in out, err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {hub.CONFIG, hub.WEIGHTS, hub.CARD}
+
+
+def test_training_facts(tmp_path):
+    assert cli.training_facts(tmp_path) == {}
+    about = dict(command=["train_coco.py", "finetune"], versions={"torch": "2.15"}, machine="x86, 2 cores")
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    rows = [dict(step=0, loss=1.0), dict(step=1, AP=0.25, AP50=0.5), dict(step=2, AP=0.125, AP50=0.6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    facts = cli.training_facts(tmp_path)
+    assert facts["measured"] == "AP 0.250, AP50 0.500" and facts["training_command"] == "train_coco.py finetune"

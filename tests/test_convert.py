@@ -1,0 +1,234 @@
+"""Conversion: which tensors go where, and that none is lost. That the numbers are right: test_golden.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import pytorchcv.models.vovnet
+import timm
+import torch
+
+import vovnet_zoo
+from vovnet_zoo import convert, hub
+from vovnet_zoo.detectors import archs, build_converted, coco_class_names
+from vovnet_zoo.vovnet import checkpoint_filter_fn
+
+sys.path.insert(0, str(Path(__file__).parent / "golden"))
+from deterministic_weights import W, load_table, state_dict_from_table  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+ARCHS = archs()
+
+
+def published(form, arch="vovnet27_slim"):
+    """A checkpoint of each form with drawn weights."""
+    if form == "authors_detector":
+        return dict(state_dict_from_table(load_table(GOLDEN / "keys_fcos_v27.json")))
+    net = timm.create_model(arch)
+    ours = {key: W(key, x.shape, str(x.dtype)) for key, x in net.state_dict().items()}
+    return {theirs: ours[name] for theirs, name in convert.names(form, ARCHS[arch]).items()}
+
+
+@pytest.fixture(scope="module", params=list(convert.FORMS))
+def form(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def checkpoint(form):
+    return published(form)
+
+
+def broken(checkpoint):
+    """The checkpoint without one tensor, and with one renamed; the name at fault."""
+    for name in checkpoint:
+        rest = {key: x for key, x in checkpoint.items() if key != name}
+        yield name, rest
+        yield name, {**rest, name + "x": checkpoint[name]}
+
+
+def test_form_and_architecture_are_read_off(form, checkpoint):
+    converted = convert.convert(checkpoint, ARCHS)
+    assert (converted.form, converted.arch) == (form, "vovnet27_slim")
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kind", ["authors", "pytorchcv", "timm"])
+def test_every_architecture(arch, kind):
+    net = timm.create_model(arch)
+    table = convert.names(kind, ARCHS[arch])
+    assert set(table.values()) == set(net.state_dict()) and len(set(table.values())) == len(table)
+    ours = net.state_dict()
+    converted = convert.convert({theirs: ours[name] for theirs, name in table.items()}, ARCHS)
+    assert converted.arch == arch and converted.state_dict.keys() == ours.keys()
+    assert all(
+        converted.state_dict[name] is not None and torch.equal(converted.state_dict[name], ours[name]) for name in ours
+    )
+
+
+@pytest.mark.parametrize(
+    "name, theirs", [("vovnet27_slim", "vovnet27s"), ("vovnet39", "vovnet39"), ("vovnet57", "vovnet57")]
+)
+def test_pytorchcv_names(name, theirs):
+    net = getattr(pytorchcv.models.vovnet, theirs)()
+    assert net.state_dict().keys() == convert.names("pytorchcv", ARCHS[name]).keys()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda sd: {"model": sd},
+        lambda sd: {"state_dict": sd, "epoch": 3, "arch": "vovnet", "best_acc1": 0.5},
+        lambda sd: {f"module.{key}": x for key, x in sd.items()},
+        lambda sd: {f"model.{key}": x for key, x in sd.items()},
+        lambda sd: {
+            "model": {f"module.{key}": x for key, x in sd.items()},
+            "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(3)}}, "param_groups": [{"lr": 0.1}]},
+            "scheduler": {"last_epoch": 9},
+            "iteration": 9,
+        },
+    ],
+)
+def test_wrapping_is_taken_off(checkpoint, wrap):
+    plain, wrapped = convert.convert(checkpoint, ARCHS), convert.convert(wrap(checkpoint), ARCHS)
+    assert plain.state_dict.keys() == wrapped.state_dict.keys() and plain[:2] == wrapped[:2]
+    assert all(torch.equal(plain.state_dict[key], wrapped.state_dict[key]) for key in plain.state_dict)
+
+
+def test_other_tensors_beside_the_weights_are_named(checkpoint):
+    with pytest.raises(ValueError, match="averaged"):
+        convert.convert({"model": checkpoint, "averaged": {"w": torch.zeros(1)}}, ARCHS)
+
+
+def test_any_tensor_missing_or_renamed_is_named(checkpoint):
+    for name, weights in broken(checkpoint):
+        with pytest.raises(ValueError) as error:
+            convert.convert(weights, {"vovnet27_slim": ARCHS["vovnet27_slim"]})
+        assert name in str(error.value) and len(weights) - len(checkpoint) in (0, -1)
+        assert (name + "x" in str(error.value)) == (name + "x" in weights)
+
+
+@pytest.mark.parametrize("kind", ["authors", "pytorchcv", "timm"])
+def test_any_tensor_missing_or_renamed_is_named_by_timm(kind):
+    """Also where timm itself would not load strictly: other classes, features only."""
+    weights, net = published(kind), timm.create_model("vovnet27_slim", num_classes=5)
+    for name, fewer in broken(weights):
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            checkpoint_filter_fn(fewer, net)
+    name = list(weights)[40]
+    fewer = {key: x for key, x in weights.items() if key != name}
+    for options in ({}, dict(num_classes=5), dict(num_classes=0), dict(features_only=True), dict(in_chans=1)):
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            timm.create_model(
+                "vovnet27_slim", pretrained=True, pretrained_cfg_overlay=dict(state_dict=fewer), **options
+            )
+        timm.create_model("vovnet27_slim", pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights), **options)
+
+
+def test_any_tensor_missing_or_renamed_is_named_by_the_detector(tmp_path):
+    model = vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", num_classes=2, channels=64, num_convs=1)
+    weights = model.state_dict()
+    for name, fewer in broken(weights):
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            hub.load_strict(model, fewer, "test")
+    model.save_pretrained(tmp_path)
+    name = list(weights)[-1]
+    hub.write_safetensors({key: x for key, x in weights.items() if key != name}, tmp_path / hub.WEIGHTS)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        vovnet_zoo.FCOS.from_pretrained(tmp_path)
+
+
+def test_wrong_tensors_are_named(checkpoint):
+    name = next(key for key in checkpoint if "conv" in key)
+    for wrong in (torch.float16, torch.float64, torch.int32, torch.complex64):
+        with pytest.raises(ValueError, match="dtype: " + name.replace(".", r"\.")):
+            convert.convert({**checkpoint, name: checkpoint[name].to(wrong)}, ARCHS)
+    with pytest.raises(ValueError, match="not finite: " + name.replace(".", r"\.")):
+        convert.convert({**checkpoint, name: checkpoint[name] * torch.inf}, ARCHS)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        convert.convert({**checkpoint, name: "no tensor"}, ARCHS)
+
+
+def test_wrong_shape_is_named(form, checkpoint):
+    name = next(key for key in checkpoint if "conv" in key)
+    converted = convert.convert({**checkpoint, name: checkpoint[name][:-1]}, ARCHS)
+    if form == "authors_detector":
+        with pytest.raises(ValueError, match="shape: backbone.stem_0.conv.weight"):
+            build_converted(converted)
+    else:
+        with pytest.raises(RuntimeError, match="stem.0.conv.weight"):
+            timm.create_model(
+                "vovnet27_slim", pretrained=True, pretrained_cfg_overlay=dict(state_dict=converted.state_dict)
+            )
+
+
+@pytest.mark.parametrize("nonsense", [{}, {"a": torch.zeros(1)}, {1: torch.zeros(1)}, [1], None, {"model": {}}])
+def test_nonsense(nonsense):
+    with pytest.raises(ValueError):
+        convert.convert(nonsense, ARCHS)
+
+
+def test_optional_parts():
+    """Weights without classifier, and from before norms counted their batches."""
+    weights = published("authors")
+    bare = {key: x for key, x in weights.items() if "classifier" not in key and "num_batches" not in key}
+    converted = convert.convert(bare, ARCHS)
+    timm.create_model("vovnet27_slim", num_classes=0).load_state_dict(converted.state_dict, strict=True)
+    name = next(key for key in weights if "num_batches" in key)
+    with pytest.raises(ValueError, match=name):
+        convert.convert({key: x for key, x in weights.items() if key != name}, ARCHS)
+
+
+def test_fold_needs_positive_variances():
+    weights = published("authors_detector")
+    name = next(key for key in weights if key.endswith("running_var"))
+    with pytest.raises(ValueError, match="above 0"):
+        convert.convert({**weights, name: weights[name] * 0}, ARCHS)
+
+
+def test_fold_is_exact():
+    torch.manual_seed(0)
+    weight, var = torch.randn(512), torch.rand(512) * 10 ** torch.empty(512).uniform_(-9, 4)
+    folded, new_var = convert.fold_eps(weight, var, "var")
+    exact = weight.double() / var.double().sqrt()
+    ours = folded.double() / (new_var.double() + convert.FROZEN_EPS).sqrt()
+    error = ((ours - exact) / exact).abs()
+    assert error.median() < 1e-10 and error.max() < 1e-8
+
+
+def test_convert_imports_only_torch():
+    code = "import runpy, sys; runpy.run_path('convert.py'); print({'timm', 'safetensors'} & sys.modules.keys())"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(convert.__file__).parent, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "set()", result.stderr
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("kind", list(convert.FORMS))
+def test_convert_file(kind, tmp_path):
+    torch.save(published(kind), tmp_path / "published.pth")
+    convert.convert_file(tmp_path / "published.pth", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {hub.CONFIG, hub.WEIGHTS, hub.CARD}
+    card = (tmp_path / "out" / hub.CARD).read_text()
+    assert hub.hash_file(tmp_path / "published.pth") in card and str(tmp_path) not in card
+    if kind == "authors_detector":
+        model = vovnet_zoo.FCOS.from_pretrained(tmp_path / "out")
+        assert model.config["class_names"] == coco_class_names() and len(coco_class_names()) == 80
+    else:
+        model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+        assert json.loads((tmp_path / "out" / hub.CONFIG).read_text())["pretrained_cfg"]["label_offset"] == 0
+    assert all(x.isfinite().all() for x in model.state_dict().values())
+
+
+def test_convert_file_leaves_nothing_on_failure(tmp_path):
+    weights = published("authors")
+    name = list(weights)[0]
+    torch.save({**weights, name: weights[name][:-1]}, tmp_path / "published.pth")
+    with pytest.raises(ValueError, match="shape: stem.0.conv.weight"):
+        convert.convert_file(tmp_path / "published.pth", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["published.pth"]

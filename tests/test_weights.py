@@ -1,0 +1,381 @@
+"""Weights at a URL: the tables, downloads and their faults, and hostile files."""
+
+import http.server
+import io
+import pickle
+import random
+import sys
+import threading
+import urllib.error
+import zipfile
+from pathlib import Path
+
+import pytest
+import pytorchcv.models.vovnet
+import timm
+import torch
+
+import vovnet_zoo
+from vovnet_zoo import convert, detectors, hub, vovnet
+from vovnet_zoo.hub import Weights
+
+
+class FileServer(http.server.ThreadingHTTPServer):
+    """`files`: path -> content. `faults`: as many times "truncate", "refuse" or "corrupt" as there are."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), FileHandler)
+        self.url, self.files, self.faults, self.requests = f"http://127.0.0.1:{self.server_port}", {}, [], 0
+
+
+class FileHandler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests += 1
+        content = self.server.files.get(self.path.partition("?")[0])
+        fault = self.server.faults.pop(0) if self.server.faults else None
+        if content is None or fault == "refuse":
+            return self.send_error(404 if content is None else 403)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if fault == "corrupt":
+            content = (
+                content[: len(content) // 2]
+                + bytes([content[len(content) // 2] ^ 1])
+                + content[len(content) // 2 + 1 :]
+            )
+        self.wfile.write(content[: len(content) // 2] if fault == "truncate" else content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.delenv(hub.ORGANISATION_VARIABLE, raising=False)
+    server = FileServer()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return lambda: [path.name for path in tmp_path.glob("torch/hub/checkpoints/*")]
+
+
+def saved(value, **options):
+    file = io.BytesIO()
+    torch.save(value, file, **options)
+    return file.getvalue()
+
+
+def zipped(**members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def drawn(net):
+    """Norms as after some training, so that a slip in their order shows."""
+    torch.manual_seed(0)
+    for name, x in [*net.named_parameters(), *net.named_buffers()]:
+        if "running_var" in name or ("bn" in name and "weight" in name):
+            torch.nn.init.uniform_(x, 0.5, 1.5)
+        elif x.ndim == 1:
+            torch.nn.init.normal_(x, std=0.1)
+    return net.eval()
+
+
+# ---- the tables
+
+
+def test_tables():
+    rows = {**vovnet.WEIGHTS, **detectors.WEIGHTS}
+    assert {key.split(".")[0] for key in vovnet.WEIGHTS} == set(vovnet.model_cfgs)
+    assert {key.split(".")[0] for key in detectors.WEIGHTS} == set(detectors.DETECTORS)
+    for key, row in rows.items():
+        assert row.state in ("hub", "url", "gone", "unpublished"), key
+        assert bool(row.url) == (row.state in ("url", "gone")), key
+        assert row.state != "url" or (len(row.sha1) == 40 and row.sha1[:8] in row.url), key
+
+
+def test_default_tag_is_one_that_can_be_had():
+    for name in ("vovnet27_slim", "vovnet39", "vovnet57"):
+        assert timm.get_pretrained_cfg(name).tag == "pytorchcv_in1k" and timm.is_model_pretrained(name)
+    for name in ("vovnet75", "vovnet93"):
+        assert not timm.is_model_pretrained(name)
+
+
+@pytest.mark.parametrize("name", ["vovnet75", "vovnet93", "fcos_vovnet39_fpn", "fcos_vovnet75_fpn"])
+def test_unpublished_weights(name, monkeypatch):
+    monkeypatch.delenv(hub.ORGANISATION_VARIABLE, raising=False)
+    create = vovnet_zoo.create_detector if name.startswith("fcos") else timm.create_model
+    with pytest.raises(ValueError, match="published yet") as error:
+        create(name, pretrained=True)
+    message = str(error.value)
+    assert "vovnet-zoo convert" in message and hub.ORGANISATION_VARIABLE in message
+    assert ("train a preset" in message) == name.startswith("fcos")
+    assert ("vovnet39.pytorchcv_in1k" in message) != name.startswith("fcos")
+    assert ("dropbox" in message) == (name != "fcos_vovnet75_fpn")
+
+
+# ---- downloads
+
+
+@pytest.mark.parametrize("name, theirs", [("vovnet27_slim", "vovnet27s"), ("vovnet39", "vovnet39")])
+def test_pytorchcv_zip_through_timm(server, name, theirs):
+    """As upstream zips it; the same logits, and features, and another number of classes."""
+    net = drawn(getattr(pytorchcv.models.vovnet, theirs)())
+    server.files["/w-0564-63bfa613.pth.zip"] = zipped(**{"w-0564-63bfa613.pth": saved(net.state_dict())})
+    overlay = dict(url=f"{server.url}/w-0564-63bfa613.pth.zip")
+    ours = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    x = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        expected, found = net(x), ours(x)
+    assert (found - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
+    timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3)
+    features = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, features_only=True).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(features(x)[-1], ours.forward_features(x))
+    assert server.requests == 1  # then from the cache
+
+
+@pytest.fixture
+def slim(monkeypatch, server):
+    """Row and content of a zip on loopback; its sha1 is known."""
+    content = saved(timm.create_model("vovnet27_slim").state_dict())
+    server.files["/slim.pth.zip"] = zipped(**{"slim.pth": content})
+    (path := Path(torch.hub.get_dir()) / "x").parent.mkdir(parents=True)
+    path.write_bytes(content)
+    row = Weights("url", f"{server.url}/slim.pth.zip", hub.hash_file(path, "sha1"))
+    monkeypatch.setitem(vovnet.WEIGHTS, "vovnet27_slim.pytorchcv_in1k", row)
+    return row
+
+
+def load_slim():
+    url = vovnet.WEIGHTS["vovnet27_slim.pytorchcv_in1k"].url
+    return timm.create_model("vovnet27_slim", pretrained=True, pretrained_cfg_overlay=dict(url=url))
+
+
+def test_table_row(slim, server):
+    load_slim()
+    load_slim()
+    assert server.requests == 1
+    with pytest.raises(ValueError, match="expected " + "0" * 40):
+        hub.fetch(slim.url, "0" * 40)
+
+
+@pytest.mark.parametrize(
+    "fault, error, message",
+    [("truncate", OSError, "broke off"), ("refuse", OSError, "403"), ("corrupt", ValueError, "slim.pth.zip")],
+)
+def test_faulty_download(slim, server, cache, fault, error, message):
+    server.faults = [fault]
+    with pytest.raises(error, match=message):
+        load_slim()
+    assert not cache()
+    load_slim()
+    assert len(cache()) == 1
+
+
+def test_wrong_hash(slim, server, cache):
+    good = server.files["/slim.pth.zip"]
+    server.files["/slim.pth.zip"] = zipped(**{"slim.pth": saved(timm.create_model("vovnet27_slim").state_dict())})
+    with pytest.raises(ValueError, match="sha1"):
+        load_slim()
+    assert not cache()
+    server.files["/slim.pth.zip"] = good
+    load_slim()
+
+
+def test_server_not_there(slim, server, cache, monkeypatch):
+    monkeypatch.setattr(hub, "urlopen", lambda *args, **kwargs: (_ for _ in ()).throw(urllib.error.URLError("refused")))
+    with pytest.raises(ConnectionError, match="slim.pth.zip.*refused"):
+        load_slim()
+    assert not cache()
+
+
+def test_damage_in_the_cache_is_downloaded_again(slim, server, tmp_path, cache):
+    load_slim()
+    (name,) = cache()
+    path = tmp_path / "torch" / "hub" / "checkpoints" / name
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:5000] + b"x" + whole[5001:], b""):
+        path.write_bytes(damaged)
+        load_slim()
+        assert path.read_bytes() == whole
+    assert server.requests == 4
+
+
+def test_detector_at_a_url(server, monkeypatch):
+    """By its full name, converted on the way."""
+    sys.path.insert(0, str(Path(__file__).parent / "golden"))
+    from deterministic_weights import load_table, state_dict_from_table
+
+    published = state_dict_from_table(load_table(Path(__file__).parent / "golden" / "keys_fcos_v27.json"))
+    server.files["/d.pth"] = saved({"model": {f"module.{key}": x for key, x in published.items()}})
+    key = "fcos_vovnet27_slim_fpn.fcos_1x_coco"
+    monkeypatch.setitem(detectors.WEIGHTS, key, Weights("gone", f"{server.url}/d.pth?dl=1"))
+    with pytest.raises(ValueError, match="published yet"):
+        vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", pretrained=True)
+    model = vovnet_zoo.create_detector(key, pretrained=True)
+    assert model.config["centerness_on"] == "cls" and model.config["class_names"][0] == "person"
+    with pytest.raises(ValueError, match="distance='exp', not 'relu'"):
+        vovnet_zoo.create_detector(key, pretrained=True, variant="improved")
+
+
+# ---- hostile files
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_pickle_that_wants_code_is_refused(server, tmp_path, cache, old_format):
+    state_dict = {**timm.create_model("vovnet27_slim").state_dict(), "x": Evil(str(tmp_path / "ran"))}
+    content = saved(state_dict, _use_new_zipfile_serialization=not old_format)
+    (tmp_path / "evil.pth").write_bytes(content)
+    server.files["/evil.pth"], server.files["/evil.zip"] = content, zipped(**{"evil.pth": content})
+    for load in (
+        lambda: hub.read_checkpoint(tmp_path / "evil.pth"),
+        lambda: convert.convert_file(tmp_path / "evil.pth", tmp_path / "out"),
+        lambda: timm.create_model(
+            "vovnet27_slim", pretrained=True, pretrained_cfg_overlay=dict(url=f"{server.url}/evil.pth")
+        ),
+        lambda: timm.create_model(
+            "vovnet27_slim", pretrained=True, pretrained_cfg_overlay=dict(url=f"{server.url}/evil.zip")
+        ),
+    ):
+        with pytest.raises(ValueError, match="would run (io|_io|builtins|__builtin__).open, which is refused"):
+            load()
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists() and not cache()
+
+
+def test_plain_pickle_that_wants_code_is_refused(tmp_path):
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"x": Evil(str(tmp_path / "ran"))}))
+    with pytest.raises(ValueError, match="evil.pth"):
+        hub.read_checkpoint(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../w.pth", "/tmp/w.pth", "a/w.pth", "..\\w.pth", "C:w.pth", ".."])
+def test_path_in_a_zip_is_refused(server, tmp_path, cache, name):
+    content = zipped(**{name: saved({"a": torch.zeros(1)})})
+    server.files["/w.zip"] = content
+    with pytest.raises(ValueError, match="refused"):
+        hub.fetch(f"{server.url}/w.zip")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "w.zip").write_bytes(content)
+    with pytest.raises(ValueError, match="refused"):
+        hub.read_checkpoint(tmp_path / "inner" / "w.zip")
+    assert not cache() and [path.name for path in (tmp_path / "inner").iterdir()] == ["w.zip"]
+    assert not (tmp_path / "w.pth").exists() and not Path("/tmp/w.pth").exists()
+
+
+def test_link_and_several_files_in_a_zip_are_refused(tmp_path):
+    info = zipfile.ZipInfo("w.pth")
+    info.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
+        archive.writestr(info, "/etc/passwd")
+    with pytest.raises(ValueError, match="link"):
+        hub.read_checkpoint(tmp_path / "link.zip")
+    (tmp_path / "two.zip").write_bytes(zipped(a=b"1", b=b"2"))
+    with pytest.raises(ValueError, match="a zip of 2 files"):
+        hub.read_checkpoint(tmp_path / "two.zip")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A detector as small as one can be, and a small classifier's checkpoint."""
+    model = vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", num_classes=1, channels=64, num_convs=1)
+    weights = {name: x for name, x in model.state_dict().items()}
+    return model, weights
+
+
+def mutations(content, seed, count):
+    """Cut, flipped, overwritten and lengthened."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        data, kind = bytearray(content), draw.choice(["cut", "flip", "flip", "header", "zero", "more"])
+        at = draw.randrange(len(data))
+        if kind == "cut":
+            del data[at:]
+        elif kind == "flip":
+            data[at] ^= 1 << draw.randrange(8)
+        elif kind == "header":
+            data[draw.randrange(min(4000, len(data)))] ^= 1 << draw.randrange(8)
+        elif kind == "zero":
+            data[at : at + 64] = bytes(len(data[at : at + 64]))
+        else:
+            data += draw.randbytes(draw.randrange(1, 300))
+        yield kind, bytes(data)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("form", ["folder", "pth", "zip"])
+def test_fuzz(tiny, tmp_path, form):
+    """A damaged file is refused, or holds what was saved; it never loads otherwise, and never runs code."""
+    model, weights = tiny
+    if form == "folder":
+        model.save_pretrained(tmp_path)
+        file, load = tmp_path / hub.WEIGHTS, lambda: vovnet_zoo.FCOS.from_pretrained(tmp_path).state_dict()
+    else:
+        weights = {name: x for name, x in weights.items() if x.numel() < 5000}
+        file, load = tmp_path / "w.pth", lambda: hub.read_checkpoint(tmp_path / "w.pth")
+        torch.save(weights, file)
+        if form == "zip":
+            file.write_bytes(zipped(**{"w.pth": file.read_bytes()}))
+    content, refused = file.read_bytes(), 0
+    for kind, damaged in mutations(content, seed=0, count=30 if form == "folder" else 150):
+        file.write_bytes(damaged)
+        try:
+            found = load()
+        except ValueError as error:
+            assert str(tmp_path) in str(error) and len(str(error)) < 5000
+            refused += 1
+        else:
+            assert equal(found, weights), f"{kind}: loaded otherwise"
+    assert refused > 15
+
+
+def test_fuzz_tensors(tiny):
+    """Wrong dtypes, shapes, extra and missing names, each named."""
+    model, weights = tiny
+    draw, names = random.Random(0), list(weights)
+    for _ in range(100):
+        name = draw.choice(names)
+        x = weights[name]
+        kind, key = draw.choice(["dtype", "shape", "extra"]), name
+        if kind == "extra":
+            key, changed = f"{name}.{draw.randrange(9)}", x
+        elif kind == "dtype":
+            changed = x.to(draw.choice([torch.float16, torch.float64, torch.int32, torch.complex64, torch.bool]))
+        else:
+            changed = draw.choice([x[None], x.reshape(-1)[: max(1, x.numel() - 1)]])
+        if key == name and (changed.shape, changed.dtype) == (x.shape, x.dtype):
+            continue
+        with pytest.raises(ValueError, match="nothing was loaded") as error:
+            hub.load_strict(model, {**weights, key: changed}, "fuzzed")
+        assert key in str(error.value)
+
+
+def test_no_pickle_is_written_and_none_read_with_code():
+    """By reading the sources."""
+    sources = "\n".join(path.read_text() for path in Path(hub.__file__).parent.glob("*.py"))
+    assert "torch.save(" not in sources and "import pickle" not in sources and "weights_only=False" not in sources
+    assert sources.count("torch.load(") == sources.count("weights_only=True") == 1

@@ -1,0 +1,159 @@
+"""The command `vovnet-zoo`: `predict`, `convert` and `publish`, thin over the library."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from . import convert, hub, inference
+from .detectors import DETECTORS, create_detector
+from .draw import draw_detections
+from .fcos import FCOS
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Detect objects in images: a picture for each, and detections.json."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files."""
+    model: str
+    """Folder of a saved detector, its name on the Hub, or a name of create_detector(..., pretrained=True)."""
+    out: Path
+    """Folder for the results."""
+    score: float = 0.3
+    """Leave out detections that score less."""
+    device: str = "cpu"
+    """torch device."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert a published checkpoint (.pth) to safetensors, a configuration and a model card, and verify it."""
+
+    file: tyro.conf.Positional[Path]
+    """The authors' detector or classifier, or pytorchcv's; also in a zip."""
+    out: tyro.conf.Positional[Path]
+    """Folder to make."""
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Verify a detector or backbone, and push it to the Hub with a model card."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder of a saved model, or a published checkpoint (.pth), which is converted first."""
+    repo_id: tyro.conf.Positional[str]
+    """organisation/name; made if it is not there."""
+    run: Path | None = None
+    """Folder of the training run, for the card; default: the folder around SOURCE, if it is one."""
+    license: str | None = None
+    """Of the weights, as the Hub abbreviates it; default: what is known of them."""
+    private: bool = False
+    """Make a private repository."""
+    token: str | None = None
+    """Access token; default: that of `hf auth login` or HF_TOKEN."""
+    branch: str | None = None
+    """Branch to push to; default: main."""
+    create_pr: bool = False
+    """Open a pull request instead."""
+
+
+def main() -> None:
+    """Errors of the user's go to stderr without a traceback, with exit status 2."""
+    command = tyro.cli(
+        Annotated[Predict, tyro.conf.subcommand("predict")]
+        | Annotated[Convert, tyro.conf.subcommand("convert")]
+        | Annotated[Publish, tyro.conf.subcommand("publish")],
+        prog="vovnet-zoo",
+        description="VoVNet backbones and FCOS detectors.",
+    )
+    try:
+        {Predict: predict, Convert: convert_, Publish: publish}[type(command)](command)
+    except (ValueError, OSError) as error:
+        print(f"vovnet-zoo: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def predict(command: Predict) -> None:
+    if command.model.split(".")[0] in DETECTORS and not Path(command.model).is_dir():
+        model = create_detector(command.model, pretrained=True)
+    else:
+        model = FCOS.from_pretrained(command.model)
+    model.to(command.device)
+    names = model.config["class_names"]
+
+    command.out.mkdir(parents=True, exist_ok=True)
+    rows, taken = [], set()
+    for path in command.images:
+        image = inference.to_rgb(path)
+        # a score is the root of class probability times centerness, so nothing below score**2 can reach it
+        (found,) = inference.predict(model, [image], score_threshold=command.score**2)
+        found = {key: value[found["scores"] >= command.score] for key, value in found.items()}
+        picture = command.out / f"{unique(path.stem, taken)}.png"
+        draw_detections(image, found, names, command.score).save(picture)
+        rows.append({"image": str(path), "picture": picture.name, **{key: x.tolist() for key, x in found.items()}})
+        if names:
+            rows[-1]["names"] = [names[label] for label in rows[-1]["labels"]]
+        print(f"{path}: {len(found['scores'])} detections, {picture}")
+    (command.out / "detections.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def unique(stem: str, taken: set[str]) -> str:
+    """`stem`, or with a number that tells it from those taken."""
+    name, number = stem, 2
+    while name in taken:
+        name, number = f"{stem}_{number}", number + 1
+    taken.add(name)
+    return name
+
+
+def convert_(command: Convert) -> None:
+    convert.convert_file(command.file, command.out)
+    print(f"{command.out}: converted, loaded and run; what is known of it is in {command.out / hub.CARD}")
+
+
+def publish(command: Publish) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = command.source
+        if not folder.is_dir():
+            folder = Path(temporary) / "converted"
+            convert.convert_file(command.source, folder)
+        facts = {"repo_id": command.repo_id, **training_facts(command.run or command.source.resolve().parent)}
+        if command.license:
+            facts["license"] = command.license
+        url = hub.push(
+            command.repo_id,
+            folder,
+            convert.card(folder, **facts),
+            private=command.private,
+            token=command.token,
+            branch=command.branch,
+            create_pr=command.create_pr,
+        )
+    print(url)
+
+
+def training_facts(run: Path) -> dict[str, str]:
+    """What the run folder of recipes/train_coco.py tells of a training; {} if it is none."""
+    if not (run / "run.json").is_file():
+        return {}
+    about = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    scores = max((row for row in rows if "AP" in row), key=lambda row: row["AP"], default={})
+    return {
+        "measured": ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if key.startswith("AP")),
+        "training_command": " ".join(map(str, about["command"])),
+        "training_versions": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
+        "training_machine": str(about["machine"]),
+    }
+
+
+if __name__ == "__main__":
+    main()

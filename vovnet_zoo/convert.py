@@ -1,0 +1,281 @@
+"""Published checkpoints -> our state dicts: pure maps of names and tensors, then `vovnet-zoo convert`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+FORMS = {
+    "authors": "the authors' classifier",
+    "authors_detector": "the authors' FCOS detector",
+    "pytorchcv": "pytorchcv's classifier",
+    "timm": "timm's VovNet",
+}
+LEVELS = 5  # P3..P7
+# The authors' detectors take BGR pixels in 0..255 less this mean (BGR order), divided by 1.
+BGR_MEAN = (102.9801, 115.9465, 122.7717)
+FROZEN_EPS = 1e-5  # added to the variance by timm's frozen norm, not by the authors'
+
+
+class Converted(NamedTuple):
+    """What a published checkpoint holds."""
+
+    form: str  # a key of FORMS
+    arch: str  # the backbone's name
+    state_dict: dict[str, Tensor]  # of timm's VovNet, or of FCOS for "authors_detector"
+    config: dict  # arguments of FCOS that the tensors tell; {} for a classifier
+
+
+def convert(checkpoint: Mapping, archs: Mapping[str, Sequence[int]]) -> Converted:
+    """Rename every tensor of a checkpoint, and fold the detectors' input and norms so that outputs stay the same.
+
+    Args:
+        checkpoint: a state dict, or a training checkpoint with one under "model" or "state_dict"; names may all begin
+            with "module." or "model.".
+        archs: blocks per stage of each backbone that may be meant.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, not float32 or not finite (each is named), or the names are those
+            of no known format. Shapes are left to the model that loads the result.
+    """
+    weights = unwrap(checkpoint)
+    tables = {(form, arch): names(form, archs[arch]) for form, arch in itertools.product(FORMS, archs)}
+    form, arch = min(tables, key=lambda choice: len(weights.keys() ^ tables[choice].keys()))
+    table = tables[form, arch]
+    if not weights.keys() & table.keys():
+        raise ValueError(f"no known format: expected {', '.join(FORMS.values())}; the names begin {list(weights)[:3]}")
+
+    missing = table.keys() - weights.keys()
+    for optional in ("head.fc.", "num_batches_tracked"):  # all or none of these
+        group = {name for name, ours in table.items() if optional in ours}
+        if group <= missing:
+            missing -= group
+    problems = [f"missing: {name} (ours: {table[name]})" for name in missing]
+    problems += [f"unexpected: {name}" for name in weights.keys() - table.keys()]
+    for name, tensor in weights.items():
+        wanted = torch.int64 if name.endswith("num_batches_tracked") else torch.float32
+        if tensor.dtype != wanted:
+            problems.append(f"dtype: {name} is {tensor.dtype}, expected {wanted}")
+    problems = problems or [f"not finite: {name}" for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:20])
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"not a whole checkpoint of {FORMS[form]}, {arch}:\n  {shown}{more}")
+
+    ours = {table[name]: tensor for name, tensor in weights.items()}
+    if form != "authors_detector":
+        for name in [name for name in ours if name.endswith("running_var")]:
+            ours.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+        return Converted(form, arch, ours, {})
+
+    ours["head.scales"] = torch.cat([ours.pop(f"head.scales.{level}") for level in range(LEVELS)])
+    ours["backbone.stem_0.conv.weight"] = ours["backbone.stem_0.conv.weight"].flip(1)  # BGR -> RGB
+    for name in [name for name in ours if name.endswith("running_var")]:
+        scale = name.replace("running_var", "weight")
+        ours[scale], ours[name] = fold_eps(ours[scale], ours[name], name)
+    config = dict(
+        backbone=arch,
+        num_classes=len(ours["head.cls_logits.bias"]),
+        image_mean=[mean / 255 for mean in reversed(BGR_MEAN)],
+        image_std=[1 / 255] * 3,
+    )
+    return Converted(form, arch, ours, config)
+
+
+def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
+    """The state dict of a training checkpoint, its names without the "module." or "model." that all of them have.
+
+    Raises:
+        ValueError: there is none, or something else beside it holds tensors and is not the state of the training.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"a checkpoint is a dict of tensors, not a {type(checkpoint).__name__}")
+    beside = ("optimizer", "scheduler", "lr_scheduler")
+    for key in ("model", "state_dict"):
+        if isinstance(checkpoint.get(key), Mapping):
+            others = [other for other in checkpoint if other != key and other not in beside]
+            if extra := [str(other) for other in others if _holds_tensors(checkpoint[other])]:
+                raise ValueError(f"tensors beside {key!r} that nothing uses: {', '.join(extra)}")
+            return unwrap(checkpoint[key])
+    if wrong := [str(key) for key, value in checkpoint.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"a state dict holds tensors only, but these are none: {', '.join(wrong[:20])}")
+    if wrong := [repr(key) for key in checkpoint if not isinstance(key, str)]:
+        raise ValueError(f"a state dict has names as keys, not {', '.join(wrong[:20])}")
+    weights = dict(checkpoint)
+    for prefix in ("module.", "model."):
+        if weights and all(name.startswith(prefix) for name in weights):
+            return unwrap({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
+    return weights
+
+
+def _holds_tensors(value) -> bool:
+    if isinstance(value, Mapping):
+        return any(_holds_tensors(item) for item in value.values())
+    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensors, value)))
+
+
+def names(form: str, blocks: Sequence[int]) -> dict[str, str]:
+    """Published name -> our name of every tensor of a network with so many `blocks` per stage."""
+    table = {}
+    for authors, pytorchcv, ours in _layers(blocks):
+        conv, norm = {
+            "authors": (f"{authors}/conv", f"{authors}/norm"),
+            "authors_detector": (f"{authors}/conv", f"{authors}/norm"),
+            "pytorchcv": (f"{pytorchcv}.conv", f"{pytorchcv}.bn"),
+            "timm": (f"{ours}.conv", f"{ours}.bn"),
+        }[form]
+        table[f"{conv}.weight"] = f"{ours}.conv.weight"
+        for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            if form != "authors_detector" or part != "num_batches_tracked":
+                table[f"{norm}.{part}"] = f"{ours}.bn.{part}"
+    if form == "authors_detector":
+        table = {f"backbone.body.{theirs}": f"backbone.{feature_name(ours)}" for theirs, ours in table.items()}
+        return table | dict(_detector_names())
+    classifier = {"authors": "classifier", "pytorchcv": "output", "timm": "head.fc"}[form]
+    return table | {f"{classifier}.{part}": f"head.fc.{part}" for part in ("weight", "bias")}
+
+
+def feature_name(name: str) -> str:
+    """timm's name of a tensor of a classifier -> its name in `create_model(..., features_only=True)`."""
+    return re.sub(r"^(stem|stages)\.(\d)", r"\1_\2", name)
+
+
+def _layers(blocks: Sequence[int]) -> Iterator[tuple[str, str, str]]:
+    """The authors', pytorchcv's and timm's name of each convolution with its norm, from the stem on."""
+    for i in range(3):
+        yield f"stem.stem_{i + 1}", f"features.init_block.conv{i + 1}", f"stem.{i}"
+    for stage, count in enumerate(blocks):
+        for block in range(count):
+            osa = f"OSA{stage + 2}_{block + 1}"
+            authors = f"stage{stage + 2}.{osa}"
+            pytorchcv = f"features.stage{stage + 1}.unit{block + 1}"
+            timm = f"stages.{stage}.blocks.{block}"
+            for i in range(5):
+                yield f"{authors}.layers.{i}.{osa}_{i}", f"{pytorchcv}.branches.branch{i + 1}", f"{timm}.conv_mid.{i}"
+            yield f"{authors}.concat.{osa}_concat", f"{pytorchcv}.concat_conv", f"{timm}.conv_concat"
+
+
+def _detector_names() -> Iterator[tuple[str, str]]:
+    """Published and our name of each tensor of the detectors' FPN and head; the scales come one by one."""
+    modules = {}
+    for i in range(3):
+        modules[f"backbone.fpn.fpn_inner{i + 2}"] = f"fpn.inner_blocks.{i}.0"
+        modules[f"backbone.fpn.fpn_layer{i + 2}"] = f"fpn.layer_blocks.{i}.0"
+    for p in ("p6", "p7"):
+        modules[f"backbone.fpn.top_blocks.{p}"] = f"fpn.extra_blocks.{p}"
+    for i in range(4):
+        for layer in (3 * i, 3 * i + 1):  # convolution, GroupNorm
+            modules[f"rpn.head.cls_tower.{layer}"] = f"head.cls_tower.{layer}"
+            modules[f"rpn.head.bbox_tower.{layer}"] = f"head.box_tower.{layer}"
+    modules["rpn.head.cls_logits"] = "head.cls_logits"
+    modules["rpn.head.bbox_pred"] = "head.box_distances"
+    modules["rpn.head.centerness"] = "head.centerness"
+    for theirs, ours in modules.items():
+        for part in ("weight", "bias"):
+            yield f"{theirs}.{part}", f"{ours}.{part}"
+    for level in range(LEVELS):
+        yield f"rpn.head.scales.{level}.scale", f"head.scales.{level}"
+
+
+def fold_eps(weight: Tensor, var: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Weight and variance [C] that give with eps the scale that these give without: `weight / sqrt(var)`.
+
+    The variance becomes one near `var - eps`. Which one is free, so of 1001 neighbours the one is taken whose weight
+    is least changed by rounding to float32: the scale is then right to about 1e-10, not 1e-7, and training in float64
+    follows the published numbers.
+    """
+    if (var <= 0).any():
+        raise ValueError(f"{name}: a norm without eps needs variances above 0, the least is {var.min().item()}")
+    near = (var.double() - FROZEN_EPS).clamp(min=FROZEN_EPS).float()
+    neighbours = (near.view(torch.int32)[:, None] + torch.arange(-500, 501, dtype=torch.int32)).view(torch.float32)
+    exact = weight.double()[:, None] * ((neighbours.double() + FROZEN_EPS) / var.double()[:, None]).sqrt()  # [C,1001]
+    best = (exact.float() - exact).abs().argmin(1, keepdim=True)
+    return exact.gather(1, best)[:, 0].float(), neighbours.gather(1, best)[:, 0]
+
+
+# ---- the command `vovnet-zoo convert`
+
+
+def convert_file(file: str | Path, out: str | Path) -> None:
+    """Convert a published checkpoint to a folder of `model.safetensors`, `config.json` and `README.md`.
+
+    A detector's folder is for `FCOS.from_pretrained`, a classifier's for `timm.create_model("local-dir:FOLDER",
+    pretrained=True)`, which works without this package too. The folder appears once `card` found it in order.
+
+    Raises:
+        ValueError: the file is damaged, wants to run code, or is none of `FORMS`, or a tensor does not fit.
+    """
+    from . import detectors, hub, vovnet
+
+    file, out = Path(file), Path(out)
+    with hub.unwrapped(file, str(file)) as checkpoint_file:
+        checkpoint = hub.read_checkpoint(checkpoint_file, str(file))
+        sha1, sha256 = hub.hash_file(checkpoint_file, "sha1"), hub.hash_file(checkpoint_file)
+    try:
+        converted = convert(checkpoint, detectors.archs())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    source = {"converted_from": f"{file.name}, {FORMS[converted.form]}, sha256 {sha256}"}
+    for name, weights in vovnet.WEIGHTS.items():
+        if weights.sha1 == sha1:
+            source |= {"known_as": name, "published_score": weights.score, "license": weights.license}
+    with hub.staged(out) as folder:
+        if converted.config:
+            model = detectors.build_converted(converted)
+            config = model.config
+        else:
+            model, config = vovnet.build_for_timm(converted.arch, converted.state_dict)
+        (folder / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        hub.write_safetensors(model.state_dict(), folder / hub.WEIGHTS, **{"license": "unknown", **source})
+        (folder / hub.CARD).write_text(str(card(folder, repo_id=f"organisation/{out.name}")), encoding="utf-8")
+
+
+def card(folder: str | Path, **facts: str) -> ModelCard:
+    """Load the model in a folder strictly, run it, and write down what is known of it and the further `facts`.
+
+    `ValueError` if it cannot be loaded, or an output is not finite.
+    """
+    import timm
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from . import hub
+    from .fcos import FCOS
+
+    folder = Path(folder)
+    if not (folder / hub.CONFIG).is_file():
+        raise ValueError(f"{folder} has no {hub.CONFIG}: is it the folder of a saved model?")
+    architecture = hub.read_json(folder / hub.CONFIG).get("architecture")
+    if architecture is None:
+        model = FCOS.from_pretrained(folder)
+        size = [-(-side // 32) * 32 for side in (model.config["min_size"], model.config["max_size"])]
+    else:
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        size = model.pretrained_cfg["input_size"][-2:]
+    with torch.inference_mode():
+        outputs = model(torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
+        if not all(x.isfinite().all() for x in (outputs if architecture is None else [outputs])):
+            raise ValueError(f"{folder}: the model runs, but not all its outputs are finite; is a tensor damaged?")
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            model.to("meta")(torch.empty(1, 3, *size))
+    flops, metadata = counter.get_total_flops(), hub.read_metadata(folder / hub.WEIGHTS)
+    known = {
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "compute": f"{flops / 1e9:.1f} GFLOPs ({flops / 2e9:.1f} GMACs) at {size[0]}x{size[1]}",
+        **{key: text for key, text in metadata.items() if key not in ("format", "sha256")},
+        "sha256_of_model.safetensors": hub.hash_file(folder / hub.WEIGHTS),
+        **facts,
+    }
+    if architecture is None:
+        return model.generate_model_card(**known)
+    known["architecture"] = f"{model.pretrained_cfg['tag']}: timm's {architecture} with the model_args of config.json"
+    return hub.model_card(known, hub.BACKBONE_CARD)
