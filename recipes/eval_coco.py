@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 import tyro
-from runtime import log, process_group
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from runtime import log, process_group
 from vovnet_zoo import FCOS, predict
 from vovnet_zoo.coco_eval import evaluate as score
 from vovnet_zoo.coco_eval import format_table, gather_results, to_coco_results

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from presets import TrainConfig
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from presets import TrainConfig
 from vovnet_zoo import FCOS
 
 

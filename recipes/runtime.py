@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dataclasses
 import json
@@ -84,34 +83,35 @@ def barrier() -> None:
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGINT (Ctrl-C) instead of dying of them, so that a step can be finished and saved."""
+    """While it is open, SIGTERM and SIGINT (Ctrl-C) are remembered instead of died of, so that a step can be finished
+    and saved. A second one means it. `received` is the number of the signal, or 0."""
 
-    def __init__(self):
-        self.received = 0
-        atexit.register(_kill_workers)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+    received = 0
+
+    def __enter__(self) -> StopSignal:
+        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
 
     def _remember(self, number: int, frame) -> None:
-        if self.received:  # a second one means it
+        if self.received:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.received = number
 
+    def __exit__(self, *error) -> None:
+        """Ends the workers too: at its exit, Python would send those left over a SIGTERM, and wait for ever."""
+        watch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would take it for an accident
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+        for number, handler in {**self._before, signal.SIGCHLD: watch}.items():
+            signal.signal(number, handler)
+
 
 def ignore_stop_signals(worker_id: int) -> None:
-    """For data loading workers: the process they work for says when they stop.
-
-    At its exit it would wait for ever for workers that ignore SIGTERM: `StopSignal` has them killed.
-    """
+    """For data loading workers: the process they work for says when they stop."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-def _kill_workers() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would take it for an accident
-    for worker in multiprocessing.active_children():
-        worker.kill()
 
 
 class RunLog:

@@ -7,7 +7,6 @@ import hashlib
 
 from presets import TrainConfig
 from runtime import log
-
 from vovnet_zoo.data import CocoDataset
 
 # Fields that do not change what is computed, beyond rounding.

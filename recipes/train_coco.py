@@ -11,11 +11,15 @@ import functools
 import json
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
 from checkpoint import load_checkpoint, save_checkpoint
 from eval_coco import evaluate
 from optim import create_optimizer, set_lr
@@ -33,11 +37,6 @@ from runtime import (
 )
 from same_run import describe_run, refuse_changes
 from shapes import make_shapes
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
 from vovnet_zoo import FCOS, FCOSLoss, create_detector
 from vovnet_zoo.coco_eval import format_table
 from vovnet_zoo.data import CocoDataset, Skipped, TrainSampler, collate, find_split, normalize, train_transforms
@@ -46,12 +45,11 @@ from vovnet_zoo.fcos import make_points
 
 def main(config: TrainConfig) -> dict | None:
     """Run `config`; returns the last evaluation on rank 0, None on the others."""
-    with process_group(config.device) as (rank, world_size, device):
-        return train(config, rank, world_size, device)
+    with process_group(config.device) as (rank, world_size, device), StopSignal() as stop:
+        return train(config, rank, world_size, device, stop)
 
 
-def train(config: TrainConfig, rank: int, world_size: int, device: torch.device) -> dict | None:
-    stop = StopSignal()
+def train(config: TrainConfig, rank: int, world_size: int, device: torch.device, stop: StopSignal) -> dict | None:
     if config.draw_shapes:
         if rank == 0:
             make_shapes(config.data)
@@ -75,6 +73,9 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
     optimizer = create_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler, **({"ema": averaged} if ema else {})}
+
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    statistics = [x for m in norms for x in m.buffers()]  # which a forward pass changes
 
     # `progress` and the states of `stateful` are all that a run remembers
     progress = {"step": 0, "best": -1.0, "metrics": None, "train_seconds": 0.0, "not_finite": 0}
@@ -105,6 +106,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
         lr = set_lr(optimizer, config, step)
         torch.manual_seed(seed_of(config.seed, step, rank))  # drop path and the like: without history
 
+        kept = [x.clone() for x in statistics]
         losses, stopping = backward(model, criterion, scaler, parts, config, stop)
         all_reduce_gradients(model)
         scaler.unscale_(optimizer)
@@ -116,6 +118,8 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device)
                 ema.update(model, step=step + 1)
             progress["not_finite"] = 0
         else:
+            for x, before in zip(statistics, kept, strict=True):
+                x.copy_(before)
             skip_step(config, step, rank, parts, losses, grad_norm, progress)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -190,7 +194,7 @@ def backward(
     normalizers = all_reduce(sum(criterion.normalizers(target) for target in targets))
 
     totals = torch.zeros(3, device=device)
-    for part in parts:
+    for part, target in zip(parts, targets, strict=True):
         images = nn.functional.pad(
             part["images"], (0, width - part["images"].shape[-1], 0, height - part["images"].shape[-2])
         )
@@ -198,7 +202,7 @@ def backward(
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.bfloat16}[config.precision]
         with torch.autocast(device.type, dtype, enabled=config.precision != "float32"):
             preds = model(images.to(memory_format=torch.channels_last))
-        losses = criterion(preds, part["boxes"], part["labels"], normalizers)
+        losses = criterion.compare(preds, target, normalizers)
         scaler.scale(sum(losses.values())).backward()
         totals += torch.stack([x.detach() for x in losses.values()])
     return dict(zip(losses, all_reduce(totals).tolist(), strict=True)), stopping

@@ -9,6 +9,7 @@ from PIL import Image
 
 import vovnet_zoo
 from vovnet_zoo import cli, hub
+from vovnet_zoo import weights as published
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_predict(run, folder, images, tmp_path):
 )
 def test_errors_of_the_users(run, folder, images, tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(hub.ORGANISATION_VARIABLE, raising=False)
+    monkeypatch.delenv(published.ORGANISATION_VARIABLE, raising=False)
     image, model = change.get("image", images[0]), change.get("model", folder)
     status, _, err = run("predict", image, "--model", model, "--out", tmp_path / "out")
     assert status == 2 and message in err and "Traceback" not in err
@@ -104,10 +105,25 @@ def test_convert(run, tmp_path):
 
 
 def test_training_facts(tmp_path):
-    assert cli.training_facts(tmp_path) == {}
-    about = dict(command=["train_coco.py", "finetune"], versions={"torch": "2.15"}, machine="x86, 2 cores")
-    (tmp_path / "run.json").write_text(json.dumps(about))
+    assert cli.training_facts(tmp_path, "best") == {}
+    start = dict(command=["recipes/train_coco.py", "finetune"], versions={"torch": "2.15"}, machine="x86, 2 cores")
+    (tmp_path / "run.json").write_text(json.dumps({"starts": [start]}))
     rows = [dict(step=0, loss=1.0), dict(step=1, AP=0.25, AP50=0.5), dict(step=2, AP=0.125, AP50=0.6)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    facts = cli.training_facts(tmp_path)
+    assert cli.training_facts(tmp_path, "last")["measured"] == "AP 0.125, AP50 0.600"
+    facts = cli.training_facts(tmp_path, "best")
     assert facts["measured"] == "AP 0.250, AP50 0.500" and facts["training_command"] == "train_coco.py finetune"
+
+
+def test_check_data(tiny_coco, tmp_path, monkeypatch, capsys):
+    report = tmp_path / "report.json"
+    for damage, status in ((False, 0), (True, 1)):
+        if damage:
+            (tiny_coco / "train" / "2.png").write_bytes(b"")
+        monkeypatch.setattr(
+            sys, "argv", ["vovnet-zoo", "check-data", str(tiny_coco), "--workers", "0", "--json", str(report)]
+        )
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == status and json.loads(report.read_text())["ok"] is (not damage)
+    assert "2.png" in capsys.readouterr().out

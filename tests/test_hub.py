@@ -17,6 +17,7 @@ from huggingface_hub import constants
 
 import vovnet_zoo
 from vovnet_zoo import cli, hub
+from vovnet_zoo import weights as published
 
 ROOT = Path(__file__).parents[1]
 REPO = "someone/fcos-tiny"
@@ -289,7 +290,7 @@ def test_publish_a_training(model, server, tmp_path, monkeypatch, capsys):
     """The card has what the run folder knows; a damaged model is not pushed."""
     model.save_pretrained(tmp_path / "run" / "best")
     about = dict(command=["train_coco.py", "finetune"], versions={"torch": "2.15"}, machine="x86, 2 cores")
-    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"starts": [about]}))
     (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(dict(step=1, AP=0.25, AP50=0.5)) + "\n")
     arguments = ["vovnet-zoo", "publish", str(tmp_path / "run" / "best"), REPO, "--private", "--token", TOKEN]
     monkeypatch.setattr("sys.argv", arguments)
@@ -311,7 +312,7 @@ def test_publish_a_training(model, server, tmp_path, monkeypatch, capsys):
 def test_weights_of_ones_own_organisation(model, server, monkeypatch, tmp_path):
     """What the tables name is taken from there, and the error where it is not says so."""
     full = vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", variant="published")
-    monkeypatch.setenv(hub.ORGANISATION_VARIABLE, "someone")
+    monkeypatch.setenv(published.ORGANISATION_VARIABLE, "someone")
     with pytest.raises(OSError, match="someone/fcos_vovnet27_slim_fpn.fcos_1x_coco"):
         vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", pretrained=True)
     full.push_to_hub("someone/fcos_vovnet27_slim_fpn.fcos_1x_coco", token=TOKEN)

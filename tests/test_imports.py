@@ -7,13 +7,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {  # project modules; `lazily` are imported inside functions only
-    "vovnet": {"convert", "hub"},
+    "vovnet": {"convert", "weights"},
     "fcos": {"hub"},
     "loss": {"fcos"},
     "inference": {"fcos", "data"},
     "data": set(),
     "coco_eval": {"data"},
     "hub": set(),
+    "weights": {"hub"},
     "convert": set(),
     "draw": set(),
     "version": set(),

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from eval_coco import evaluate
 from launch import command, losses
 
+from eval_coco import evaluate
 from vovnet_zoo import FCOS, create_detector, predict
 from vovnet_zoo.coco_eval import to_coco_results
 from vovnet_zoo.data import CocoDataset, find_split

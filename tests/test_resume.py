@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from launch import losses, rows, train, train_command
 
+from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from vovnet_zoo import FCOS
 
 OPTIONS = "--steps 24 --workers 1 --checkpoint-every 2"  # batch norm live, EMA on, Muon: all that has a state

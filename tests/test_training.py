@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import command, losses, rows, train
+
 from checkpoint import list_checkpoints, load_checkpoint
 from optim import create_optimizer, lr_factor, set_lr
-from launch import ROOT, command, losses, rows, train
 from presets import PRESETS, TrainConfig
-
 from vovnet_zoo import FCOS, create_detector
 
 
@@ -190,3 +190,27 @@ def test_a_loss_that_is_not_finite(tiny_coco, tmp_path):
     assert len(dumps) == 3 and str(dumps[-1]) in printed
     batch = json.loads(dumps[0].read_text())["batch"][0]
     assert len(batch["image_ids"]) == 4 and len(batch["boxes"]) == 4 and batch["shape"][:2] == [4, 3]
+
+
+def test_a_skipped_step_leaves_no_trace_in_batch_norm(tiny_coco, tmp_path, monkeypatch):
+    import train_coco
+
+    real, calls = train_coco.backward, []
+
+    def backward(model, *args):
+        losses, stopping = real(model, *args)
+        calls.append(losses)
+        if len(calls) == 2:
+            model.backbone.bn1.running_mean.fill_(float("nan"))
+            losses["loss_box"] = float("nan")
+        return losses, stopping
+
+    monkeypatch.setattr(train_coco, "backward", backward)
+    config = TrainConfig(
+        data=tiny_coco, out=tmp_path / "run", model="fcos", backbone="resnet10t", channels=64, num_convs=1,
+        min_size=(64, 64), max_size=96, test_size=64, batch_size=4, workers=0, steps=3, ema=0.5, device="cpu",
+    )  # fmt: skip
+    train_coco.main(config)
+    model = FCOS.from_pretrained(tmp_path / "run" / "last")
+    assert all(x.isfinite().all() for x in model.state_dict().values())
+    assert [path.name for path in (tmp_path / "run" / "not_finite").iterdir()] == ["step00000001-rank0.json"]

@@ -23,19 +23,19 @@ def nodes():
     if not shutil.which("ip") or os.geteuid() != 0:
         pytest.skip("needs root and iproute2")
     names = [f"vz{os.getpid()}{side}" for side in "ab"]
-    ip = ["ip"]
     try:
         for name in names:
-            if subprocess.run([*ip, "netns", "add", name], capture_output=True).returncode:
+            if subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode:
                 pytest.skip("network namespaces cannot be made here")
-        subprocess.run([*ip, "link", "add", "veth0", "netns", names[0], "type", "veth", "peer", "veth0", "netns", names[1]], check=True)  # fmt: skip
+        link = f"link add veth0 netns {names[0]} type veth peer veth0 netns {names[1]}"
+        subprocess.run(["ip", *link.split()], check=True)
         for name, address in zip(names, ADDRESSES, strict=True):
             for line in (f"addr add {address}/24 dev veth0", "link set veth0 up", "link set lo up"):
-                subprocess.run([*ip, "-n", name, *line.split()], check=True)
+                subprocess.run(["ip", "-n", name, *line.split()], check=True)
         yield names
     finally:
         for name in names:
-            subprocess.run([*ip, "netns", "del", name], capture_output=True)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def start(node: str, data, out) -> subprocess.Popen:

@@ -17,7 +17,8 @@ import torch
 
 import vovnet_zoo
 from vovnet_zoo import convert, detectors, hub, vovnet
-from vovnet_zoo.hub import Weights
+from vovnet_zoo import weights as published
+from vovnet_zoo.weights import Weights
 
 
 class FileServer(http.server.ThreadingHTTPServer):
@@ -55,7 +56,7 @@ class FileHandler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.delenv(hub.ORGANISATION_VARIABLE, raising=False)
+    monkeypatch.delenv(published.ORGANISATION_VARIABLE, raising=False)
     server = FileServer()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     yield server
@@ -115,12 +116,12 @@ def test_default_tag_is_one_that_can_be_had():
 
 @pytest.mark.parametrize("name", ["vovnet75", "vovnet93", "fcos_vovnet39_fpn", "fcos_vovnet75_fpn"])
 def test_unpublished_weights(name, monkeypatch):
-    monkeypatch.delenv(hub.ORGANISATION_VARIABLE, raising=False)
+    monkeypatch.delenv(published.ORGANISATION_VARIABLE, raising=False)
     create = vovnet_zoo.create_detector if name.startswith("fcos") else timm.create_model
     with pytest.raises(ValueError, match="published yet") as error:
         create(name, pretrained=True)
     message = str(error.value)
-    assert "vovnet-zoo convert" in message and hub.ORGANISATION_VARIABLE in message
+    assert "vovnet-zoo convert" in message and published.ORGANISATION_VARIABLE in message
     assert ("train a preset" in message) == name.startswith("fcos")
     assert ("vovnet39.pytorchcv_in1k" in message) != name.startswith("fcos")
     assert ("dropbox" in message) == (name != "fcos_vovnet75_fpn")
@@ -169,7 +170,7 @@ def test_table_row(slim, server):
     load_slim()
     assert server.requests == 1
     with pytest.raises(ValueError, match="expected " + "0" * 40):
-        hub.fetch(slim.url, "0" * 40)
+        published.fetch(slim.url, "0" * 40)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_pickle_that_wants_code_is_refused(server, tmp_path, cache, old_format):
     (tmp_path / "evil.pth").write_bytes(content)
     server.files["/evil.pth"], server.files["/evil.zip"] = content, zipped(**{"evil.pth": content})
     for load in (
-        lambda: hub.read_checkpoint(tmp_path / "evil.pth"),
+        lambda: published.read_checkpoint(tmp_path / "evil.pth"),
         lambda: convert.convert_file(tmp_path / "evil.pth", tmp_path / "out"),
         lambda: timm.create_model(
             "vovnet27_slim", pretrained=True, pretrained_cfg_overlay=dict(url=f"{server.url}/evil.pth")
@@ -266,7 +267,7 @@ def test_pickle_that_wants_code_is_refused(server, tmp_path, cache, old_format):
 def test_plain_pickle_that_wants_code_is_refused(tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"x": Evil(str(tmp_path / "ran"))}))
     with pytest.raises(ValueError, match="evil.pth"):
-        hub.read_checkpoint(tmp_path / "evil.pth")
+        published.read_checkpoint(tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
 
 
@@ -275,11 +276,11 @@ def test_path_in_a_zip_is_refused(server, tmp_path, cache, name):
     content = zipped(**{name: saved({"a": torch.zeros(1)})})
     server.files["/w.zip"] = content
     with pytest.raises(ValueError, match="refused"):
-        hub.fetch(f"{server.url}/w.zip")
+        published.fetch(f"{server.url}/w.zip")
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "w.zip").write_bytes(content)
     with pytest.raises(ValueError, match="refused"):
-        hub.read_checkpoint(tmp_path / "inner" / "w.zip")
+        published.read_checkpoint(tmp_path / "inner" / "w.zip")
     assert not cache() and [path.name for path in (tmp_path / "inner").iterdir()] == ["w.zip"]
     assert not (tmp_path / "w.pth").exists() and not Path("/tmp/w.pth").exists()
 
@@ -290,10 +291,10 @@ def test_link_and_several_files_in_a_zip_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
         archive.writestr(info, "/etc/passwd")
     with pytest.raises(ValueError, match="link"):
-        hub.read_checkpoint(tmp_path / "link.zip")
+        published.read_checkpoint(tmp_path / "link.zip")
     (tmp_path / "two.zip").write_bytes(zipped(a=b"1", b=b"2"))
     with pytest.raises(ValueError, match="a zip of 2 files"):
-        hub.read_checkpoint(tmp_path / "two.zip")
+        published.read_checkpoint(tmp_path / "two.zip")
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +337,7 @@ def test_fuzz(tiny, tmp_path, form):
         file, load = tmp_path / hub.WEIGHTS, lambda: vovnet_zoo.FCOS.from_pretrained(tmp_path).state_dict()
     else:
         weights = {name: x for name, x in weights.items() if x.numel() < 5000}
-        file, load = tmp_path / "w.pth", lambda: hub.read_checkpoint(tmp_path / "w.pth")
+        file, load = tmp_path / "w.pth", lambda: published.read_checkpoint(tmp_path / "w.pth")
         torch.save(weights, file)
         if form == "zip":
             file.write_bytes(zipped(**{"w.pth": file.read_bytes()}))

@@ -1,4 +1,4 @@
-"""The command `vovnet-zoo`: `predict`, `convert` and `publish`, thin over the library."""
+"""The command `vovnet-zoo`: `predict`, `check-data`, `convert` and `publish`, thin over the library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from . import convert, hub, inference
+from . import check_data, convert, hub, inference
 from .detectors import DETECTORS, create_detector
 from .draw import draw_detections
 from .fcos import FCOS
@@ -31,6 +31,18 @@ class Predict:
     """Leave out detections that score less."""
     device: str = "cpu"
     """torch device."""
+
+
+@dataclass(frozen=True)
+class CheckData:
+    """Find all that is wrong with a COCO-format dataset; the exit status is 1 if something would stop a training."""
+
+    root: tyro.conf.Positional[Path]
+    """The dataset's folder."""
+    workers: int | None = None
+    """Processes that decode images; default: one per core."""
+    json: Path | None = None
+    """Write the whole report there."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +81,14 @@ def main() -> None:
     """Errors of the user's go to stderr without a traceback, with exit status 2."""
     command = tyro.cli(
         Annotated[Predict, tyro.conf.subcommand("predict")]
+        | Annotated[CheckData, tyro.conf.subcommand("check-data")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Publish, tyro.conf.subcommand("publish")],
         prog="vovnet-zoo",
         description="VoVNet backbones and FCOS detectors.",
     )
     try:
-        {Predict: predict, Convert: convert_, Publish: publish}[type(command)](command)
+        {Predict: predict, CheckData: check_data_, Convert: convert_, Publish: publish}[type(command)](command)
     except (ValueError, OSError) as error:
         print(f"vovnet-zoo: {error}", file=sys.stderr)
         sys.exit(2)
@@ -114,6 +127,10 @@ def unique(stem: str, taken: set[str]) -> str:
     return name
 
 
+def check_data_(command: CheckData) -> None:
+    sys.exit(check_data.main(command.root, workers=command.workers, json_out=command.json))
+
+
 def convert_(command: Convert) -> None:
     convert.convert_file(command.file, command.out)
     print(f"{command.out}: converted, loaded and run; what is known of it is in {command.out / hub.CARD}")
@@ -125,7 +142,10 @@ def publish(command: Publish) -> None:
         if not folder.is_dir():
             folder = Path(temporary) / "converted"
             convert.convert_file(command.source, folder)
-        facts = {"repo_id": command.repo_id, **training_facts(command.run or command.source.resolve().parent)}
+        facts = {
+            "repo_id": command.repo_id,
+            **training_facts(command.run or command.source.resolve().parent, command.source.name),
+        }
         if command.license:
             facts["license"] = command.license
         url = hub.push(
@@ -140,18 +160,21 @@ def publish(command: Publish) -> None:
     print(url)
 
 
-def training_facts(run: Path) -> dict[str, str]:
-    """What the run folder of recipes/train_coco.py tells of a training; {} if it is none."""
+def training_facts(run: Path, model: str) -> dict[str, str]:
+    """What the run folder of recipes/train_coco.py tells of its model "best" or "last"; {} if it is no run folder."""
     if not (run / "run.json").is_file():
         return {}
-    about = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    start = json.loads((run / "run.json").read_text(encoding="utf-8"))["starts"][-1]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    scores = max((row for row in rows if "AP" in row), key=lambda row: row["AP"], default={})
+    scored = [row for row in rows if "AP" in row]
+    if model != "last":
+        scored.sort(key=lambda row: row["AP"])
+    scores = scored[-1] if scored else {}
     return {
         "measured": ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if key.startswith("AP")),
-        "training_command": " ".join(map(str, about["command"])),
-        "training_versions": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
-        "training_machine": str(about["machine"]),
+        "training_command": " ".join([Path(start["command"][0]).name, *start["command"][1:]]),
+        "training_versions": ", ".join(f"{name} {version}" for name, version in start["versions"].items()),
+        "training_machine": str(start["machine"]),
     }
 
 

@@ -216,10 +216,11 @@ def convert_file(file: str | Path, out: str | Path) -> None:
         ValueError: the file is damaged, wants to run code, or is none of `FORMS`, or a tensor does not fit.
     """
     from . import detectors, hub, vovnet
+    from .weights import read_checkpoint, unwrapped
 
     file, out = Path(file), Path(out)
-    with hub.unwrapped(file, str(file)) as checkpoint_file:
-        checkpoint = hub.read_checkpoint(checkpoint_file, str(file))
+    with unwrapped(file, str(file)) as checkpoint_file:
+        checkpoint = read_checkpoint(checkpoint_file, str(file))
         sha1, sha256 = hub.hash_file(checkpoint_file, "sha1"), hub.hash_file(checkpoint_file)
     try:
         converted = convert(checkpoint, detectors.archs())

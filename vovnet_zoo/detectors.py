@@ -9,7 +9,7 @@ from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 from . import hub, vovnet
 from .convert import BGR_MEAN, Converted, convert
 from .fcos import FCOS, create_backbone
-from .hub import Weights
+from .weights import Weights, available, fetch, find, read_checkpoint
 
 # What differs between the 2019 detectors and today's default; the loss's share is in loss.VARIANTS.
 VARIANTS = {
@@ -102,7 +102,7 @@ def create_detector(
 
 def list_detectors(*, pretrained: bool = False) -> list[str]:
     """Names of the detectors; with `pretrained`, each `name.tag` whose weights can be had."""
-    return sorted(key for key in WEIGHTS if hub.available(key, WEIGHTS)) if pretrained else sorted(DETECTORS)
+    return sorted(key for key in WEIGHTS if available(key, WEIGHTS)) if pretrained else sorted(DETECTORS)
 
 
 def build_converted(converted: Converted, **kwargs) -> FCOS:
@@ -126,9 +126,9 @@ def coco_class_names() -> list[str]:
 
 
 def _load(name: str, variant: str | None, num_classes: int | None, kwargs: dict) -> FCOS:
-    key, repo_id = hub.find(name, WEIGHTS, HOW_TO_MAKE)
+    key, repo_id = find(name, WEIGHTS, HOW_TO_MAKE)
     if repo_id is None:
-        converted = convert(hub.read_checkpoint(hub.fetch(WEIGHTS[key].url, WEIGHTS[key].sha1)), archs())
+        converted = convert(read_checkpoint(fetch(WEIGHTS[key].url, WEIGHTS[key].sha1)), archs())
         if not converted.config:
             raise ValueError(f"{WEIGHTS[key].url} holds {converted.form}, not a detector")
         model = build_converted(converted, **kwargs)

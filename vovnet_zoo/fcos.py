@@ -106,7 +106,7 @@ class FCOS(
         self.head = FCOSHead(channels, num_classes, num_convs, self.strides, distance, centerness_on, prior)
 
     def forward(self, images: Tensor) -> Predictions:
-        """`images`: float [B,3,H,W], normalised with `config`'s mean and std and zero-padded so that 32 divides H, W."""
+        """`images`: [B,3,H,W], normalised with `config`'s mean and std, zero-padded so that 32 divides H and W."""
         cls, reg, ctr = self.forward_head(self.forward_features(images))
         points, strides = make_points([x.shape[-2:] for x in cls], self.strides, images.device)
         return Predictions(

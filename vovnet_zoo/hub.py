@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import inspect
 import json
 import os
-import re
 import shutil
-import stat
-import struct
 import uuid
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlparse
-from urllib.request import Request, urlopen
 
 import huggingface_hub
 import safetensors
@@ -28,7 +19,6 @@ import torch
 from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData, PyTorchModelHubMixin, constants
 from torch import Tensor, nn
 
-ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError)
 CONFIG, WEIGHTS, CARD = constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, "README.md"
 
 
@@ -187,54 +177,6 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
     model.load_state_dict(state_dict, strict=True)
 
 
-def read_checkpoint(path: str | Path, source: str | None = None):
-    """What `torch.save` wrote to a file, or to the only file in a zip; no code in it is run.
-
-    `ValueError`, naming `source` or the file, if it is damaged, or holds more than tensors and plain values.
-    """
-    path, source = Path(path), source or str(path)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    with unwrapped(path, source) as file:
-        check_parts(file, source)
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # on hostile bytes the unpickler raises anything
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            if wanted := re.search(r"GLOBAL (\S+)", str(error)):
-                reason = f"it holds more than tensors: reading it would run {wanted[1]}, which is refused"
-            raise ValueError(f"{source} is not a whole checkpoint of tensors ({reason}); get it anew") from error
-
-
-@contextlib.contextmanager
-def unwrapped(path: Path, source: str) -> Iterator[Path]:
-    """The checkpoint at `path`, or the only file in the zip there."""
-    if not path.is_file():
-        raise ValueError(f"{source}: no such file")
-    if not _is_wrapped(path, source):
-        yield path
-        return
-    with temporary(path) as inner:
-        unzip(path, inner, source)
-        yield inner
-
-
-def check_parts(path: Path, source: str) -> None:
-    """`ValueError` if a part of a checkpoint does not have its checksum.
-
-    torch.save leaves them, since 1.6; torch.load does not look at them.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except (*ZIP_ERRORS, ValueError) as error:
-        raise ValueError(f"{source} is not a whole PyTorch checkpoint ({error}); download or save it again") from error
-    if broken:
-        raise ValueError(f"{source}: its part {broken} is damaged; download or save it again")
-
-
 @contextlib.contextmanager
 def staged(target: str | Path) -> Iterator[Path]:
     """A new folder beside `target` to write into; afterwards `target` has its files, each of them whole.
@@ -266,139 +208,13 @@ def temporary(target: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-# ---- weights that others made: tables of `name.tag`, and getting what they name
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A row of a weight table: what is known of the weights called `name.tag`."""
-
-    state: str  # "hub": a repository of ORGANISATION; "url": at `url`; "gone": `url` is said to refuse; "unpublished"
-    url: str = ""
-    sha1: str = ""  # of the .pth file, which may come in a zip
-    license: str = "not stated"
-    score: str = ""  # as published, with the place
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # per RGB channel, for pixels in 0..1
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    size: tuple[int, int] = (224, 224)  # height and width; for a detector shorter and longest side
-    interpolation: str = "bilinear"
-
-
-ORGANISATION, ORGANISATION_VARIABLE = "vovnet-zoo", "VOVNET_ZOO_ORG"
-
-
-def find(name: str, table: Mapping[str, Weights], how_to_make: str) -> tuple[str, str | None]:
-    """The key of `table` that `name`, with or without a tag, stands for, and the Hub repository of these weights.
-
-    The repository is None if they come from their url, which is tried for a "gone" row only by its full name. If the
-    environment variable VOVNET_ZOO_ORG names an organisation, all weights are taken from that one's repositories.
-
-    Raises:
-        ValueError: they are not published; says what is, and how to make them.
-    """
-    keys = [key for key in table if name in (key, key.split(".")[0])]
-    if keys and (organisation := os.environ.get(ORGANISATION_VARIABLE)):
-        return keys[0], f"{organisation}/{keys[0]}"
-    for key in keys:
-        if table[key].state == "hub":
-            return key, f"{ORGANISATION}/{key}"
-        if table[key].state == "url" or (table[key].state == "gone" and key == name):
-            return key, None
-    there = [key for key in table if available(key, table)]
-    message = [f"no weights of {name!r} are published yet. There are: {', '.join(there) or 'none'}."]
-    for key, row in table.items():
-        if row.state == "gone" and key.split(".")[0] == name.split(".")[0]:
-            message.append(f"{key!r} is tried at {row.url}, which third parties report to answer 403.")
-    message.append(f"To make them, {how_to_make}. To load what you publish, set {ORGANISATION_VARIABLE} to where.")
-    raise ValueError("\n".join(message))
-
-
-def available(key: str, table: Mapping[str, Weights]) -> bool:
-    """Whether `find` gives a source for a key of `table` that is not known to refuse."""
-    return bool(os.environ.get(ORGANISATION_VARIABLE)) or table[key].state in ("hub", "url")
-
-
-def fetch(url: str, sha1: str = "", cache_dir: str | Path | None = None) -> Path:
-    """The checkpoint at `url`, or in the zip there, as a file in the cache (torch.hub's unless `cache_dir`).
-
-    Its `sha1`, if given, or else its parts' checksums are compared on every call, and what fails is downloaded again.
-    (torch.hub's own download takes a truncated body for a whole one, and keeps it.)
-
-    Raises:
-        ConnectionError: the server cannot be reached, refuses, or breaks off.
-        ValueError: what it sent is damaged, wants to run code, or is not what `sha1` says; nothing is kept.
-    """
-    folder = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
-    folder.mkdir(parents=True, exist_ok=True)
-    base = Path(urlparse(url).path).name.removesuffix(".zip").removesuffix(".tar").removesuffix(".pth")
-    target = folder / f"{base}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.pth"
-    if target.exists():
-        with contextlib.suppress(ValueError):
-            _check(target, sha1, url)
-            return target
-    with temporary(target) as body:
-        _http_get(url, body)
-        with unwrapped(body, url) as whole:
-            _check(whole, sha1, url)
-            read_checkpoint(whole, url)
-            os.replace(whole, target)
-    return target
-
-
-def _check(path: Path, sha1: str, source: str) -> None:
-    if not sha1:
-        check_parts(path, source)
-    elif (found := hash_file(path, "sha1")) != sha1:
-        raise ValueError(f"{source}: the checkpoint's sha1 is {found}, expected {sha1}; nothing was kept, try again")
-
-
-def _http_get(url: str, path: Path) -> None:
-    try:
-        with urlopen(Request(url, headers={"User-Agent": "vovnet_zoo"}), timeout=60) as response, open(path, "wb") as f:
-            shutil.copyfileobj(response, f)
-            length = response.headers.get("Content-Length")
-    except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(f"{url}: {error}; nothing was kept, try again or get the file elsewhere") from error
-    if length is not None and int(length) != path.stat().st_size:
-        raise ConnectionError(
-            f"{url}: the server broke off after {path.stat().st_size} of {length} bytes; nothing was kept, try again"
-        )
-
-
-def unzip(path: Path, target: Path, source: str) -> None:
-    """Write the only file of a zip to `target`. `ValueError` if there are more, or its name is a path."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            if len(members) != 1:
-                raise ValueError(f"{source}: a zip of {len(members)} files; expected one checkpoint")
-            name, mode = members[0].orig_filename, members[0].external_attr >> 16
-            if re.search(r"[/\\:\0]", name) or name in ("", ".", "..") or stat.S_ISLNK(mode):
-                raise ValueError(f"{source}: the zip's member {name!r} is a path or a link, not a plain file: refused")
-            with archive.open(members[0]) as member, open(target, "wb") as file:
-                shutil.copyfileobj(member, file)  # compares the checksum at the end
-    except ZIP_ERRORS as error:
-        raise ValueError(f"{source} is not a whole zip file ({error}); download it again") from error
-
-
-def _is_wrapped(path: Path, source: str) -> bool:
-    """Whether the file is a zip of something, rather than a checkpoint, which may be a zip too."""
-    if not zipfile.is_zipfile(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return not any(name.endswith("/data.pkl") for name in archive.namelist())
-    except (*ZIP_ERRORS, ValueError) as error:
-        raise ValueError(f"{source} is not a whole file ({error}); download or save it again") from error
+# ---- the Hub
 
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:
     """Hexadecimal digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
-
-
-# ---- the Hub
 
 
 def download(repo_id: str, filename: str, **options) -> Path:

@@ -58,8 +58,10 @@ class FCOSLoss(nn.Module):
             {"loss_cls", "loss_box", "loss_ctr"}
         """
         targets = self.assign(preds.points, preds.strides, boxes, labels)
-        if normalizers is None:
-            normalizers = self.normalizers(targets)
+        return self.compare(preds, targets, self.normalizers(targets) if normalizers is None else normalizers)
+
+    def compare(self, preds: Predictions, targets: Targets, normalizers: Tensor) -> dict[str, Tensor]:
+        """The losses of predictions whose targets are assigned already; see `forward`."""
         # without positives the sums are 0 too: divide by something
         cls_norm, box_norm, ctr_norm = torch.maximum(normalizers, normalizers.new_tensor([1, 1e-6, 1])).unbind()
 

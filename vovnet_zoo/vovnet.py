@@ -11,7 +11,7 @@ from timm.models.vovnet import VovNet
 
 from . import hub
 from .convert import convert
-from .hub import Weights
+from .weights import Weights, fetch, find
 
 __all__ = []  # register_model adds each entry point
 
@@ -136,10 +136,10 @@ def _locate(variant: str, pretrained_cfg=None, pretrained_cfg_overlay=None, cach
     explicit = overlay.get("url") or (pretrained_cfg and not isinstance(pretrained_cfg, str))
     if cfg.url and (explicit or name not in WEIGHTS or cfg.url != WEIGHTS[name].url):  # the caller's
         known = {weights.url: weights.sha1 for weights in WEIGHTS.values()}
-        return {**overlay, "file": str(hub.fetch(cfg.url, known.get(cfg.url, ""), cache_dir))}
-    key, repo_id = hub.find(name, WEIGHTS, HOW_TO_MAKE)
+        return {**overlay, "file": str(fetch(cfg.url, known.get(cfg.url, ""), cache_dir))}
+    key, repo_id = find(name, WEIGHTS, HOW_TO_MAKE)
     if repo_id is None:
-        return {**overlay, "file": str(hub.fetch(WEIGHTS[key].url, WEIGHTS[key].sha1, cache_dir))}
+        return {**overlay, "file": str(fetch(WEIGHTS[key].url, WEIGHTS[key].sha1, cache_dir))}
     return {**overlay, "file": str(hub.download(repo_id, hub.WEIGHTS, cache_dir=cache_dir))}
 
 
