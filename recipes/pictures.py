@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.v2.functional import resize
 
 from vovnet_zoo import FCOS, predict
 from vovnet_zoo.data import CocoDataset
@@ -38,23 +39,26 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_comparison(model: FCOS, dataset: CocoDataset, path: Path, count: int = 8, height: int = 320) -> None:
-    """`count` images of a dataset without transforms, prediction beside truth."""
-    names = dataset.class_names
+def draw_comparison(
+    model: FCOS, dataset: CocoDataset, path: Path, count: int = 8, height: int = 320, score_threshold: float = 0.5
+) -> None:
+    """`count` images of a dataset without transforms, each `height` pixels high, prediction beside truth."""
     indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    font, captions = ImageFont.load_default(size=13), (f"prediction (score >= {score_threshold})", "truth")
     pairs = []
     for index in indices:
-        image, target = dataset[index]
+        image, truth = dataset[index]
         (detection,) = predict(model, image.as_subclass(torch.Tensor))
-        left = draw_detections(image, detection, names)
-        right = draw_detections(image, target, names)
-        width = round(left.width * height / left.height)
-        pair = Image.new("RGB", (2 * width + 4, height + 18), "white")
-        pair.paste(left.resize((width, height)), (0, 18))
-        pair.paste(right.resize((width, height)), (width + 4, 18))
-        caption, font = ImageDraw.Draw(pair), ImageFont.load_default(size=13)
-        caption.text((4, 1), "prediction (score >= 0.3)", fill="black", font=font)
-        caption.text((width + 8, 1), "truth", fill="black", font=font)
+        scale = height / image.shape[-2]
+        large = resize(
+            image.as_subclass(torch.Tensor), [height, max(1, round(image.shape[-1] * scale))], antialias=True
+        )
+        pair = Image.new("RGB", (2 * large.shape[-1] + 4, height + 18), "white")
+        for i, objects in enumerate((detection, truth)):
+            objects = {**objects, "boxes": objects["boxes"].as_subclass(torch.Tensor) * scale}
+            x = i * (large.shape[-1] + 4)
+            pair.paste(draw_detections(large, objects, dataset.class_names, score_threshold), (x, 18))
+            ImageDraw.Draw(pair).text((x + 4, 1), captions[i], fill="black", font=font)
         pairs.append(pair)
 
     columns = 2

@@ -139,6 +139,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             warmup_factor=0.01,
             ema=0.99,
             clip_grad=10.0,
+            eval_every=140,
         ),
     ),
     "finetune": (
