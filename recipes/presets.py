@@ -112,7 +112,7 @@ _PUBLISHED = dict(
     bias_lr_factor=2.0,
     eval_every=15_000,
 )
-_PUBLISHED_2X = dict(_PUBLISHED, steps=250_000, milestones=(120_000, 160_000), warmup="linear")
+_PUBLISHED_2X = dict(_PUBLISHED, steps=180_000, milestones=(120_000, 160_000), warmup="linear")
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "quickstart": (

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {  # project modules; `lazily` are imported inside functions only
-    "vovnet": {"convert", "weights"},
+    "vovnet": {"convert", "hub", "weights"},
     "fcos": {"hub"},
     "loss": {"fcos"},
     "inference": {"fcos", "data"},

@@ -40,7 +40,7 @@ def test_killed_again_and_again(tiny_coco, tmp_path, undisturbed):
     assert_same(out, undisturbed(tiny_coco, processes))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_interrupted(tiny_coco, tmp_path, undisturbed, number):
     """The step is finished and saved, the message says how to go on, and nothing is lost."""
     out = tmp_path / "run"
@@ -97,6 +97,7 @@ def test_full_disk(tiny_coco, tmp_path, undisturbed):
         subprocess.run(["umount", out], check=True)
 
 
+@pytest.mark.slow
 def test_another_world_size_goes_on(tiny_coco, tmp_path, undisturbed):
     """Stopped with 1 process, finished by 2: the same as far as floating point goes."""
     out = tmp_path / "run"

@@ -197,7 +197,9 @@ def test_wrong_hash(slim, server, cache):
 
 
 def test_server_not_there(slim, server, cache, monkeypatch):
-    monkeypatch.setattr(hub, "urlopen", lambda *args, **kwargs: (_ for _ in ()).throw(urllib.error.URLError("refused")))
+    monkeypatch.setattr(
+        published, "urlopen", lambda *args, **kwargs: (_ for _ in ()).throw(urllib.error.URLError("refused"))
+    )
     with pytest.raises(ConnectionError, match="slim.pth.zip.*refused"):
         load_slim()
     assert not cache()
