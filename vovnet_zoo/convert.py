@@ -255,13 +255,15 @@ def card(folder: str | Path, **facts: str) -> ModelCard:
     folder = Path(folder)
     if not (folder / hub.CONFIG).is_file():
         raise ValueError(f"{folder} has no {hub.CONFIG}: is it the folder of a saved model?")
-    architecture = hub.read_json(folder / hub.CONFIG).get("architecture")
+    config = hub.read_json(folder / hub.CONFIG)
+    architecture = config.get("architecture")
     if architecture is None:
         model = FCOS.from_pretrained(folder)
         size = [-(-side // 32) * 32 for side in (model.config["min_size"], model.config["max_size"])]
-    else:
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        size = model.pretrained_cfg["input_size"][-2:]
+    else:  # as timm's "local-dir:" does, which in older releases reads no safetensors
+        model = timm.create_model(architecture, num_classes=config["num_classes"], **config["model_args"]).eval()
+        hub.load_strict(model, hub.read_safetensors(folder / hub.WEIGHTS), str(folder / hub.WEIGHTS))
+        size = config["pretrained_cfg"]["input_size"][-2:]
     with torch.inference_mode():
         outputs = model(torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
         if not all(x.isfinite().all() for x in (outputs if architecture is None else [outputs])):
@@ -278,5 +280,6 @@ def card(folder: str | Path, **facts: str) -> ModelCard:
     }
     if architecture is None:
         return model.generate_model_card(**known)
-    known["architecture"] = f"{model.pretrained_cfg['tag']}: timm's {architecture} with the model_args of config.json"
+    name = config["pretrained_cfg"]["tag"]
+    known["architecture"] = f"{name}: timm's {architecture} with the model_args of config.json"
     return hub.model_card(known, hub.BACKBONE_CARD)
