@@ -129,7 +129,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             test_size=128,
             batch_size=16,
             workers=1,
-            steps=280,
+            steps=360,
             optimizer="muon",
             lr=2e-3,
             weight_decay=0.05,
@@ -139,7 +139,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             warmup_factor=0.01,
             ema=0.99,
             clip_grad=10.0,
-            eval_every=140,
+            eval_every=180,
         ),
     ),
     "finetune": (
