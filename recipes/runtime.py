@@ -46,6 +46,12 @@ def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]
     if target.type == "cuda":
         torch.cuda.set_device(target)
     if world_size > 1:
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        if rank == 0 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            log.warning(
+                "torchrun keeps one store over its restarts, so a restarted process may find the address of a dead "
+                "one; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+            )
         dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
     try:
         yield rank, world_size, target

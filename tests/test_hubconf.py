@@ -26,8 +26,10 @@ while todo:
         except md.PackageNotFoundError:
             pass  # of another platform
 for module, owners in md.packages_distributions().items():
-    if not wanted & {name(owner) for owner in owners}:
+    if module != "vovnet_zoo" and not wanted & {name(owner) for owner in owners}:
         sys.modules.setdefault(module, None)
+sys.meta_path = [f for f in sys.meta_path if "editable" not in str(f).lower()]  # this checkout, if it is installed
+sys.path = [p for p in sys.path if p != CHECKOUT]
 assert sys.modules["tyro"] is None and sys.modules["pycocotools"] is None
 """
 
@@ -45,7 +47,7 @@ def run(code, hub_folder):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"TORCH_HOME": str(hub_folder.parents[1]), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", ONLY_DEPENDENCIES + code],
+        [sys.executable, "-c", f"CHECKOUT = {str(ROOT)!r}\n" + ONLY_DEPENDENCIES + code],
         env=environment,
         cwd=hub_folder.parents[1],
         capture_output=True,

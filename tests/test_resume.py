@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import losses, rows, train, train_command
+from launch import STORE_PER_RESTART, losses, rows, train, train_command
 
 from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from vovnet_zoo import FCOS
@@ -65,7 +65,8 @@ def test_a_lost_process_is_started_again(tiny_coco, tmp_path, undisturbed):
     """torchrun --max-restarts goes on by itself when one of two processes is killed."""
     out = tmp_path / "run"
     line = train_command(tiny_coco, out, OPTIONS, 2, "--standalone --max-restarts 2")
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+    env = os.environ | STORE_PER_RESTART
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as job:
         wait_for_step(out, 6, job)
         children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGKILL)
