@@ -1,5 +1,6 @@
 """A run that is killed, interrupted, or finds its disk full, and is started again, ends as if nothing had happened."""
 
+import contextlib
 import os
 import random
 import signal
@@ -124,9 +125,17 @@ def interrupt(data: Path, out: Path, processes: int, step: int, number: int, opt
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as job:
         wait_for_step(out, step, job)
-        os.killpg(job.pid, number)
+        send_all(out, number)
         printed = job.communicate(timeout=100)[0]
     return job.returncode, printed
+
+
+def send_all(out: Path, number: int) -> None:
+    """Send a signal to every process of a run, torchrun's and its workers', which are in sessions of their own."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(out) in (process / "cmdline").read_bytes().split(b"\0"):
+                os.kill(int(process.name), number)
 
 
 def wait_for_step(out: Path, step: int, job: subprocess.Popen) -> None:

@@ -81,7 +81,8 @@ def test_a_node_is_lost_and_regained(tiny_coco, tmp_path, nodes):
     out = tmp_path / "run"
     first, second = (start(node, tiny_coco, out) for node in nodes)
     wait_for_step(out, 6, first)
-    os.killpg(second.pid, signal.SIGKILL)
+    for pid in subprocess.check_output(["ip", "netns", "pids", nodes[1]], text=True).split():
+        os.kill(int(pid), signal.SIGKILL)  # torchrun and its workers, which are in a session of their own
     second.communicate()
     second = start(nodes[1], tiny_coco, out)
     printed = [finish(job) for job in (first, second)]
