@@ -8,7 +8,6 @@ import subprocess
 import pytest
 import torch
 from launch import losses, train, train_command
-from test_resume import wait_for_step
 
 from vovnet_zoo import FCOS
 
@@ -75,17 +74,3 @@ def test_two_nodes_equal_one(tiny_coco, tmp_path, nodes):
         finish(job)
     train(tiny_coco, tmp_path / "one", OPTIONS, 2)
     assert_same(tmp_path / "run", tmp_path / "one")
-
-
-def test_a_node_is_lost_and_regained(tiny_coco, tmp_path, nodes):
-    out = tmp_path / "run"
-    first, second = (start(node, tiny_coco, out) for node in nodes)
-    wait_for_step(out, 6, first)
-    for pid in subprocess.check_output(["ip", "netns", "pids", nodes[1]], text=True).split():
-        os.kill(int(pid), signal.SIGKILL)  # torchrun and its workers, which are in a session of their own
-    second.communicate()
-    second = start(nodes[1], tiny_coco, out)
-    printed = [finish(job) for job in (first, second)]
-    assert any("going on after step" in text for text in printed)
-    train(tiny_coco, tmp_path / "one", OPTIONS, 2)
-    assert_same(out, tmp_path / "one")
