@@ -114,6 +114,17 @@ _PUBLISHED = dict(
 )
 _PUBLISHED_2X = dict(_PUBLISHED, steps=180_000, milestones=(120_000, 160_000), warmup="linear")
 
+_FROM_SCRATCH = dict(
+    workers=1,
+    optimizer="muon",
+    lr=2e-3,
+    weight_decay=0.05,
+    decay_norms=False,
+    schedule="cosine",
+    warmup_factor=0.01,
+    clip_grad=10.0,
+)
+
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "quickstart": (
         "Minutes on a CPU: makes its own dataset of drawn shapes.",
@@ -128,18 +139,11 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             max_size=128,
             test_size=128,
             batch_size=16,
-            workers=1,
             steps=360,
-            optimizer="muon",
-            lr=2e-3,
-            weight_decay=0.05,
-            decay_norms=False,
-            schedule="cosine",
             warmup_steps=20,
-            warmup_factor=0.01,
             ema=0.99,
-            clip_grad=10.0,
             eval_every=180,
+            **_FROM_SCRATCH,
         ),
     ),
     "finetune": (
@@ -153,18 +157,11 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             max_size=640,
             test_size=320,
             batch_size=4,
-            workers=1,
             steps=600,
-            optimizer="muon",
-            lr=2e-3,
-            weight_decay=0.05,
-            decay_norms=False,
-            schedule="cosine",
             warmup_steps=50,
-            warmup_factor=0.01,
             ema=0.995,
-            clip_grad=10.0,
             checkpoint_every=100,
+            **_FROM_SCRATCH,
         ),
     ),
     "v39_1x": (
