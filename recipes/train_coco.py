@@ -234,6 +234,7 @@ def note_skipped(skipped: list[Skipped], step: int, run: RunLog) -> None:
     for image in skipped:
         log.warning("step %d: image %d skipped: %s", step, image.image_id, image.reason)
     if skipped:
+        run.folder.mkdir(parents=True, exist_ok=True)  # another node's
         with open(run.folder / "skipped.txt", "a") as file:
             file.writelines(f"step {step}, image {image.image_id}: {image.reason}\n" for image in skipped)
 
