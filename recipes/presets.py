@@ -87,7 +87,11 @@ class TrainConfig:
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """Of the network under autocast; losses are float32 in any case."""
     compile: bool = False
-    """Fuse kernels with torch.compile."""
+    """Make one graph of the network and its losses, and fuse its kernels, with torch.compile."""
+    winograd: bool = False
+    """On a CPU: 3x3 convolutions with a quarter of the multiplications (vovnet_zoo/winograd.py)."""
+    grad_checkpointing: bool = False
+    """Keep fewer activations for the backward pass, and compute the others again; with --frozen-norm."""
     seed: int = 0
     """Of initial weights, order of images and augmentation."""
     device: str | None = None

@@ -11,6 +11,7 @@ import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -40,7 +41,10 @@ from shapes import make_shapes
 from vovnet_zoo import FCOS, FCOSLoss, create_detector
 from vovnet_zoo.coco_eval import format_table
 from vovnet_zoo.data import CocoDataset, Skipped, TrainSampler, collate, find_split, normalize, train_transforms
-from vovnet_zoo.fcos import make_points
+from vovnet_zoo.fcos import level_sizes, make_points
+from vovnet_zoo.loss import Targets
+from vovnet_zoo.osa import save_no_concatenation
+from vovnet_zoo.winograd import use_winograd
 
 
 def main(config: TrainConfig) -> dict | None:
@@ -67,6 +71,11 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     torch.manual_seed(config.seed)
     model = build_model(config, train_set.class_names)
     model.to(device, memory_format=torch.channels_last).train()
+    save_no_concatenation(model)
+    if config.winograd:
+        use_winograd(model)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
     criterion = FCOSLoss(config.variant)
     ema = ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None
     averaged = ema.module if ema else model  # what is scored and saved
@@ -94,8 +103,6 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     run = RunLog(config.out, config, rank, progress["step"])
     log.info("%d images, %d classes: %s", len(train_set), len(train_set.class_names), ", ".join(train_set.class_names))
     batches = iter(train_loader(config, train_set, progress["step"], rank, world_size, device))
-    if config.compile:
-        model.compile()
     bar = tqdm(total=config.steps, initial=progress["step"], unit="step", disable=rank > 0, dynamic_ncols=True)
     began = time.perf_counter()
     for step in range(progress["step"], config.steps):
@@ -156,6 +163,8 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
             sys.exit(128 + stopping)
         began = time.perf_counter()
     bar.close()
+    if config.compile:
+        log_graphs()
 
     if rank == 0:
         from pictures import draw_comparison, draw_curves  # matplotlib takes a second
@@ -189,23 +198,60 @@ def backward(
     largest = all_reduce(torch.tensor(sizes, device=device).amax(0), torch.distributed.ReduceOp.MAX)
     height, width, stopping = largest.tolist()
 
-    points, strides = make_points([(-(-height // s), -(-width // s)) for s in model.strides], model.strides, device)
-    targets = [criterion.assign(points, strides, part["boxes"], part["labels"]) for part in parts]
-    normalizers = all_reduce(sum(criterion.normalizers(target) for target in targets))
+    assign, compare = (compiled(f) if config.compile else f for f in (assign_part, compare_part))
+    targets, normalizers = zip(
+        *(assign(model, criterion, part["boxes"], part["labels"], height, width) for part in parts), strict=True
+    )
+    normalizer = all_reduce(sum(normalizers))
 
     totals = torch.zeros(3, device=device)
     for part, target in zip(parts, targets, strict=True):
         images = nn.functional.pad(
             part["images"], (0, width - part["images"].shape[-1], 0, height - part["images"].shape[-2])
         )
-        images = normalize(images, part["sizes"], model.config["image_mean"], model.config["image_std"])
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.bfloat16}[config.precision]
-        with torch.autocast(device.type, dtype, enabled=config.precision != "float32"):
-            preds = model(images.to(memory_format=torch.channels_last))
-        losses = criterion.compare(preds, target, normalizers)
+        losses = compare(model, criterion, images, part["sizes"], target, normalizer, config.precision)
         scaler.scale(sum(losses.values())).backward()
         totals += torch.stack([x.detach() for x in losses.values()])
     return dict(zip(losses, all_reduce(totals).tolist(), strict=True)), stopping
+
+
+def assign_part(
+    model: FCOS, criterion: FCOSLoss, boxes: Tensor, labels: Tensor, height: int, width: int
+) -> tuple[Targets, Tensor]:
+    """What each location should learn of boxes [B,M,4], and what this adds to the global batch's normalizers [3]."""
+    points, strides = make_points(level_sizes(height, width, model.strides), model.strides, boxes.device)
+    targets = criterion.assign(points, strides, boxes, labels)
+    return targets, criterion.normalizers(targets)
+
+
+def compare_part(
+    model: FCOS,
+    criterion: FCOSLoss,
+    images: Tensor,
+    sizes: Tensor,
+    targets: Targets,
+    normalizers: Tensor,
+    precision: str,
+) -> dict[str, Tensor]:
+    """Losses of uint8 images [B,3,H,W]: the network under autocast, its losses in float32."""
+    images = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    with torch.autocast(images.device.type, dtype, enabled=precision != "float32"):
+        preds = model(images.contiguous(memory_format=torch.channels_last))
+    return criterion.compare(preds, targets, normalizers)
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """`function` as one graph; it fails where that is impossible. A size that changes becomes a variable of it."""
+    return torch.compile(function, fullgraph=True)
+
+
+def log_graphs() -> None:
+    """How often torch.compile compiled, and how many graphs that made."""
+    stats = torch._dynamo.utils.counters["stats"]
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    log.info("torch.compile made %d graphs, with %d breaks", stats["unique_graphs"], breaks)
 
 
 def skip_step(

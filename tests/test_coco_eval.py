@@ -1,5 +1,8 @@
 import json
 import logging
+import statistics
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +212,128 @@ def test_to_coco_results_published():
     detections = [{"boxes": boxes, "scores": torch.ones(n), "labels": torch.zeros(n, dtype=torch.int64)}]
     rows = coco_eval.to_coco_results(detections, [1], [1], plus_one=True)
     torch.testing.assert_close(torch.tensor([row["bbox"] for row in rows]), golden["boxes/flipped_xywh"])
+
+
+# ---- engines --------------------------------------------------------------------------------------------------------
+
+
+def random_boxes(rng, n, low, high):
+    """float64 [n, 4] xywh, sides log-uniform in (low, high)."""
+    return np.concatenate([rng.uniform(0, 2 * high, (n, 2)), np.exp(rng.uniform(*np.log((low, high)), (n, 2)))], axis=1)
+
+
+def random_set(rng, num_images, num_classes, most_truth, most_found):
+    """COCO ground truth and result rows with ties, doubles, crowds, empty images, and areas given or missing."""
+    coarse = rng.random() < 0.5  # IoU exactly on thresholds, equal scores
+    image_ids = (rng.choice(3 * num_images, num_images, replace=False) + int(rng.choice([0, 2**60]))).tolist()
+    category_ids = rng.choice(500, num_classes, replace=False).tolist()
+    annotations, results = [], []
+    for image_id in image_ids:
+        n, m = rng.integers(0, [most_truth + 1, most_found + 1])
+        truth, found = random_boxes(rng, n, 4, 300), random_boxes(rng, m, 4, 300)
+        labels = rng.integers(0, max(1, num_classes - 1), n)  # the last class has no truth
+        guesses = rng.choice(rng.choice(num_classes, 15), m)  # a detector sees some 15 classes in an image
+        if n:
+            near, of = rng.random(m) < 0.6, rng.integers(0, n, m)
+            found = np.where(near[:, None], truth[of] * np.exp(rng.normal(0, 0.1, (m, 4))), found)
+            guesses = np.where(near, labels[of], guesses)
+        scores = rng.random(m)
+        if coarse:
+            truth, found, scores = np.round(truth / 8) * 8, np.round(found / 8) * 8, np.round(scores * 4) / 4
+        for label, box in zip(labels, truth.tolist(), strict=True):
+            row = {"image_id": image_id, "category_id": category_ids[label], "bbox": box}
+            row |= {"iscrowd": int(rng.random() < 0.2)} if rng.random() < 0.5 else {}
+            row |= {"area": rng.choice([box[2] * box[3] * 0.6, 0.0, 32.0**2, 96.0**2])} if rng.random() < 0.5 else {}
+            row |= {"id": int(rng.integers(3))} if rng.random() < 0.5 else {}
+            annotations.append(row)
+        results += [
+            {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+            for label, box, score in zip(guesses, found.tolist(), scores.tolist(), strict=True)
+        ]
+    coco = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 900, "height": 900} for i in image_ids],
+        "categories": [{"id": i, "name": f"class {i}"} for i in category_ids],
+        "annotations": annotations,
+    }
+    return coco, [results[i] for i in rng.permutation(len(results))]
+
+
+def assert_same(metrics, expected, tolerance=1e-12):
+    metrics, expected = metrics | metrics["per_class"], expected | expected["per_class"]
+    assert list(metrics) == list(expected)
+    assert metrics.pop("per_class").keys() == expected.pop("per_class").keys()
+    assert metrics == pytest.approx(expected, rel=0, abs=tolerance)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_faster_engine_has_the_same_numbers(write, seed):
+    pytest.importorskip("faster_coco_eval")
+    rng, aps = np.random.default_rng(seed), []
+    for _ in range(25):
+        coco, results = random_set(rng, int(rng.integers(1, 12)), int(rng.integers(1, 6)), 8, 40)
+        image_ids = [image["id"] for image in coco["images"]]
+        subset = rng.permutation(image_ids)[: rng.integers(0, len(image_ids) + 1)].tolist()
+        for options in ({}, {"max_dets": int(rng.choice([1, 5, 10, 11, 300]))}, {"image_ids": subset}):
+            expected = coco_eval.evaluate(write(coco), results, **options)
+            assert_same(coco_eval.evaluate(write(coco), results, engine="faster", **options), expected)
+            aps.append(expected["AP"])
+    assert len({round(ap, 3) for ap in aps}) > 20
+
+
+@pytest.mark.parametrize("split", ["train2017", "val2017"])
+def test_faster_engine_on_real_ground_truth(coco_mini, split, capsys, caplog):
+    pytest.importorskip("faster_coco_eval")
+    caplog.set_level(logging.INFO)
+    file, rng = coco_mini / f"instances_{split}.json", np.random.default_rng(0)
+    perfect = ground_truth_results(json.loads(file.read_text()))
+    boxes = np.array([row["bbox"] for row in perfect]) * np.exp(rng.normal(0, 0.1, (len(perfect), 4)))
+    jittered = [row | {"bbox": b, "score": float(rng.random())} for row, b in zip(perfect, boxes.tolist(), strict=True)]
+    for results in (perfect, jittered, perfect + jittered, []):
+        expected = coco_eval.evaluate(file, results)
+        assert_same(coco_eval.evaluate(file, results, engine="faster"), expected)
+    assert capsys.readouterr().out == caplog.text == ""
+
+
+def test_engines_see_only_what_coco_defines(write):
+    pytest.importorskip("faster_coco_eval")
+    coco = make_coco()
+    results = ground_truth_results(coco)[1:]
+    expected = coco_eval.evaluate(write(coco), results)
+    strange = {"ignore": 1, "is_crowd": 1, "drop": True, "lvis_mark": True, "score": None}
+    coco["annotations"] = [strange | row for row in coco["annotations"]]
+    results = [strange | {"area": 1e9, "iscrowd": 1, "id": 0} | row for row in results]
+    for engine in ("pycocotools", "faster"):
+        assert_same(coco_eval.evaluate(write(coco), results, engine=engine), expected)
+
+
+def test_unknown_or_missing_engine(write, monkeypatch):
+    coco = make_coco()
+    with pytest.raises(ValueError, match="engine is 'pycocotools' or 'faster', not 'fast'"):
+        coco_eval.evaluate(write(coco), [], engine="fast")
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(ImportError, match="pip install -U faster-coco-eval"):
+        coco_eval.evaluate(write(coco), [], engine="faster")
+
+
+@pytest.mark.slow
+def test_speed_of_the_engines(write, capsys):
+    """A set the size of COCO val2017: 5,000 images, 80 classes, about 36,000 boxes, 500,000 results."""
+    pytest.importorskip("faster_coco_eval")
+    rng = np.random.default_rng(0)
+    coco, results = random_set(rng, 5000, 80, 14, 200)
+    results.sort(key=lambda row: row["image_id"])
+    file, seconds, metrics = write(coco), {"pycocotools": [], "faster": []}, {}
+    for _ in range(3):
+        for engine, times in seconds.items():
+            began = time.perf_counter()
+            metrics[engine] = coco_eval.evaluate(file, results, engine=engine)
+            times.append(time.perf_counter() - began)
+    with capsys.disabled():
+        print(f"\n{len(coco['annotations'])} boxes, {len(results)} results, AP {metrics['faster']['AP']:.3f}")
+        for engine, times in seconds.items():
+            print(f"{engine:>11}: {statistics.median(times):.1f} s ({min(times):.1f} to {max(times):.1f})")
+    assert_same(metrics["faster"], metrics["pycocotools"])
+    assert min(seconds["pycocotools"]) > 2 * max(seconds["faster"])
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------

@@ -662,6 +662,7 @@ def test_collate_and_normalize():
         "labels": (torch.int64, (2, 2)),
         "image_ids": (torch.int64, (2,)),
     }
+    assert batch["images"].is_contiguous(memory_format=torch.channels_last)  # see collate
     assert batch["sizes"].tolist() == batch["orig_sizes"].tolist() == [[40, 60], [65, 30]]
     assert batch["labels"].tolist() == [[0, 1], [-1, -1]] and batch["image_ids"].tolist() == [1, 2**40]
     assert batch["boxes"].tolist() == [[[1, 2, 3, 4], [5, 6, 7, 8]], [[0] * 4] * 2]
@@ -681,3 +682,22 @@ def test_collate_and_normalize():
     assert torch.equal(compiled(batch["images"], batch["sizes"], mean, std), x)
     with pytest.raises(ValueError):
         data.normalize(batch["images"], batch["sizes"], mean[:2], std)
+
+
+def test_benchmark(tmp_path, monkeypatch, capsys):
+    import benchmark_data
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    (tmp_path / "train").mkdir()
+    for i in range(1, 5):
+        RGB.save(tmp_path / "train" / f"{i}.png")
+    coco = make_coco([box(i, id=i) for i in range(1, 5)], images=4)
+    (tmp_path / "train" / "_annotations.coco.json").write_text(json.dumps(coco))
+    config = benchmark_data.BenchmarkConfig(
+        tmp_path, batch_size=2, rounds=1, min_size=60, max_size=100, out=tmp_path / "out" / "report.json"
+    )
+    report = benchmark_data.main(config)
+    assert json.loads(config.out.read_text()) == report
+    rows = [row for title in list(report)[:2] for row in report[title].values()]
+    assert len(rows) == 8 and all(row["median"] > 0 for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == 10

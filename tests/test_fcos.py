@@ -155,3 +155,23 @@ def test_config_rebuilds_the_model():
 def tiny(**kwargs) -> FCOS:
     torch.manual_seed(0)
     return FCOS(**{"backbone": "resnet10t", "num_classes": 3, "channels": 64, "num_convs": 1, **kwargs})
+
+
+@pytest.mark.parametrize("backbone", ["vovnet27_slim", "resnet10t"])
+def test_grad_checkpointing_changes_nothing(backbone):
+    """Same gradients; less kept for the backward pass."""
+    torch.manual_seed(0)
+    model = create_detector("fcos", backbone=backbone, num_classes=3, channels=64, num_convs=2, frozen_norm=True)
+    images, kept, gradients = torch.randn(1, 3, 96, 128), [], []
+    for enable in (False, True):
+        model.train().zero_grad()
+        model.set_grad_checkpointing(enable)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(x.numel()) or x, lambda x: x):
+            kept.append([])
+            preds = model(images)
+        (preds.logits.sum() + preds.distances.sum() + preds.centerness.sum()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert sum(kept[1]) < 0.75 * sum(kept[0])
+    with pytest.raises(ValueError, match="frozen_norm=True"):
+        create_detector("fcos", backbone=backbone, num_classes=3, channels=64).set_grad_checkpointing()

@@ -10,7 +10,10 @@ MAY_IMPORT = {  # project modules; `lazily` are imported inside functions only
     "vovnet": {"convert", "hub", "weights"},
     "fcos": {"hub"},
     "loss": {"fcos"},
-    "inference": {"fcos", "data"},
+    "inference": {"fcos", "data", "nms"},
+    "compiled": {"fcos", "data", "inference", "nms", "winograd"},
+    "nms": set(),
+    "osa": {"winograd"},
     "data": set(),
     "coco_eval": {"data"},
     "hub": set(),
@@ -18,6 +21,7 @@ MAY_IMPORT = {  # project modules; `lazily` are imported inside functions only
     "convert": set(),
     "draw": set(),
     "version": set(),
+    "winograd": set(),
     "check_data": {"data", "coco_eval"},
 }
 

@@ -1,6 +1,7 @@
 """VoVNet backbones for timm, and FCOS detectors on any timm backbone."""
 
 from . import vovnet as vovnet  # registers the backbones with timm
+from .compiled import compile_detector
 from .detectors import create_detector, list_detectors
 from .fcos import FCOS, Predictions
 from .inference import postprocess, predict
@@ -13,6 +14,7 @@ __all__ = [
     "Predictions",
     "__version__",
     "assign_targets",
+    "compile_detector",
     "create_detector",
     "list_detectors",
     "postprocess",

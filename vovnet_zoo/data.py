@@ -462,7 +462,8 @@ def collate(batch: list[tuple[Tensor, dict] | Skipped], size_divisor: int = 32) 
     height, width = (-(-sizes.amax(0) // size_divisor) * size_divisor).tolist()
     most = max(1, *(len(target["labels"]) for target in targets))
     out = {
-        "images": torch.zeros(len(samples), 3, height, width, dtype=torch.uint8),
+        # channels last in memory, as decoding and resizing leave them: nothing is transposed
+        "images": torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
         "sizes": sizes,
         "orig_sizes": torch.tensor([target["orig_size"] for target in targets]),
         "boxes": torch.zeros(len(samples), most, 4),
@@ -570,7 +571,7 @@ def _jpeg_ends(data: bytes) -> bool:
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":  # segments, up to the first scan
         fill = data[at + 1 : at + 2] == b"\xff"
         at += 1 if fill else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return data.find(b"\xff\xd9", at) >= 0
+    return data.rfind(b"\xff\xd9", at) >= 0  # from the end, where it usually is
 
 
 def read_annotations(path: str | Path) -> dict:

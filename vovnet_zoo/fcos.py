@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
 from timm.layers.format import Format
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -124,6 +125,19 @@ class FCOS(
         maps = backbone_maps(self.backbone, images)
         return list(self.fpn(OrderedDict(zip(("c3", "c4", "c5"), maps, strict=True))).values())
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the backbone's stages and of the head's towers for the backward pass.
+
+        `ValueError` where the backbone has batch norms that are trained: they would count every batch twice.
+        """
+        if enable and any(isinstance(module, nn.BatchNorm2d) for module in self.backbone.modules()):
+            raise ValueError(
+                "checkpointing runs a stage twice, so its batch norms would count every batch twice; "
+                "use it with frozen_norm=True"
+            )
+        self.backbone.set_grad_checkpointing(enable)
+        self.head.grad_checkpointing = enable
+
     def forward_head(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Class logits [B,K,h,w], distances (left, top, right, bottom) [B,4,h,w] in pixels of the network input, and
         centerness logits [B,1,h,w], each a list over levels."""
@@ -149,6 +163,7 @@ class FCOSHead(nn.Module):
         if centerness_on not in ("box", "cls"):
             raise ValueError(f"centerness_on={centerness_on!r}: 'box' or 'cls'")
         self.strides, self.distance, self.centerness_on = strides, distance, centerness_on
+        self.grad_checkpointing = False
         self.cls_tower = _tower(channels, num_convs)
         self.box_tower = _tower(channels, num_convs)
         self.cls_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
@@ -165,13 +180,16 @@ class FCOSHead(nn.Module):
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         cls, reg, ctr = [], [], []
         for x, stride, scale in zip(features, self.strides, self.scales.unbind(), strict=True):
-            cls_features, box_features = self.cls_tower(x), self.box_tower(x)
+            cls_features, box_features = self.run_tower(self.cls_tower, x), self.run_tower(self.box_tower, x)
             cls.append(self.cls_logits(cls_features))
             ctr.append(self.centerness(box_features if self.centerness_on == "box" else cls_features))
             raw = self.box_distances(box_features)
             raw = scale * raw.to(torch.promote_types(raw.dtype, torch.float32))  # pixels need more than bf16's 8 bits
             reg.append(F.relu(raw) * stride if self.distance == "relu" else raw.exp())
         return cls, reg, ctr
+
+    def run_tower(self, tower: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(tower, x, use_reentrant=False) if self.grad_checkpointing and self.training else tower(x)
 
 
 def _tower(channels: int, num_convs: int) -> nn.Sequential:
@@ -189,6 +207,11 @@ class Predictions(NamedTuple):
     centerness: Tensor  # [B,P] logits
     points: Tensor  # [P,2] x, y in pixels of the network input
     strides: Tensor  # [P] stride of the point's level
+
+
+def level_sizes(height: int, width: int, strides: Sequence[int]) -> list[tuple[int, int]]:
+    """(h, w) of the pyramid's maps of a network input whose height and width 32 divides."""
+    return [(-(-height // stride), -(-width // stride)) for stride in strides]
 
 
 def make_points(sizes: Sequence[Sequence[int]], strides: Sequence[int], device) -> tuple[Tensor, Tensor]:

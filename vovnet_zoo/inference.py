@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -12,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
-from torchvision.ops import nms
 from torchvision.transforms.v2 import functional as tvf
 
 from .data import normalize, read_image, resize_size
 from .fcos import FCOS, Predictions
+from .nms import class_nms
 
 ImageLike = str | PathLike | Image.Image | np.ndarray | Tensor
 
@@ -95,34 +94,30 @@ def postprocess(
         geometric mean of class probability and centerness, `labels` int64 [N].
     """
     boxes, scores, labels = decode(preds, image_sizes, score_threshold, topk, plus_one)
-    candidate = scores >= 0
-    if plus_one:
-        nms_threshold = math.nextafter(nms_threshold, 0)
-    else:
-        candidate &= (boxes[..., 2:] > boxes[..., :2]).all(-1)
-
     detections = []
-    for box, score, label, kept in zip(boxes, scores, labels, candidate, strict=True):
-        box, score, label = box[kept], score[kept], label[kept]
-        # One NMS for all classes: each class on a plane of its own, in float64 so that the shift rounds nothing away.
-        corners = box.double()
-        if plus_one:
-            corners[:, 2:] += 1
-        if len(box):
-            corners += label[:, None] * (corners.max() + 1)
-        keep = nms(corners, score.double(), nms_threshold)[:max_detections]
+    for box, score, label in zip(boxes, scores, labels, strict=True):
+        candidate = score >= 0
+        box, score, label = box[candidate], score[candidate], label[candidate]
+        keep = class_nms(box, score, label, nms_threshold, plus_one)[:max_detections]
         detections.append({"boxes": box[keep], "scores": score[keep], "labels": label[keep]})
     return detections
 
 
 def decode(
-    preds: Predictions, image_sizes: Tensor, score_threshold: float, topk: int, plus_one: bool = False
+    preds: Predictions,
+    image_sizes: Tensor,
+    score_threshold: float,
+    topk: int,
+    plus_one: bool = False,
+    level_sizes: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best candidates of each level: boxes [B,N,4] xyxy clipped to the image, scores [B,N], labels [B,N].
 
-    N is the sum over levels of min(topk, locations * K); places without a candidate have score -1.
+    N is the sum over levels of min(topk, locations * K); places without a candidate have score -1. `level_sizes`,
+    the number of locations of each level, is read from the predictions unless given, which no compiled graph can.
     """
-    level_sizes = torch.unique_consecutive(preds.strides, return_counts=True)[1].tolist()
+    if level_sizes is None:
+        level_sizes = torch.unique_consecutive(preds.strides, return_counts=True)[1].tolist()
     limits = image_sizes.flip(-1).repeat(1, 2)[:, None].to(preds.distances) - int(plus_one)  # [B,1,4] w, h, w, h
     num_classes = preds.logits.shape[-1]
     found = []
@@ -141,7 +136,10 @@ def decode(
         left_top, right_bottom = distances.gather(1, location[..., None].expand(-1, -1, 4)).chunk(2, dim=-1)
         point = points[location]  # [B,k,2]
         box = torch.cat([point - left_top, point + right_bottom], dim=-1).clamp(min=0).minimum(limits)  # [B,k,4]
-        found.append((box, torch.where(score >= 0, score.clamp(min=0).sqrt(), -1.0), label))
+        candidate = score >= 0
+        if not plus_one:
+            candidate &= (box[..., 2:] > box[..., :2]).all(-1)  # the others lie in the padding
+        found.append((box, torch.where(candidate, score.clamp(min=0).sqrt(), -1.0), label))
     boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     return boxes, scores, labels
 

@@ -1,0 +1,440 @@
+"""Speed and memory beside torchvision's detectors: `python recipes/benchmark.py`, with `--help` for sizes and batches.
+
+Everything runs in one process, on the same uint8 images, one call of each contestant after the other, again and again;
+the table has the median of each, its range, and its ratio to torchvision's FCOS on the same backbone in float32.
+Inference is from uint8 to boxes, with the classes so probable that NMS gets all the candidates it takes; a training
+step is loss, backward and SGD. Weights are random: no time depends on their values otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import json
+import statistics
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import detection as peers
+
+from runtime import environment, log, process_group
+from train_coco import assign_part, compare_part
+from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector
+from vovnet_zoo.compiled import detect
+from vovnet_zoo.fcos import backbone_maps
+from vovnet_zoo.osa import save_no_concatenation
+from vovnet_zoo.winograd import use_winograd
+
+CLASSES = 80
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    model: str = "fcos_vovnet39_fpn"
+    """A name of list_detectors()."""
+    size: tuple[int, int] = (640, 640)
+    """Height and width of the images, multiples of 32."""
+    batches: tuple[int, ...] | None = None
+    """Images per call in inference; default: 1, and 16 too on a GPU."""
+    train_batch: int | None = None
+    """Images per training step; default: 2, on a GPU 16."""
+    what: tuple[Literal["inference", "training"], ...] = ("inference", "training")
+    """Which tables to make."""
+    precisions: tuple[Literal["float32", "tf32", "bf16"], ...] | None = None
+    """Of the network; default: float32 and bf16, and tf32 on a GPU."""
+    rounds: int = 7
+    """Timed calls of each contestant."""
+    others: bool = True
+    """Also torchvision's fcos_resnet50_fpn and retinanet_resnet50_fpn."""
+    device: str | None = None
+    """torch device; default: the GPU where there is one."""
+    out: Path = Path("runs/benchmark")
+    """Folder of benchmark.json and benchmark.png."""
+
+
+@dataclass
+class Row:
+    """One line of the table. Memory is the highest of a call above what was there before it."""
+
+    task: str
+    name: str
+    precision: str
+    batch: int
+    seconds: float  # median
+    fastest: float
+    slowest: float
+    ratio: float  # to the first row of its task and batch
+    images_per_s: float
+    memory_mib: float
+    gflop: float  # of the contestant's own model, as direct convolutions and products have them
+    of_peak: float  # gflop / seconds, as a part of the measured peak in this precision
+
+
+def main(config: BenchmarkConfig) -> list[Row]:
+    with process_group(config.device) as (_, _, device):
+        gpu = device.type == "cuda"
+        precisions = config.precisions or (("float32", "tf32", "bf16") if gpu else ("float32", "bf16"))
+        peaks = {precision: measure_peak(precision, device) for precision in precisions}
+        for precision, peak in peaks.items():
+            log.info("measured peak in %s: %.0f GFLOP/s", precision, peak)
+        rows = []
+        if "inference" in config.what:
+            for batch in config.batches or ((1, 16) if gpu else (1,)):
+                rows += compare(inference_contestants(config, batch, precisions, device), config, batch, peaks, device)
+        if "training" in config.what:
+            batch = config.train_batch or (16 if gpu else 2)
+            rows += compare(training_contestants(config, batch, precisions, device), config, batch, peaks, device)
+        print(format_rows(rows))
+        config.out.mkdir(parents=True, exist_ok=True)
+        record = {
+            "config": asdict(config),
+            **environment(),
+            "peak_gflops": peaks,
+            "rows": [asdict(row) for row in rows],
+        }
+        (config.out / "benchmark.json").write_text(json.dumps(record, indent=2, default=str))
+        draw_rows(rows, config.out / "benchmark.png")
+        log.info("%s and benchmark.png beside it", config.out / "benchmark.json")
+        return rows
+
+
+# ---- contestants: (task, name, precision, call, eager call whose FLOPs are counted) ---------------------------------
+
+Contestant = tuple[str, str, str, Callable[[], object], Callable[[], object]]
+
+
+def inference_contestants(
+    config: BenchmarkConfig, batch: int, precisions: tuple[str, ...], device: torch.device
+) -> list[Contestant]:
+    images = torch.randint(0, 256, (batch, 3, *config.size), dtype=torch.uint8, device=device)
+    sizes = torch.tensor([config.size] * batch, device=device)
+    found = []
+
+    def add_torchvision(name: str, model: nn.Module) -> None:
+        crowd(model)
+        model.to(device).eval()
+
+        def run() -> object:
+            return model([image.float() / 255 for image in images])
+
+        for precision in precisions:
+            found.append(("inference", f"torchvision {name}, eager", precision, within(precision, device, run), run))
+
+    ours = crowd(create_detector(config.model, num_classes=CLASSES).to(device).eval())
+    add_torchvision(f"FCOS on {ours.config['backbone']}", torchvision_fcos(ours, config.size))
+    if config.others:
+        for name in ("fcos_resnet50_fpn", "retinanet_resnet50_fpn"):
+            add_torchvision(name, torchvision_model(name, config.size))
+
+    ours.to(memory_format=torch.channels_last)
+
+    def eager() -> object:
+        return detect(ours, images, sizes)
+
+    for precision in precisions:
+        found.append(("inference", "ours, eager", precision, within(precision, device, eager), eager))
+    for mode in ("default", "reduce-overhead") if device.type == "cuda" else ("default",):
+        for precision in precisions:
+            compiled = compile_detector(ours, config.size, DTYPES[precision], mode=mode)
+            name = "ours, compiled" if mode == "default" else f"ours, compiled, {mode}"
+            call = with_tf32(precision, lambda compiled=compiled: compiled(images, sizes))
+            found.append(("inference", name, precision, call, eager))
+    return [(*row[:3], without_gradient(row[3]), without_gradient(row[4])) for row in found]
+
+
+def training_contestants(
+    config: BenchmarkConfig, batch: int, precisions: tuple[str, ...], device: torch.device
+) -> list[Contestant]:
+    height, width = config.size
+    images = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, device=device)
+    sizes = torch.tensor([config.size] * batch, device=device)
+    corners = torch.rand(batch, 8, 2) * torch.tensor([width / 2, height / 2])
+    boxes = torch.cat([corners, corners + 16 + torch.rand(batch, 8, 2) * min(height, width) / 2 - 16], dim=-1)
+    boxes[..., 2:] += 16
+    boxes, labels = boxes.to(device), torch.randint(0, CLASSES, (batch, 8), device=device)
+    found = []
+
+    def step(model: nn.Module, losses: Callable[[], dict[str, Tensor]]) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+
+        def run() -> None:
+            sum(losses().values()).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return run
+
+    def add_torchvision(name: str, model: nn.Module) -> None:
+        model.to(device).train()
+        targets = [{"boxes": b, "labels": k + 1} for b, k in zip(boxes, labels, strict=True)]  # 0 is background there
+
+        for precision in precisions:
+            losses = within(precision, device, lambda: model([x.float() / 255 for x in images], targets))
+            run = with_tf32(precision, step(model, losses))
+            found.append(("training", f"torchvision {name}, eager", precision, run, run))
+
+    ours = create_detector(config.model, num_classes=CLASSES, frozen_norm=True)
+    add_torchvision(f"FCOS on {ours.config['backbone']}", torchvision_fcos(ours, config.size))
+    if config.others:
+        for name in ("fcos_resnet50_fpn", "retinanet_resnet50_fpn"):
+            add_torchvision(name, torchvision_model(name, config.size))
+
+    ours.to(device, memory_format=torch.channels_last).train()
+    criterion = FCOSLoss()
+    save_no_concatenation(ours)
+    sparing, fast = copy.deepcopy(ours), copy.deepcopy(ours)
+    sparing.set_grad_checkpointing()
+    if device.type == "cpu":
+        use_winograd(fast)
+    for name, model in {"eager": ours, "eager, checkpointing": sparing, "compiled": fast}.items():
+        for precision in precisions:
+            losses = training_losses(model, criterion, images, sizes, boxes, labels, precision)
+            if name == "compiled":
+                losses = torch.compile(losses, fullgraph=True, dynamic=False)
+            run = with_tf32(precision, step(model, losses))
+            counted = found[-2 * len(precisions)][4] if name == "compiled" else run
+            found.append(("training", f"ours, {name}", precision, run, counted))
+    return found
+
+
+def training_losses(
+    model: FCOS, criterion: FCOSLoss, images: Tensor, sizes: Tensor, boxes: Tensor, labels: Tensor, precision: str
+) -> Callable[[], dict[str, Tensor]]:
+    """The recipe's step up to the losses: assignment, network, comparison."""
+
+    def losses() -> dict[str, Tensor]:
+        targets, normalizers = assign_part(model, criterion, boxes, labels, *images.shape[-2:])
+        autocast = "bf16" if precision == "bf16" else "float32"
+        return compare_part(model, criterion, images, sizes, targets, normalizers, autocast)
+
+    return losses
+
+
+class Pyramid(nn.Module):
+    """Backbone and FPN of a detector of ours, as torchvision's detectors take them."""
+
+    def __init__(self, model: FCOS):
+        super().__init__()
+        self.backbone, self.fpn = copy.deepcopy(model.backbone), copy.deepcopy(model.fpn)
+        self.out_channels = model.config["channels"]
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        return self.fpn(OrderedDict(zip(("c3", "c4", "c5"), backbone_maps(self.backbone, images), strict=True)))
+
+
+def torchvision_fcos(model: FCOS, size: tuple[int, int]) -> nn.Module:
+    """torchvision's FCOS on the backbone and FPN of `model`, with our thresholds."""
+    return peers.FCOS(Pyramid(model), CLASSES + 1, score_thresh=0.05, nms_thresh=0.6, **_torchvision_sizes(size))
+
+
+def torchvision_model(name: str, size: tuple[int, int]) -> nn.Module:
+    """A detector of torchvision's, with random weights."""
+    build = getattr(peers, name)
+    return build(weights=None, weights_backbone=None, num_classes=CLASSES + 1, **_torchvision_sizes(size))
+
+
+def _torchvision_sizes(size: tuple[int, int]) -> dict:
+    return {"min_size": min(size), "max_size": max(size)}
+
+
+def crowd(model: nn.Module) -> nn.Module:
+    """Make every class probable everywhere, and boxes a few strides large, so that NMS has all it can have to do."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("cls_logits.bias"):
+            nn.init.constant_(parameter, -2.0)
+        if name.endswith(("box_distances.bias", "regression_head.bbox_reg.bias")) and len(parameter) == 4:
+            nn.init.constant_(parameter, 1.0)
+    return model
+
+
+# ---- how a contestant is called -------------------------------------------------------------------------------------
+
+
+def within(precision: str, device: torch.device, call: Callable) -> Callable:
+    """`call` under autocast for bf16, and with or without TF32."""
+
+    def run() -> object:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return call()
+
+    return with_tf32(precision, run)
+
+
+def with_tf32(precision: str, call: Callable) -> Callable:
+    """`call` with TF32 in matrix products and convolutions for any precision but float32."""
+
+    def run() -> object:
+        torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+        torch.backends.cudnn.allow_tf32 = precision != "float32"
+        return call()
+
+    return run
+
+
+def without_gradient(call: Callable) -> Callable:
+    return torch.no_grad()(call)
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    contestants: list[Contestant], config: BenchmarkConfig, batch: int, peaks: dict[str, float], device: torch.device
+) -> list[Row]:
+    """Time all contestants, interleaved."""
+    flops: dict[Callable, float] = {}
+    for task, name, precision, call, counted in contestants:
+        began = time.perf_counter()
+        for _ in range(3):  # compiles, and records CUDA graphs
+            call()
+        synchronize(device)
+        log.info("%s, batch %d: %s, %s: ready in %.0f s", task, batch, name, precision, time.perf_counter() - began)
+        if counted not in flops:
+            with FlopCounterMode(display=False) as counter:
+                counted()
+            flops[counted] = counter.get_total_flops() / 1e9
+    seconds = [[] for _ in contestants]
+    for _ in range(config.rounds):
+        for contestant, times in zip(contestants, seconds, strict=True):
+            synchronize(device)
+            began = time.perf_counter()
+            contestant[3]()
+            synchronize(device)
+            times.append(time.perf_counter() - began)
+    reference = statistics.median(seconds[0])
+    rows = []
+    for (task, name, precision, call, counted), times in zip(contestants, seconds, strict=True):
+        median, gflop = statistics.median(times), flops[counted]
+        rows.append(
+            Row(
+                task,
+                name,
+                precision,
+                batch,
+                median,
+                min(times),
+                max(times),
+                median / reference,
+                batch / median,
+                memory_of(call, device),
+                gflop,
+                gflop / median / peaks[precision],
+            )  # fmt: skip
+        )
+    return rows
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory_of(call: Callable, device: torch.device) -> float:
+    """Most memory during a call above that before it, in MiB: allocated on a GPU, resident of the process otherwise."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    clear = Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return float("nan")  # only Linux counts this
+    ctypes.CDLL(None).malloc_trim(0)  # what is free already goes back to the system, and counts again when used
+    clear.write_text("5")  # forgets the highest so far
+    before = resident("VmRSS")
+    call()
+    return resident("VmHWM") - before
+
+
+def resident(key: str) -> float:
+    """A line of /proc/self/status, in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 2**10
+    raise KeyError(key)
+
+
+def measure_peak(precision: str, device: torch.device) -> float:
+    """GFLOP/s of the faster of a large matrix product and a 3x3 convolution of 256 channels."""
+    n, side = (8192, 100) if device.type == "cuda" else (2048, 80)
+    dtype = DTYPES[precision]
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
+    x = torch.randn(16 if device.type == "cuda" else 1, 256, side, side, device=device, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last)
+    weight = torch.randn(256, 256, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+    work = {
+        2 * n**3: lambda: a @ b,
+        2 * 9 * 256 * 256 * side * side * len(x): lambda: nn.functional.conv2d(x, weight, padding=1),
+    }
+    fastest = 0.0
+    with torch.no_grad():
+        for flop, call in work.items():
+            call = with_tf32(precision, call)
+            times = []
+            for _ in range(10):
+                synchronize(device)
+                began = time.perf_counter()
+                call()
+                synchronize(device)
+                times.append(time.perf_counter() - began)
+            fastest = max(fastest, flop / statistics.median(times[2:]) / 1e9)
+    return fastest
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------------
+
+
+def format_rows(rows: list[Row]) -> str:
+    """The table, for a terminal."""
+    lines = ["task      batch contestant                                   precision       ms (range)           ratio  "
+             "images/s  MiB      GFLOP  of peak"]  # fmt: skip
+    for r in rows:
+        spread = f"{r.fastest * 1e3:.1f}..{r.slowest * 1e3:.1f}"
+        lines.append(
+            f"{r.task:9} {r.batch:5} {r.name:44} {r.precision:9} {r.seconds * 1e3:8.1f} {spread:17} {r.ratio:6.2f} "
+            f"{r.images_per_s:9.2f} {r.memory_mib:8.0f} {r.gflop:7.0f} {r.of_peak:7.0%}"
+        )
+    return "\n".join(lines)
+
+
+def draw_rows(rows: list[Row], path: Path) -> None:
+    """The times as bars, one panel for each task and batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = list(dict.fromkeys((row.task, row.batch) for row in rows))
+    heights = [sum((row.task, row.batch) == panel for row in rows) for panel in panels]
+    figure, axes = plt.subplots(
+        len(panels), 1, squeeze=False, figsize=(10, 0.6 * len(panels) + 0.32 * sum(heights)),
+        gridspec_kw={"height_ratios": heights}, constrained_layout=True,
+    )  # fmt: skip
+    for (task, batch), axis in zip(panels, axes[:, 0], strict=True):
+        shown = [row for row in rows if (row.task, row.batch) == (task, batch)][::-1]
+        middle = [row.seconds * 1e3 for row in shown]
+        spread = [[m - row.fastest * 1e3 for m, row in zip(middle, shown, strict=True)],
+                  [row.slowest * 1e3 - m for m, row in zip(middle, shown, strict=True)]]  # fmt: skip
+        colors = ["tab:blue" if row.name.startswith("ours") else "tab:gray" for row in shown]
+        bars = axis.barh([f"{row.name}, {row.precision}" for row in shown], middle, xerr=spread, color=colors)
+        axis.bar_label(bars, [f"{m:.1f} ms, {row.ratio:.2f}" for m, row in zip(middle, shown, strict=True)], padding=4)
+        axis.set(title=f"{task}, batch {batch}: milliseconds (median, range), ratio to the first")
+        axis.margins(x=0.25)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchmarkConfig, description=__doc__))

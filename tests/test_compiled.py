@@ -1,0 +1,229 @@
+"""One graph for inference and for a training step. A graph break is an error of `fullgraph=True`."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from train_coco import assign_part, compare_part
+from vovnet_zoo import FCOSLoss, compile_detector, create_detector, postprocess
+from vovnet_zoo.compiled import Detections
+from vovnet_zoo.data import normalize
+
+BACKBONES = ["vovnet39", "ese_vovnet39b", "resnet50"]
+SIZES = [(64, 96), (96, 64), (128, 160)]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def model(request):
+    return busy(create_detector("fcos", backbone=request.param, num_classes=4))
+
+
+def busy(model):
+    """With classes that vary from place to place, and boxes of some strides, so that there is something to find."""
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.head.cls_logits.weight, std=0.05)
+    torch.nn.init.constant_(model.head.cls_logits.bias, -1.5)
+    torch.nn.init.constant_(model.head.box_distances.bias, 1.5)
+    for module in model.modules():  # as after training: no batch norm is the identity
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.8, 1.2)
+    return model.eval()
+
+
+def images_and_sizes(batch, size):
+    sizes = torch.tensor([size] * batch)
+    sizes[-1] -= torch.tensor([7, 20])  # the last has padding
+    return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8), sizes
+
+
+def assert_same(found: Detections, model, images, sizes, tolerance=1e-4, **options):
+    """`found` is what postprocess finds."""
+    with torch.no_grad():
+        inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
+        wanted = postprocess(model(inputs), sizes, **options)
+    assert found.count.tolist() == [len(want["scores"]) for want in wanted]
+    for b, want in enumerate(wanted):
+        n = len(want["scores"])
+        torch.testing.assert_close(found.scores[b, :n], want["scores"], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(found.boxes[b, :n], want["boxes"], rtol=tolerance, atol=100 * tolerance)  # pixels
+        assert found.labels[b, :n].tolist() == want["labels"].tolist()
+        assert not found.scores[b, n:].any() and not found.boxes[b, n:].any() and (found.labels[b, n:] == -1).all()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_inference_is_one_graph(model, size):
+    """Also in channels with batch norms folded and Winograd convolutions, it finds what `postprocess` finds."""
+    images, sizes = images_and_sizes(2, size)
+    run = compile_detector(model, size, backend="eager")
+    found = run(images, sizes)
+    assert found.boxes.shape == (2, 100, 4) and found.count.min() > 0
+    assert_same(found, model, images, sizes)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_training_step_is_one_graph(model, size):
+    model.train()
+    criterion = FCOSLoss()
+
+    def step(images, sizes, boxes, labels):
+        targets, normalizers = assign_part(model, criterion, boxes, labels, *size)
+        return compare_part(model, criterion, images, sizes, targets, normalizers, "float32")
+
+    # "aot_eager" traces the backward pass too, which takes a while
+    compiled = torch.compile(step, backend="aot_eager" if size == SIZES[0] else "eager", fullgraph=True)
+    images, sizes = images_and_sizes(2, size)
+    for kind in ("boxes", "none in the second", "none"):
+        boxes = torch.tensor([[10.0, 12, 50, 40], [0, 0, 30, 60], [20, 20, 60, 60]]).expand(2, 3, 4)
+        labels = torch.tensor([[0, 3, 1], [2, -1, -1]])
+        if kind != "boxes":
+            labels = labels.where(torch.tensor([[kind != "none"], [False]]), -1)
+        results = []
+        for function in (step, compiled):
+            model.zero_grad()
+            losses = function(images, sizes, boxes, labels)
+            sum(losses.values()).backward()
+            results.append((losses, {name: p.grad.clone() for name, p in model.named_parameters()}))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+        assert (results[0][0]["loss_box"] > 0) == (kind != "none")
+    model.eval()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_multi_scale_training_compiles_few_times():
+    """Sizes of a 1x multi-scale epoch: the first one, then one graph for all, in either part of the step."""
+    model = create_detector("fcos", backbone="resnet10t", num_classes=3, channels=64, num_convs=1).train()
+    criterion = FCOSLoss()
+    assign, compare = (torch.compile(f, backend="eager", fullgraph=True) for f in (assign_part, compare_part))
+    sizes = [(640, 864), (864, 640), (704, 1056), (1344, 800), (672, 672), (768, 1152)]
+    for i, size in enumerate(sizes):
+        images, unpadded = images_and_sizes(1, size)
+        boxes, labels = torch.tensor([[10.0, 12, 50, 40]]).expand(1, 1 + i % 5, 4), torch.ones(1, 1 + i % 5).long()
+        targets, normalizers = assign(model, criterion, boxes, labels, *size)
+        with torch.no_grad():
+            compare(model, criterion, images, unpadded, targets, normalizers, "float32")
+    assert counters["stats"]["unique_graphs"] <= 8 and not counters["graph_break"]
+
+
+def test_options_and_bad_input():
+    model = busy(create_detector("fcos", backbone="resnet10t", num_classes=4, channels=64, num_convs=1))
+    images, sizes = images_and_sizes(3, (64, 96))
+    options = dict(score_threshold=0.3, nms_threshold=0.4, topk=50, max_detections=7, plus_one=True)
+    found = compile_detector(model, (64, 96), backend="eager", **options)(images, sizes)
+    assert found.scores.shape == (3, 7)
+    assert_same(found, model, images, sizes, **options)
+
+    run = compile_detector(model, (64, 96), backend="eager", score_threshold=0.9999)
+    assert run(images).count.tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match=r"uint8 \[B,3,64,96\], got torch.uint8 \[3, 3, 64, 64\]"):
+        run(images[..., :64])
+    with pytest.raises(ValueError, match="float32"):
+        run(images.float())
+    with pytest.raises(ValueError, match="sizes"):
+        run(images, sizes[:2])
+    with pytest.raises(ValueError, match="multiples of 32"):
+        compile_detector(model, (100, 96))
+    with pytest.raises(ValueError, match="dtype"):
+        compile_detector(model, (64, 96), torch.int8)
+    with pytest.raises(TypeError, match="treshold"):
+        compile_detector(model, (64, 96), backend="eager", treshold=1)
+
+
+def test_bf16_is_near():
+    model = busy(create_detector("fcos", backbone="vovnet27_slim", num_classes=4, channels=64, num_convs=2))
+    images, sizes = images_and_sizes(2, (128, 160))
+    exact = compile_detector(model, (128, 160), backend="eager")(images, sizes)
+    found = compile_detector(model, (128, 160), torch.bfloat16, backend="eager")(images, sizes)
+    assert (found.count - exact.count).abs().max() <= 2
+    torch.testing.assert_close(found.scores[:, :10], exact.scores[:, :10], rtol=0.03, atol=0)
+
+
+def test_the_model_stays_as_it_was():
+    model = create_detector("fcos", backbone="vovnet27_slim", num_classes=4, channels=64, num_convs=1).train()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    compile_detector(model, (64, 64), backend="eager")(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_inductor():
+    """The fused kernels, of inference and of a training step."""
+    model = busy(create_detector("fcos", backbone="vovnet27_slim", num_classes=4, channels=64, num_convs=2))
+    images, sizes = images_and_sizes(2, (128, 160))
+    assert_same(compile_detector(model, (128, 160))(images, sizes), model, images, sizes)
+
+    criterion = FCOSLoss()
+    boxes, labels = torch.tensor([[10.0, 12, 50, 40]]).expand(2, 1, 4), torch.tensor([[1], [2]])
+    results = []
+    for compare in (compare_part, torch.compile(compare_part, fullgraph=True)):
+        model.train().zero_grad()
+        targets, normalizers = assign_part(model, criterion, boxes, labels, 128, 160)
+        losses = compare(model, criterion, images, sizes, targets, normalizers, "float32")
+        sum(losses.values()).backward()
+        results.append((losses, {name: p.grad.clone() for name, p in model.named_parameters()}))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(mode, dtype):
+    torch.backends.cudnn.allow_tf32 = False
+    model = busy(create_detector("fcos_vovnet39_fpn", num_classes=4)).cuda()
+    run = compile_detector(model, (320, 416), dtype, mode=mode)
+    for _ in range(3):  # CUDA graphs are recorded in the second call
+        images, sizes = (x.cuda() for x in images_and_sizes(2, (320, 416)))
+        found = Detections(*(x.clone() for x in run(images, sizes)))
+        if dtype == torch.float32:
+            assert_same(found, model, images, sizes, tolerance=1e-3)
+        else:
+            assert found.count.min() > 0 and found.boxes.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu():
+    """bf16 and fp16 under autocast, compiled: losses near those of float32, finite gradients."""
+    torch.backends.cudnn.allow_tf32 = False
+    model, criterion = create_detector("fcos_vovnet39_fpn", num_classes=4, frozen_norm=True).cuda().train(), FCOSLoss()
+    images, sizes = (x.cuda() for x in images_and_sizes(2, (320, 416)))
+    boxes = torch.tensor([[10.0, 12, 150, 140]], device="cuda").expand(2, 1, 4)
+    targets, normalizers = assign_part(model, criterion, boxes, torch.ones(2, 1).long().cuda(), 320, 416)
+    exact = compare_part(model, criterion, images, sizes, targets, normalizers, "float32")
+    for precision in ("bf16", "fp16"):
+        losses = torch.compile(compare_part, fullgraph=True)(
+            model, criterion, images, sizes, targets, normalizers, precision
+        )
+        sum(losses.values()).backward()
+        torch.testing.assert_close(losses, exact, rtol=0.05, atol=0.05)
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.gpu
+def test_speed_on_an_h100(tmp_path):
+    """Batch 1 at 800x1344 in bf16, from uint8 to boxes: 4 ms, and 5 times as fast as fcos_resnet50_fpn. Training at
+    batch 16 at least 3 times as fast as torchvision's under autocast."""
+    from benchmark import BenchmarkConfig, main
+
+    if "H100" not in torch.cuda.get_device_name():
+        pytest.skip("needs an H100")
+    rows = main(
+        BenchmarkConfig(size=(800, 1344), batches=(1,), out=tmp_path, precisions=("float32", "bf16"), rounds=21)
+    )
+
+    def seconds(task, name, precision):
+        (row,) = [r for r in rows if (r.task, r.precision) == (task, precision) and r.name.startswith(name)]
+        return row.seconds
+
+    ours = seconds("inference", "ours, compiled, reduce-overhead", "bf16")
+    assert ours <= 4e-3
+    assert seconds("inference", "torchvision fcos_resnet50_fpn", "float32") >= 5 * ours
+    reference = seconds("training", "torchvision fcos_resnet50_fpn", "bf16")
+    assert reference >= 3 * seconds("training", "ours, compiled", "bf16")

@@ -1,0 +1,114 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torchvision.ops import batched_nms
+
+from vovnet_zoo.nms import class_nms, nms_fixed
+
+
+def draw(generator: torch.Generator, kind: str, batch: int, count: int):
+    """Boxes of one kind: spread out, crowded around few places, or on a grid with many equal IoUs and scores."""
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    if kind == "grid":
+        low, size = (rand(batch, count, 2) * 10).floor(), (rand(batch, count, 2) * 6).floor()
+        scores = (rand(batch, count) * 8).floor() / 8
+    elif kind == "crowded":
+        centers = rand(batch, 1 + count // 20, 2) * 400
+        which = torch.randint(0, centers.shape[1], (batch, count), generator=generator)
+        low = centers.gather(1, which[..., None].expand(-1, -1, 2)) + rand(batch, count, 2) * 8
+        size, scores = 40 + rand(batch, count, 2) * 10, rand(batch, count)
+    else:
+        low, size, scores = rand(batch, count, 2) * 600, rand(batch, count, 2) * 200, rand(batch, count)
+    labels = torch.randint(0, 1 + count // 100, (batch, count), generator=generator)
+    scores = torch.where(rand(batch, count) < 0.1, -1.0, scores)  # no candidates
+    return torch.cat([low, low + size], dim=-1), scores, labels
+
+
+@pytest.mark.parametrize("kind", ["spread", "crowded", "grid"])
+def test_nms_fixed_is_batched_nms(kind):
+    """1,000 batches of each kind, of up to 3 images: the same boxes in the same order."""
+    generator = torch.Generator().manual_seed(0)
+    suppressed = full = 0
+    for trial in range(1000):
+        batch, count = trial % 4, (0, 1, 2, 30, 100, 250)[trial % 6]
+        boxes, scores, labels = draw(generator, kind, batch, count)
+        threshold = (0.3, 0.5, 0.6)[trial % 3]
+        picked = nms_fixed(boxes, scores, labels, threshold, 40)
+        assert picked.shape == (batch, 40)
+        for b in range(batch):
+            candidates = (scores[b] >= 0).nonzero().squeeze(1)
+            kept = batched_nms(
+                boxes[b, candidates].double(), scores[b, candidates].double(), labels[b, candidates], threshold
+            )
+            wanted = candidates[kept[:40]]
+            assert picked[b, : len(wanted)].tolist() == wanted.tolist()
+            assert (picked[b, len(wanted) :] == -1).all()
+            suppressed += len(candidates) - len(kept)
+            full += len(kept) >= 40
+    assert suppressed > 2_000 and full > 50
+
+
+def test_plus_one_suppresses_at_the_threshold():
+    """Boxes that cover pixels 0..9 and 0..4 have an IoU of exactly 1/2, which the published convention suppresses."""
+    boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 4]])
+    scores, labels = torch.tensor([0.9, 0.8]), torch.tensor([0, 0])
+    assert class_nms(boxes, scores, labels, 0.5, plus_one=True).tolist() == [0]
+    assert nms_fixed(boxes[None], scores[None], labels[None], 0.5, 3, plus_one=True).tolist() == [[0, -1, -1]]
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]])
+    assert class_nms(boxes, scores, labels, 0.5).tolist() == [0, 1]
+    assert nms_fixed(boxes[None], scores[None], labels[None], 0.5, 3).tolist() == [[0, 1, -1]]
+
+
+def test_shapes_are_checked():
+    with pytest.raises(ValueError, match="float32 .*float64"):
+        nms_fixed(torch.zeros(1, 5, 4).double(), torch.zeros(1, 5), torch.zeros(1, 5, dtype=torch.int64), 0.5, 10)
+
+
+def test_operator():
+    boxes, scores, labels = draw(torch.Generator().manual_seed(1), "crowded", 2, 100)
+    torch.library.opcheck(torch.ops.vovnet_zoo.nms_fixed, (boxes, scores, labels, 0.5, 20, False))
+
+
+IN_THE_INTERPRETER = """
+import torch
+from test_nms import draw
+from vovnet_zoo.nms import _nms_fixed_cuda, nms_fixed
+generator = torch.Generator().manual_seed(2)
+for kind in ("spread", "crowded", "grid"):
+    for batch, count in ((0, 5), (2, 0), (1, 1), (3, 70)):
+        boxes, scores, labels = draw(generator, kind, batch, count)
+        for plus_one in (False, True):
+            for threshold in (0.5, 0.6):
+                wanted = nms_fixed(boxes, scores, labels, threshold, 12, plus_one)
+                got = _nms_fixed_cuda(boxes, scores, labels, threshold, 12, plus_one)
+                assert torch.equal(got, wanted), (kind, got, wanted)
+"""
+
+
+def test_triton_kernel_in_its_interpreter():
+    """The GPU's kernel, run by Triton's interpreter on the CPU."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    here = os.path.dirname(__file__)
+    result = subprocess.run(
+        [sys.executable, "-c", IN_THE_INTERPRETER], cwd=here, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["spread", "crowded", "grid"])
+def test_triton_kernel(kind):
+    generator = torch.Generator().manual_seed(3)
+    for count in (0, 1, 100, 1000, 5000):
+        boxes, scores, labels = draw(generator, kind, 4, count)
+        for plus_one in (False, True):
+            wanted = nms_fixed(boxes, scores, labels, 0.6, 100, plus_one)
+            got = nms_fixed(boxes.cuda(), scores.cuda(), labels.cuda(), 0.6, 100, plus_one)
+            assert torch.equal(got.cpu(), wanted)
