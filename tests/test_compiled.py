@@ -40,20 +40,26 @@ def busy(model):
 def images_and_sizes(batch, size):
     sizes = torch.tensor([size] * batch)
     sizes[-1] -= torch.tensor([7, 20])  # the last has padding
-    return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8), sizes
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, generator=generator), sizes
 
 
 def assert_same(found: Detections, model, images, sizes, tolerance=1e-4, **options):
-    """`found` is what postprocess finds."""
+    """`found` is what postprocess finds. Scores that are equal but for rounding may change places."""
     with torch.no_grad():
         inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
         wanted = postprocess(model(inputs), sizes, **options)
     assert found.count.tolist() == [len(want["scores"]) for want in wanted]
     for b, want in enumerate(wanted):
         n = len(want["scores"])
-        torch.testing.assert_close(found.scores[b, :n], want["scores"], rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(found.boxes[b, :n], want["boxes"], rtol=tolerance, atol=100 * tolerance)  # pixels
-        assert found.labels[b, :n].tolist() == want["labels"].tolist()
+        boxes, scores, labels = found.boxes[b, :n], found.scores[b, :n], found.labels[b, :n]
+        torch.testing.assert_close(scores, want["scores"], rtol=tolerance, atol=tolerance)
+        near = (boxes[:, None] - want["boxes"]).abs().amax(-1) < 100 * tolerance  # pixels; [found, wanted]
+        near &= (scores[:, None] - want["scores"]).abs() < 2 * tolerance
+        near &= labels[:, None] == want["labels"]
+        sure = want["scores"] > want["scores"].amin() + 2 * tolerance  # not among the last, of which some are cut off
+        assert near.any(1)[sure].all() and near.any(0)[sure].all()
+        assert sure.sum() > n / 2
         assert not found.scores[b, n:].any() and not found.boxes[b, n:].any() and (found.labels[b, n:] == -1).all()
 
 
