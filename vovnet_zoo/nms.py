@@ -76,9 +76,10 @@ def _nms_fixed_cuda(
     if plus_one:
         threshold = math.nextafter(threshold, 0)
     if count and len(boxes):
+        limit = boxes.new_full((1,), threshold, dtype=torch.float64)
         block = triton.next_power_of_2(count)
         _kernel()[(len(boxes),)](
-            boxes, labels, alive, picked, threshold, count, max_detections, float(plus_one), block,
+            boxes, labels, alive, picked, limit, count, int(plus_one), max_detections, block,
             num_warps=min(32, max(4, block // 256)),
         )  # fmt: skip
         return torch.where(picked < count, order.gather(1, picked.clamp(max=count - 1)), -1)
@@ -97,15 +98,16 @@ def _kernel():
         labels,  # int64 [B,N]
         alive,  # int8 [B,N]
         picked,  # int64 [B,D]: places in 0..N-1, N where nothing is left
-        threshold: tl.float64,
+        limit,  # float64 [1], the threshold: as a number it might be rounded to float32
         N,
-        D,
-        extent: tl.float64,
+        extent,  # 1 or 0
+        D: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         image = tl.program_id(0).to(tl.int64)
         boxes += image * N * 4
         labels += image * N
+        threshold = tl.load(limit)
         place = tl.arange(0, BLOCK)
         inside = place < N
         x1 = tl.load(boxes + place * 4, mask=inside, other=0.0)
