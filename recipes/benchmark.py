@@ -28,7 +28,7 @@ from torchvision.models import detection as peers
 
 from runtime import environment, log, process_group
 from train_coco import assign_part, compare_part
-from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector
+from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector, postprocess
 from vovnet_zoo.compiled import detect
 from vovnet_zoo.fcos import backbone_maps
 from vovnet_zoo.osa import save_no_concatenation
@@ -139,7 +139,7 @@ def inference_contestants(
     ours.to(memory_format=torch.channels_last)
 
     def eager() -> object:
-        return detect(ours, images, sizes)
+        return detect(ours, images, sizes, **postprocess.__kwdefaults__)
 
     for precision in precisions:
         found.append(("inference", "ours, eager", precision, within(precision, device, eager), eager))

@@ -132,6 +132,8 @@ def test_options_and_bad_input():
         run(images[..., :64])
     with pytest.raises(ValueError, match="float32"):
         run(images.float())
+    with pytest.raises(ValueError, match="images are on meta, the detector is on cpu"):
+        run(images.to("meta"))
     with pytest.raises(ValueError, match="sizes"):
         run(images, sizes[:2])
     with pytest.raises(ValueError, match="multiples of 32"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .data import normalize
 from .fcos import FCOS, level_sizes
-from .inference import decode
+from .inference import decode, postprocess
 from .nms import nms_fixed
 from .winograd import FrozenWinogradConv2d, WinogradConv2d, has_amx, is_eligible, use_winograd
 
@@ -67,8 +66,9 @@ def compile_detector(
         raise ValueError(f"size={tuple(size)}: (height, width) must be multiples of 32; pad the images to one")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype}: torch.float32, torch.bfloat16 or torch.float16")
-    if unknown := options.keys() - inspect.signature(detect).parameters.keys():
+    if unknown := options.keys() - postprocess.__kwdefaults__.keys():
         raise TypeError(f"compile_detector has no option {sorted(unknown)}")
+    options = postprocess.__kwdefaults__ | options
     device = next(model.parameters()).device
     fast = fold_batch_norms(copy.deepcopy(model).eval().requires_grad_(False))
     fast = fast.to(memory_format=torch.channels_last)
@@ -88,6 +88,8 @@ def compile_detector(
                 f"images must be uint8 [B,3,{height},{width}], got {images.dtype} {list(images.shape)}; "
                 "this graph was compiled for that size"
             )
+        if images.device != device:
+            raise ValueError(f"images are on {images.device}, the detector is on {device}; move them there")
         if sizes is None:
             sizes = torch.tensor([[height, width]], device=device).expand(len(images), 2).contiguous()
         if sizes.shape != (len(images), 2):
@@ -103,11 +105,11 @@ def detect(
     images: Tensor,
     sizes: Tensor,
     *,
-    score_threshold: float = 0.05,
-    nms_threshold: float = 0.6,
-    topk: int = 1000,
-    max_detections: int = 100,
-    plus_one: bool = False,
+    score_threshold: float,
+    nms_threshold: float,
+    topk: int,
+    max_detections: int,
+    plus_one: bool,
 ) -> Detections:
     """`postprocess` of `model`'s predictions for uint8 images [B,3,H,W] of `sizes` [B,2], without a shape that depends
     on a value. 32 divides H and W."""
