@@ -27,11 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import detection as peers
 
 from runtime import environment, log, process_group
-from train_coco import assign_part, compare_part
+from train_coco import assign_part, compare_part, compiled
 from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector, postprocess
 from vovnet_zoo.compiled import detect
 from vovnet_zoo.fcos import backbone_maps
-from vovnet_zoo.osa import save_no_concatenation
+from vovnet_zoo.osa import fuse_for_training
 from vovnet_zoo.winograd import use_winograd
 
 CLASSES = 80
@@ -76,6 +76,7 @@ class Row:
     ratio: float  # to the first row of its task and batch
     images_per_s: float
     memory_mib: float
+    kept_mib: float  # activations that a training step keeps for its backward pass; 0 in inference
     gflop: float  # of the contestant's own model, as direct convolutions and products have them
     of_peak: float  # gflop / seconds, as a part of the measured peak in this precision
 
@@ -145,9 +146,9 @@ def inference_contestants(
         found.append(("inference", "ours, eager", precision, within(precision, device, eager), eager))
     for mode in ("default", "reduce-overhead") if device.type == "cuda" else ("default",):
         for precision in precisions:
-            compiled = compile_detector(ours, config.size, DTYPES[precision], mode=mode)
+            fast = compile_detector(ours, config.size, DTYPES[precision], mode=mode)
             name = "ours, compiled" if mode == "default" else f"ours, compiled, {mode}"
-            call = with_tf32(precision, lambda compiled=compiled: compiled(images, sizes))
+            call = with_tf32(precision, lambda fast=fast: fast(images, sizes))
             found.append(("inference", name, precision, call, eager))
     return [(*row[:3], without_gradient(row[3]), without_gradient(row[4])) for row in found]
 
@@ -191,7 +192,7 @@ def training_contestants(
 
     ours.to(device, memory_format=torch.channels_last).train()
     criterion = FCOSLoss()
-    save_no_concatenation(ours)
+    fuse_for_training(ours)
     sparing, fast = copy.deepcopy(ours), copy.deepcopy(ours)
     sparing.set_grad_checkpointing()
     if device.type == "cpu":
@@ -200,7 +201,7 @@ def training_contestants(
         for precision in precisions:
             losses = training_losses(model, criterion, images, sizes, boxes, labels, precision)
             if name == "compiled":
-                losses = torch.compile(losses, fullgraph=True, dynamic=False)
+                losses = compiled(losses, dynamic=False)
             run = with_tf32(precision, step(model, losses))
             counted = found[-2 * len(precisions)][4] if name == "compiled" else run
             found.append(("training", f"ours, {name}", precision, run, counted))
@@ -327,6 +328,7 @@ def compare(
                 median / reference,
                 batch / median,
                 memory_of(call, device),
+                kept_by(call),
                 gflop,
                 gflop / median / peaks[precision],
             )  # fmt: skip
@@ -356,6 +358,20 @@ def memory_of(call: Callable, device: torch.device) -> float:
     before = resident("VmRSS")
     call()
     return resident("VmHWM") - before
+
+
+def kept_by(call: Callable) -> float:
+    """What autograd keeps in a call for its backward pass, without the weights themselves, in MiB: each memory once."""
+    kept = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if not (x.is_leaf and x.requires_grad):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        call()
+    return sum(kept.values()) / 2**20
 
 
 def resident(key: str) -> float:
@@ -399,12 +415,12 @@ def measure_peak(precision: str, device: torch.device) -> float:
 def format_rows(rows: list[Row]) -> str:
     """The table, for a terminal."""
     lines = ["task      batch contestant                                   precision       ms (range)           ratio  "
-             "images/s  MiB      GFLOP  of peak"]  # fmt: skip
+             "images/s      MiB     kept   GFLOP of peak"]  # fmt: skip
     for r in rows:
         spread = f"{r.fastest * 1e3:.1f}..{r.slowest * 1e3:.1f}"
         lines.append(
             f"{r.task:9} {r.batch:5} {r.name:44} {r.precision:9} {r.seconds * 1e3:8.1f} {spread:17} {r.ratio:6.2f} "
-            f"{r.images_per_s:9.2f} {r.memory_mib:8.0f} {r.gflop:7.0f} {r.of_peak:7.0%}"
+            f"{r.images_per_s:9.2f} {r.memory_mib:8.0f} {r.kept_mib:8.0f} {r.gflop:7.0f} {r.of_peak:7.0%}"
         )
     return "\n".join(lines)
 

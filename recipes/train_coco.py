@@ -43,7 +43,7 @@ from vovnet_zoo.coco_eval import format_table
 from vovnet_zoo.data import CocoDataset, Skipped, TrainSampler, collate, find_split, normalize, train_transforms
 from vovnet_zoo.fcos import level_sizes, make_points
 from vovnet_zoo.loss import Targets
-from vovnet_zoo.osa import save_no_concatenation
+from vovnet_zoo.osa import fuse_for_training
 from vovnet_zoo.winograd import use_winograd
 
 
@@ -71,7 +71,7 @@ def train(config: TrainConfig, rank: int, world_size: int, device: torch.device,
     torch.manual_seed(config.seed)
     model = build_model(config, train_set.class_names)
     model.to(device, memory_format=torch.channels_last).train()
-    save_no_concatenation(model)
+    fuse_for_training(model)
     if config.winograd:
         use_winograd(model)
     if config.grad_checkpointing:
@@ -242,9 +242,14 @@ def compare_part(
 
 
 @functools.cache
-def compiled(function: Callable) -> Callable:
-    """`function` as one graph; it fails where that is impossible. A size that changes becomes a variable of it."""
-    return torch.compile(function, fullgraph=True)
+def compiled(function: Callable, dynamic: bool | None = None) -> Callable:
+    """`function` as one graph; it fails where that is impossible. A size that changes becomes a variable of it.
+
+    What is cheap is computed again in the backward pass rather than kept, GroupNorm and ReLU before all.
+    """
+    for limit in ("materialized_backward", "used_far_apart", "long_fusible_chains"):
+        setattr(torch._functorch.config, f"ban_recompute_{limit}", False)
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
 def log_graphs() -> None:

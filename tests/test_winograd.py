@@ -106,7 +106,7 @@ def test_operators():
         arguments = [t.clone().requires_grad_() for t in (x, w, bias)]
         torch.library.opcheck(conv3x3, (*arguments, transposed))
     torch.library.opcheck(conv3x3_frozen, (x, transform_weight(weight), 3, bias, True))
-    torch.library.opcheck(winograd._weight_gradient, (x, torch.randn(1, 3, 6, 7)))
+    torch.library.opcheck(winograd.weight_gradient, (x, torch.randn(1, 3, 6, 7)))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

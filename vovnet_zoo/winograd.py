@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 
 class Float32Conv2d(nn.Conv2d):
@@ -37,22 +38,22 @@ class Float32Conv2d(nn.Conv2d):
     Without AMX a CPU multiplies bfloat16 at half the rate of float32. Made by `use_winograd`.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
+            return super()._conv_forward(x, weight, bias)
         with torch.autocast("cpu", enabled=False):
-            y = super().forward(x.float())
+            y = super()._conv_forward(x.float(), weight, bias)
         return y.to(torch.get_autocast_dtype("cpu"))
 
 
 class WinogradConv2d(Float32Conv2d):
     """A `Float32Conv2d` in all but the forward of large enough maps on a CPU. Made by `use_winograd`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        autocast = torch.is_autocast_enabled("cpu")
-        if _gains(x, 48) and (not autocast or torch.get_autocast_dtype("cpu") == torch.bfloat16):
-            return conv3x3(x.bfloat16() if autocast else x, self.weight, self.bias)
-        return super().forward(x)
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        dtype = winograd_dtype(x)
+        if dtype is None:
+            return super()._conv_forward(x, weight, bias)
+        return conv3x3(x.to(dtype), weight, bias)
 
 
 class FrozenWinogradConv2d(nn.Module):
@@ -106,6 +107,14 @@ def is_eligible(conv: nn.Conv2d) -> bool:
     return found == wanted and min(conv.in_channels, conv.out_channels) >= 32
 
 
+def winograd_dtype(x: Tensor) -> torch.dtype | None:
+    """That of the maps if Winograd computes a training convolution of `x`, under the autocast there is; else None."""
+    autocast = torch.is_autocast_enabled("cpu")
+    if not _gains(x, 48) or (autocast and torch.get_autocast_dtype("cpu") != torch.bfloat16):
+        return None
+    return torch.bfloat16 if autocast else x.dtype
+
+
 def _gains(x: Tensor, least: int) -> bool:
     """Whether Winograd computes maps `x`, and they have tiles enough to gain over conv2d.
 
@@ -129,13 +138,9 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: b
     x [B,C,H,W] float32 or bfloat16; weight [O,C,3,3] ([C,O,3,3] if transposed); bias [O]. Returns [B,O,H,W]
     channels_last of x's dtype. Differentiable once; keeps x and weight for backward, nothing else.
     """
-    outputs, channels = weight.shape[:2][:: -1 if transposed else 1]
-    if x.shape[1] != channels:
-        raise ValueError(f"x has {x.shape[1]} channels, the weight {list(weight.shape)} takes {channels}")
-    size = _transformed_size(channels, outputs)
-    u = _call("workspace", math.prod(size))  # kept: a new one costs more than the transform
-    _transform(weight, u, transposed)
-    return _forward(x, u, outputs, bias, False)
+    y = empty_output(x, weight.shape[1 if transposed else 0])
+    convolve_into(y, x, weight, bias, transposed=transposed)
+    return y
 
 
 @torch.library.custom_op("vovnet_zoo::conv3x3_frozen", mutates_args=(), device_types="cpu")
@@ -145,18 +150,21 @@ def conv3x3_frozen(
     """`conv3x3`, with ReLU on top if `relu`, of a weight gone through `transform_weight`. Not differentiable."""
     if transformed.shape != (size := _transformed_size(x.shape[1], out_channels)) or transformed.dtype != torch.float32:
         raise ValueError(f"transformed must be {list(size)} float32, is {list(transformed.shape)} {transformed.dtype}")
-    return _forward(x, transformed, out_channels, bias, relu)
+    y = empty_output(x, out_channels)
+    _forward(y, x, transformed, bias, relu)
+    return y
 
 
 @torch.library.custom_op("vovnet_zoo::conv3x3_weight_gradient", mutates_args=(), device_types="cpu")
-def _weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
+def weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
     """Gradient [O,C,3,3] float32 of the weight, given x [B,C,H,W] and the gradient dy [B,O,H,W] of the output."""
     (batch, channels, height, width), outputs = x.shape, dy.shape[1]
-    x, dy = _nhwc(x), _nhwc(dy.to(x.dtype))
+    x, dy = _by_pixel(x), _by_pixel(dy.to(x.dtype))
     blocks = -(-channels // 64) * -(-outputs // 64)  # what a thread sums at a time; few: split the tiles as well
     splits = -(-4 * torch.get_num_threads() // blocks)
     dw = x.new_empty((splits, outputs, channels, 3, 3), dtype=torch.float32)
-    _call(f"weight_gradient_{DTYPES[x.dtype]}", x, dy, dw, batch, height, width, channels, outputs, splits)
+    sizes = batch, height, width, channels, outputs, x.stride(3), dy.stride(3)
+    _call(f"weight_gradient_{DTYPES[x.dtype]}", x, dy, dw, *sizes, splits)
     return dw.sum(0)
 
 
@@ -169,17 +177,22 @@ def transform_weight(weight: Tensor) -> Tensor:
 
 @conv3x3.register_fake
 def _(x, weight, bias=None, transposed=False):
-    return _empty_output(x, weight.shape[1 if transposed else 0])
+    return empty_output(x, weight.shape[1 if transposed else 0])
 
 
 @conv3x3_frozen.register_fake
 def _(x, transformed, out_channels, bias=None, relu=False):
-    return _empty_output(x, out_channels)
+    return empty_output(x, out_channels)
 
 
-@_weight_gradient.register_fake
+@weight_gradient.register_fake
 def _(x, dy):
     return x.new_empty((dy.shape[1], x.shape[1], 3, 3), dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.vovnet_zoo.conv3x3)
+def _(x, weight, *_, **__) -> int:  # shapes; of a direct convolution
+    return 2 * math.prod(weight) * x[0] * x[2] * x[3]
 
 
 def _setup_context(ctx, inputs, output):
@@ -194,7 +207,7 @@ def _backward(ctx, dy):
     if ctx.needs_input_grad[0]:
         dx = conv3x3(dy, weight, None, not ctx.transposed)
     if ctx.needs_input_grad[1]:
-        dw = _weight_gradient(dy, x) if ctx.transposed else _weight_gradient(x, dy)
+        dw = weight_gradient(dy, x) if ctx.transposed else weight_gradient(x, dy)
         dw = dw.to(weight.dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:  # shorter where defaults end the arguments
         db = dy.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype)
@@ -204,14 +217,49 @@ def _backward(ctx, dy):
 conv3x3.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _forward(x: Tensor, transformed: Tensor | int, outputs: int, bias: Tensor | None, relu: bool) -> Tensor:
+def convolve_into(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    *,
+    transposed: bool = False,
+    add: bool = False,
+    positive: Tensor | None = None,
+) -> None:
+    """`conv3x3` to memory y [B,O,H,W], whose dtype is x's; then ReLU if `relu`.
+
+    y, x and `positive` may be channels of larger channels_last maps. With `add` the result is added to y; where
+    `positive` [B,O,H,W] is not, y becomes 0.
+    """
+    outputs, channels = weight.shape[:2][:: -1 if transposed else 1]
+    if x.shape[1] != channels:
+        raise ValueError(f"x has {x.shape[1]} channels, the weight {list(weight.shape)} takes {channels}")
+    u = _call("workspace", math.prod(_transformed_size(channels, outputs)))  # kept: a new one costs more than this
+    _transform(weight, u, transposed)
+    _forward(y, x, u, bias, relu, add, positive)
+
+
+def _forward(
+    y: Tensor,
+    x: Tensor,
+    transformed: Tensor | int,
+    bias: Tensor | None,
+    relu: bool,
+    add: bool = False,
+    positive: Tensor | None = None,
+) -> None:
     if x.ndim != 4 or x.dtype not in DTYPES:
         raise ValueError(f"x must be [B,C,H,W] float32 or bfloat16, is {list(x.shape)} {x.dtype}")
     batch, channels, height, width = x.shape
-    x, y = _nhwc(x), _empty_output(x, outputs)
+    x = _by_pixel(x)
+    assert y.dtype == x.dtype and y.stride() == _by_pixel(y).stride()
+    assert positive is None or (positive.shape, positive.dtype) == (y.shape, y.dtype) and positive.stride(1) == 1
     bias = None if bias is None else bias.float().contiguous()
-    _call(f"forward_{DTYPES[x.dtype]}", x, transformed, bias, y, batch, height, width, channels, outputs, relu)
-    return y
+    sizes = batch, height, width, channels, y.shape[1], x.stride(3), y.stride(3)
+    step = 0 if positive is None else positive.stride(3)
+    _call(f"forward_{DTYPES[x.dtype]}", x, transformed, bias, y, *sizes, positive, step, relu, add)
 
 
 def _transform(weight: Tensor, out: Tensor | int, transposed: bool) -> None:
@@ -229,12 +277,18 @@ def _transformed_size(channels: int, outputs: int) -> tuple[int, int, int, int]:
     return -(-outputs // 32), 36, -(-channels // 16) * 16, 32
 
 
-def _nhwc(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1).contiguous()  # no copy of what is channels_last
+def _by_pixel(x: Tensor) -> Tensor:
+    """x [B,C,H,W], its pixels at equal distances in memory, the channels of each side by side; copied if need be."""
+    distance = x.stride(3)
+    if x.stride() == (x.shape[2] * x.shape[3] * distance, 1, x.shape[3] * distance, distance):
+        return x
+    x = x.permute(0, 2, 3, 1).contiguous()
+    return x.view(-1).view(x.shape).permute(0, 3, 1, 2)  # strides of dimensions of size 1 could be any
 
 
-def _empty_output(x: Tensor, outputs: int) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[2], x.shape[3], outputs)).permute(0, 3, 1, 2)
+def empty_output(x: Tensor, outputs: int) -> Tensor:
+    shape = (x.shape[0], outputs, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 # ---- C++ -------------------------------------------------------------------------------------------------------
@@ -392,13 +446,14 @@ static float* scratch(int slot, size_t floats) {
 // ---- the steps
 
 struct Shape {
-    long B, H, W, C, O, rows = (H + 3) / 4, columns = (W + 3) / 4, tiles = B * rows * columns;
+    long B, H, W, C, O, x_step, y_step;  // from pixel to pixel
+    long rows = (H + 3) / 4, columns = (W + 3) / 4, tiles = B * rows * columns;
     long groups = (C + 15) / 16, panels = (O + 31) / 32;  // of 16 inputs, of 32 outputs
 };
 
-// Tile t of map [B,H,W,channels], transformed, to v[36 of stride `place`][groups of 16 of stride `group`][16].
+// Tile t of map [B,H,W] of pixels `step` apart, its channels from c to `end`, transformed, to v[36 of stride `place`][groups of 16 of stride `group`][16].
 template <const auto& M, class T>
-static void tile_in(const T* map, const Shape& s, long channels, long c, long end, long t, float* v, long place,
+static void tile_in(const T* map, const Shape& s, long step, long c, long end, long t, float* v, long place,
                     long group) {
     constexpr int K = M.K, border = K == 6;  // 6x6 inputs begin one before the 4x4 outputs
     long x0 = t % s.columns * 4 - border, y0 = t / s.columns % s.rows * 4 - border, image = t / s.columns / s.rows;
@@ -407,28 +462,41 @@ static void tile_in(const T* map, const Shape& s, long channels, long c, long en
         for (int j = 0; j < K; ++j) {
             long y = y0 + i, x = x0 + j;
             bool inside = y >= 0 && y < s.H && x >= 0 && x < s.W;
-            at[i][j] = inside ? map + ((image * s.H + y) * s.W + x) * channels : nullptr;
+            at[i][j] = inside ? map + ((image * s.H + y) * s.W + x) * step : nullptr;
         }
     for (; c < end; c += 16, v += group)
         sandwich<M>([&](int i, int j) INLINE {
                         if (!at[i][j]) return vec{};
-                        if (j >= K - 4) __builtin_prefetch(at[i][j] + 4 * channels + c);  // of the next tile
+                        if (j >= K - 4) __builtin_prefetch(at[i][j] + 4 * step + c);  // of the next tile
                         return load(at[i][j] + c, end - c);
                     },
                     [&](int i, int j, vec r) INLINE { store(v + (i * 6 + j) * place, r); });
 }
 
+// What becomes of outputs: `bias` (or null) is added, negatives become 0 if `relu`, what is in y is added if `add`, and
+// where `positive` (or null, pixels `step` apart) is not, they become 0.
+template <class T> struct Finish {
+    const float* bias;
+    bool relu, add;
+    const T* positive;
+    long step;
+};
+
 // Products m[36 of stride `place`] of 16 outputs from o on, transformed, to tile t of y [B,H,W,O].
 template <class T>
-static void tile_out(const float* m, long place, const float* bias, T* y, const Shape& s, long t, long o, bool relu) {
-    long x0 = t % s.columns * 4, y0 = t / s.columns % s.rows * 4, image = t / s.columns / s.rows;
-    y += ((image * s.H + y0) * s.W + x0) * s.O + o;
-    vec add = bias ? load(bias + o, s.O - o) : vec{};
+static void tile_out(const float* m, long place, T* y, const Shape& s, long t, long o, const Finish<T>& f) {
+    long x0 = t % s.columns * 4, y0 = t / s.columns % s.rows * 4, image = t / s.columns / s.rows, n = s.O - o;
+    long pixel = (image * s.H + y0) * s.W + x0;
+    vec bias = f.bias ? load(f.bias + o, n) : vec{};
     sandwich<AT>([&](int i, int j) INLINE { return load(m + (i * 6 + j) * place); },
                  [&](int i, int j, vec r) INLINE {
-                     r += add;
-                     if (relu) r = r < 0 ? vec{} : r;
-                     if (y0 + i < s.H && x0 + j < s.W) store(y + (i * s.W + j) * s.O, r, s.O - o);
+                     if (y0 + i >= s.H || x0 + j >= s.W) return;
+                     long at = pixel + i * s.W + j;
+                     r += bias;
+                     if (f.relu) r = r < 0 ? vec{} : r;
+                     if (f.add) r += load(y + at * s.y_step + o, n);
+                     if (f.positive) r = load(f.positive + at * f.step + o, n) > 0 ? r : vec{};
+                     store(y + at * s.y_step + o, r, n);
                  });
 }
 
@@ -458,7 +526,7 @@ static constexpr auto GEMM = gemms(std::make_index_sequence<ROWS>());  // of 1 .
 
 // Each thread takes a block of tiles, and if there are few, a part of the outputs.
 template <class T>
-static void forward(long threads, const T* x, const float* u, const float* bias, T* y, const Shape& s, bool relu) {
+static void forward(long threads, const T* x, const float* u, T* y, const Shape& s, const Finish<T>& finish) {
     if (!s.tiles) return;
     long most = std::clamp(CACHE / (36 * 16 * s.groups), ROWS, 4 * ROWS);
     long blocks = (s.tiles + most - 1) / most, splits = 1;
@@ -474,7 +542,7 @@ static void forward(long threads, const T* x, const float* u, const float* bias,
             float* v = scratch(0, 36 * v_place);  // [36,groups,n,16]
             float* m = scratch(1, 36 * m_place);  // [36,n,32]
             for (long t = 0; t < n; ++t)
-                tile_in<BT>(x, s, s.C, 0, s.C, first + t, v + t * 16, v_place, n * 16);
+                tile_in<BT>(x, s, s.x_step, 0, s.C, first + t, v + t * 16, v_place, n * 16);
             long parts = (n + ROWS - 1) / ROWS, rows = (n + parts - 1) / parts;
             for (long p = split * s.panels / splits; p < (split + 1) * s.panels / splits; ++p) {
                 for (long q = 0; q < 36; ++q)
@@ -484,7 +552,7 @@ static void forward(long threads, const T* x, const float* u, const float* bias,
                             s.groups, 16, m + q * m_place + r * 32);
                 for (long t = 0; t < n; ++t)
                     for (long o = p * 32; o < std::min(s.O, p * 32 + 32); o += 16)
-                        tile_out(m + t * 32 + o % 32, m_place, bias, y, s, first + t, o, relu);
+                        tile_out(m + t * 32 + o % 32, m_place, y, s, first + t, o, finish);
             }
         }
 }
@@ -526,8 +594,8 @@ static void weight_gradient(long threads, const T* x, const T* dy, float* dw, co
                 for (long t0 = split * s.tiles / splits, end = (split + 1) * s.tiles / splits; t0 < end; t0 += n) {
                     n = std::min(STEP, end - t0);
                     for (long t = 0; t < n; ++t) {
-                        tile_in<BT>(x, s, s.C, c0, c1, t0 + t, v + t * 16, place, n * 16);
-                        tile_in<A>(dy, s, s.O, o0, o1, t0 + t, d + t * 16, place, n * 16);
+                        tile_in<BT>(x, s, s.x_step, c0, c1, t0 + t, v + t * 16, place, n * 16);
+                        tile_in<A>(dy, s, s.y_step, o0, o1, t0 + t, d + t * 16, place, n * 16);
                     }
                     for (long q = 0; q < 36; ++q)
                         for (long o = 0; o < o1 - o0; o += 32)
@@ -554,9 +622,11 @@ static void weight_gradient(long threads, const T* x, const T* dy, float* dw, co
 extern "C" {
 #define FOR_MAPS_OF(T) \
     void forward_##T(long threads, const T* x, const float* u, const float* bias, T* y, long B, long H, long W, \
-                     long C, long O, long relu) { forward(threads, x, u, bias, y, {B, H, W, C, O}, relu); } \
+                     long C, long O, long x_step, long y_step, const T* positive, long step, long relu, long add) { \
+        forward(threads, x, u, y, {B, H, W, C, O, x_step, y_step}, Finish<T>{bias, !!relu, !!add, positive, step}); } \
     void weight_gradient_##T(long threads, const T* x, const T* dy, float* dw, long B, long H, long W, long C, \
-                             long O, long splits) { weight_gradient(threads, x, dy, dw, {B, H, W, C, O}, splits); }
+                             long O, long x_step, long y_step, long splits) { \
+        weight_gradient(threads, x, dy, dw, {B, H, W, C, O, x_step, y_step}, splits); }
 FOR_MAPS_OF(float)
 FOR_MAPS_OF(bf16)
 void transform_weight(long threads, const float* w, float* u, long C, long O, long c_step, long o_step, long step) {

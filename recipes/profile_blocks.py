@@ -1,0 +1,141 @@
+"""Where a VoVNet backbone's time and memory go in training: `python recipes/profile_blocks.py`, with `--help`.
+
+torch.profiler, on timm's blocks with frozen batch norms and on `vovnet_zoo.osa`'s, eager and compiled: what the
+concatenations, and the norms with their ReLUs, take of a forward and a backward pass, and what is kept in between.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import timm
+import torch
+import tyro
+from timm.layers import freeze_batch_norm_2d
+from torch.profiler import profile
+
+import vovnet_zoo  # noqa: F401  (registers the backbones)
+from benchmark import kept_by
+from runtime import environment, log, process_group
+from train_coco import compiled
+from vovnet_zoo.osa import fuse_for_training
+from vovnet_zoo.winograd import use_winograd
+
+GROUPS = {  # of operators or kernels, the first whose pattern is found
+    "fused": r"cpp_fused|triton_",  # what inductor makes of all but convolutions
+    "concatenation": r"aten::(cat|narrow|slice)|CatArray",
+    "pooling": r"pool",
+    "norms, ReLU": r"aten::(mul|add|add_|sub|relu|relu_|clamp_min|threshold_backward|rsqrt)$|elementwise",
+}
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    backbone: str = "vovnet39"
+    """A VoVNet of timm's or of this library."""
+    size: tuple[int, int] = (640, 640)
+    """Height and width of the images."""
+    batch: int = 2
+    """Images."""
+    precisions: tuple[Literal["float32", "bf16"], ...] = ("float32", "bf16")
+    """Of the convolutions."""
+    rounds: int = 3
+    """Profiled passes; medians are shown."""
+    device: str | None = None
+    """torch device; default: the GPU where there is one."""
+    out: Path = Path("runs/profile_blocks.json")
+    """The table as JSON."""
+
+
+def main(config: ProfileConfig) -> list[dict]:
+    with process_group(config.device) as (_, _, device):
+        # names of kernels on the CPU
+        torch._inductor.config.cpp.enable_kernel_profile = True
+        timms = freeze_batch_norm_2d(timm.create_model(config.backbone, features_only=True))
+        timms.to(device, memory_format=torch.channels_last).train()
+        ours = copy.deepcopy(timms)
+        fuse_for_training(ours)
+        fast = copy.deepcopy(ours)
+        if device.type == "cpu":
+            use_winograd(fast)
+        models = {
+            "timm's, eager": timms,
+            "ours, eager": ours,
+            "timm's, compiled": compiled(copy.deepcopy(timms), dynamic=False),
+            "ours, compiled": compiled(fast, dynamic=False),
+        }
+        images = torch.randn(config.batch, 3, *config.size, device=device).to(memory_format=torch.channels_last)
+        rows = []
+        for precision in config.precisions:
+            for name, model in models.items():
+                row = {"blocks": name, "precision": precision} | measure(model, images, precision, config.rounds)
+                log.info("%s", row)
+                rows.append(row)
+        print(format_rows(rows))
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.write_text(json.dumps({**environment(), "rows": rows}, indent=2))
+        return rows
+
+
+def measure(model: Callable, images: torch.Tensor, precision: str, rounds: int) -> dict[str, float]:
+    """Milliseconds of each group in the forward and in the backward pass, and MiB kept per image."""
+
+    def forward() -> torch.Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            maps = model(images)
+        return sum(x.float().mean() for x in maps)
+
+    for _ in range(2):  # compiles
+        forward().backward()
+    found = []
+    for _ in range(rounds):
+        with profile() as first:
+            loss = forward()
+            synchronize(images.device)
+        with profile() as second:
+            loss.backward()
+            synchronize(images.device)
+        passes = {"forward": first, "backward": second}
+        found.append({f"{name}, {group}": ms for name, p in passes.items() for group, ms in by_group(p).items()})
+    medians = {key: round(statistics.median(row[key] for row in found), 1) for key in found[0]}
+    return medians | {"kept MiB per image": round(kept_by(forward) / len(images), 1)}
+
+
+def by_group(trace: profile) -> dict[str, float]:
+    """Milliseconds on the device: of all, and of each of `GROUPS`. The difference is the convolutions', mostly."""
+    times = Counter(dict.fromkeys(["all", *GROUPS], 0.0))
+    for event in trace.key_averages():
+        ms = (event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total) / 1e3
+        group = next((group for group, pattern in GROUPS.items() if re.search(pattern, event.key)), None)
+        times["all"] += ms
+        if group:
+            times[group] += ms
+    return times
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def format_rows(rows: list[dict]) -> str:
+    """The table, for a terminal."""
+    columns = list(rows[0])
+    cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
+    lines = []
+    for i, column in enumerate(columns):  # one line per quantity, one column per kind of block
+        width = max(map(len, columns))
+        lines.append(f"{column:{width}}" + "".join(f"{row[i]:>18}" for row in cells[1:]))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(ProfileConfig, description=__doc__))
