@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from torch import nn
 
 from presets import TrainConfig
@@ -19,6 +20,7 @@ def create_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
     `set_lr` multiplies by the schedule.
     """
     depth = depth_below_top(model.backbone)
+    takes_fused = "fused" in inspect.signature(get_optimizer_class(config.optimizer, bind_defaults=False)).parameters
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         is_bias = "bias" in name
@@ -32,6 +34,7 @@ def create_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
         opt=config.optimizer,
         lr=config.lr,
         weight_decay=config.weight_decay,
+        **({"fused": True} if takes_fused else {}),
     )
 
 

@@ -1,5 +1,7 @@
 """One graph for inference and for a training step. A graph break is an error of `fullgraph=True`."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -8,6 +10,8 @@ from train_coco import assign_part, compare_part
 from vovnet_zoo import FCOSLoss, compile_detector, create_detector, postprocess
 from vovnet_zoo.compiled import Detections
 from vovnet_zoo.data import normalize
+from vovnet_zoo.osa import fuse_for_training
+from vovnet_zoo.winograd import use_winograd
 
 BACKBONES = ["vovnet39", "ese_vovnet39b", "resnet50"]
 SIZES = [(64, 96), (96, 64), (128, 160)]
@@ -31,7 +35,7 @@ def busy(model):
     torch.nn.init.constant_(model.head.cls_logits.bias, -1.5)
     torch.nn.init.constant_(model.head.box_distances.bias, 1.5)
     for module in model.modules():  # as after training: no batch norm is the identity
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if hasattr(module, "running_mean"):  # frozen ones too
             torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
             torch.nn.init.uniform_(module.running_var, 0.8, 1.2)
     return model.eval()
@@ -159,6 +163,18 @@ def test_the_model_stays_as_it_was():
     compile_detector(model, (64, 64), backend="eager")(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     assert model.training and all(p.requires_grad for p in model.parameters())
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("frozen_norm", [False, True])
+def test_a_model_in_training(frozen_norm):
+    """What the recipe made of its blocks does not change what is found."""
+    kwargs = dict(num_classes=4, channels=64, num_convs=1, frozen_norm=frozen_norm)
+    model = busy(create_detector("fcos", backbone="vovnet27_slim", **kwargs))
+    training = copy.deepcopy(model)
+    fuse_for_training(training)
+    use_winograd(training)
+    images, sizes = images_and_sizes(2, (128, 160))
+    assert_same(compile_detector(training, (128, 160), backend="eager")(images, sizes), model, images, sizes)
 
 
 @pytest.mark.slow

@@ -80,11 +80,11 @@ def test_frozen_norms_keep_low_precision():
     assert all(x.dtype == torch.bfloat16 for x in fused_maps)
 
 
-def one_shot_aggregation(x, weights, shifts, weight):
+def one_shot_aggregation(x, weights, shifts):
     maps = [x]
-    for w, shift in zip(weights, shifts, strict=True):
+    for w, shift in zip(weights[:-1], shifts, strict=False):
         maps.append(F.conv2d(maps[-1], w, shift, padding=1).relu())
-    return F.conv2d(torch.cat(maps, dim=1), weight)
+    return F.conv2d(torch.cat(maps, dim=1), weights[-1], shifts[-1]).relu()
 
 
 def aggregate_arguments(batch, channels, height, width, layer, layers, outputs, dtype=torch.float32):
@@ -97,38 +97,38 @@ def aggregate_arguments(batch, channels, height, width, layer, layers, outputs, 
     inputs = [channels] + [layer] * (layers - 1)
     weights = [normal(layer, c, 3, 3, scale=(9 * c / 2) ** -0.5) for c in inputs]
     total = channels + layers * layer
-    return x, weights, [normal(layer, scale=0.1) for _ in weights], normal(outputs, total, 1, 1, scale=total**-0.5)
+    weights.append(normal(outputs, total, 1, 1, scale=total**-0.5))
+    return x, weights, [normal(len(w), scale=0.1) for w in weights]
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 9, 13, 48, 1, 40), (2, 40, 8, 8, 32, 3, 33), (1, 128, 70, 61, 64, 5, 96)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_aggregate(shape, dtype):
     """As near to float64 as conv2d is in the same dtype: rounding turns some ReLUs."""
-    x, weights, shifts, weight = aggregate_arguments(*shape, dtype)
+    x, weights, shifts = aggregate_arguments(*shape, dtype)
     results = {}
     for kind in ("ours", dtype, torch.float64):
-        x_, *ws, w = (t.to(t.dtype if kind == "ours" else kind, copy=True) for t in (x, *weights, weight))
-        given = [t.requires_grad_() for t in (x_, *ws, w)]
+        given = [t.to(t.dtype if kind == "ours" else kind, copy=True).requires_grad_() for t in (x, *weights)]
         if kind == "ours":
-            y, maps = aggregate(x_, ws, shifts, w)
+            y, maps = aggregate(given[0], given[1:], shifts)
             assert y.dtype == maps.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
         else:
-            y = one_shot_aggregation(x_, ws, [s.to(kind) for s in shifts], w)
+            y = one_shot_aggregation(given[0], given[1:], [s.to(kind) for s in shifts])
         y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(y.dtype))
         results[kind] = [y.detach(), *(t.grad for t in given)]
     assert [t.dtype for t in results["ours"]] == [dtype, dtype] + [torch.float32] * (shape[5] + 1)
-    for found, near, wanted in zip(*results.values(), strict=True):
+    for i, (found, near, wanted) in enumerate(zip(*results.values(), strict=True)):
         error, theirs = (relative_error([t.double()], [wanted]) for t in (found, near))
-        assert error < (1e-5 if dtype == torch.float32 else 1.1 * theirs)
+        assert error < (max(1.1 * theirs, 2e-3 if i else 1e-5) if dtype == torch.float32 else 1.1 * theirs)
 
 
 def test_operators():
-    x, weights, shifts, weight = aggregate_arguments(1, 32, 6, 5, 16, 2, 24)
-    given = [t.requires_grad_() for t in (x, *weights, weight)]
-    torch.library.opcheck(aggregate, (given[0], given[1:-1], shifts, given[-1]))
-    y, maps = aggregate(x, weights, shifts, weight)
-    given = [t.detach() for t in (torch.randn(y.shape), x, maps)]
-    torch.library.opcheck(osa._aggregate_backward, (*given, [w.detach() for w in weights], weight.detach()))
+    x, weights, shifts = aggregate_arguments(1, 32, 6, 5, 16, 2, 24)
+    given = [t.requires_grad_() for t in (x, *weights)]
+    torch.library.opcheck(aggregate, (given[0], given[1:], shifts))
+    y, maps = aggregate(x, weights, shifts)
+    given = [t.detach() for t in (torch.randn(y.shape), x, maps, y)]
+    torch.library.opcheck(osa._aggregate_backward, (*given, [w.detach() for w in weights]))
 
 
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-3), ("bf16", 0.5)])

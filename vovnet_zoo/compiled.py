@@ -140,6 +140,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
                 conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
             )
             block.bn = nn.Sequential(bn.drop, bn.act)
+            block.__class__ = ConvNormAct  # of a model in training it is another (osa.py)
     return model
 
 

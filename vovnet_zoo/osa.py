@@ -58,12 +58,10 @@ class FusedOsaBlock(OsaBlock):
     """An `OsaBlock` in all but how it computes and what it keeps. Made by `fuse_for_training`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        first, last = x, self.conv_concat
-        folded = isinstance(last, FoldedConvNormAct)
-        weight, shift = last.fold() if folded else (last.conv.weight, None)
+        first = x
         if dtype := self.dtype_of_one_memory(x):
-            weights, shifts = zip(*(layer.fold() for layer in self.conv_mid), strict=True)
-            x, _ = aggregate(x.to(dtype), weights, shifts, weight)
+            weights, shifts = zip(*(layer.fold() for layer in [*self.conv_mid, self.conv_concat]), strict=True)
+            x, _ = aggregate(x.to(dtype), weights, shifts)
         else:
             maps = [x]
             if self.conv_reduction is not None:
@@ -71,8 +69,7 @@ class FusedOsaBlock(OsaBlock):
             for layer in self.conv_mid:
                 x = layer(x)
                 maps.append(x)
-            x = convolve_concatenated(maps, last.conv, weight)
-        x = last.bn.act(last.bn.drop(x + shift.to(x.dtype)[:, None, None])) if folded else last.bn(x)
+            x = convolve_concatenated(maps, self.conv_concat)
         if self.attn is not None:
             x = self.attn(x)
         if self.drop_path is not None:
@@ -83,7 +80,9 @@ class FusedOsaBlock(OsaBlock):
         """That of the maps if `aggregate` computes this block, else None."""
         layers = [self.conv_concat, *self.conv_mid]
         simple = self.conv_reduction is None and all(
-            isinstance(layer, FoldedConvNormAct) and type(layer.bn.act) is nn.ReLU and type(layer.bn.drop) is nn.Identity
+            isinstance(layer, FoldedConvNormAct)
+            and type(layer.bn.act) is nn.ReLU
+            and type(layer.bn.drop) is nn.Identity
             for layer in layers
         )
         if simple and all(isinstance(layer.conv, WinogradConv2d) for layer in self.conv_mid):
@@ -91,17 +90,23 @@ class FusedOsaBlock(OsaBlock):
         return None
 
 
-def convolve_concatenated(maps: list[Tensor], conv: nn.Conv2d, weight: Tensor) -> Tensor:
-    """What `conv` makes of `torch.cat(maps, dim=1)`, if its weight [O,C,1,1] is `weight`: n maps [B,C_i,H,W] ->
-    [B,O,H,W]."""
+def convolve_concatenated(maps: list[Tensor], block: ConvNormAct) -> Tensor:
+    """`block(torch.cat(maps, dim=1))`, its convolution 1x1: n maps [B,C_i,H,W] -> [B,O,H,W]."""
+    folded = isinstance(block, FoldedConvNormAct)
+    weight, shift = block.fold() if folded else (block.conv.weight, block.conv.bias)
     device = maps[0].device.type
     if not torch.is_autocast_enabled(device):
-        return _ConvolveConcatenated.apply(weight, *maps)
-    dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        if device == "cpu" and isinstance(conv, Float32Conv2d):
-            return _ConvolveConcatenated.apply(weight, *maps).to(dtype)
-        return _ConvolveConcatenated.apply(weight.to(dtype), *(x.to(dtype) for x in maps))
+        x = _ConvolveConcatenated.apply(weight, *maps)
+    else:
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            if device == "cpu" and isinstance(block.conv, Float32Conv2d):
+                x = _ConvolveConcatenated.apply(weight, *maps).to(dtype)
+            else:
+                x = _ConvolveConcatenated.apply(weight.to(dtype), *(m.to(dtype) for m in maps))
+    if shift is not None:
+        x = x + shift.to(x.dtype)[:, None, None]
+    return block.bn.act(block.bn.drop(x)) if folded else block.bn(x)
 
 
 class _ConvolveConcatenated(torch.autograd.Function):
@@ -127,77 +132,78 @@ class _ConvolveConcatenated(torch.autograd.Function):
 
 
 @torch.library.custom_op("vovnet_zoo::aggregate", mutates_args=(), device_types="cpu")
-def aggregate(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
-    """One-shot aggregation: n layers of 3x3 convolution and ReLU, and a 1x1 convolution of x and their maps.
+def aggregate(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """One-shot aggregation: n layers of 3x3 convolution and ReLU, then x and their maps through one of 1x1 and ReLU.
 
-    x [B,C,H,W] float32 or bfloat16; n `weights` [M,C or M,3,3] and `shifts` [M]; weight [O,C+n*M,1,1]. Returns the
-    aggregation [B,O,H,W], and the maps [B,n*M,H,W] for the backward pass, in x's dtype; arithmetic is float32.
-    Differentiable once in x and the weights.
+    x [B,C,H,W] float32 or bfloat16; weights n of [M,C or M,3,3] and the last [O,C+n*M,1,1]; shifts n of [M] and [O].
+    Returns the aggregation [B,O,H,W], and the maps [B,n*M,H,W] for the backward pass, in x's dtype; arithmetic is
+    float32. Differentiable once in x and the weights.
     """
-    maps = empty_output(x, sum(len(w) for w in weights))
-    y, last = empty_output(x, len(weight)), x
-    for w, shift, part in zip(weights, shifts, _parts(maps, len(weights)), strict=True):
-        convolve_into(part, last, w, shift, relu=True)
-        last = part
-    of_x, of_maps = weight.flatten(1).float().split([x.shape[1], maps.shape[1]], dim=1)
+    *layers, last = weights
+    maps, y = empty_output(x, sum(len(w) for w in layers)), empty_output(x, len(last))
+    parts = _parts(maps, len(layers))
+    for given, part, weight, shift in zip([x, *parts], parts, layers, shifts, strict=False):
+        convolve_into(part, given, weight, shift, relu=True)
+    of_x, of_maps = last.flatten(1).float().split([x.shape[1], maps.shape[1]], dim=1)
     for (rows_x, rows_maps), (out,) in _blocks_of_rows([x, maps], [y]):
-        torch.mm(rows_x, of_x.t(), out=out).addmm_(rows_maps, of_maps.t())
+        torch.addmm(shifts[-1].float(), rows_x, of_x.t(), out=out).addmm_(rows_maps, of_maps.t()).relu_()
     return y, maps
 
 
 @torch.library.custom_op("vovnet_zoo::aggregate_backward", mutates_args=(), device_types="cpu")
 def _aggregate_backward(
-    dy: Tensor, x: Tensor, maps: Tensor, weights: Sequence[Tensor], weight: Tensor
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Gradients of x, of `weights`, of `weight`."""
+    dy: Tensor, x: Tensor, maps: Tensor, y: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of x and of `weights`, given that of y."""
+    *layers, last = weights
     dx, dmaps = empty_output(x, x.shape[1]), empty_output(x, maps.shape[1])
-    of_x, of_maps = weight.flatten(1).float().split([x.shape[1], maps.shape[1]], dim=1)
+    of_x, of_maps = last.flatten(1).float().split([x.shape[1], maps.shape[1]], dim=1)
     dw_x, dw_maps = torch.zeros_like(of_x), torch.zeros_like(of_maps)
-    width = len(weights[-1])
-    for (rows_dy, rows_x, rows_maps), (out_x, out_maps) in _blocks_of_rows([dy, x, maps], [dx, dmaps]):
-        torch.mm(rows_dy, of_x, out=out_x)
-        torch.mm(rows_dy, of_maps, out=out_maps)
-        last = out_maps[:, -width:]
-        torch.ops.aten.threshold_backward.grad_input(last, rows_maps[:, -width:], 0, grad_input=last)  # ReLU; others below
-        dw_x.addmm_(rows_dy.t(), rows_x)
-        dw_maps.addmm_(rows_dy.t(), rows_maps)
-    inputs = [x, *_parts(maps, len(weights))[:-1]]
-    gradients = [dx, *_parts(dmaps, len(weights))]
-    dws = []
-    for i in reversed(range(len(weights))):
-        dws.append(weight_gradient(inputs[i], gradients[i + 1]).to(weights[i].dtype))
+    inputs, gradients = [x, *_parts(maps, len(layers))], [dx, *_parts(dmaps, len(layers))]
+    width = inputs[-1].shape[1]
+    relu_backward = torch.ops.aten.threshold_backward.grad_input
+    before = dy.new_empty((ROWS, len(last)), dtype=torch.float32)  # the ReLU, and after the product
+    for (d, rows_y, rows_x, rows_maps), (out_x, out_maps) in _blocks_of_rows([dy, y, x, maps], [dx, dmaps]):
+        d = relu_backward(d, rows_y, 0, grad_input=before[: len(d)])
+        torch.mm(d, of_x, out=out_x)
+        torch.mm(d, of_maps, out=out_maps)
+        relu_backward(out_maps[:, -width:], rows_maps[:, -width:], 0, grad_input=out_maps[:, -width:])
+        dw_x.addmm_(d.t(), rows_x)
+        dw_maps.addmm_(d.t(), rows_maps)
+    dweights = [torch.cat([dw_x, dw_maps], dim=1).to(last.dtype)[:, :, None, None]]
+    for i in reversed(range(len(layers))):  # the ReLU of the layer before is in the convolution
+        dweights.append(weight_gradient(inputs[i], gradients[i + 1]).to(layers[i].dtype))
         positive = inputs[i] if i else None
-        convolve_into(gradients[i], gradients[i + 1], weights[i], transposed=True, add=True, positive=positive)
-    return dx, dws[::-1], torch.cat([dw_x, dw_maps], dim=1).to(weight.dtype)[:, :, None, None]
+        convolve_into(gradients[i], gradients[i + 1], layers[i], transposed=True, add=True, positive=positive)
+    return dx, dweights[::-1]
 
 
 @aggregate.register_fake
-def _(x, weights, shifts, weight):
-    return empty_output(x, len(weight)), empty_output(x, sum(len(w) for w in weights))
+def _(x, weights, shifts):
+    return empty_output(x, len(weights[-1])), empty_output(x, sum(len(w) for w in weights[:-1]))
 
 
 @_aggregate_backward.register_fake
-def _(dy, x, maps, weights, weight):
-    dweight = weight.new_empty(weight.shape)
-    return empty_output(x, x.shape[1]), [w.new_empty(w.shape) for w in weights], dweight
+def _(dy, x, maps, y, weights):
+    return empty_output(x, x.shape[1]), [w.new_empty(w.shape) for w in weights]
 
 
 @register_flop_formula(torch.ops.vovnet_zoo.aggregate)
-def _(x, weights, shifts, weight, **_) -> int:  # shapes; of direct convolutions
-    return 2 * sum(map(math.prod, [*weights, weight])) * x[0] * x[2] * x[3]
+def _(x, weights, *_, **__) -> int:  # shapes; of direct convolutions
+    return 2 * sum(map(math.prod, weights)) * x[0] * x[2] * x[3]
 
 
 def _setup_context(ctx, inputs, output):
-    x, weights, _, weight = inputs
+    x, weights, _ = inputs
+    y, maps = output
     ctx.set_materialize_grads(False)  # none comes back for the maps
-    ctx.count = len(weights)
-    ctx.save_for_backward(x, output[1], weight, *weights)
+    ctx.save_for_backward(x, maps, y, *weights)
 
 
 def _backward(ctx, dy, _):
-    x, maps, weight, *weights = ctx.saved_tensors
-    dx, dws, dweight = _aggregate_backward(dy, x, maps, weights, weight)
-    return dx, dws, [None] * ctx.count, dweight
+    x, maps, y, *weights = ctx.saved_tensors
+    dx, dweights = _aggregate_backward(dy, x, maps, y, weights)
+    return dx, dweights, [None] * len(weights)
 
 
 aggregate.register_autograd(_backward, setup_context=_setup_context)
@@ -208,7 +214,7 @@ def _parts(maps: Tensor, count: int) -> list[Tensor]:
 
 
 def _blocks_of_rows(inputs: list[Tensor], outputs: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """`ROWS` pixels of maps [B,C,H,W] at a time, as float32 matrices [ROWS,C]; `outputs` take what is written to them."""
+    """`ROWS` pixels of maps [B,C,H,W] at a time, as float32 matrices [ROWS,C]; `outputs` take what is written there."""
     inputs, outputs = ([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps] for maps in (inputs, outputs))
     copies = [x.new_empty((ROWS, x.shape[1]), dtype=torch.float32) for x in inputs + outputs]
     for i in range(0, len(inputs[0]), ROWS):

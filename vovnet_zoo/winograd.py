@@ -451,7 +451,8 @@ struct Shape {
     long groups = (C + 15) / 16, panels = (O + 31) / 32;  // of 16 inputs, of 32 outputs
 };
 
-// Tile t of map [B,H,W] of pixels `step` apart, its channels from c to `end`, transformed, to v[36 of stride `place`][groups of 16 of stride `group`][16].
+// Tile t of map [B,H,W] of pixels `step` apart, its channels from c to `end`, transformed,
+// to v[36 of stride `place`][groups of 16 of stride `group`][16].
 template <const auto& M, class T>
 static void tile_in(const T* map, const Shape& s, long step, long c, long end, long t, float* v, long place,
                     long group) {
