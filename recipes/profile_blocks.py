@@ -48,7 +48,7 @@ class ProfileConfig:
     precisions: tuple[Literal["float32", "bf16"], ...] = ("float32", "bf16")
     """Of the convolutions."""
     rounds: int = 3
-    """Profiled passes; medians are shown."""
+    """Profiled passes of each, interleaved; medians are shown."""
     device: str | None = None
     """torch device; default: the GPU where there is one."""
     out: Path = Path("runs/profile_blocks.json")
@@ -57,8 +57,7 @@ class ProfileConfig:
 
 def main(config: ProfileConfig) -> list[dict]:
     with process_group(config.device) as (_, _, device):
-        # names of kernels on the CPU
-        torch._inductor.config.cpp.enable_kernel_profile = True
+        torch._inductor.config.cpp.enable_kernel_profile = True  # on a CPU kernels have names then
         timms = freeze_batch_norm_2d(timm.create_model(config.backbone, features_only=True))
         timms.to(device, memory_format=torch.channels_last).train()
         ours = copy.deepcopy(timms)
@@ -75,38 +74,42 @@ def main(config: ProfileConfig) -> list[dict]:
         images = torch.randn(config.batch, 3, *config.size, device=device).to(memory_format=torch.channels_last)
         rows = []
         for precision in config.precisions:
-            for name, model in models.items():
-                row = {"blocks": name, "precision": precision} | measure(model, images, precision, config.rounds)
-                log.info("%s", row)
-                rows.append(row)
+            rows += measure(models, images, precision, config.rounds)
+            log.info("%s: done", precision)
         print(format_rows(rows))
         config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text(json.dumps({**environment(), "rows": rows}, indent=2))
         return rows
 
 
-def measure(model: Callable, images: torch.Tensor, precision: str, rounds: int) -> dict[str, float]:
-    """Milliseconds of each group in the forward and in the backward pass, and MiB kept per image."""
+def measure(models: dict[str, Callable], images: torch.Tensor, precision: str, rounds: int) -> list[dict]:
+    """For each model, interleaved, milliseconds of each group in the forward and in the backward pass, and MiB kept."""
 
-    def forward() -> torch.Tensor:
+    def forward(model: Callable) -> torch.Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
             maps = model(images)
         return sum(x.float().mean() for x in maps)
 
-    for _ in range(2):  # compiles
-        forward().backward()
-    found = []
+    for model in models.values():
+        for _ in range(2):  # compiles
+            forward(model).backward()
+    found = {name: [] for name in models}
     for _ in range(rounds):
-        with profile() as first:
-            loss = forward()
-            synchronize(images.device)
-        with profile() as second:
-            loss.backward()
-            synchronize(images.device)
-        passes = {"forward": first, "backward": second}
-        found.append({f"{name}, {group}": ms for name, p in passes.items() for group, ms in by_group(p).items()})
-    medians = {key: round(statistics.median(row[key] for row in found), 1) for key in found[0]}
-    return medians | {"kept MiB per image": round(kept_by(forward) / len(images), 1)}
+        for name, model in models.items():
+            with profile() as first:
+                loss = forward(model)
+                synchronize(images.device)
+            with profile() as second:
+                loss.backward()
+                synchronize(images.device)
+            passes = {"forward": by_group(first), "backward": by_group(second)}
+            found[name].append({f"{p}, {group}": ms for p, groups in passes.items() for group, ms in groups.items()})
+    rows = []
+    for name, model in models.items():
+        medians = {key: round(statistics.median(row[key] for row in found[name]), 1) for key in found[name][0]}
+        kept = round(kept_by(lambda model=model: forward(model)) / len(images), 1)
+        rows.append({"blocks": name, "precision": precision, **medians, "kept MiB per image": kept})
+    return rows
 
 
 def by_group(trace: profile) -> dict[str, float]:
