@@ -180,7 +180,8 @@ def test_a_model_in_training(frozen_norm):
 @pytest.mark.slow
 def test_inductor():
     """The fused kernels, of inference and of a training step."""
-    model = busy(create_detector("fcos", backbone="vovnet27_slim", num_classes=4, channels=64, num_convs=2))
+    kwargs = dict(num_classes=4, channels=64, num_convs=2, frozen_norm=True)
+    model = busy(create_detector("fcos", backbone="vovnet27_slim", **kwargs))
     images, sizes = images_and_sizes(2, (128, 160))
     assert_same(compile_detector(model, (128, 160))(images, sizes), model, images, sizes)
 
@@ -193,7 +194,11 @@ def test_inductor():
         losses = compare(model, criterion, images, sizes, targets, normalizers, "float32")
         sum(losses.values()).backward()
         results.append((losses, {name: p.grad.clone() for name, p in model.named_parameters()}))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
+    (losses, gradients), (compiled_losses, compiled_gradients) = results
+    torch.testing.assert_close(compiled_losses, losses, rtol=1e-4, atol=0)
+    for name, wanted in gradients.items():  # rounding turns some ReLUs: of eager's own gradients, float64's are as far
+        error = (compiled_gradients[name] - wanted).norm() / wanted.norm()
+        assert error < 0.02, f"{name}: {error:.1e}"
 
 
 @pytest.mark.gpu
