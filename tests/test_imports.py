@@ -11,7 +11,7 @@ MAY_IMPORT = {  # project modules; `lazily` are imported inside functions only
     "fcos": {"hub"},
     "loss": {"fcos"},
     "inference": {"fcos", "data", "nms"},
-    "compiled": {"fcos", "data", "inference", "nms", "winograd"},
+    "compiled": {"fcos", "data", "inference", "nms", "osa", "winograd"},
     "nms": set(),
     "osa": {"winograd"},
     "data": set(),

@@ -58,10 +58,10 @@ def test_plus_one_suppresses_at_the_threshold():
     """Boxes that cover pixels 0..9 and 0..4 have an IoU of exactly 1/2, which the published convention suppresses."""
     boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 4]])
     scores, labels = torch.tensor([0.9, 0.8]), torch.tensor([0, 0])
-    assert class_nms(boxes, scores, labels, 0.5, plus_one=True).tolist() == [0]
+    assert class_nms(boxes, scores, labels, 0.5, 3, plus_one=True).tolist() == [0]
     assert nms_fixed(boxes[None], scores[None], labels[None], 0.5, 3, plus_one=True).tolist() == [[0, -1, -1]]
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]])
-    assert class_nms(boxes, scores, labels, 0.5).tolist() == [0, 1]
+    assert class_nms(boxes, scores, labels, 0.5, 3).tolist() == [0, 1]
     assert nms_fixed(boxes[None], scores[None], labels[None], 0.5, 3).tolist() == [[0, 1, -1]]
 
 

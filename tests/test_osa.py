@@ -10,7 +10,8 @@ from torch.profiler import profile
 
 import vovnet_zoo  # noqa: F401  (registers the backbones)
 from vovnet_zoo import osa
-from vovnet_zoo.osa import aggregate, fuse_for_training
+from vovnet_zoo.compiled import fold_batch_norms, freeze_winograd
+from vovnet_zoo.osa import FrozenOsaBlock, aggregate, fuse_for_training
 from vovnet_zoo.winograd import use_winograd
 
 
@@ -147,6 +148,23 @@ def test_one_memory(precision, tolerance):
     assert relative_error([g.double() for g in gradients], wanted_gradients) < tolerance
     widths = [x.shape[1] for x in kept if x.ndim == 4 and len(x) == 2]
     assert widths.count(5 * 64) == widths.count(5 * 80) == 1 and widths.count(80) == 0
+
+
+@pytest.mark.parametrize("name, blocks", [("vovnet39", 6), ("ese_vovnet39b", 6), ("ese_vovnet19b_dw", 0)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_inference_in_one_memory(name, blocks, dtype, tolerance, monkeypatch):
+    """Where maps are large enough a block is one operator; dtype is that of the maps."""
+    plain = frozen(name).eval().requires_grad_(False)
+    fused = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    freeze_winograd(fold_batch_norms(fused))
+    assert sum(type(m) is FrozenOsaBlock for m in fused.modules()) == blocks
+    images = torch.randn(2, 3, 160, 96, generator=torch.Generator().manual_seed(1))
+    calls = []
+    monkeypatch.setattr(osa, "aggregate", lambda x, *rest: calls.append(x.dtype) or aggregate(x, *rest))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ys = fused(images)
+    assert calls == [dtype] * max(0, blocks - 2)  # not at 5x3
+    assert relative_error([y.double() for y in ys], plain.double()(images.double())) < tolerance
 
 
 @pytest.mark.parametrize("winograd", [False, True])

@@ -16,6 +16,7 @@ from .data import normalize
 from .fcos import FCOS, level_sizes
 from .inference import decode, postprocess
 from .nms import nms_fixed
+from .osa import fuse_for_inference
 from .winograd import FrozenWinogradConv2d, WinogradConv2d, has_amx, is_eligible, use_winograd
 
 
@@ -145,7 +146,8 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
 
 
 def freeze_winograd(model: nn.Module) -> None:
-    """`use_winograd`, in place, with weights transformed now, and in folded blocks with the ReLU after it."""
+    """`use_winograd`, in place, with weights transformed now, and in folded blocks with the ReLU after it; then
+    `fuse_for_inference`."""
     for block in model.modules():
         if isinstance(block, ConvNormAct) and is_eligible(block.conv) and isinstance(block.bn, nn.Sequential):
             relu = isinstance(block.bn[-1], nn.ReLU)
@@ -156,3 +158,4 @@ def freeze_winograd(model: nn.Module) -> None:
         for name, child in parent.named_children():
             if isinstance(child, WinogradConv2d):
                 setattr(parent, name, FrozenWinogradConv2d(child))
+    fuse_for_inference(model)

@@ -98,7 +98,7 @@ def postprocess(
     for box, score, label in zip(boxes, scores, labels, strict=True):
         candidate = score >= 0
         box, score, label = box[candidate], score[candidate], label[candidate]
-        keep = class_nms(box, score, label, nms_threshold, plus_one)[:max_detections]
+        keep = class_nms(box, score, label, nms_threshold, max_detections, plus_one)
         detections.append({"boxes": box[keep], "scores": score[keep], "labels": label[keep]})
     return detections
 

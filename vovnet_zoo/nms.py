@@ -11,19 +11,29 @@ from torch import Tensor
 from torchvision.ops import nms
 
 
-def class_nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, plus_one: bool = False) -> Tensor:
-    """Indices of the boxes [N,4] (xyxy) that no better one of their class overlaps, best first.
+def class_nms(
+    boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool = False
+) -> Tensor:
+    """Indices of boxes [N,4] (xyxy) that no better one of their class overlaps, best first, at most `max_detections`.
 
     An IoU above `threshold` suppresses. With `plus_one` (the published convention) a box covers the pixels x1..x2, and
     an IoU equal to `threshold` suppresses too. Equal scores: the first wins.
     """
     # One NMS for all classes: each class on a plane of its own, in float64 so that the shift rounds nothing away.
-    corners = boxes.double()
+    corners = boxes.to(torch.float64, copy=True)
     if plus_one:
         corners[:, 2:] += 1
+        threshold = math.nextafter(threshold, 0)
     if len(boxes):
         corners += labels[:, None] * (corners.max() + 1)
-    return nms(corners, scores.double(), math.nextafter(threshold, 0) if plus_one else threshold)
+    order = scores.argsort(descending=True, stable=True)
+    looked_at = 4 * max_detections  # its time grows with the square; worse boxes do not matter to better ones
+    while True:
+        best = order[:looked_at]
+        keep = best[nms(corners[best], scores[best].double(), threshold)]
+        if len(keep) >= max_detections or looked_at >= len(order):
+            return keep[:max_detections]
+        looked_at *= 4
 
 
 def nms_fixed(
@@ -51,8 +61,9 @@ def _nms_fixed(
     kept = []
     for box, score, label in zip(boxes, scores, labels, strict=True):
         candidate = (score >= 0).nonzero().squeeze(1)
-        keep = candidate[class_nms(box[candidate], score[candidate], label[candidate], threshold, plus_one)]
-        kept.append(F.pad(keep[:max_detections], (0, max_detections - min(len(keep), max_detections)), value=-1))
+        found = box[candidate], score[candidate], label[candidate]
+        keep = candidate[class_nms(*found, threshold, max_detections, plus_one)]
+        kept.append(F.pad(keep, (0, max_detections - len(keep)), value=-1))
     return torch.stack(kept) if kept else labels.new_zeros(0, max_detections)
 
 

@@ -1,15 +1,16 @@
-"""VoVNet blocks in training: the same results, with less computed and less kept for the backward pass.
+"""VoVNet blocks that compute and keep less, in training and in inference, and give the same results.
 
 A one-shot aggregation block concatenates its input and the maps of its layers (arXiv 1904.09730, section 3), and
 convolves them 1x1. The maps are kept in any case, each as the input of the next layer; kept too, the concatenation
 doubles a block's memory. Here it is made again in the backward pass; on a CPU with Winograd convolutions it is never
-made: layers write to, and read from, their part of one memory.
+made, in inference neither: layers write to, and read from, their part of one memory.
 
-A frozen batch norm multiplies and adds to each map; here its factor goes into the convolution's weight.
+A frozen batch norm multiplies and adds to each map; in training its factor goes here into the convolution's weight.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -20,7 +21,15 @@ from timm.models.vovnet import OsaBlock
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .winograd import Float32Conv2d, WinogradConv2d, convolve_into, empty_output, weight_gradient, winograd_dtype
+from .winograd import (
+    Float32Conv2d,
+    FrozenWinogradConv2d,
+    WinogradConv2d,
+    convolve_into,
+    empty_output,
+    weight_gradient,
+    winograd_dtype,
+)
 
 ROWS = 4096  # pixels that a CPU multiplies at a time, in float32
 
@@ -38,6 +47,17 @@ def fuse_for_training(model: nn.Module) -> int:
     for block in blocks:
         block.__class__ = FusedOsaBlock
     return len(blocks)
+
+
+def fuse_for_inference(model: nn.Module) -> int:
+    """Turn, in place, the blocks of `model` that `freeze_winograd` (compiled.py) has prepared into `FrozenOsaBlock`s;
+    returns how many."""
+    count = 0
+    for block in model.modules():
+        if isinstance(block, OsaBlock) and FrozenOsaBlock.suits(block):
+            block.__class__ = FrozenOsaBlock
+            count += 1
+    return count
 
 
 class FoldedConvNormAct(ConvNormAct):
@@ -70,11 +90,7 @@ class FusedOsaBlock(OsaBlock):
                 x = layer(x)
                 maps.append(x)
             x = convolve_concatenated(maps, self.conv_concat)
-        if self.attn is not None:
-            x = self.attn(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        return x + first if self.residual else x
+        return _after_aggregation(self, x, first)
 
     def dtype_of_one_memory(self, x: Tensor) -> torch.dtype | None:
         """That of the maps if `aggregate` computes this block, else None."""
@@ -88,6 +104,39 @@ class FusedOsaBlock(OsaBlock):
         if simple and all(isinstance(layer.conv, WinogradConv2d) for layer in self.conv_mid):
             return winograd_dtype(x)
         return None
+
+
+class FrozenOsaBlock(OsaBlock):
+    """An `OsaBlock` in all but how it computes, for inference on a CPU. Made by `fuse_for_inference`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = [layer.conv for layer in self.conv_mid]
+        if not layers[0].gains(x):
+            return super().forward(x)
+        last = self.conv_concat.conv
+        weights = [*(conv.transformed for conv in layers), last.weight]
+        y, _ = aggregate(x, weights, [conv.bias for conv in (*layers, last)])
+        return _after_aggregation(self, y, x)
+
+    @staticmethod
+    def suits(block: OsaBlock) -> bool:
+        """Whether its layers are Winograd convolutions with ReLUs and biases, and its last has both too."""
+        layers, last = [getattr(layer, "conv", None) for layer in block.conv_mid], block.conv_concat
+        return (
+            block.conv_reduction is None
+            and all(isinstance(conv, FrozenWinogradConv2d) and conv.relu and conv.bias is not None for conv in layers)
+            and last.conv.bias is not None
+            and isinstance(last.bn, nn.Sequential)  # folded: dropout, activation
+            and type(last.bn[-1]) is nn.ReLU
+        )
+
+
+def _after_aggregation(block: OsaBlock, x: Tensor, first: Tensor) -> Tensor:
+    if block.attn is not None:
+        x = block.attn(x)
+    if block.drop_path is not None:
+        x = block.drop_path(x)
+    return x + first if block.residual else x
 
 
 def convolve_concatenated(maps: list[Tensor], block: ConvNormAct) -> Tensor:
@@ -137,10 +186,10 @@ def aggregate(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor]) ->
 
     x [B,C,H,W] float32 or bfloat16; weights n of [M,C or M,3,3] and the last [O,C+n*M,1,1]; shifts n of [M] and [O].
     Returns the aggregation [B,O,H,W], and the maps [B,n*M,H,W] for the backward pass, in x's dtype; arithmetic is
-    float32. Differentiable once in x and the weights.
+    float32. Differentiable once in x and the weights; not if the n have gone through `transform_weight`.
     """
     *layers, last = weights
-    maps, y = empty_output(x, sum(len(w) for w in layers)), empty_output(x, len(last))
+    maps, y = empty_output(x, _width(shifts)), empty_output(x, len(last))
     parts = _parts(maps, len(layers))
     for given, part, weight, shift in zip([x, *parts], parts, layers, shifts, strict=False):
         convolve_into(part, given, weight, shift, relu=True)
@@ -180,7 +229,7 @@ def _aggregate_backward(
 
 @aggregate.register_fake
 def _(x, weights, shifts):
-    return empty_output(x, len(weights[-1])), empty_output(x, sum(len(w) for w in weights[:-1]))
+    return empty_output(x, len(weights[-1])), empty_output(x, _width(shifts))
 
 
 @_aggregate_backward.register_fake
@@ -189,8 +238,10 @@ def _(dy, x, maps, y, weights):
 
 
 @register_flop_formula(torch.ops.vovnet_zoo.aggregate)
-def _(x, weights, *_, **__) -> int:  # shapes; of direct convolutions
-    return 2 * sum(map(math.prod, weights)) * x[0] * x[2] * x[3]
+def _(x, weights, shifts, **_) -> int:  # shapes; of direct convolutions
+    widths = [x[1], *(width for (width,) in shifts[:-1])]
+    weight = sum(9 * a * b for a, b in itertools.pairwise(widths)) + math.prod(weights[-1])
+    return 2 * weight * x[0] * x[2] * x[3]
 
 
 def _setup_context(ctx, inputs, output):
@@ -207,6 +258,10 @@ def _backward(ctx, dy, _):
 
 
 aggregate.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _width(shifts: Sequence[Tensor]) -> int:
+    return sum(len(shift) for shift in shifts[:-1])
 
 
 def _parts(maps: Tensor, count: int) -> list[Tensor]:

@@ -73,11 +73,15 @@ class FrozenWinogradConv2d(nn.Module):
         self.transformed = transform_weight(self.weight)  # no buffer: it stays float32 and on the CPU
 
     def forward(self, x: Tensor) -> Tensor:
-        if _gains(x, 9):
+        if self.gains(x):
             return conv3x3_frozen(x, self.transformed, self.out_channels, self.bias, self.relu)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         x = F.conv2d(x, self.weight.to(x.dtype), bias, padding=1)
         return F.relu(x) if self.relu else x
+
+    def gains(self, x: Tensor) -> bool:
+        """Whether Winograd computes maps x."""
+        return _gains(x, 9)
 
 
 def use_winograd(model: nn.Module) -> int:
@@ -148,10 +152,8 @@ def conv3x3_frozen(
     x: Tensor, transformed: Tensor, out_channels: int, bias: Tensor | None = None, relu: bool = False
 ) -> Tensor:
     """`conv3x3`, with ReLU on top if `relu`, of a weight gone through `transform_weight`. Not differentiable."""
-    if transformed.shape != (size := _transformed_size(x.shape[1], out_channels)) or transformed.dtype != torch.float32:
-        raise ValueError(f"transformed must be {list(size)} float32, is {list(transformed.shape)} {transformed.dtype}")
     y = empty_output(x, out_channels)
-    _forward(y, x, transformed, bias, relu)
+    convolve_into(y, x, transformed, bias, relu)
     return y
 
 
@@ -230,36 +232,30 @@ def convolve_into(
 ) -> None:
     """`conv3x3` to memory y [B,O,H,W], whose dtype is x's; then ReLU if `relu`.
 
-    y, x and `positive` may be channels of larger channels_last maps. With `add` the result is added to y; where
-    `positive` [B,O,H,W] is not, y becomes 0.
+    The weight may have gone through `transform_weight`. y, x and `positive` may be channels of larger channels_last
+    maps. With `add` the result is added to y; where `positive` [B,O,H,W] is not, y becomes 0.
     """
-    outputs, channels = weight.shape[:2][:: -1 if transposed else 1]
-    if x.shape[1] != channels:
-        raise ValueError(f"x has {x.shape[1]} channels, the weight {list(weight.shape)} takes {channels}")
-    u = _call("workspace", math.prod(_transformed_size(channels, outputs)))  # kept: a new one costs more than this
-    _transform(weight, u, transposed)
-    _forward(y, x, u, bias, relu, add, positive)
-
-
-def _forward(
-    y: Tensor,
-    x: Tensor,
-    transformed: Tensor | int,
-    bias: Tensor | None,
-    relu: bool,
-    add: bool = False,
-    positive: Tensor | None = None,
-) -> None:
     if x.ndim != 4 or x.dtype not in DTYPES:
         raise ValueError(f"x must be [B,C,H,W] float32 or bfloat16, is {list(x.shape)} {x.dtype}")
     batch, channels, height, width = x.shape
+    outputs = y.shape[1]
+    size = _transformed_size(channels, outputs)
+    if weight.ndim == 4 and weight.shape[3] == 32:  # transformed
+        if weight.shape != size or weight.dtype != torch.float32:
+            raise ValueError(f"transformed must be {list(size)} float32, is {list(weight.shape)} {weight.dtype}")
+        u = weight
+    else:
+        if weight.ndim == 4 and weight.shape[0 if transposed else 1] != channels:
+            raise ValueError(f"x has {channels} channels, the weight {list(weight.shape)} takes another number")
+        u = _call("workspace", math.prod(size))  # kept: a new one costs more than this
+        _transform(weight, u, transposed)
     x = _by_pixel(x)
     assert y.dtype == x.dtype and y.stride() == _by_pixel(y).stride()
     assert positive is None or (positive.shape, positive.dtype) == (y.shape, y.dtype) and positive.stride(1) == 1
     bias = None if bias is None else bias.float().contiguous()
-    sizes = batch, height, width, channels, y.shape[1], x.stride(3), y.stride(3)
+    sizes = batch, height, width, channels, outputs, x.stride(3), y.stride(3)
     step = 0 if positive is None else positive.stride(3)
-    _call(f"forward_{DTYPES[x.dtype]}", x, transformed, bias, y, *sizes, positive, step, relu, add)
+    _call(f"forward_{DTYPES[x.dtype]}", x, u, bias, y, *sizes, positive, step, relu, add)
 
 
 def _transform(weight: Tensor, out: Tensor | int, transposed: bool) -> None:
