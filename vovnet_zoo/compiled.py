@@ -42,8 +42,8 @@ def compile_detector(
 
     Batch norms are folded into convolutions and weights are made constants of the graph, so later changes of `model`
     are not seen. It is compiled in the first call, and again for each other number of images. On a CPU, 3x3
-    convolutions become Winograd ones (`winograd.py`); one without AMX only stores maps in bfloat16, and multiplies in
-    float32.
+    convolutions become Winograd ones (`winograd.py`), and VoVNet's blocks concatenate nothing (`osa.py`); a CPU
+    without AMX only stores maps in bfloat16, and multiplies in float32.
 
     Args:
         model: a detector, on the device it shall run on.

@@ -1,4 +1,4 @@
-"""Non-maximum suppression: as long as it comes (`class_nms`), and of fixed shape for a captured graph (`nms_fixed`)."""
+"""Non-maximum suppression: as many boxes as are left (`class_nms`), and a fixed shape for a graph (`nms_fixed`)."""
 
 from __future__ import annotations
 
