@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import vovnet_zoo  # noqa: F401  (registers the backbones)
 from vovnet_zoo import osa
@@ -37,6 +38,12 @@ def run(model, images, precision="float32"):
         ys = model(images)
     sum(y.float().square().mean() if y.dtype != torch.float64 else y.square().mean() for y in ys).backward()
     return ys, [p.grad for p in model.parameters()], [x for pointer, x in kept.items() if pointer not in weights]
+
+
+def count_flop(model, images):
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops()
 
 
 def relative_error(found, wanted):
@@ -164,6 +171,7 @@ def test_inference_in_one_memory(name, blocks, dtype, tolerance, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         ys = fused(images)
     assert calls == [dtype] * max(0, blocks - 2)  # not at 5x3
+    assert count_flop(fused, images) == count_flop(plain, images)
     assert relative_error([y.double() for y in ys], plain.double()(images.double())) < tolerance
 
 

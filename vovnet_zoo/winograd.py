@@ -197,6 +197,11 @@ def _(x, weight, *_, **__) -> int:  # shapes; of a direct convolution
     return 2 * math.prod(weight) * x[0] * x[2] * x[3]
 
 
+@register_flop_formula(torch.ops.vovnet_zoo.conv3x3_frozen)
+def _(x, transformed, out_channels, *_, **__) -> int:
+    return 2 * 9 * out_channels * math.prod(x)
+
+
 def _setup_context(ctx, inputs, output):
     x, weight, bias, ctx.transposed = inputs
     ctx.save_for_backward(x, weight)
