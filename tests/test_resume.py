@@ -127,6 +127,7 @@ def interrupt(data: Path, out: Path, processes: int, step: int, number: int, opt
         wait_for_step(out, step, job)
         send_all(out, number)
         printed = job.communicate(timeout=100)[0]
+    assert job.returncode != 0, f"it was done before the signal: {printed}"
     return job.returncode, printed
 
 
