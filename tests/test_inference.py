@@ -56,6 +56,10 @@ def test_limits():
     assert len(postprocess(preds, sizes, topk=3)[0]["scores"]) <= 15
     (found,) = postprocess(preds, sizes, score_threshold=0.9)
     assert 0 < len(found["scores"]) < 100
+    torch.testing.assert_close(postprocess(preds, [(128, 160)]), postprocess(preds, sizes), rtol=0, atol=0)
+    for wrong in ([(128, 160)] * 2, (128, 160)):
+        with pytest.raises(ValueError, match="image_sizes must be .* each of 1 images"):
+            postprocess(preds, wrong)
 
 
 def test_same_box_of_two_classes_survives_nms():

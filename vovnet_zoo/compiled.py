@@ -93,6 +93,7 @@ def compile_detector(
             raise ValueError(f"images are on {images.device}, the detector is on {device}; move them there")
         if sizes is None:
             sizes = torch.tensor([[height, width]], device=device).expand(len(images), 2).contiguous()
+        sizes = torch.as_tensor(sizes, device=device)
         if sizes.shape != (len(images), 2):
             raise ValueError(f"sizes must be [B,2], (h, w) of each of {len(images)} images, got {list(sizes.shape)}")
         with torch.no_grad(), torch._inductor.config.patch(freezing=True):  # weights become constants

@@ -69,7 +69,7 @@ def predict(
 
 def postprocess(
     preds: Predictions,
-    image_sizes: Tensor,
+    image_sizes: Tensor | Sequence[tuple[int, int]],
     *,
     score_threshold: float = 0.05,
     nms_threshold: float = 0.6,
@@ -81,7 +81,7 @@ def postprocess(
 
     Args:
         preds: of B images.
-        image_sizes: [B,2] (h, w) of the images in the network input, without padding; boxes are clipped to it.
+        image_sizes: [B,2] or B pairs, (h, w) of the images in the network input without padding; clips boxes.
         score_threshold: a location and class is a candidate when its class probability alone is above.
         nms_threshold: a box whose IoU with a better one of its class is above is dropped.
         topk: candidates kept per level and image, by class probability times centerness.
@@ -92,7 +92,15 @@ def postprocess(
     Returns:
         One dict per image, best score first: `boxes` [N,4] xyxy in pixels of the network input, `scores` [N], the
         geometric mean of class probability and centerness, `labels` int64 [N].
+
+    Raises:
+        ValueError: not one size for each image.
     """
+    image_sizes = torch.as_tensor(image_sizes)
+    if image_sizes.shape != (len(preds.logits), 2):
+        raise ValueError(
+            f"image_sizes must be [B,2], (h, w) of each of {len(preds.logits)} images, got {list(image_sizes.shape)}"
+        )
     boxes, scores, labels = decode(preds, image_sizes, score_threshold, topk, plus_one)
     detections = []
     for box, score, label in zip(boxes, scores, labels, strict=True):
