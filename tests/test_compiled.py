@@ -178,9 +178,10 @@ def test_a_model_in_training(frozen_norm):
 
 
 @pytest.mark.slow
-def test_inductor():
+@pytest.mark.parametrize("frozen_norm", [True, False])
+def test_inductor(frozen_norm):
     """The fused kernels, of inference and of a training step."""
-    kwargs = dict(num_classes=4, channels=64, num_convs=2, frozen_norm=True)
+    kwargs = dict(num_classes=4, channels=64, num_convs=2, frozen_norm=frozen_norm)
     model = busy(create_detector("fcos", backbone="vovnet27_slim", **kwargs))
     images, sizes = images_and_sizes(2, (128, 160))
     assert_same(compile_detector(model, (128, 160))(images, sizes), model, images, sizes)
@@ -196,9 +197,12 @@ def test_inductor():
         results.append((losses, {name: p.grad.clone() for name, p in model.named_parameters()}))
     (losses, gradients), (compiled_losses, compiled_gradients) = results
     torch.testing.assert_close(compiled_losses, losses, rtol=1e-4, atol=0)
-    for name, wanted in gradients.items():  # rounding turns some ReLUs: of eager's own gradients, float64's are as far
+    if frozen_norm:
+        torch.testing.assert_close(compiled_gradients, gradients, rtol=1e-3, atol=1e-4)
+    # live norms have so few values here that one ulp in its weights moves eager's own gradients by 0.021
+    for name, wanted in gradients.items():
         error = (compiled_gradients[name] - wanted).norm() / wanted.norm()
-        assert error < 0.02, f"{name}: {error:.1e}"
+        assert error < (1e-4 if frozen_norm else 0.04), f"{name}: {error:.1e}"
 
 
 @pytest.mark.gpu

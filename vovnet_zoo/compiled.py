@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .data import normalize
 from .fcos import FCOS, level_sizes
-from .inference import decode, postprocess
+from .inference import decode, postprocess, sizes_of
 from .nms import nms_fixed
 from .osa import fuse_for_inference
 from .winograd import FrozenWinogradConv2d, WinogradConv2d, has_amx, is_eligible, use_winograd
@@ -55,8 +55,8 @@ def compile_detector(
         options: `score_threshold`, `nms_threshold`, `topk`, `max_detections`, `plus_one` of `postprocess`.
 
     Returns:
-        A function of images, uint8 [B,3,H,W] (RGB), and optionally of their sizes, int [B,2] (h, w) without the
-        padding at bottom and right; it returns the `Detections` that `postprocess(model(images), sizes)` finds.
+        A function of images, uint8 [B,3,H,W] (RGB), and optionally of their sizes, int [B,2] or B pairs, (h, w) without
+        the padding at bottom and right; it returns the `Detections` that `postprocess(model(images), sizes)` finds.
 
     Raises:
         ValueError: `size` is not of multiples of 32, or `dtype` is not one of the three; from the function: images of
@@ -93,9 +93,7 @@ def compile_detector(
             raise ValueError(f"images are on {images.device}, the detector is on {device}; move them there")
         if sizes is None:
             sizes = torch.tensor([[height, width]], device=device).expand(len(images), 2).contiguous()
-        sizes = torch.as_tensor(sizes, device=device)
-        if sizes.shape != (len(images), 2):
-            raise ValueError(f"sizes must be [B,2], (h, w) of each of {len(images)} images, got {list(sizes.shape)}")
+        sizes = sizes_of(len(images), sizes, device)
         with torch.no_grad(), torch._inductor.config.patch(freezing=True):  # weights become constants
             return compiled(images, sizes)
 

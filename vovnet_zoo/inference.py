@@ -81,7 +81,8 @@ def postprocess(
 
     Args:
         preds: of B images.
-        image_sizes: [B,2] or B pairs, (h, w) of the images in the network input without padding; clips boxes.
+        image_sizes: [B,2] or B pairs, (h, w) of the images in the network input, without padding; boxes are clipped
+            to it.
         score_threshold: a location and class is a candidate when its class probability alone is above.
         nms_threshold: a box whose IoU with a better one of its class is above is dropped.
         topk: candidates kept per level and image, by class probability times centerness.
@@ -96,11 +97,7 @@ def postprocess(
     Raises:
         ValueError: not one size for each image.
     """
-    image_sizes = torch.as_tensor(image_sizes)
-    if image_sizes.shape != (len(preds.logits), 2):
-        raise ValueError(
-            f"image_sizes must be [B,2], (h, w) of each of {len(preds.logits)} images, got {list(image_sizes.shape)}"
-        )
+    image_sizes = sizes_of(len(preds.logits), image_sizes)
     boxes, scores, labels = decode(preds, image_sizes, score_threshold, topk, plus_one)
     detections = []
     for box, score, label in zip(boxes, scores, labels, strict=True):
@@ -109,6 +106,14 @@ def postprocess(
         keep = class_nms(box, score, label, nms_threshold, max_detections, plus_one)
         detections.append({"boxes": box[keep], "scores": score[keep], "labels": label[keep]})
     return detections
+
+
+def sizes_of(count: int, image_sizes: Tensor | Sequence[tuple[int, int]], device: torch.device | None = None) -> Tensor:
+    """`image_sizes` as a tensor [count,2]. `ValueError` if it is not one (h, w) for each image."""
+    sizes = torch.as_tensor(image_sizes, device=device)
+    if sizes.shape != (count, 2):
+        raise ValueError(f"image_sizes must be [B,2], (h, w) of each of {count} images, got {list(sizes.shape)}")
+    return sizes
 
 
 def decode(

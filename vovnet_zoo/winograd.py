@@ -250,8 +250,8 @@ def convolve_into(
             raise ValueError(f"transformed must be {list(size)} float32, is {list(weight.shape)} {weight.dtype}")
         u = weight
     else:
-        if weight.ndim == 4 and weight.shape[0 if transposed else 1] != channels:
-            raise ValueError(f"x has {channels} channels, the weight {list(weight.shape)} takes another number")
+        if weight.ndim == 4 and (takes := weight.shape[0 if transposed else 1]) != channels:
+            raise ValueError(f"x has {channels} channels, the weight {list(weight.shape)} takes {takes}")
         u = _call("workspace", math.prod(size))  # kept: a new one costs more than this
         _transform(weight, u, transposed)
     x = _by_pixel(x)
