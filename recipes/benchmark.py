@@ -32,8 +32,8 @@ from train_coco import assign_part, compare_part, compiled
 from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector, postprocess
 from vovnet_zoo.compiled import detect
 from vovnet_zoo.fcos import backbone_maps
-from vovnet_zoo.osa import fuse_for_training
-from vovnet_zoo.winograd import use_winograd
+from vovnet_zoo.kernels.osa import fuse_for_training
+from vovnet_zoo.kernels.winograd import use_winograd
 
 CLASSES = 80
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}

@@ -26,8 +26,8 @@ import vovnet_zoo  # noqa: F401  (registers the backbones)
 from benchmark import kept_by
 from runtime import environment, log, process_group
 from train_coco import compiled
-from vovnet_zoo.osa import fuse_for_training
-from vovnet_zoo.winograd import use_winograd
+from vovnet_zoo.kernels.osa import fuse_for_training
+from vovnet_zoo.kernels.winograd import use_winograd
 
 GROUPS = {  # of operators or kernels, the first whose pattern is found
     "fused": r"cpp_fused|triton_",  # what inductor makes of all but convolutions

@@ -43,8 +43,8 @@ from vovnet_zoo.coco_eval import format_table
 from vovnet_zoo.data import CocoDataset, Skipped, TrainSampler, collate, find_split, normalize, train_transforms
 from vovnet_zoo.fcos import level_sizes, make_points
 from vovnet_zoo.loss import Targets
-from vovnet_zoo.osa import fuse_for_training
-from vovnet_zoo.winograd import use_winograd
+from vovnet_zoo.kernels.osa import fuse_for_training
+from vovnet_zoo.kernels.winograd import use_winograd
 
 
 def main(config: TrainConfig) -> dict | None:

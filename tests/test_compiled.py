@@ -10,8 +10,8 @@ from train_coco import assign_part, compare_part
 from vovnet_zoo import FCOSLoss, compile_detector, create_detector, postprocess
 from vovnet_zoo.compiled import Detections
 from vovnet_zoo.data import normalize
-from vovnet_zoo.osa import fuse_for_training
-from vovnet_zoo.winograd import use_winograd
+from vovnet_zoo.kernels.osa import fuse_for_training
+from vovnet_zoo.kernels.winograd import use_winograd
 
 BACKBONES = ["vovnet39", "ese_vovnet39b", "resnet50"]
 SIZES = [(64, 96), (96, 64), (128, 160)]

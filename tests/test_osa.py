@@ -10,10 +10,10 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import vovnet_zoo  # noqa: F401  (registers the backbones)
-from vovnet_zoo import osa
-from vovnet_zoo.compiled import fold_batch_norms, freeze_winograd
-from vovnet_zoo.osa import FrozenOsaBlock, aggregate, fuse_for_training
-from vovnet_zoo.winograd import use_winograd
+from vovnet_zoo.kernels import osa
+from vovnet_zoo.kernels.freeze import freeze
+from vovnet_zoo.kernels.osa import FrozenOsaBlock, aggregate, fuse_for_training
+from vovnet_zoo.kernels.winograd import use_winograd
 
 
 def frozen(name):
@@ -139,9 +139,12 @@ def test_operators():
     torch.library.opcheck(osa._aggregate_backward, (*given, [w.detach() for w in weights]))
 
 
-@pytest.mark.parametrize("precision, tolerance", [("float32", 1e-3), ("bf16", 0.5)])
-def test_one_memory(precision, tolerance):
-    """With Winograd convolutions and frozen norms a block is one operator, and what is kept are its maps."""
+@pytest.mark.parametrize("precision, outputs, tolerance", [("float32", 1e-5, 0.02), ("bf16", 0.05, 0.5)])
+def test_one_memory(precision, outputs, tolerance):
+    """With Winograd convolutions and frozen norms a block is one operator, and what is kept are its maps.
+
+    Gradients differ by more than rounding: where the input of a ReLU is nearly 0, rounding turns it on or off.
+    """
     plain = frozen("vovnet27_slim").to(memory_format=torch.channels_last)
     fused = copy.deepcopy(plain)
     fuse_for_training(fused)
@@ -151,7 +154,7 @@ def test_one_memory(precision, tolerance):
         ys, gradients, kept = run(fused, images, precision)
     assert {row.key: row.count for row in trace.key_averages()}["vovnet_zoo::aggregate_backward"] == 2
     wanted_ys, wanted_gradients, _ = run(plain.double(), images.double())
-    assert relative_error([y.double() for y in ys], wanted_ys) < tolerance / 10
+    assert relative_error([y.double() for y in ys], wanted_ys) < outputs
     assert relative_error([g.double() for g in gradients], wanted_gradients) < tolerance
     widths = [x.shape[1] for x in kept if x.ndim == 4 and len(x) == 2]
     assert widths.count(5 * 64) == widths.count(5 * 80) == 1 and widths.count(80) == 0
@@ -162,8 +165,7 @@ def test_one_memory(precision, tolerance):
 def test_inference_in_one_memory(name, blocks, dtype, tolerance, monkeypatch):
     """Where maps are large enough a block is one operator; dtype is that of the maps."""
     plain = frozen(name).eval().requires_grad_(False)
-    fused = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-    freeze_winograd(fold_batch_norms(fused))
+    fused = freeze(copy.deepcopy(plain), winograd=True).to(memory_format=torch.channels_last)
     assert sum(type(m) is FrozenOsaBlock for m in fused.modules()) == blocks
     images = torch.randn(2, 3, 160, 96, generator=torch.Generator().manual_seed(1))
     calls = []

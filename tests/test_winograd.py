@@ -1,15 +1,18 @@
 """Winograd convolutions against torch's own, which are computed in float64."""
 
 import copy
+import functools
 import pickle
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vovnet_zoo import create_detector, winograd
-from vovnet_zoo.winograd import FrozenWinogradConv2d, WinogradConv2d, conv3x3, conv3x3_frozen, transform_weight
+from vovnet_zoo import create_detector
+from vovnet_zoo.kernels import library, winograd
+from vovnet_zoo.kernels.winograd import FrozenWinogradConv2d, WinogradConv2d, conv3x3, conv3x3_frozen, transform_weight
 
 SHAPES = [  # B, C, H, W, O
     (1, 1, 1, 1, 1),
@@ -101,12 +104,16 @@ def test_transposed():
 
 def test_operators():
     x, weight, bias = make((1, 5, 6, 7, 3))
+    transformed, operators = transform_weight(weight), torch.ops.vovnet_zoo
     for transposed in (False, True):
         w = weight.transpose(0, 1).contiguous() if transposed else weight
         arguments = [t.clone().requires_grad_() for t in (x, w, bias)]
-        torch.library.opcheck(conv3x3, (*arguments, transposed))
-    torch.library.opcheck(conv3x3_frozen, (x, transform_weight(weight), 3, bias, True))
-    torch.library.opcheck(winograd.weight_gradient, (x, torch.randn(1, 3, 6, 7)))
+        torch.library.opcheck(operators.conv3x3.default, (*arguments, transposed))
+    torch.library.opcheck(operators.conv3x3_transform_weight.default, (weight,))
+    torch.library.opcheck(operators.conv3x3_frozen.default, (x, transformed, 3, bias, True))
+    torch.library.opcheck(operators.conv3x3_weight_gradient.default, (x, torch.randn(1, 3, 6, 7)))
+    y = winograd.empty_output(x, 3).zero_()
+    torch.library.opcheck(operators.conv3x3_out.default, (y, x, weight, bias, False, True, True, None))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -164,7 +171,7 @@ def detectors():
 
 
 def test_detector_keeps_its_predictions_and_gradients(detectors, monkeypatch):
-    monkeypatch.setattr(winograd, "_gains", lambda x, least: True)
+    monkeypatch.setattr(winograd, "TRAINING_TILES", 0)
     x, results, kept = torch.randn(2, 3, 160, 128, generator=torch.Generator().manual_seed(0)), [], []
     for model in detectors:
         model.zero_grad()
@@ -208,25 +215,88 @@ def test_what_is_not_eligible():
 
 
 def test_wrong_arguments():
-    x, weight, _ = make((1, 4, 6, 6, 8))
-    with pytest.raises(ValueError, match="float32 or bfloat16"):
-        conv3x3(x.double(), weight)
-    with pytest.raises(ValueError, match=r"\[O,C,3,3\]"):
-        conv3x3(x, weight[..., :1])
-    with pytest.raises(ValueError, match="4 channels"):
-        conv3x3(x, weight[:, :3])
-    with pytest.raises(ValueError, match="transformed must be"):
-        conv3x3_frozen(x, transform_weight(weight), 40)
+    x, weight, bias = make((1, 4, 6, 6, 8))
+    y = winograd.empty_output(x, 8)
+    for call, message in [
+        (lambda: conv3x3(x.double(), weight), "x must be float32 or bfloat16"),
+        (lambda: conv3x3(x[0], weight), r"x must be \[B,C,H,W\] on the CPU, is \[4, 6, 6\]"),
+        (lambda: conv3x3(x, weight[..., :1]), r"weight must be \[O,C,3,3\]"),
+        (lambda: conv3x3(x, weight[:, :3]), "x has 4 channels"),
+        (lambda: conv3x3(x, weight, bias[:5]), r"bias must be \[8\], is \[5\]"),
+        (lambda: conv3x3_frozen(x, transform_weight(weight), 40), "transformed weight must be .*4 and 40 channels"),
+        (lambda: winograd.weight_gradient(x, torch.zeros(1, 8, 6, 5)), r"dy must be \[B,O,H,W\]"),
+        (lambda: winograd.convolve_into(y.contiguous(), x, weight), "y must be .* channels_last"),
+        (lambda: winograd.convolve_into(y, x, weight, positive=x), "positive must be like y"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
-def test_missing_compiler(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(RuntimeError, match="apt install g"):
-        winograd._library.__wrapped__()
+def test_the_rest_of_a_group_of_channels_is_zero():
+    """The memory that the kernels keep holds NaN of the call before."""
+    x, weight, _ = make((1, 16, 8, 8, 16))
+    for run in (lambda x, w: conv3x3(x, w), winograd.weight_gradient):
+        run(torch.full_like(x, torch.nan), weight if run is not winograd.weight_gradient else x)
+        x1, weight1, _ = make((1, 3, 8, 8, 5))
+        dy = torch.randn(1, 5, 8, 8)
+        assert conv3x3(x1, weight1).isfinite().all() and winograd.weight_gradient(x1, dy).isfinite().all()
 
 
-def test_build(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for _ in range(2):
-        winograd._library.__wrapped__()
-        assert [path.suffix for path in (tmp_path / "vovnet_zoo").iterdir()] == [".so"]
+def test_threads_change_nothing():
+    """Any number of threads gives the same output to the bit; of the weight gradient, only the sums' order changes."""
+    x, weight, bias = make((2, 48, 30, 26, 80))
+    dy = torch.randn(2, 80, 30, 26)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append((conv3x3(x, weight, bias), winograd.weight_gradient(x, dy)))
+    torch.set_num_threads(before)
+    for y, dw in results[1:]:
+        assert torch.equal(y, results[0][0])
+        assert_near(dw, results[0][1], 1e-5)
+
+
+def test_a_smaller_instruction_set_is_declined_where_it_does_not_gain(monkeypatch, caplog):
+    monkeypatch.setattr(library, "capability", lambda: "DEFAULT")
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    conv = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1))
+    assert winograd.use_winograd(conv) == 0 and type(conv[0]) is nn.Conv2d
+    assert [record.getMessage() for record in caplog.records] == [
+        "Winograd convolutions are not used: this CPU has no AVX2, or ATEN_CPU_CAPABILITY declines it"
+    ]
+
+
+@pytest.mark.slow
+def test_winograd_is_faster_than_conv2d():
+    """On this machine, with two threads, wherever `gains` says so: the fastest of interleaved calls."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    ratios = {}
+    for channels, outputs, side in [(64, 64, 80), (128, 128, 80), (256, 256, 40), (256, 256, 20), (256, 256, 12)]:
+        x, weight, bias = make((1, channels, side, side, outputs))
+        conv = nn.Conv2d(channels, outputs, 3, padding=1).requires_grad_(False).to(memory_format=torch.channels_last)
+        frozen = FrozenWinogradConv2d(conv)
+        assert frozen.gains(x)
+        dy, w = torch.randn(1, outputs, side, side).to(memory_format=torch.channels_last), conv.weight
+        theirs = functools.partial(torch.ops.aten.convolution_backward, dy, x, w, None, [1, 1], [1, 1], [1, 1])
+        theirs = functools.partial(theirs, False, [0, 0], 1, [True, True, False])
+        contestants = [
+            lambda: conv(x),
+            lambda: frozen(x),
+            theirs,
+            lambda: (conv3x3(dy, w, None, True), winograd.weight_gradient(x, dy)),
+        ]
+        seconds = [[] for _ in contestants]
+        for _ in range(12):
+            for call, times in zip(contestants, seconds, strict=True):
+                began = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - began)
+        conv2d, ours, backward, our_backward = map(min, seconds)
+        tiles = (-(-side // 4)) ** 2
+        ratios[channels, side, "forward"] = ours / conv2d
+        if tiles >= winograd.TRAINING_TILES:
+            ratios[channels, side, "backward"] = our_backward / backward
+    torch.set_num_threads(before)
+    print(ratios)
+    assert max(ratios.values()) < 1 and sorted(ratios.values())[len(ratios) // 2] < 0.7

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from timm.layers import ConvNormAct
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch import Tensor
 
 from .data import normalize
 from .fcos import FCOS, level_sizes
 from .inference import decode, postprocess, sizes_of
+from .kernels.freeze import freeze
+from .kernels.surgery import restore
+from .kernels.winograd import has_amx, why_not
 from .nms import nms_fixed
-from .osa import fuse_for_inference
-from .winograd import FrozenWinogradConv2d, WinogradConv2d, has_amx, is_eligible, use_winograd
+
+log = logging.getLogger("vovnet_zoo")
 
 
 class Detections(NamedTuple):
@@ -34,6 +36,7 @@ def compile_detector(
     size: tuple[int, int],
     dtype: torch.dtype = torch.float32,
     *,
+    winograd: bool | None = None,
     mode: str = "default",
     backend: str = "inductor",
     **options,
@@ -41,14 +44,16 @@ def compile_detector(
     """A fast copy of `model` for images of one size: normalising, network, decoding and NMS as a single graph.
 
     Batch norms are folded into convolutions and weights are made constants of the graph, so later changes of `model`
-    are not seen. It is compiled in the first call, and again for each other number of images. On a CPU, 3x3
-    convolutions become Winograd ones (`winograd.py`), and VoVNet's blocks concatenate nothing (`osa.py`); a CPU
-    without AMX only stores maps in bfloat16, and multiplies in float32.
+    are not seen. It is compiled in the first call, and again for each other number of images. On a CPU with Winograd
+    convolutions (`kernels/winograd.py`) VoVNet's blocks concatenate nothing (`kernels/osa.py`); with bfloat16 they store
+    maps in it, and multiply in float32.
 
     Args:
         model: a detector, on the device it shall run on.
         size: (H, W) of the images, multiples of 32.
         dtype: of the network's convolutions: float32, or bfloat16 or float16 by autocast.
+        winograd: on a CPU, compute 3x3 convolutions by Winograd and VoVNet blocks in one memory. None: where the kernels
+            can be used and gain, else torch's convolutions, with a line in the log that says why. True demands it.
         mode: of torch.compile; "reduce-overhead" replays CUDA graphs, "max-autotune" also tries out kernels. With
             either, results are overwritten by the next call: copy what is to be kept.
         backend: of torch.compile; "eager" checks that there is one graph, and compiles nothing.
@@ -59,8 +64,8 @@ def compile_detector(
         the padding at bottom and right; it returns the `Detections` that `postprocess(model(images), sizes)` finds.
 
     Raises:
-        ValueError: `size` is not of multiples of 32, or `dtype` is not one of the three; from the function: images of
-            another size, dtype or device.
+        ValueError: `size` is not of multiples of 32, `dtype` is not one of the three, or `winograd=True` cannot be
+            followed; from the function: images of another size, dtype or device.
     """
     height, width = size
     if height % 32 or width % 32 or min(height, width) < 32:
@@ -71,16 +76,17 @@ def compile_detector(
         raise TypeError(f"compile_detector has no option {sorted(unknown)}")
     options = postprocess.__kwdefaults__ | options
     device = next(model.parameters()).device
-    fast = fold_batch_norms(copy.deepcopy(model).eval().requires_grad_(False))
+    winograd = decide_winograd(winograd, device, dtype)
+    fast = freeze(restore(copy.deepcopy(model)).eval().requires_grad_(False), winograd)
     fast = fast.to(memory_format=torch.channels_last)
-    if device.type == "cpu" and (dtype == torch.float32 or dtype == torch.bfloat16 and not has_amx()):
-        freeze_winograd(fast)
 
     def graph(images: Tensor, sizes: Tensor) -> Detections:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return detect(fast, images, sizes, **options)
 
-    how = {"mode": mode} if backend == "inductor" else {"backend": backend}
+    how = {"backend": backend}
+    if backend == "inductor":  # weights become constants of the graph
+        how = {"options": {**torch._inductor.list_mode_options(mode), "freezing": True}}
     compiled = torch.compile(graph, fullgraph=True, dynamic=False, **how)
 
     def run(images: Tensor, sizes: Tensor | None = None) -> Detections:
@@ -94,10 +100,29 @@ def compile_detector(
         if sizes is None:
             sizes = torch.tensor([[height, width]], device=device).expand(len(images), 2).contiguous()
         sizes = sizes_of(len(images), sizes, device)
-        with torch.no_grad(), torch._inductor.config.patch(freezing=True):  # weights become constants
+        with torch.no_grad():
             return compiled(images, sizes)
 
     return run
+
+
+def decide_winograd(wanted: bool | None, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `compile_detector` uses the Winograd kernels. `ValueError` if they are demanded and cannot be used."""
+    if wanted is False or (wanted is None and device.type != "cpu"):
+        return False
+    if device.type != "cpu":
+        reason = f"the model is on {device}, and they are for a CPU"
+    elif dtype == torch.float16:
+        reason = "they compute float32 and bfloat16"
+    elif dtype == torch.bfloat16 and has_amx():
+        reason = "this CPU multiplies bfloat16 faster by itself (AMX)"
+    else:
+        reason = why_not()
+    if reason and wanted:
+        raise ValueError(f"winograd=True, but the kernels cannot be used: {reason}")
+    if reason:
+        log.warning("compile_detector uses torch's convolutions instead of Winograd's: %s", reason)
+    return not reason
 
 
 def detect(
@@ -126,35 +151,3 @@ def detect(
         labels=torch.where(found, labels.gather(1, keep), -1),
         count=found.sum(1),
     )
-
-
-def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """Merge each batch norm of timm's convolution blocks into the convolution before it, in place, for inference.
-
-    inductor's freezing folds the others.
-    """
-    for block in model.modules():
-        if isinstance(block, ConvNormAct) and hasattr(block.bn, "running_var"):
-            conv, bn = block.conv, block.bn
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-            )
-            block.bn = nn.Sequential(bn.drop, bn.act)
-            block.__class__ = ConvNormAct  # of a model in training it is another (osa.py)
-    return model
-
-
-def freeze_winograd(model: nn.Module) -> None:
-    """`use_winograd`, in place, with weights transformed now, and in folded blocks with the ReLU after it; then
-    `fuse_for_inference`."""
-    for block in model.modules():
-        if isinstance(block, ConvNormAct) and is_eligible(block.conv) and isinstance(block.bn, nn.Sequential):
-            relu = isinstance(block.bn[-1], nn.ReLU)
-            block.conv = FrozenWinogradConv2d(block.conv, relu)
-            block.bn = nn.Identity() if relu else block.bn
-    use_winograd(model)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, WinogradConv2d):
-                setattr(parent, name, FrozenWinogradConv2d(child))
-    fuse_for_inference(model)

@@ -1,15 +1,17 @@
-"""VoVNet blocks that compute and keep less, in training and in inference, and give the same results.
+"""VoVNet blocks that compute and keep less than timm's and give the same results, in training and in inference.
 
 A one-shot aggregation block concatenates its input and the maps of its layers (arXiv 1904.09730, section 3), and
-convolves them 1x1. The maps are kept in any case, each as the input of the next layer; kept too, the concatenation
-doubles a block's memory. Here it is made again in the backward pass; on a CPU with Winograd convolutions it is never
-made, in inference neither: layers write to, and read from, their part of one memory.
+convolves the concatenation 1x1. The backward pass needs the maps anyway, because each is the input of the next layer;
+keeping the concatenation too doubles the memory of a block. `FusedOsaBlock` concatenates again in the backward pass.
+On a CPU with Winograd convolutions nothing is concatenated: each layer writes to its part of one memory, and the 1x1
+convolution reads that memory (`aggregate`).
 
-A frozen batch norm multiplies and adds to each map; in training its factor goes here into the convolution's weight.
+A frozen batch norm multiplies each map and adds to it. `FoldedConvNormAct` multiplies the convolution's weight instead.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -19,14 +21,17 @@ import torch.nn.functional as F
 from timm.layers import ConvNormAct, FrozenBatchNormAct2d
 from timm.models.vovnet import OsaBlock
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.flop_counter import register_flop_formula
 
+from .surgery import become
 from .winograd import (
     Float32Conv2d,
     FrozenWinogradConv2d,
     WinogradConv2d,
     convolve_into,
     empty_output,
+    is_eligible,
     weight_gradient,
     winograd_dtype,
 )
@@ -37,31 +42,23 @@ ROWS = 4096  # pixels that a CPU multiplies at a time, in float32
 def fuse_for_training(model: nn.Module) -> int:
     """Turn, in place, the blocks of timm's VoVNets in `model` into the ones here; returns how many aggregate.
 
-    Parameters, state dict and hooks of blocks stay as they are; results too, but for rounding.
+    Parameters, state dict and hooks of blocks stay as they are; results too, but for rounding. `surgery.restore`
+    undoes it.
     """
     for block in model.modules():
         if type(block) is ConvNormAct and type(block.bn) is FrozenBatchNormAct2d and isinstance(block.conv, nn.Conv2d):
             if block.conv.bias is None and block.aa is None:
-                block.__class__ = FoldedConvNormAct
+                become(block, FoldedConvNormAct)
     blocks = [m for m in model.modules() if type(m) is OsaBlock]
     for block in blocks:
-        block.__class__ = FusedOsaBlock
+        become(block, FusedOsaBlock)
     return len(blocks)
 
 
-def fuse_for_inference(model: nn.Module) -> int:
-    """Turn, in place, the blocks of `model` that `freeze_winograd` (compiled.py) has prepared into `FrozenOsaBlock`s;
-    returns how many."""
-    count = 0
-    for block in model.modules():
-        if isinstance(block, OsaBlock) and FrozenOsaBlock.suits(block):
-            block.__class__ = FrozenOsaBlock
-            count += 1
-    return count
-
-
 class FoldedConvNormAct(ConvNormAct):
-    """Convolution, frozen batch norm and activation; the norm's factor is in the weight."""
+    """A convolution, a frozen batch norm and an activation; the norm's factor is in the weight."""
+
+    stands_for = ConvNormAct
 
     def forward(self, x: Tensor) -> Tensor:
         weight, shift = self.fold()
@@ -75,7 +72,9 @@ class FoldedConvNormAct(ConvNormAct):
 
 
 class FusedOsaBlock(OsaBlock):
-    """An `OsaBlock` in all but how it computes and what it keeps. Made by `fuse_for_training`."""
+    """An `OsaBlock` that keeps no concatenation for the backward pass. Made by `fuse_for_training`."""
+
+    stands_for = OsaBlock
 
     def forward(self, x: Tensor) -> Tensor:
         first = x
@@ -93,7 +92,7 @@ class FusedOsaBlock(OsaBlock):
         return _after_aggregation(self, x, first)
 
     def dtype_of_one_memory(self, x: Tensor) -> torch.dtype | None:
-        """That of the maps if `aggregate` computes this block, else None."""
+        """The dtype of the maps if `aggregate` computes this block, else None."""
         layers = [self.conv_concat, *self.conv_mid]
         simple = self.conv_reduction is None and all(
             isinstance(layer, FoldedConvNormAct)
@@ -106,29 +105,62 @@ class FusedOsaBlock(OsaBlock):
         return None
 
 
-class FrozenOsaBlock(OsaBlock):
-    """An `OsaBlock` in all but how it computes, for inference on a CPU. Made by `fuse_for_inference`."""
+class FrozenOsaBlock(nn.Module):
+    """An `OsaBlock` for inference on a CPU, whose layers are Winograd convolutions. Made by `FrozenOsaBlock.of`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        layers = [layer.conv for layer in self.conv_mid]
-        if not layers[0].gains(x):
-            return super().forward(x)
-        last = self.conv_concat.conv
-        weights = [*(conv.transformed for conv in layers), last.weight]
-        y, _ = aggregate(x, weights, [conv.bias for conv in (*layers, last)])
-        return _after_aggregation(self, y, x)
+    def __init__(self, layers: Sequence[FrozenWinogradConv2d], last: nn.Conv2d, attn: nn.Module | None, residual: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.last = last
+        self.attn = attn
+        self.residual = residual
+
+    @classmethod
+    def of(cls, block: OsaBlock) -> FrozenOsaBlock:
+        """The frozen form of a block that `suits`; batch norms are folded into the weights as they are now."""
+        layers = [FrozenWinogradConv2d(fold(layer), relu=True) for layer in block.conv_mid]
+        return cls(layers, fold(block.conv_concat), block.attn, block.residual)
 
     @staticmethod
-    def suits(block: OsaBlock) -> bool:
-        """Whether its layers are Winograd convolutions with ReLUs and biases, and its last has both too."""
-        layers, last = [getattr(layer, "conv", None) for layer in block.conv_mid], block.conv_concat
-        return (
-            block.conv_reduction is None
-            and all(isinstance(conv, FrozenWinogradConv2d) and conv.relu and conv.bias is not None for conv in layers)
-            and last.conv.bias is not None
-            and isinstance(last.bn, nn.Sequential)  # folded: dropout, activation
-            and type(last.bn[-1]) is nn.ReLU
-        )
+    def suits(block: nn.Module) -> bool:
+        """Whether `block` is an OsaBlock without a reduction, of eligible convolutions with batch norms and ReLUs."""
+        if not isinstance(block, OsaBlock) or block.conv_reduction is not None:
+            return False
+        layers = [*block.conv_mid, block.conv_concat]
+        if not all(can_fold(layer) and type(layer.bn.act) is nn.ReLU and layer.aa is None for layer in layers):
+            return False
+        return all(is_eligible(layer.conv) for layer in block.conv_mid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, layers = x, self.layers
+        if layers[0].gains(x):
+            weights, shifts = (
+                [*(layer.transformed for layer in layers), self.last.weight],
+                [layer.bias for layer in layers],
+            )
+            x, _ = aggregate(x, weights, [*shifts, self.last.bias])
+        else:
+            maps = [x]
+            for layer in layers:
+                maps.append(layer(maps[-1]))
+            x = self.last(torch.cat(maps, dim=1)).relu()
+        if self.attn is not None:
+            x = self.attn(x)
+        return x + first if self.residual else x
+
+
+def can_fold(block: nn.Module) -> bool:
+    """Whether `block` is a timm ConvNormAct whose norm is a batch norm with statistics."""
+    return isinstance(block, ConvNormAct) and isinstance(block.conv, nn.Conv2d) and hasattr(block.bn, "running_var")
+
+
+def fold(block: ConvNormAct) -> nn.Conv2d:
+    """A convolution with a bias that computes `block.conv`, then `block.bn` in inference without its activation."""
+    conv, bn = copy.deepcopy(block.conv), block.bn
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+    )
+    return conv
 
 
 def _after_aggregation(block: OsaBlock, x: Tensor, first: Tensor) -> Tensor:

@@ -1,0 +1,34 @@
+"""A model made faster for inference: batch norms folded, weights transformed once, blocks in one memory."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .osa import FrozenOsaBlock, can_fold, fold
+from .winograd import FrozenWinogradConv2d, is_eligible
+
+
+def freeze(model: nn.Module, winograd: bool) -> nn.Module:
+    """Replace, in place, each part of `model` that has a faster form for inference; returns `model`.
+
+    `model` is in evaluation mode, and no module in it has another class than it was built with (`surgery.restore`).
+    timm's convolution blocks lose their batch norms, which torch.compile does for all others. With `winograd`, on a
+    CPU, eligible 3x3 convolutions and VoVNet blocks become those of `winograd.py` and `osa.py`.
+    """
+    for name, child in model.named_children():
+        setattr(model, name, _frozen(child, winograd))
+    return model
+
+
+def _frozen(module: nn.Module, winograd: bool) -> nn.Module:
+    """What takes the place of `module`."""
+    if winograd and FrozenOsaBlock.suits(module):
+        return FrozenOsaBlock.of(module)
+    if can_fold(module):
+        relu = type(module.bn.act) is nn.ReLU
+        conv, rest = fold(module), [] if relu and winograd and is_eligible(module.conv) else [module.bn.act]
+        conv = FrozenWinogradConv2d(conv, relu) if winograd and is_eligible(conv) else conv
+        return nn.Sequential(conv, *rest, *([] if module.aa is None else [module.aa]))
+    if winograd and type(module) is nn.Conv2d and is_eligible(module):
+        return FrozenWinogradConv2d(module)
+    return freeze(module, winograd)
