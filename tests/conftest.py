@@ -4,9 +4,14 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # one core per test process, so that they do not wait for each other
 
+import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hub_server import HubServer, serve  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
 from PIL import Image  # noqa: E402
+
+import vovnet_zoo  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -53,3 +58,38 @@ def tiny_coco(tmp_path) -> Path:
         content = {"images": images, "annotations": annotations, "categories": categories}
         (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_detector() -> vovnet_zoo.FCOS:
+    """A small detector of cats and dogs, with random weights; tests leave it unchanged."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return vovnet_zoo.create_detector(
+            "fcos_vovnet27_slim_fpn", num_classes=2, class_names=["cat", "dog"], channels=64, num_convs=1, min_size=64
+        ).eval()
+
+
+@pytest.fixture
+def hub_on_loopback(monkeypatch, tmp_path):
+    """The Hub, for clients in this process and in subprocesses."""
+    with serve(HubServer()) as server:
+        environment = {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        # read at import
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, huggingface_hub.file_download):  # the latter before huggingface_hub 1.0
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
+        yield server

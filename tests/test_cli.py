@@ -1,5 +1,6 @@
 """The command line, in this process: what it writes, and how it fails."""
 
+import copy
 import json
 import sys
 
@@ -29,12 +30,9 @@ def run(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tiny_detector, tmp_path_factory):
     """A detector that sees a cat or a dog everywhere."""
-    torch.manual_seed(0)
-    model = vovnet_zoo.create_detector(
-        "fcos_vovnet27_slim_fpn", num_classes=2, class_names=["cat", "dog"], channels=64, num_convs=1, min_size=64
-    )
+    model = copy.deepcopy(tiny_detector)
     torch.nn.init.constant_(model.head.cls_logits.bias, 2.0)
     torch.nn.init.constant_(model.head.centerness.bias, 2.0)
     torch.nn.init.constant_(model.head.box_distances.bias, 1.0)
@@ -102,17 +100,6 @@ def test_convert(run, tmp_path):
     status, out, err = run("convert", tmp_path / "w.pth", tmp_path / "out")
     assert status == 0 and "out" in out, err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {hub.CONFIG, hub.WEIGHTS, hub.CARD}
-
-
-def test_training_facts(tmp_path):
-    assert cli.training_facts(tmp_path, "best") == {}
-    start = dict(command=["recipes/train_coco.py", "finetune"], versions={"torch": "2.15"}, machine="x86, 2 cores")
-    (tmp_path / "run.json").write_text(json.dumps({"starts": [start]}))
-    rows = [dict(step=0, loss=1.0), dict(step=1, AP=0.25, AP50=0.5), dict(step=2, AP=0.125, AP50=0.6)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert cli.training_facts(tmp_path, "last")["measured"] == "AP 0.125, AP50 0.600"
-    facts = cli.training_facts(tmp_path, "best")
-    assert facts["measured"] == "AP 0.250, AP50 0.500" and facts["training_command"] == "train_coco.py finetune"
 
 
 def test_check_data(tiny_coco, tmp_path, monkeypatch, capsys):

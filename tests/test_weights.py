@@ -16,8 +16,9 @@ import timm
 import torch
 
 import vovnet_zoo
-from vovnet_zoo import convert, detectors, hub, vovnet
+from vovnet_zoo import detectors, hub, publish, vovnet
 from vovnet_zoo import weights as published
+from vovnet_zoo.files import hash_file
 from vovnet_zoo.weights import Weights
 
 
@@ -155,7 +156,7 @@ def slim(monkeypatch, server):
     server.files["/slim.pth.zip"] = zipped(**{"slim.pth": content})
     (path := Path(torch.hub.get_dir()) / "x").parent.mkdir(parents=True)
     path.write_bytes(content)
-    row = Weights("url", f"{server.url}/slim.pth.zip", hub.hash_file(path, "sha1"))
+    row = Weights("url", f"{server.url}/slim.pth.zip", hash_file(path, "sha1"))
     monkeypatch.setitem(vovnet.WEIGHTS, "vovnet27_slim.pytorchcv_in1k", row)
     return row
 
@@ -253,7 +254,7 @@ def test_pickle_that_wants_code_is_refused(server, tmp_path, cache, old_format):
     server.files["/evil.pth"], server.files["/evil.zip"] = content, zipped(**{"evil.pth": content})
     for load in (
         lambda: published.read_checkpoint(tmp_path / "evil.pth"),
-        lambda: convert.convert_file(tmp_path / "evil.pth", tmp_path / "out"),
+        lambda: publish.convert_file(tmp_path / "evil.pth", tmp_path / "out"),
         lambda: timm.create_model(
             "vovnet27_slim", pretrained=True, pretrained_cfg_overlay=dict(url=f"{server.url}/evil.pth")
         ),
@@ -379,6 +380,6 @@ def test_fuzz_tensors(tiny):
 
 def test_no_pickle_is_written_and_none_read_with_code():
     """By reading the sources."""
-    sources = "\n".join(path.read_text() for path in Path(hub.__file__).parent.glob("*.py"))
+    sources = "\n".join(path.read_text() for path in Path(hub.__file__).parent.rglob("*.py"))
     assert "torch.save(" not in sources and "import pickle" not in sources and "weights_only=False" not in sources
     assert sources.count("torch.load(") == sources.count("weights_only=True") == 1

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from . import check_data, convert, hub, inference
+from . import check_data, hub, inference, publish
 from .detectors import DETECTORS, create_detector
 from .draw import draw_detections
 from .fcos import FCOS
@@ -88,13 +87,14 @@ def main() -> None:
         description="VoVNet backbones and FCOS detectors.",
     )
     try:
-        {Predict: predict, CheckData: check_data_, Convert: convert_, Publish: publish}[type(command)](command)
+        run = {Predict: run_predict, CheckData: run_check_data, Convert: run_convert, Publish: run_publish}
+        run[type(command)](command)
     except (ValueError, OSError) as error:
         print(f"vovnet-zoo: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def predict(command: Predict) -> None:
+def run_predict(command: Predict) -> None:
     if command.model.split(".")[0] in DETECTORS and not Path(command.model).is_dir():
         model = create_detector(command.model, pretrained=True)
     else:
@@ -127,55 +127,27 @@ def unique(stem: str, taken: set[str]) -> str:
     return name
 
 
-def check_data_(command: CheckData) -> None:
+def run_check_data(command: CheckData) -> None:
     sys.exit(check_data.main(command.root, workers=command.workers, json_out=command.json))
 
 
-def convert_(command: Convert) -> None:
-    convert.convert_file(command.file, command.out)
+def run_convert(command: Convert) -> None:
+    publish.convert_file(command.file, command.out)
     print(f"{command.out}: converted, loaded and run; what is known of it is in {command.out / hub.CARD}")
 
 
-def publish(command: Publish) -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = command.source
-        if not folder.is_dir():
-            folder = Path(temporary) / "converted"
-            convert.convert_file(command.source, folder)
-        facts = {
-            "repo_id": command.repo_id,
-            **training_facts(command.run or command.source.resolve().parent, command.source.name),
-        }
-        if command.license:
-            facts["license"] = command.license
-        url = hub.push(
-            command.repo_id,
-            folder,
-            convert.card(folder, **facts),
-            private=command.private,
-            token=command.token,
-            branch=command.branch,
-            create_pr=command.create_pr,
-        )
+def run_publish(command: Publish) -> None:
+    url = publish.publish_model(
+        command.source,
+        command.repo_id,
+        run=command.run,
+        license=command.license,
+        private=command.private,
+        token=command.token,
+        branch=command.branch,
+        create_pr=command.create_pr,
+    )
     print(url)
-
-
-def training_facts(run: Path, model: str) -> dict[str, str]:
-    """What the run folder of recipes/train_coco.py tells of its model "best" or "last"; {} if it is no run folder."""
-    if not (run / "run.json").is_file():
-        return {}
-    start = json.loads((run / "run.json").read_text(encoding="utf-8"))["starts"][-1]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    scored = [row for row in rows if "AP" in row]
-    if model != "last":
-        scored.sort(key=lambda row: row["AP"])
-    scores = scored[-1] if scored else {}
-    return {
-        "measured": ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if key.startswith("AP")),
-        "training_command": " ".join([Path(start["command"][0]).name, *start["command"][1:]]),
-        "training_versions": ", ".join(f"{name} {version}" for name, version in start["versions"].items()),
-        "training_machine": str(start["machine"]),
-    }
 
 
 if __name__ == "__main__":

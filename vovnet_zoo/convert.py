@@ -1,19 +1,14 @@
-"""Published checkpoints -> our state dicts: pure maps of names and tensors, then `vovnet-zoo convert`."""
+"""Pure maps from published checkpoints to our state dicts: names and tensors, no files."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
 
 FORMS = {
     "authors": "the authors' classifier",
@@ -201,85 +196,3 @@ def fold_eps(weight: Tensor, var: Tensor, name: str) -> tuple[Tensor, Tensor]:
     exact = weight.double()[:, None] * ((neighbours.double() + FROZEN_EPS) / var.double()[:, None]).sqrt()  # [C,1001]
     best = (exact.float() - exact).abs().argmin(1, keepdim=True)
     return exact.gather(1, best)[:, 0].float(), neighbours.gather(1, best)[:, 0]
-
-
-# ---- the command `vovnet-zoo convert`
-
-
-def convert_file(file: str | Path, out: str | Path) -> None:
-    """Convert a published checkpoint to a folder of `model.safetensors`, `config.json` and `README.md`.
-
-    A detector's folder is for `FCOS.from_pretrained`, a classifier's for `timm.create_model("local-dir:FOLDER",
-    pretrained=True)`, which works without this package too. The folder appears once `card` found it in order.
-
-    Raises:
-        ValueError: the file is damaged, wants to run code, or is none of `FORMS`, or a tensor does not fit.
-    """
-    from . import detectors, hub, vovnet
-    from .weights import read_checkpoint, unwrapped
-
-    file, out = Path(file), Path(out)
-    with unwrapped(file, str(file)) as checkpoint_file:
-        checkpoint = read_checkpoint(checkpoint_file, str(file))
-        sha1, sha256 = hub.hash_file(checkpoint_file, "sha1"), hub.hash_file(checkpoint_file)
-    try:
-        converted = convert(checkpoint, detectors.archs())
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    source = {"converted_from": f"{file.name}, {FORMS[converted.form]}, sha256 {sha256}"}
-    for name, weights in vovnet.WEIGHTS.items():
-        if weights.sha1 == sha1:
-            source |= {"known_as": name, "published_score": weights.score, "license": weights.license}
-    with hub.staged(out) as folder:
-        if converted.config:
-            model = detectors.build_converted(converted)
-            config = model.config
-        else:
-            model, config = vovnet.build_for_timm(converted.arch, converted.state_dict)
-        (folder / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        hub.write_safetensors(model.state_dict(), folder / hub.WEIGHTS, **{"license": "unknown", **source})
-        (folder / hub.CARD).write_text(str(card(folder, repo_id=f"organisation/{out.name}")), encoding="utf-8")
-
-
-def card(folder: str | Path, **facts: str) -> ModelCard:
-    """Load the model in a folder strictly, run it, and write down what is known of it and the further `facts`.
-
-    `ValueError` if it cannot be loaded, or an output is not finite.
-    """
-    import timm
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from . import hub
-    from .fcos import FCOS
-
-    folder = Path(folder)
-    if not (folder / hub.CONFIG).is_file():
-        raise ValueError(f"{folder} has no {hub.CONFIG}: is it the folder of a saved model?")
-    config = hub.read_json(folder / hub.CONFIG)
-    architecture = config.get("architecture")
-    if architecture is None:
-        model = FCOS.from_pretrained(folder)
-        size = [-(-side // 32) * 32 for side in (model.config["min_size"], model.config["max_size"])]
-    else:  # as timm's "local-dir:" does, which in older releases reads no safetensors
-        model = timm.create_model(architecture, num_classes=config["num_classes"], **config["model_args"]).eval()
-        hub.load_strict(model, hub.read_safetensors(folder / hub.WEIGHTS), str(folder / hub.WEIGHTS))
-        size = config["pretrained_cfg"]["input_size"][-2:]
-    with torch.inference_mode():
-        outputs = model(torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
-        if not all(x.isfinite().all() for x in (outputs if architecture is None else [outputs])):
-            raise ValueError(f"{folder}: the model runs, but not all its outputs are finite; is a tensor damaged?")
-        with FlopCounterMode(display=False) as counter, torch.device("meta"):
-            model.to("meta")(torch.empty(1, 3, *size))
-    flops, metadata = counter.get_total_flops(), hub.read_metadata(folder / hub.WEIGHTS)
-    known = {
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "compute": f"{flops / 1e9:.1f} GFLOPs ({flops / 2e9:.1f} GMACs) at {size[0]}x{size[1]}",
-        **{key: text for key, text in metadata.items() if key not in ("format", "sha256")},
-        "sha256_of_model.safetensors": hub.hash_file(folder / hub.WEIGHTS),
-        **facts,
-    }
-    if architecture is None:
-        return model.generate_model_card(**known)
-    name = config["pretrained_cfg"]["tag"]
-    known["architecture"] = f"{name}: timm's {architecture} with the model_args of config.json"
-    return hub.model_card(known, hub.BACKBONE_CARD)

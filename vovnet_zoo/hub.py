@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
-import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import huggingface_hub
-import safetensors
-import safetensors.torch
 import torch
-from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData, PyTorchModelHubMixin, constants
+from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, constants
 from torch import Tensor, nn
+
+from .files import hash_file, read_json, read_safetensors, staged, write_safetensors
 
 CONFIG, WEIGHTS, CARD = constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, "README.md"
 
@@ -75,7 +71,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
         """As the mixin's, but a file that is there is whole: `save_directory` is never seen half written."""
         if kwargs.get("push_to_hub"):
             kwargs["repo_id"] = kwargs.get("repo_id") or Path(save_directory).resolve().name
-        with staged(save_directory) as folder:
+        with staged(save_directory, keep=[CARD]) as folder:
             return super().save_pretrained(folder, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -96,9 +92,6 @@ class StrictHubMixin(PyTorchModelHubMixin):
         return model_card({**known, **facts}, info.model_card_data)
 
 
-# ---- files
-
-
 def read_config(path: Path, cls: type) -> dict:
     """The arguments of `cls` in a JSON file. `ValueError` unless `cls` knows them all, and needs no others."""
     config = read_json(path)
@@ -109,54 +102,6 @@ def read_config(path: Path, cls: type) -> dict:
     if missing := required - config.keys():
         raise ValueError(f"{path} has no {sorted(missing)}: is it the config of a {cls.__name__}?")
     return config
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. `ValueError` if there is none."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file ({error}); download or save it again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a JSON {type(config).__name__}, not settings")
-    return config
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """State dict of a safetensors file, on the CPU. `ValueError` naming the file if it is damaged.
-
-    The format has no checksum of its own: one that `write_safetensors` left in the metadata is compared.
-    """
-    try:
-        expected = read_metadata(path).get("sha256")
-        state_dict = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); download or save it again") from error
-    if expected is not None and expected != fingerprint(state_dict):
-        raise ValueError(f"{path} is damaged: its tensors are not those saved; download or save it again")
-    return state_dict
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """What `write_safetensors` wrote beside the tensors."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
-
-
-def write_safetensors(state_dict: Mapping[str, Tensor], path: str | Path, **metadata: str) -> None:
-    """Write a state dict, with a checksum of it among the metadata."""
-    state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    metadata = {"format": "pt", **metadata, "sha256": fingerprint(state_dict)}
-    safetensors.torch.save_file(state_dict, path, metadata=metadata)
-
-
-def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
-    """sha256 of names, dtypes, shapes and bytes, whatever the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state_dict.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
@@ -175,46 +120,6 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{source} does not fit {type(model).__name__}; nothing was loaded:\n  {shown}{more}")
     model.load_state_dict(state_dict, strict=True)
-
-
-@contextlib.contextmanager
-def staged(target: str | Path) -> Iterator[Path]:
-    """A new folder beside `target` to write into; afterwards `target` has its files, each of them whole.
-
-    A new `target` appears at once. In one that is there, each file is replaced; a README.md there is kept.
-    """
-    target = Path(target).resolve()
-    with temporary(target) as folder:
-        folder.mkdir(parents=True)
-        yield folder
-        if not target.exists():
-            os.rename(folder, target)
-            return
-        if (target / CARD).exists():
-            (folder / CARD).unlink(missing_ok=True)
-        for file in folder.iterdir():
-            os.replace(file, target / file.name)
-
-
-@contextlib.contextmanager
-def temporary(target: Path) -> Iterator[Path]:
-    """A free path beside `target`; what is there afterwards is removed."""
-    path = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield path
-    finally:
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
-
-
-# ---- the Hub
-
-
-def hash_file(path: Path, algorithm: str = "sha256") -> str:
-    """Hexadecimal digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 def download(repo_id: str, filename: str, **options) -> Path:
@@ -260,30 +165,6 @@ def download(repo_id: str, filename: str, **options) -> Path:
     return path
 
 
-def push(
-    repo_id: str,
-    folder: str | Path,
-    card: ModelCard,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    branch: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """Upload a model's files in one commit, making the repository where there is none; returns the commit's address."""
-    api = huggingface_hub.HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    files = {CONFIG: Path(folder) / CONFIG, WEIGHTS: Path(folder) / WEIGHTS, CARD: str(card).encode()}
-    commit = api.create_commit(
-        repo_id,
-        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()],
-        commit_message="Publish with vovnet_zoo",
-        revision=branch,
-        create_pr=create_pr,
-    )
-    return commit.commit_url
-
-
 def model_card(facts: Mapping[str, str], data: ModelCardData) -> ModelCard:
     """A README.md.
 
@@ -301,9 +182,6 @@ def model_card(facts: Mapping[str, str], data: ModelCardData) -> ModelCard:
     )
 
 
-BACKBONE_CARD = ModelCardData(
-    library_name="timm", pipeline_tag="image-classification", tags=["timm", "vovnet"], license="apache-2.0"
-)
 USAGE = {
     "vovnet_zoo": """\
 import vovnet_zoo

@@ -5,7 +5,6 @@ weights load there and give wrong outputs. The models here are the published one
 aggregation blocks of a stage add their input after the aggregation's ReLU.
 """
 
-import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.vovnet import VovNet
 
@@ -141,24 +140,6 @@ def _locate(variant: str, pretrained_cfg=None, pretrained_cfg_overlay=None, cach
     if repo_id is None:
         return {**overlay, "file": str(fetch(WEIGHTS[key].url, WEIGHTS[key].sha1, cache_dir))}
     return {**overlay, "file": str(hub.download(repo_id, hub.WEIGHTS, cache_dir=cache_dir))}
-
-
-def build_for_timm(name: str, state_dict: dict) -> tuple[VovNet, dict]:
-    """The classifier as stock timm has it, and the `config.json` with which timm builds it without this package."""
-    num_classes = len(state_dict["head.fc.bias"]) if "head.fc.bias" in state_dict else 0
-    args = model_cfgs[name]
-    model = timm.create_model("vovnet39a", num_classes=num_classes, **args)
-    hub.load_strict(model, state_dict, "the checkpoint")
-    cfg = {**timm_cfg(Weights("hub", license="other")), "num_classes": num_classes, "tag": name}
-    del cfg["url"], cfg["license"], cfg["notes"]
-    config = {
-        "architecture": "vovnet39a",
-        "num_classes": num_classes,
-        "num_features": args["stage_out_chs"][-1],
-        "model_args": args,
-        "pretrained_cfg": cfg,
-    }
-    return model.eval(), config
 
 
 @register_model

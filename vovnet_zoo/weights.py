@@ -20,7 +20,7 @@ from urllib.request import Request, urlopen
 
 import torch
 
-from .hub import hash_file, read_safetensors, temporary
+from .files import hash_file, read_safetensors, temporary
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError)
 
