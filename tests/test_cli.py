@@ -5,10 +5,10 @@ import json
 import sys
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
-import vovnet_zoo
 from vovnet_zoo import cli, hub
 from vovnet_zoo import weights as published
 
@@ -95,7 +95,7 @@ def test_convert(run, tmp_path):
     assert status == 2 and "w.pth: no known format" in err
     assert run("convert", tmp_path / "none.pth", tmp_path / "out")[0] == 2
 
-    net = vovnet_zoo.fcos.timm.create_model("vovnet27_slim", num_classes=3)
+    net = timm.create_model("vovnet27_slim", num_classes=3)
     torch.save(net.state_dict(), tmp_path / "w.pth")
     status, out, err = run("convert", tmp_path / "w.pth", tmp_path / "out")
     assert status == 0 and "out" in out, err

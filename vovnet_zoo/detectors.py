@@ -7,8 +7,9 @@ import difflib
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from . import hub, vovnet
+from .backbone import create_backbone
 from .convert import BGR_MEAN, Converted, convert
-from .fcos import FCOS, create_backbone
+from .fcos import FCOS
 from .weights import Weights, available, fetch, find, read_checkpoint
 
 # What differs between the 2019 detectors and today's default; the loss's share is in loss.VARIANTS.

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
-from timm.layers.format import Format
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from .backbone import backbone_maps, create_backbone, probe_channels
 from .hub import StrictHubMixin
 
 
@@ -226,52 +224,3 @@ def make_points(sizes: Sequence[Sequence[int]], strides: Sequence[int], device) 
         points.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1).reshape(-1, 2))
         point_strides.append(torch.full((h * w,), float(stride), device=device))
     return torch.cat(points), torch.cat(point_strides)
-
-
-def create_backbone(name: str, pretrained: bool = False) -> nn.Module:
-    """timm feature extractor `name`. `ValueError` if timm has no such model or cannot extract its feature maps."""
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
-    try:
-        body = timm.create_model(name, pretrained=pretrained, features_only=True)
-    except (AttributeError, NotImplementedError, RuntimeError) as error:
-        if pretrained:
-            raise
-        raise ValueError(f"timm cannot extract feature maps from {name!r} ({error}); FCOS needs them") from error
-    reductions = body.feature_info.reduction()
-    if missing := [stride for stride in (8, 16, 32) if stride not in reductions]:
-        raise ValueError(
-            f"backbone {name!r} gives maps at strides {reductions}, none at {missing}; FCOS needs 8, 16, 32"
-        )
-    # timm's window transformers fix the input size unless told otherwise
-    if any(getattr(module, "strict_img_size", False) for module in body.modules()):
-        body = timm.create_model(name, pretrained=pretrained, features_only=True, strict_img_size=False)
-    return body
-
-
-def backbone_maps(body: nn.Module, images: Tensor) -> list[Tensor]:
-    """The deepest maps of `body` at strides 8, 16 and 32, each [B,C,h,w]."""
-    reductions, maps = body.feature_info.reduction(), body(images)
-    maps = [maps[len(reductions) - 1 - reductions[::-1].index(stride)] for stride in (8, 16, 32)]
-    if getattr(body, "output_fmt", Format.NCHW) == Format.NHWC:
-        maps = [x.permute(0, 3, 1, 2) for x in maps]
-    return maps
-
-
-def probe_channels(body: nn.Module, name: str) -> list[int]:
-    """Channels of the three maps, by running a small image: feature_info does not say that a size is fixed.
-
-    `ValueError` if the backbone does not take this size, or its maps are not at the strides it claims.
-    """
-    height, width = 96, 160
-    try:
-        with torch.no_grad():
-            maps = backbone_maps(body.eval(), torch.zeros(1, 3, height, width))
-    except Exception as error:
-        raise ValueError(f"backbone {name!r} does not take images of any size, as FCOS needs: {error}") from error
-    sizes = [tuple(x.shape[-2:]) for x in maps]
-    if sizes != (wanted := [(height // s, width // s) for s in (8, 16, 32)]):
-        raise ValueError(f"backbone {name!r} turns a {height}x{width} image into maps {sizes}; FCOS needs {wanted}")
-    body.train()
-    return [x.shape[1] for x in maps]
