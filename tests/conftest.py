@@ -10,10 +10,17 @@ import torch  # noqa: E402
 from hub_server import HubServer, serve  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 from PIL import Image  # noqa: E402
+from samples import RGB  # noqa: E402
 
 import vovnet_zoo  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of photos and published numbers; not part of a public clone."""
+    return _shared(".")
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +65,20 @@ def tiny_coco(tmp_path) -> Path:
         content = {"images": images, "annotations": annotations, "categories": categories}
         (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return tmp_path
+
+
+@pytest.fixture
+def write_coco(tmp_path):
+    """Writes images 1.png, 2.png, ... and the JSON; returns the arguments of CocoDataset."""
+    for i in range(1, 8):
+        RGB.save(tmp_path / f"{i}.png")
+
+    def write(coco):
+        file = tmp_path / "instances.json"
+        file.write_text(coco if isinstance(coco, str) else json.dumps(coco))
+        return tmp_path, file
+
+    return write
 
 
 @pytest.fixture(scope="session")

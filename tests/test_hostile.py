@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 from vovnet_zoo import FCOSLoss, Predictions
-from vovnet_zoo.check_data import check_dataset
 from vovnet_zoo.coco_eval import evaluate
 from vovnet_zoo.data import CocoDataset, ImageError, Skipped, collate, decode_image, train_transforms
+from vovnet_zoo.data.check import check_dataset
 from vovnet_zoo.fcos import make_points
 
 WIDTH, HEIGHT, BOX = 60, 40, [10, 5, 30, 20]  # of every image unless a case says otherwise: black, the box white

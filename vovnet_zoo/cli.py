@@ -10,7 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from . import check_data, hub, inference, publish
+from . import hub, inference, publish
+from .data import check
 from .detectors import DETECTORS, create_detector
 from .draw import draw_detections
 from .fcos import FCOS
@@ -128,7 +129,7 @@ def unique(stem: str, taken: set[str]) -> str:
 
 
 def run_check_data(command: CheckData) -> None:
-    sys.exit(check_data.main(command.root, workers=command.workers, json_out=command.json))
+    sys.exit(check.main(command.root, workers=command.workers, json_out=command.json))
 
 
 def run_convert(command: Convert) -> None:

@@ -1,0 +1,158 @@
+"""A COCO-format dataset: images, boxes and labels, as torch's data loader takes them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+
+from .annotations import are_fractions, entries_by_id, image_problem, read_annotations, usable_boxes
+from .images import ImageError, check_size, read_image
+
+logger = logging.getLogger(__name__)
+
+
+class CocoDataset(torch.utils.data.Dataset):
+    """Images and boxes of a COCO-format annotation file, in the order of the image ids.
+
+    Crowd regions are left out. So are, counted in `problems` and reported in one warning, annotations that cannot be
+    used: unknown image or category, a box that is not four finite numbers, empty or outside the image. Boxes partly
+    outside are clipped (counted if by more than one pixel).
+
+    Args:
+        images_dir: the folder that `file_name` is relative to.
+        annotation_file: COCO JSON; every image needs `id`, `file_name`, `width` and `height`.
+        transforms: `(image, target) -> (image, target)`, see `train_transforms` and `eval_transforms`.
+        drop_empty: leave out images without a usable box (the published recipes do).
+        plus_one: boxes in the published convention, see `coco_to_xyxy`.
+        skip_bad_images: give a `Skipped` for an image that cannot be used, which `collate` leaves out of the batch.
+
+    Attributes:
+        class_names, category_ids: name and original category id of each label, K of both.
+        image_ids: int64 [N], ascending; file_names: str [N]; sizes: int64 [N, 2] (height, width) from the JSON.
+        problems: number of annotations per kind of problem, `{}` for a clean file.
+
+    Raises ValueError, naming the file, if the annotation file as a whole, or every annotation in it, cannot be used.
+    """
+
+    def __init__(
+        self,
+        images_dir: str | Path,
+        annotation_file: str | Path,
+        *,
+        transforms: Callable | None = None,
+        drop_empty: bool = False,
+        plus_one: bool = False,
+        skip_bad_images: bool = False,
+    ):
+        self.images_dir, self.annotation_file = Path(images_dir), Path(annotation_file)
+        self.transforms, self.skip_bad_images = transforms, skip_bad_images
+        coco = read_annotations(annotation_file)
+        if not self.images_dir.is_dir():
+            raise ValueError(f"{images_dir}: no such folder of images (for {annotation_file})")
+
+        categories = entries_by_id(coco["categories"], "categories", "name", annotation_file)
+        images = entries_by_id(coco["images"], "images", "file_name", annotation_file)
+        for image in images:
+            if problem := image_problem(image):
+                raise ValueError(f"{annotation_file}: {problem}")
+        self.class_names = [category["name"] for category in categories]
+        self.category_ids = [category["id"] for category in categories]
+        # arrays, not lists: workers then share these pages instead of copying them one reference count at a time
+        self.image_ids = np.array([image["id"] for image in images], dtype=np.int64)
+        self.file_names = np.array([image["file_name"] for image in images])
+        self.sizes = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64)
+
+        owners, labels, boxes, problems = usable_boxes(
+            coco["annotations"],
+            {image_id: i for i, image_id in enumerate(self.image_ids.tolist())},
+            {category_id: label for label, category_id in enumerate(self.category_ids)},
+            self.sizes,
+            plus_one,
+        )
+        self.problems = {kind: len(positions) for kind, positions in problems.items()}
+        if self.problems:
+            counts = ", ".join(f"{kind}: {n}" for kind, n in self.problems.items())
+            if len(boxes) == 0:
+                raise ValueError(f"{annotation_file}: none of its annotations can be used ({counts})")
+            logger.warning("%s: annotations dropped or changed (%s)", annotation_file, counts)
+
+        if are_fractions(boxes, self.sizes):
+            raise ValueError(f"{annotation_file}: all boxes lie in the first pixel: are they fractions? write pixels")
+
+        counts = np.bincount(owners, minlength=len(images))
+        order = np.argsort(owners, kind="stable")
+        self._boxes, self._labels = boxes[order], labels[order]
+        if drop_empty:
+            kept = counts > 0
+            self.image_ids, self.file_names, self.sizes = self.image_ids[kept], self.file_names[kept], self.sizes[kept]
+            counts = counts[kept]
+            if not kept.any():
+                raise ValueError(f"{annotation_file}: no image has a usable box, so drop_empty leaves nothing")
+        self._offsets = np.concatenate([[0], np.cumsum(counts)])
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[tv_tensors.Image, dict] | Skipped:
+        """The image of `index`, or of `(index, seed)`: torch's generator is then seeded for the transforms alone.
+
+        With a seed, what comes out depends on the key only, not on the worker, rank or history (as long as the
+        transforms draw from torch's default CPU generator, as torchvision's do).
+
+        Returns:
+            image: `tv_tensors.Image` uint8 [3, H, W].
+            target: `boxes` `tv_tensors.BoundingBoxes` XYXY float32 [N, 4], `labels` int64 [N], `image_id` int,
+                `orig_size` (height, width) of the decoded image, before any transform.
+
+        Raises `ImageError`, a ValueError, naming the file, if the image cannot be read or is not of the size the JSON
+        says; with `skip_bad_images` it returns a `Skipped` instead.
+        """
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        index = range(len(self))[index]
+        try:
+            image, target = self._load(index)
+        except ImageError as error:
+            if not self.skip_bad_images:
+                raise
+            return Skipped(int(self.image_ids[index]), str(error))
+        if self.transforms is None:
+            return image, target
+        if seed is None:
+            return self.transforms(image, target)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reseeds the accelerators too
+            return self.transforms(image, target)
+
+    @property
+    def aspect_ratios(self) -> np.ndarray:
+        """float64 [N], height / width."""
+        return self.sizes[:, 0] / self.sizes[:, 1]
+
+    def _load(self, index: int) -> tuple[tv_tensors.Image, dict]:
+        path = self.images_dir / str(self.file_names[index])
+        image = tv_tensors.Image(read_image(path))
+        size = tuple(image.shape[-2:])
+        check_size(path, size, tuple(self.sizes[index].tolist()), self.annotation_file)
+        rows = slice(self._offsets[index], self._offsets[index + 1])
+        boxes = torch.from_numpy(self._boxes[rows].copy())
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+            "labels": torch.from_numpy(self._labels[rows].copy()),
+            "image_id": int(self.image_ids[index]),
+            "orig_size": size,
+        }
+        return image, target
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """In place of a sample: an image that cannot be used, and why (the text of its `ImageError`, with the path)."""
+
+    image_id: int
+    reason: str
