@@ -76,6 +76,19 @@ def test_network_needs_timm_and_torchvision_ops_only():
             assert top in sys.stdlib_module_names or top in ("torch", "timm") or module.startswith("torchvision.ops")
 
 
+def test_former_paths_of_moved_modules():
+    from vovnet_zoo import check_data, coco_eval, data
+    from vovnet_zoo.data import check
+    from vovnet_zoo.evaluation import coco_metrics
+
+    assert coco_eval.evaluate is coco_metrics and check_data.check_dataset is check.check_dataset
+    for name in ("annotations", "images", "dataset", "transforms", "batches"):
+        module = getattr(data, name)
+        for key, value in vars(module).items():
+            if getattr(value, "__module__", None) == module.__name__ and not key.startswith("_"):
+                assert getattr(data, key) is value and key in data.__all__, f"vovnet_zoo.data lacks {key}"
+
+
 @pytest.mark.parametrize(
     "module, line, imported",
     [
