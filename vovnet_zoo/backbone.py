@@ -1,4 +1,4 @@
-"""Any timm model as feature maps at strides 8, 16 and 32."""
+"""Any timm model can be a backbone that gives feature maps at strides 8, 16 and 32."""
 
 from __future__ import annotations
 

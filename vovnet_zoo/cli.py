@@ -1,4 +1,4 @@
-"""The command `vovnet-zoo`: `predict`, `check-data`, `convert` and `publish`, thin over the library."""
+"""The command `vovnet-zoo` parses its arguments and calls the library, nothing more."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .fcos import FCOS
 
 @dataclass(frozen=True)
 class Predict:
-    """Detect objects in images: a picture for each, and detections.json."""
+    """Detect objects in images, and write a picture of each image and one detections.json."""
 
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files."""
@@ -50,7 +50,7 @@ class Convert:
     """Convert a published checkpoint (.pth) to safetensors, a configuration and a model card, and verify it."""
 
     file: tyro.conf.Positional[Path]
-    """The authors' detector or classifier, or pytorchcv's; also in a zip."""
+    """A detector or classifier of the authors, or a classifier of pytorchcv, also in a zip."""
     out: tyro.conf.Positional[Path]
     """Folder to make."""
 
@@ -66,11 +66,11 @@ class Publish:
     run: Path | None = None
     """Folder of the training run, for the card; default: the folder around SOURCE, if it is one."""
     license: str | None = None
-    """Of the weights, as the Hub abbreviates it; default: what is known of them."""
+    """License of the weights, as the Hub abbreviates it; default: the license that is known, if any."""
     private: bool = False
     """Make a private repository."""
     token: str | None = None
-    """Access token; default: that of `hf auth login` or HF_TOKEN."""
+    """Access token; default: the token of `hf auth login` or HF_TOKEN."""
     branch: str | None = None
     """Branch to push to; default: main."""
     create_pr: bool = False
@@ -78,7 +78,7 @@ class Publish:
 
 
 def main() -> None:
-    """Errors of the user's go to stderr without a traceback, with exit status 2."""
+    """Run the command. An error of the user goes to stderr without a traceback, and the exit status is 2."""
     command = tyro.cli(
         Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[CheckData, tyro.conf.subcommand("check-data")]
@@ -107,7 +107,7 @@ def run_predict(command: Predict) -> None:
     rows, taken = [], set()
     for path in command.images:
         image = inference.to_rgb(path)
-        # a score is the root of class probability times centerness, so nothing below score**2 can reach it
+        # a score is the root of class probability times centerness, so a lower class probability cannot reach it
         (found,) = inference.predict(model, [image], score_threshold=command.score**2)
         found = {key: value[found["scores"] >= command.score] for key, value in found.items()}
         picture = command.out / f"{unique(path.stem, taken)}.png"
@@ -120,7 +120,7 @@ def run_predict(command: Predict) -> None:
 
 
 def unique(stem: str, taken: set[str]) -> str:
-    """`stem`, or with a number that tells it from those taken."""
+    """Return `stem`, with a number behind it if it is taken, and add the result to the taken names."""
     name, number = stem, 2
     while name in taken:
         name, number = f"{stem}_{number}", number + 1
@@ -134,7 +134,7 @@ def run_check_data(command: CheckData) -> None:
 
 def run_convert(command: Convert) -> None:
     publish.convert_file(command.file, command.out)
-    print(f"{command.out}: converted, loaded and run; what is known of it is in {command.out / hub.CARD}")
+    print(f"{command.out}: converted, loaded and run; its card is {command.out / hub.CARD}")
 
 
 def run_publish(command: Publish) -> None:

@@ -1,4 +1,4 @@
-"""Pure maps from published checkpoints to our state dicts: names and tensors, no files."""
+"""These pure maps turn published checkpoints into our state dicts: names and tensors, no files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FROZEN_EPS = 1e-5  # added to the variance by timm's frozen norm, not by the aut
 
 
 class Converted(NamedTuple):
-    """What a published checkpoint holds."""
+    """A published checkpoint becomes these tensors and settings."""
 
     form: str  # a key of FORMS
     arch: str  # the backbone's name
@@ -51,7 +51,7 @@ def convert(checkpoint: Mapping, archs: Mapping[str, Sequence[int]]) -> Converte
         raise ValueError(f"no known format: expected {', '.join(FORMS.values())}; the names begin {list(weights)[:3]}")
 
     missing = table.keys() - weights.keys()
-    for optional in ("head.fc.", "num_batches_tracked"):  # all or none of these
+    for optional in ("head.fc.", "num_batches_tracked"):  # a checkpoint may lack all of these tensors, but not some
         group = {name for name, ours in table.items() if optional in ours}
         if group <= missing:
             missing -= group
@@ -88,10 +88,11 @@ def convert(checkpoint: Mapping, archs: Mapping[str, Sequence[int]]) -> Converte
 
 
 def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
-    """The state dict of a training checkpoint, its names without the "module." or "model." that all of them have.
+    """Take the state dict out of a training checkpoint, and "module." or "model." off its names if all begin with it.
 
     Raises:
-        ValueError: there is none, or something else beside it holds tensors and is not the state of the training.
+        ValueError: the checkpoint holds no state dict, or holds tensors elsewhere that are not the optimizer's or the
+            scheduler's.
     """
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"a checkpoint is a dict of tensors, not a {type(checkpoint).__name__}")
@@ -120,7 +121,12 @@ def _holds_tensors(value) -> bool:
 
 
 def names(form: str, blocks: Sequence[int]) -> dict[str, str]:
-    """Published name -> our name of every tensor of a network with so many `blocks` per stage."""
+    """Map the published name of every tensor to our name.
+
+    Args:
+        form: a key of `FORMS`.
+        blocks: number of blocks of each stage of the backbone.
+    """
     table = {}
     for authors, pytorchcv, ours in _layers(blocks):
         conv, norm = {
@@ -141,12 +147,12 @@ def names(form: str, blocks: Sequence[int]) -> dict[str, str]:
 
 
 def feature_name(name: str) -> str:
-    """timm's name of a tensor of a classifier -> its name in `create_model(..., features_only=True)`."""
+    """Map timm's name of a classifier's tensor to its name in `create_model(..., features_only=True)`."""
     return re.sub(r"^(stem|stages)\.(\d)", r"\1_\2", name)
 
 
 def _layers(blocks: Sequence[int]) -> Iterator[tuple[str, str, str]]:
-    """The authors', pytorchcv's and timm's name of each convolution with its norm, from the stem on."""
+    """Yield the authors', pytorchcv's and timm's name of each convolution with its norm, from the stem on."""
     for i in range(3):
         yield f"stem.stem_{i + 1}", f"features.init_block.conv{i + 1}", f"stem.{i}"
     for stage, count in enumerate(blocks):
@@ -161,7 +167,7 @@ def _layers(blocks: Sequence[int]) -> Iterator[tuple[str, str, str]]:
 
 
 def _detector_names() -> Iterator[tuple[str, str]]:
-    """Published and our name of each tensor of the detectors' FPN and head; the scales come one by one."""
+    """Yield the published name and our name of each tensor of the detectors' FPN and head, and of each single scale."""
     modules = {}
     for i in range(3):
         modules[f"backbone.fpn.fpn_inner{i + 2}"] = f"fpn.inner_blocks.{i}.0"
@@ -183,11 +189,12 @@ def _detector_names() -> Iterator[tuple[str, str]]:
 
 
 def fold_eps(weight: Tensor, var: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Weight and variance [C] that give with eps the scale that these give without: `weight / sqrt(var)`.
+    """Change a norm's weight and variance [C] so that a norm with eps computes the same scale as one without.
 
-    The variance becomes one near `var - eps`. Which one is free, so of 1001 neighbours the one is taken whose weight
-    is least changed by rounding to float32: the scale is then right to about 1e-10, not 1e-7, and training in float64
-    follows the published numbers.
+    The scale is `weight / sqrt(var)`. Subtracting eps from the variance, and rounding, would change the scale by about
+    1e-7. Any variance will do if the weight fits, so each channel takes, among the 1001 float32 numbers nearest to
+    `var - eps`, the one whose weight changes least when rounded to float32. The scale is then right to about 1e-10,
+    and training in float64 follows the published numbers.
     """
     if (var <= 0).any():
         raise ValueError(f"{name}: a norm without eps needs variances above 0, the least is {var.min().item()}")

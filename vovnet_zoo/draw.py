@@ -1,4 +1,4 @@
-"""Detections as a picture."""
+"""`draw_detections` draws detections on an image."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def draw_detections(
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
-    """A bright RGB colour; neighbouring labels get hues far apart (golden angle)."""
+    """Choose a bright RGB colour; neighbouring labels get hues far apart (golden angle)."""
     red, green, blue = colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.65, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
 

@@ -1,4 +1,4 @@
-"""Files that are whole or refused: JSON, safetensors with a checksum, hashes, and folders that appear at once."""
+"""Files are read whole or refused, and folders appear at once: JSON, safetensors with a checksum, hashes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_safetensors(state_dict: Mapping[str, Tensor], path: str | Path, **meta
 
 
 def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
-    """The sha256 of the names, dtypes, shapes and bytes of all tensors, sorted by name."""
+    """Compute the sha256 of the names, dtypes, shapes and bytes of all tensors, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -59,7 +59,7 @@ def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:
-    """The hexadecimal digest of a file."""
+    """Compute the hexadecimal digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Saving, loading and sharing models, strictly: a folder or Hub repository of `config.json` and `model.safetensors`."""
+"""Models are saved and loaded strictly, in a folder or Hub repository of `config.json` and `model.safetensors`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ CONFIG, WEIGHTS, CARD = constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE
 
 
 class StrictHubMixin(PyTorchModelHubMixin):
-    """`PyTorchModelHubMixin` that loads all of a checkpoint or nothing, and saves all of it or nothing.
+    """This `PyTorchModelHubMixin` loads all of a checkpoint or nothing, and saves all of it or nothing.
 
-    The mixin's own `from_pretrained` defaults to `strict=False`, which leaves a missing tensor as random noise, and
-    passes over settings that the class does not know. `config.json` holds the arguments of `__init__`.
+    The mixin's own `from_pretrained` leaves a missing tensor at its random values (`strict=False`), and ignores
+    settings that the class does not know. `config.json` holds the arguments of `__init__`.
     """
 
     @classmethod
@@ -38,16 +38,16 @@ class StrictHubMixin(PyTorchModelHubMixin):
         map_location: str | torch.device = "cpu",
         **model_kwargs,
     ):
-        """The model in a folder that `save_pretrained` wrote, or in a Hub repository; in evaluation mode.
+        """Load a model from a folder that `save_pretrained` wrote, or from a Hub repository, in evaluation mode.
 
         Args:
             pretrained_model_name_or_path: the folder, or "organisation/name".
-            force_download, token, cache_dir, local_files_only, revision: as for `huggingface_hub.hf_hub_download`.
+            force_download, token, cache_dir, local_files_only, revision: see `huggingface_hub.hf_hub_download`.
             map_location: the device.
-            model_kwargs: arguments of `__init__` that win over those saved.
+            model_kwargs: arguments of `__init__`, which win over the saved ones.
 
         Raises:
-            ValueError: a file is missing or damaged, or does not fit the class; every tensor at fault is named.
+            ValueError: a file is missing or damaged, or does not fit the class; the message names each wrong tensor.
             OSError: the Hub cannot be reached, refuses, or has no such repository or file.
         """
         source = str(pretrained_model_name_or_path)
@@ -61,14 +61,14 @@ class StrictHubMixin(PyTorchModelHubMixin):
                 cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token
             )
             config_file = download(source, CONFIG, revision=revision, **options)
-            commit = config_file.parent.name  # both files of one commit, even if another is made meanwhile
+            commit = config_file.parent.name  # a push in between must not mix two commits
             weights_file = download(source, WEIGHTS, revision=commit, **options)
         model = cls(**{**read_config(config_file, cls), **model_kwargs})
         load_strict(model, read_safetensors(weights_file), source=str(weights_file))
         return model.to(map_location).eval()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> str | None:
-        """As the mixin's, but a file that is there is whole: `save_directory` is never seen half written."""
+        """Save as the mixin does, but so that every file in `save_directory` is whole at any time."""
         if kwargs.get("push_to_hub"):
             kwargs["repo_id"] = kwargs.get("repo_id") or Path(save_directory).resolve().name
         with staged(save_directory, keep=[CARD]) as folder:
@@ -78,12 +78,12 @@ class StrictHubMixin(PyTorchModelHubMixin):
         write_safetensors(self.state_dict(), save_directory / WEIGHTS)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """As the mixin's, with `repo_id` in the card's example."""
+        """Push as the mixin does, with `repo_id` in the example of the card."""
         kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
         return super().push_to_hub(repo_id, **kwargs)
 
     def generate_model_card(self, **facts) -> ModelCard:
-        """`facts`: see `model_card`."""
+        """Make a model card of what the model knows of itself and further `facts`, see `model_card`."""
         info, config = self._hub_mixin_info, self._hub_mixin_config
         known = {
             "architecture": f"{type(self).__name__} on {config['backbone']}",
@@ -93,7 +93,11 @@ class StrictHubMixin(PyTorchModelHubMixin):
 
 
 def read_config(path: Path, cls: type) -> dict:
-    """The arguments of `cls` in a JSON file. `ValueError` unless `cls` knows them all, and needs no others."""
+    """Read the arguments of a class from a JSON file.
+
+    Raises:
+        ValueError: the class does not know an argument, or needs one that is not in the file.
+    """
     config = read_json(path)
     known = inspect.signature(cls).parameters
     if unknown := config.keys() - known.keys():
@@ -105,7 +109,11 @@ def read_config(path: Path, cls: type) -> dict:
 
 
 def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state_dict` into `model`: the same names, shapes and dtypes, or `ValueError` naming every difference."""
+    """Copy `state_dict` into `model`; `source` names the file in error messages.
+
+    Raises:
+        ValueError: a name, shape or dtype differs; the message lists the differences, and nothing was copied.
+    """
     own = model.state_dict()
     problems = [f"missing: {key}" for key in own.keys() - state_dict.keys()]
     problems += [f"unexpected: {key}" for key in state_dict.keys() - own.keys()]
@@ -123,14 +131,14 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
 
 
 def download(repo_id: str, filename: str, **options) -> Path:
-    """A file of a Hub repository, from the cache or downloaded, its content checked against the Hub's hash.
+    """Get a file of a Hub repository from the cache or the Hub, and check its content against the Hub's hash.
 
-    `options`: of `huggingface_hub.hf_hub_download`, which checks no more than the size.
+    `options` are passed to `huggingface_hub.hf_hub_download`, which itself checks only the size.
 
     Raises:
-        OSError: no such repository, revision or file, no access, no connection.
-        ValueError: `repo_id` is no name of a repository, or the content is not what the Hub says; it is then removed
-            from the cache, so that the next call downloads it again.
+        OSError: the repository, revision or file does not exist, or there is no access or no connection.
+        ValueError: `repo_id` is no name of a repository, or the content does not have the Hub's hash; the file is then
+            removed from the cache, so that the next call downloads it again.
     """
     try:
         path = Path(huggingface_hub.hf_hub_download(repo_id, filename, **options))
@@ -141,18 +149,18 @@ def download(repo_id: str, filename: str, **options) -> Path:
         raise huggingface_hub.errors.LocalEntryNotFoundError(
             f"{repo_id}: {filename} is not in the cache, and the Hub at {constants.ENDPOINT} did not help: {reason}"
         ) from error
-    except huggingface_hub.errors.HfHubHTTPError:  # the Hub's refusals, which say what and where
+    except huggingface_hub.errors.HfHubHTTPError:  # a refusal of the Hub already says what was wrong and where
         raise
-    except (huggingface_hub.errors.HTTPError, OSError) as error:  # the HTTP library's and the system's, which do not
+    except (huggingface_hub.errors.HTTPError, OSError) as error:  # other errors do not
         reason = str(error) or type(error).__name__
         raise OSError(f"{repo_id}: could not get {filename} ({reason}); nothing was loaded, try again") from error
-    if not path.is_symlink():  # a cache on a file system without links: nothing to compare with
+    if not path.is_symlink():  # on a file system without links, the cache does not keep the hash
         return path
     blob = Path(os.readlink(path))
     expected, blob = blob.name, path.parent / blob
     if len(expected) == 64:
         found = hash_file(blob)
-    elif len(expected) == 40:  # a small file: git's hash
+    elif len(expected) == 40:  # for a small file the Hub tells git's hash
         found = hashlib.sha1(b"blob %d\0" % blob.stat().st_size + blob.read_bytes()).hexdigest()
     else:
         return path
@@ -166,11 +174,11 @@ def download(repo_id: str, filename: str, **options) -> Path:
 
 
 def model_card(facts: Mapping[str, str], data: ModelCardData) -> ModelCard:
-    """A README.md.
+    """Make the README.md of a model.
 
     Args:
         facts: the rows of its table; `repo_id` goes into the title and the example, `license` into the header.
-        data: the header. Its `library_name` chooses the example.
+        data: the header; its `library_name` chooses the example.
     """
     facts = {"repo_id": "organisation/name", "license": data.license, **facts}
     repo_id = facts.pop("repo_id")

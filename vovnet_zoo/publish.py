@@ -1,4 +1,4 @@
-"""Checkpoints on their way to the Hub: convert a published file, check a model folder, write its card, push it."""
+"""A checkpoint on its way to the Hub is converted, checked, described by a card, and pushed."""
 
 from __future__ import annotations
 

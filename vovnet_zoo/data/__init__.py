@@ -1,8 +1,8 @@
-"""COCO-format detection data, in the order in which an annotation travels.
+"""This package reads COCO-format data; its modules are listed in the order in which an annotation travels.
 
-`annotations` (COCO JSON to usable boxes) and `images` (files to pixels) -> `dataset` -> `transforms` -> `batches`;
-`check` finds all that is wrong with a dataset. Boxes are xyxy in pixels, images uint8 RGB `[3, H, W]`, labels 0..K-1
-(foreground only).
+`annotations` (COCO JSON to usable boxes) and `images` (files to pixels) -> `dataset` -> `transforms` -> `batches`.
+`check` finds everything that is wrong with a dataset. Boxes are xyxy in pixels, images uint8 RGB `[3, H, W]`, labels
+0..K-1 (foreground only).
 """
 
 from .annotations import (

@@ -1,4 +1,4 @@
-"""COCO JSON as usable boxes: find the file, read it, and say what of it cannot be used.
+"""This module finds a COCO JSON file, reads it, and turns its annotations into usable boxes.
 
 Boxes are xyxy in pixels, labels 0..K-1 (foreground only).
 """
@@ -15,13 +15,14 @@ from ..files import read_bytes
 
 
 def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
-    """`(images_dir, annotation_file)` of a split ("train", "val", ...) below `root`.
+    """Find the folder of images and the annotation file of a split ("train", "val", ...) below `root`.
 
-    Known layouts, YEAR being any number or nothing:
+    These layouts are known, where YEAR is any number or nothing:
         root/annotations/instances_{split}{YEAR}.json with root/{split}{YEAR}/ or root/images/{split}{YEAR}/
         root/{split}/_annotations.coco.json beside its images ("valid" also stands for "val")
 
-    Raises ValueError if none or several are there, saying which.
+    Raises:
+        ValueError: there is no such split or more than one; the message lists the files that are there.
     """
     root, found = Path(root), split_candidates(root, split)
     if len(found) == 1:
@@ -38,7 +39,11 @@ def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
 
 
 def split_candidates(root: str | Path, split: str) -> list[tuple[Path, Path]]:
-    """All that `find_split` could mean. Raises ValueError if `root` is no folder."""
+    """List every (folder of images, annotation file) that `find_split` may choose.
+
+    Raises:
+        ValueError: `root` is not a folder.
+    """
     root, found = Path(root), []
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
@@ -53,7 +58,11 @@ def split_candidates(root: str | Path, split: str) -> list[tuple[Path, Path]]:
 
 
 def read_annotations(path: str | Path) -> dict:
-    """The parsed COCO JSON. Raises ValueError, naming the file, unless it has images, annotations and categories."""
+    """Parse a COCO JSON file.
+
+    Raises:
+        ValueError: the file is not JSON, or lacks images, annotations or categories; the message names the file.
+    """
     data = read_bytes(path, "annotation file")
     try:
         coco = json.loads(data)
@@ -68,7 +77,16 @@ def read_annotations(path: str | Path) -> dict:
 
 
 def entries_by_id(entries: list, key: str, text: str, path: str | Path) -> list[dict]:
-    """The JSON's images or categories in the order of their ids, each with an own integer id and a text."""
+    """Sort the images or categories of a COCO JSON by their ids.
+
+    Args:
+        entries: the list under `key` ("images" or "categories").
+        text: the key that each entry needs beside its id: "file_name" or "name".
+        path: the file, for the error messages.
+
+    Raises:
+        ValueError: the list is empty, an entry has no integer id or no text, or two entries have the same id.
+    """
     for i, entry in enumerate(entries):
         if problem := entry_problem(entry, text):
             raise ValueError(f"{path}: {key}[{i}] {problem}")
@@ -80,7 +98,7 @@ def entries_by_id(entries: list, key: str, text: str, path: str | Path) -> list[
 
 
 def entry_problem(entry, text: str) -> str | None:
-    """Why a JSON image or category has no usable id or `text`, None if it has."""
+    """Say why the id or the `text` of a JSON image or category cannot be used; None if both can."""
     if not isinstance(entry, dict) or type(entry.get("id")) is not int or abs(entry["id"]) >= 2**63:
         return "has no integer 'id'"
     if not isinstance(entry.get(text), str) or not entry[text].strip():
@@ -89,7 +107,7 @@ def entry_problem(entry, text: str) -> str | None:
 
 
 def image_problem(image: dict) -> str | None:
-    """What makes a JSON image with id and file name unusable, None if nothing does."""
+    """Say why the file name or the size of a JSON image cannot be used; None if both can."""
     name, size = image["file_name"], (image.get("height"), image.get("width"))
     if len(name) > 4096 or "\0" in name:
         return f"image {image['id']} has a 'file_name' of {len(name)} characters that is no path: {name[:50]!r}"
@@ -103,9 +121,20 @@ def image_problem(image: dict) -> str | None:
 def usable_boxes(
     annotations: list, image_index: dict[int, int], label_of: dict[int, int], sizes: np.ndarray, plus_one: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, list[int]]]:
-    """Image index int64 [A], label int64 [A] and xyxy box float32 [A, 4] of each usable annotation that is no crowd.
+    """Collect the usable annotations that are no crowd regions, with their boxes clipped to the images.
 
-    Last, by kind of problem, the positions in `annotations` of those left out or changed.
+    Args:
+        annotations: the list of the COCO JSON.
+        image_index: position in `sizes` of each image id.
+        label_of: label of each category id.
+        sizes: int64 [N, 2] (height, width) of the images in pixels.
+        plus_one: boxes in the published convention, see `coco_to_xyxy`.
+
+    Returns:
+        owners: int64 [A], position in `sizes` of the image of each usable annotation.
+        labels: int64 [A].
+        boxes: float32 [A, 4] xyxy in pixels.
+        problems: positions in `annotations` that were left out or changed, by kind of problem.
     """
     problems = defaultdict(list)
     owners, labels, rows, positions = [], [], [], []
@@ -132,7 +161,7 @@ def usable_boxes(
 
 
 def annotation_problem(annotation, image_ids: Container[int], category_ids: Container[int]) -> str | None:
-    """What makes a JSON annotation unusable whatever its image's size, None if nothing does."""
+    """Say why a JSON annotation cannot be used, apart from the size of its image; None if it can."""
     if not isinstance(annotation, dict):
         return "not an object"
     for key, known in (("image_id", image_ids), ("category_id", category_ids)):
@@ -145,21 +174,22 @@ def annotation_problem(annotation, image_ids: Container[int], category_ids: Cont
 
 
 def is_crowd(annotation: dict) -> bool:
-    """Whether a JSON annotation is a crowd region."""
+    """Tell whether a JSON annotation is a crowd region."""
     return annotation.get("iscrowd") in (1, "1")
 
 
 def coco_to_xyxy(xywh, height, width, plus_one: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """COCO boxes to clipped corners.
+    """Turn COCO boxes into corners that are clipped to the image.
 
     Args:
         xywh: [N, 4] left, top, width, height in pixels.
-        height, width: of the image in pixels, numbers or [N].
+        height, width: size of the image in pixels, as numbers or [N].
         plus_one: the published convention: `x2 = x + max(w - 1, 0)`, clipped to [0, width - 1] (likewise y);
             otherwise `x2 = x + w`, clipped to [0, width].
 
     Returns:
-        boxes: float32 [N, 4] xyxy; keep: bool [N], where something is left of the box (False for NaN).
+        boxes: float32 [N, 4] xyxy.
+        keep: bool [N], False where nothing is left of the box, or where it holds NaN.
     """
     one = int(plus_one)
     xywh = np.asarray(xywh, dtype=np.float64).reshape(-1, 4)
@@ -171,10 +201,15 @@ def coco_to_xyxy(xywh, height, width, plus_one: bool = False) -> tuple[np.ndarra
 
 
 def are_fractions(boxes: np.ndarray, sizes: np.ndarray) -> bool:
-    """Whether boxes [A, 4] can only be fractions of the images, of (height, width) [N, 2]."""
+    """Tell whether boxes [A, 4] must be fractions of the image: all lie in the first pixel of larger images.
+
+    Args:
+        boxes: xyxy.
+        sizes: [N, 2] (height, width) of the images in pixels.
+    """
     return len(boxes) > 0 and boxes.max() <= 1 and sizes.min() > 1
 
 
 def repeated(values: Iterable) -> list:
-    """Those that occur more than once."""
+    """List the values that occur more than once."""
     return [value for value, n in Counter(values).items() if n > 1]

@@ -1,4 +1,4 @@
-"""Batches: which images make one (`TrainSampler`), and their tensors (`collate`, `normalize`)."""
+"""`TrainSampler` chooses the images of each batch; `collate` and `normalize` make its tensors."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -11,19 +11,23 @@ from .dataset import Skipped
 
 
 class TrainSampler:
-    """Batch sampler for endless shuffled training, a pure function of its arguments.
+    """This batch sampler shuffles for training without end; its batches depend on its arguments only.
 
-    Each step yields the keys `(index, seed)` of this rank: its contiguous share of the global batch. Step n gives the
-    same global batch for any world size, worker count and starting point. Every epoch goes through all images once;
-    what does not fill a batch waits for the next epoch. A sample's seed depends on (seed, epoch, index).
+    Each step yields the keys `(index, seed)` of one rank, a contiguous part of the global batch. The global batch of
+    step n is the same for any world size, number of workers and starting step. Every epoch visits all images once;
+    images that do not fill a batch wait for the next epoch. The seed of a sample depends on (seed, epoch, index).
 
     Args:
         aspect_ratios: [N] height / width of the images.
-        batch_size: global, over all ranks.
-        num_steps: of the whole training; iteration covers `start_step` to `num_steps - 1`.
+        batch_size: images of the global batch, over all ranks.
+        num_steps: steps of the whole training; the sampler yields the steps `start_step` to `num_steps - 1`.
+        seed: batches differ between seeds.
+        rank, world_size: which part of each batch this process takes, of how many.
+        start_step: the first step, to resume a training.
         group_by_aspect: make each batch of wide images or of tall ones, to save padding.
 
-    Raises ValueError on a batch that cannot be shared out or arguments out of range.
+    Raises:
+        ValueError: `batch_size` is not a multiple of `world_size`, or another argument is out of range.
     """
 
     def __init__(
@@ -74,16 +78,20 @@ class TrainSampler:
 
 
 def collate(batch: list[tuple[Tensor, dict] | Skipped], size_divisor: int = 32) -> dict[str, Tensor]:
-    """Pads the samples of a `CocoDataset` to one batch.
+    """Pad the samples of a `CocoDataset` to one batch.
 
-    If all samples are `Skipped` the batch is one blank 32x32 image (id -1) without boxes, so that no step is missing.
+    If all samples are `Skipped`, the batch is one blank 32x32 image (id -1) without boxes, so that no step is missing.
 
     Returns:
-        images: uint8 [B, 3, H, W], zeros at the bottom and right; H, W the largest, rounded up to `size_divisor`.
-        sizes: int64 [B, 2] (height, width) without padding; orig_sizes: int64 [B, 2] before the transforms.
-        boxes: float32 [B, M, 4] xyxy in pixels of `images`, M the most boxes of an image, at least 1; padding 0.
-        labels: int64 [B, M], padding -1; image_ids: int64 [B].
-        skipped: list of the `Skipped` samples that are not in the above; there is no such key if there are none.
+        images: uint8 [B, 3, H, W], padded with 0 at the bottom and right; H and W are the largest height and width,
+            rounded up to a multiple of `size_divisor`.
+        sizes: int64 [B, 2] (height, width) without padding.
+        orig_sizes: int64 [B, 2] (height, width) before the transforms.
+        boxes: float32 [B, M, 4] xyxy in pixels of `images`, padded with 0; M is the largest number of boxes of an
+            image, at least 1.
+        labels: int64 [B, M], padded with -1.
+        image_ids: int64 [B].
+        skipped: list of the `Skipped` samples, which are not in the batch; without any, the key is absent.
     """
     skipped = [sample for sample in batch if isinstance(sample, Skipped)]
     samples = [sample for sample in batch if not isinstance(sample, Skipped)] or [_blank_sample()]
@@ -92,7 +100,7 @@ def collate(batch: list[tuple[Tensor, dict] | Skipped], size_divisor: int = 32) 
     height, width = (-(-sizes.amax(0) // size_divisor) * size_divisor).tolist()
     most = max(1, *(len(target["labels"]) for target in targets))
     out = {
-        # channels last in memory, as decoding and resizing leave them: nothing is transposed
+        # channels last in memory, as decoding and resizing leave the images, so that no image is transposed
         "images": torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
         "sizes": sizes,
         "orig_sizes": torch.tensor([target["orig_size"] for target in targets]),
@@ -113,15 +121,20 @@ def _blank_sample() -> tuple[Tensor, dict]:
 
 
 def normalize(images: Tensor, sizes: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """`(images - 255 * mean) / (255 * std)`, and 0 in the padding.
+    """Compute `(images - 255 * mean) / (255 * std)`, with 0 in the padding. Compiles as one graph.
 
     Args:
-        images: uint8 [B, C, H, W]; sizes: int [B, 2] (height, width) without padding, on the same device.
+        images: uint8 [B, C, H, W].
+        sizes: int [B, 2] (height, width) without padding, on the same device.
         mean, std: C numbers, for colours in 0..1.
 
-    Returns float32 [B, C, H, W]. Compiles as one graph. Raises ValueError unless there is a mean per channel.
+    Returns:
+        float32 [B, C, H, W].
+
+    Raises:
+        ValueError: the number of means or of standard deviations is not C.
     """
-    # Python numbers, not tensors: no copy to the device in every step
+    # mean and std as Python numbers need no copy to the device in every step
     channels = zip(images.unbind(1), mean, std, strict=True)
     x = torch.stack([(channel.float() - 255 * m) / (255 * s) for channel, m, s in channels], dim=1)
     rows = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]  # [B, H]

@@ -1,4 +1,4 @@
-"""Find all that is wrong with a COCO-format dataset, in one pass, before training on it."""
+"""This check finds everything that is wrong with a COCO-format dataset, in one pass, before a training."""
 
 import contextlib
 import hashlib
@@ -35,7 +35,8 @@ from .annotations import (
 from .images import FORMATS, ImageError, check_size, decode_image, open_image, read_image_bytes
 from .transforms import resize_size
 
-# error: training stops, or annotations refer to nothing; warning: it trains, but maybe not as meant; info: good to know
+# error: the training stops, or annotations refer to nothing; warning: the training runs, but maybe not as the user
+# meant; info: good to know
 KINDS = {  # kind: (severity, what to do)
     "no dataset": ("error", "see there for the layouts that are known"),
     "annotation file": ("error", "write it again as COCO JSON"),
@@ -84,7 +85,7 @@ CHUNK = 16  # images per message to a worker
 
 
 def main(root: Path, *, workers: int | None = None, json_out: Path | None = None) -> int:
-    """Print what is wrong with a dataset, also to `json_out`; returns the exit status, 1 if there are errors."""
+    """Print the report on a dataset, write it to `json_out`, and return the exit status: 1 if there are errors."""
     report = check_dataset(root, workers=workers)
     print(report)
     if json_out is not None:
@@ -104,11 +105,12 @@ def check_dataset(
     """Check the annotations and decode every image of the train and val splits below `root`, see `find_split`.
 
     Args:
-        workers: processes that decode; one per core if None; 0 for none but this one, which a decoder could then end.
+        workers: processes that decode; None is one per core; 0 decodes in this process, which a faulty image may end.
         progress: show a progress bar on stderr.
-        min_size, max_size: of the smallest images to train on, see `train_transforms`; decides which boxes vanish.
+        min_size, max_size: smallest training size in pixels, see `train_transforms`; a box below one pixel at this size
+            vanishes.
 
-    Nothing that is wrong with the data raises: all of it is in the report.
+    The report holds every problem of the data; none of them is raised as an error.
     """
     root = Path(root)
     notes = defaultdict(list)  # (split, kind): examples
@@ -124,7 +126,8 @@ def check_dataset(
         only = [f"only in {a.name}: {_list(set(a.classes) - set(b.classes))}" for a, b in (splits, splits[::-1])]
         notes["", "classes differ"].append("; ".join(only))
 
-    here = re.compile(rf"(?<!\S){re.escape(str(root))}({re.escape(os.sep)}|: )")  # said once, below the table
+    # the report names the folder once, below the table
+    here = re.compile(rf"(?<!\S){re.escape(str(root))}({re.escape(os.sep)}|: )")
     findings = [
         Finding(KINDS[kind][0], split, kind, len(items), KINDS[kind][1], [here.sub("", item) for item in items])
         for (split, kind), items in notes.items()
@@ -137,27 +140,30 @@ def check_dataset(
 
 @dataclass(frozen=True)
 class Finding:
-    """All problems of one kind in one split ("" for all splits)."""
+    """A finding holds all problems of one kind in one split ("" for all splits)."""
 
     severity: str  # one of SEVERITIES
     split: str
     kind: str  # one of KINDS
     count: int
     advice: str  # what to do
-    items: list[str]  # each of them
+    items: list[str]  # one text for each problem
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `check_dataset` found, worst first; `str()` is a table, `dataclasses.asdict` JSON-able."""
+    """The report lists the findings of `check_dataset`, the worst first.
+
+    `str(report)` is a table, and `dataclasses.asdict(report)` can be written as JSON.
+    """
 
     root: str
-    splits: dict[str, dict[str, int]]  # number of images, (usable) boxes and classes of each
+    splits: dict[str, dict[str, int]]  # numbers of images, usable boxes and classes of each split
     findings: list[Finding]
 
     @property
     def ok(self) -> bool:
-        """Whether there are no errors."""
+        """This is True if no finding is an error."""
         return all(finding.severity != "error" for finding in self.findings)
 
     def __str__(self) -> str:
@@ -189,7 +195,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Split:
-    """What can be used of one annotation file."""
+    """A split holds everything usable of one annotation file."""
 
     name: str
     folder: Path
@@ -199,7 +205,7 @@ class _Split:
     classes: list[tuple[int, str]]  # id and name
     owners: np.ndarray  # int64 [A], image of each box
     boxes: np.ndarray  # float32 [A, 4] xyxy
-    mentioned: set[str]  # file names, also of entries that cannot be used
+    mentioned: set[str]  # file names, including those of entries that cannot be used
 
 
 def _find(root: Path, name: str, notes: dict) -> tuple[Path, Path] | None:
@@ -225,7 +231,7 @@ def _check_annotations(name: str, folder: Path, file: Path, notes: dict) -> _Spl
     names = [image["file_name"] for image in images]
     sizes = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64).reshape(-1, 2)
 
-    # those of a bad entry wait until that is corrected
+    # annotations of a bad image or category entry are not judged until the entry is corrected
     annotations = coco["annotations"]
     waiting = [
         isinstance(a, dict) and (_id(a.get("image_id")) in bad_images or _id(a.get("category_id")) in bad_categories)
@@ -267,7 +273,7 @@ def _check_annotations(name: str, folder: Path, file: Path, notes: dict) -> _Spl
 
 
 def _entries(entries: list, what: str, text: str, split: str, notes: dict) -> tuple[list[dict], set[int]]:
-    """The usable images or categories in the order of their ids; the ids of the others."""
+    """Collect the usable images or categories in the order of their ids, and the ids of the others."""
     good, bad = {}, set()
     for i, entry in enumerate(entries):
         problem = entry_problem(entry, text)
@@ -342,7 +348,8 @@ def _check_images(splits: list[_Split], workers: int, progress: bool, notes: dic
                 except ImageError as error:
                     notes[split.name, error.kind].append(str(error))
                 else:
-                    # turned by half, or square: the size does not tell whether the boxes were turned too
+                    # the size of an image that is square, or turned by 180 degrees, does not tell whether the boxes
+                    # were turned too
                     if seen.orientation in (2, 3, 4) or (seen.orientation > 4 and size[0] == size[1]):
                         item = f"{path}: EXIF orientation {seen.orientation}"
                         notes[split.name, "rotation in doubt"].append(item)
@@ -361,20 +368,20 @@ def _check_images(splits: list[_Split], workers: int, progress: bool, notes: dic
 
 
 class Inspection(NamedTuple):
-    """What is in an image file."""
+    """An inspection holds the facts of one image file, or its problem."""
 
     digest: bytes = b""
     size: tuple[int, int] = (0, 0)  # height, width
     format: str = ""
-    orientation: int = 1  # of its EXIF
+    orientation: int = 1  # the EXIF orientation
     problem: str = ""
-    kind: str = ""  # of the problem
-    complaint: str = ""  # of the decoder, about pixels that it made up
+    kind: str = ""  # the kind of the problem, one of KINDS
+    complaint: str = ""  # the decoder's message about pixels that it had to make up
 
 
 def inspect_image(path: str) -> Inspection:
-    """Read and decode one file. Runs in other processes."""
-    with warnings.catch_warnings():  # of metadata, most of them; pixels that are missing are errors
+    """Read and decode one file. This function runs in worker processes."""
+    with warnings.catch_warnings():  # most warnings are about metadata; missing pixels are errors
         warnings.simplefilter("ignore")
         try:
             data = read_image_bytes(path)
@@ -385,13 +392,16 @@ def inspect_image(path: str) -> Inspection:
         with open_image(data) as image:
             format = "JPEG" if image.format == "MPO" else image.format
             digest, orientation = hashlib.blake2b(data, digest_size=16).digest(), _orientation(image)
-        complaint = next((line for line in written if "JPEG" in line), "")  # TIFF's are about metadata
+        complaint = next((line for line in written if "JPEG" in line), "")  # lines about TIFF concern metadata
         return Inspection(digest, size, format, orientation, complaint=complaint)
 
 
 @contextlib.contextmanager
 def _c_stderr() -> Iterator[list[str]]:
-    """Lines that C code writes to stderr meanwhile, there at the end: libjpeg tells of damage in no other way."""
+    """Collect the lines that C code writes to stderr: libjpeg reports damage in no other way.
+
+    The list is empty until the context ends.
+    """
     lines, stderr = [], os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
@@ -407,15 +417,15 @@ def _c_stderr() -> Iterator[list[str]]:
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(0x0112, 1)
-    except Exception:  # damaged metadata, in all ways there are
+    except Exception:  # damaged metadata raises all kinds of errors
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def run_parallel(function: Callable, jobs: list, workers: int) -> Iterator[tuple[int, object]]:
-    """(position, `function(job)`) of each job, as they come; None for a job that ends its process.
+    """Yield (position, `function(job)`) of each job as soon as it is done; None for a job that ends its process.
 
-    A process that dies takes all work of its pool with it: what was under way is then done again one by one.
+    A process that dies ends its whole pool, so the unfinished jobs of the pool are done again, one by one.
     """
     if workers == 0:
         yield from ((i, function(job)) for i, job in enumerate(jobs))
@@ -468,7 +478,7 @@ def _describe(annotations: list, i: int) -> str:
 
 
 def _printable(text: str, width: int | None = None) -> str:
-    """One line without what could confuse a terminal."""
+    """Escape the characters that could confuse a terminal, and cut the text to `width` characters."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if width is None or len(text) <= width else text[: width - 3] + "..."
 

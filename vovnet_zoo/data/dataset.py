@@ -1,4 +1,4 @@
-"""A COCO-format dataset: images, boxes and labels, as torch's data loader takes them."""
+"""`CocoDataset` gives images, boxes and labels of a COCO-format annotation file to torch's data loader."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ logger = logging.getLogger(__name__)
 
 
 class CocoDataset(torch.utils.data.Dataset):
-    """Images and boxes of a COCO-format annotation file, in the order of the image ids.
+    """The dataset holds the images and boxes of a COCO-format annotation file, in the order of the image ids.
 
-    Crowd regions are left out. So are, counted in `problems` and reported in one warning, annotations that cannot be
-    used: unknown image or category, a box that is not four finite numbers, empty or outside the image. Boxes partly
-    outside are clipped (counted if by more than one pixel).
+    Crowd regions are left out. Annotations that cannot be used are left out too: their image or category is unknown,
+    or their box is empty, outside the image or not four finite numbers. A box that is partly outside is clipped.
+    `problems` counts the annotations that were left out or clipped by more than one pixel, and one warning reports
+    them.
 
     Args:
         images_dir: the folder that `file_name` is relative to.
@@ -37,7 +38,8 @@ class CocoDataset(torch.utils.data.Dataset):
         image_ids: int64 [N], ascending; file_names: str [N]; sizes: int64 [N, 2] (height, width) from the JSON.
         problems: number of annotations per kind of problem, `{}` for a clean file.
 
-    Raises ValueError, naming the file, if the annotation file as a whole, or every annotation in it, cannot be used.
+    Raises:
+        ValueError: the annotation file as a whole, or every annotation in it, cannot be used; the message names it.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class CocoDataset(torch.utils.data.Dataset):
                 raise ValueError(f"{annotation_file}: {problem}")
         self.class_names = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
-        # arrays, not lists: workers then share these pages instead of copying them one reference count at a time
+        # arrays, not lists: counting references to a list's items would copy its memory pages into every worker
         self.image_ids = np.array([image["id"] for image in images], dtype=np.int64)
         self.file_names = np.array([image["file_name"] for image in images])
         self.sizes = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64)
@@ -100,18 +102,19 @@ class CocoDataset(torch.utils.data.Dataset):
         return len(self.image_ids)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[tv_tensors.Image, dict] | Skipped:
-        """The image of `index`, or of `(index, seed)`: torch's generator is then seeded for the transforms alone.
+        """Load the image of `index`, or of `(index, seed)`, and transform it.
 
-        With a seed, what comes out depends on the key only, not on the worker, rank or history (as long as the
-        transforms draw from torch's default CPU generator, as torchvision's do).
+        With a seed, the sample depends on the key only, not on the worker, the rank or earlier samples: torch's
+        default CPU generator, from which torchvision's transforms draw, is seeded for the transforms alone.
 
         Returns:
             image: `tv_tensors.Image` uint8 [3, H, W].
             target: `boxes` `tv_tensors.BoundingBoxes` XYXY float32 [N, 4], `labels` int64 [N], `image_id` int,
                 `orig_size` (height, width) of the decoded image, before any transform.
 
-        Raises `ImageError`, a ValueError, naming the file, if the image cannot be read or is not of the size the JSON
-        says; with `skip_bad_images` it returns a `Skipped` instead.
+        Raises:
+            ImageError: the image cannot be read, or its size is not the one in the JSON; the message names the file.
+                With `skip_bad_images` a `Skipped` is returned instead.
         """
         index, seed = key if isinstance(key, tuple) else (key, None)
         index = range(len(self))[index]
@@ -131,7 +134,7 @@ class CocoDataset(torch.utils.data.Dataset):
 
     @property
     def aspect_ratios(self) -> np.ndarray:
-        """float64 [N], height / width."""
+        """The ratio height / width of each image, float64 [N]."""
         return self.sizes[:, 0] / self.sizes[:, 1]
 
     def _load(self, index: int) -> tuple[tv_tensors.Image, dict]:
@@ -152,7 +155,7 @@ class CocoDataset(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class Skipped:
-    """In place of a sample: an image that cannot be used, and why (the text of its `ImageError`, with the path)."""
+    """This takes the place of a sample whose image cannot be used; `reason` is the text of its `ImageError`."""
 
     image_id: int
     reason: str

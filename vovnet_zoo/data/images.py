@@ -1,4 +1,4 @@
-"""Image files as RGB uint8 `[3, H, W]`."""
+"""This module reads image files as RGB uint8 `[3, H, W]`, or says why a file cannot be used."""
 
 import io
 import os
@@ -11,27 +11,29 @@ from torch import Tensor
 
 from ..files import read_bytes
 
-try:  # 1.5 times the speed of Pillow, but deprecated since torchvision 0.29
+try:  # this decoder has 1.5 times the speed of Pillow, but is deprecated since torchvision 0.29
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:
     decode_jpeg = None
 
 Image.init()
-# Not all that Pillow knows: some need a plugin's word that a text is an image, EPS runs an interpreter.
+# Pillow knows more formats, but some would take a text file for an image, and EPS runs an interpreter.
 FORMATS = [
     name for name in ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM") if name in Image.OPEN
 ]
-MAX_IMAGE_BYTES = 2**31 - 1  # of an image file: what is larger is none, and would not fit into memory
+MAX_IMAGE_BYTES = 2**31 - 1  # a larger file is no image, and would not fit into memory
 
 
 def read_image(source: str | Path | bytes) -> Tensor:
-    """Reads an image file, or its bytes, as RGB uint8 [3, H, W], turned as its EXIF orientation says.
+    """Read an image file, or its bytes, as RGB uint8 [3, H, W], turned as its EXIF orientation says.
 
-    Grey, palette, CMYK, 1-bit and 16-bit (its upper byte) images become RGB; alpha is dropped; of several frames the
-    first is read.
+    Grey, palette, CMYK, 1-bit and 16-bit images become RGB (16 bits are cut to the upper 8); alpha is dropped; of
+    several frames the first is read.
 
-    Raises `ImageError`, naming the file, if it is missing, not an image of `FORMATS`, truncated (a JPEG without its end
-    marker is), damaged so that the decoder notices, too large (`PIL.Image.MAX_IMAGE_PIXELS`), or floating-point.
+    Raises:
+        ImageError: the file is missing, not an image of `FORMATS`, truncated (as a JPEG without its end marker is),
+            damaged so that the decoder notices, too large (`PIL.Image.MAX_IMAGE_PIXELS`), or has floating-point
+            pixels. The message names the file.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return decode_image(bytes(source), "<bytes>")
@@ -39,7 +41,7 @@ def read_image(source: str | Path | bytes) -> Tensor:
 
 
 def read_image_bytes(path: str | Path) -> bytes:
-    """What is in an image file. Raises `ImageError` if there is none."""
+    """Read the bytes of an image file. Raises `ImageError` if the file is missing or cannot be read."""
     try:
         return read_bytes(path, "image", MAX_IMAGE_BYTES)
     except ValueError as error:
@@ -50,7 +52,7 @@ def read_image_bytes(path: str | Path) -> bytes:
 
 
 def decode_image(data: bytes, name: str | Path) -> Tensor:
-    """`read_image` of the bytes of the file `name`."""
+    """Decode the bytes of an image file as `read_image` does; `name` is the file's name, for the error messages."""
     if not data:
         raise ImageError(f"{name}: the image file is empty (0 bytes); replace or remove it", "empty image file")
     try:
@@ -64,7 +66,7 @@ def decode_image(data: bytes, name: str | Path) -> Tensor:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Parses the header only, and refuses decompression bombs."""
+    """Parse the header of an image, without its pixels, and refuse decompression bombs."""
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
@@ -75,7 +77,7 @@ def _decode(image: Image.Image, data: bytes) -> Tensor:
         if decode_jpeg is not None:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_jpeg(buffer, ImageReadMode.RGB, apply_exif_orientation=True)
-    # Pillow for the others: on a damaged PNG torchvision ends the process, of WebP it ignores the EXIF
+    # Pillow decodes the other formats: torchvision ends the process on a damaged PNG, and ignores the EXIF of WebP
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range, convert it to 8 bit")
@@ -88,16 +90,19 @@ def _decode(image: Image.Image, data: bytes) -> Tensor:
 
 
 def _jpeg_ends(data: bytes) -> bool:
-    """Whether an end-of-image marker follows the header; libjpeg only warns and fills the rest with grey."""
+    """Tell whether an end-of-image marker follows the header.
+
+    Without the marker, libjpeg only warns, and fills the missing part with grey.
+    """
     at = 2
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":  # segments, up to the first scan
         fill = data[at + 1 : at + 2] == b"\xff"
         at += 1 if fill else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return data.rfind(b"\xff\xd9", at) >= 0  # from the end, where it usually is
+    return data.rfind(b"\xff\xd9", at) >= 0  # rfind begins at the end, where the marker usually is
 
 
 def check_size(path: str | Path, size: tuple[int, int], expected: tuple[int, int], annotation_file: str | Path) -> None:
-    """Raises `ImageError` unless an image's (height, width) is the one that its annotation file says."""
+    """Compare an image's (height, width) with the one in its annotation file. Raises `ImageError` if they differ."""
     if size != expected:
         turned = " (annotated before its EXIF rotation?)" if size == expected[::-1] else ""
         raise ImageError(
@@ -108,7 +113,7 @@ def check_size(path: str | Path, size: tuple[int, int], expected: tuple[int, int
 
 
 class ImageError(ValueError):
-    """An image file that cannot be used; `kind` is a few words, the same ones for all files with this problem."""
+    """An image file cannot be used; all files with the same problem have the same few words as `kind`."""
 
     def __init__(self, message: str, kind: str = "damaged image"):
         super().__init__(message)

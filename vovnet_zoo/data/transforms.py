@@ -1,4 +1,7 @@
-"""Resizing and augmentation of images with their boxes."""
+"""These transforms resize and augment images together with their boxes.
+
+Each transform takes and returns `(image, target)`, as samples of `CocoDataset` are.
+"""
 
 import numpy as np
 import torch
@@ -18,19 +21,20 @@ def train_transforms(
     color: float = 0.0,
     plus_one: bool = False,
 ) -> v2.Compose:
-    """Augmentation for training; boxes come out inside the image and at least one pixel wide and high.
+    """Make the augmentation for training; afterwards each box is inside the image and at least one pixel wide and high.
 
     Args:
         min_size: range (inclusive) of the shorter side in pixels, drawn per image.
         max_size: limit of the longer side in pixels.
         augment: "none" resizes; "flip" also mirrors; "jitter_crop" also zooms and crops, see `RandomScaleCrop`.
-        flip: probability of mirroring.
+        flip: probability that an image is mirrored.
         scale: range of the zoom of "jitter_crop".
         color: largest relative change of brightness, contrast and saturation, 0 for none.
-        plus_one: mirror in the published convention and, like the published code, leave the boxes as they come out;
-            not for "jitter_crop".
+        plus_one: mirror in the published convention and, like the published code, neither clip nor drop boxes; not
+            for "jitter_crop".
 
-    Raises ValueError on an unknown `augment` or a range that is none.
+    Raises:
+        ValueError: `augment` is unknown, or a range is empty or not positive.
     """
     if augment not in ("none", "flip", "jitter_crop"):
         raise ValueError(f"augment is one of 'none', 'flip', 'jitter_crop', not {augment!r}")
@@ -51,14 +55,14 @@ def train_transforms(
 
 
 def eval_transforms(min_size: int = 800, max_size: int = 1333) -> v2.Compose:
-    """Published test resize: shorter side to `min_size`, longer at most about `max_size` pixels."""
+    """Make the transforms for evaluation, which resize by the published rule, see `resize_size`."""
     return v2.Compose(
         [RandomShortestSide((min_size, min_size), max_size), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
     )
 
 
 class RandomShortestSide(v2.Transform):
-    """Resizes to a shorter side drawn from `min_sizes` (low, high; inclusive) by the rule of `resize_size`."""
+    """Resize the shorter side to a size drawn from `min_sizes` (low, high; inclusive), by the rule of `resize_size`."""
 
     def __init__(self, min_sizes: tuple[int, int], max_size: int):
         super().__init__()
@@ -72,10 +76,11 @@ class RandomShortestSide(v2.Transform):
 
 
 class RandomScaleCrop(v2.Transform):
-    """Zooms by a factor around the size that `RandomShortestSide` would give, and crops to at most that size.
+    """Zoom by a random factor around the size that `RandomShortestSide` gives, and crop to at most that size.
 
-    The factor is log-uniform in `scale`. Above 1 a random window is cut out and enlarged; below 1 the whole image
-    becomes smaller. Boxes outside the window come out empty: clamp and sanitize after it.
+    The factor is log-uniform in the range `scale`. With a factor above 1, a random window is cut out and enlarged; with
+    a factor below 1, the whole image becomes smaller. A box outside the window becomes empty, so that
+    `ClampBoundingBoxes` and `SanitizeBoundingBoxes` must follow.
     """
 
     def __init__(self, min_sizes: tuple[int, int], max_size: int, scale: tuple[float, float]):
@@ -103,7 +108,7 @@ class RandomScaleCrop(v2.Transform):
 
 
 class _RandomPlusOneFlip(v2.RandomHorizontalFlip):
-    """Mirrors boxes in the published convention."""
+    """Mirror the image, and its boxes in the published convention."""
 
     def transform(self, inpt, params: dict):
         if isinstance(inpt, tv_tensors.BoundingBoxes):
@@ -113,16 +118,17 @@ class _RandomPlusOneFlip(v2.RandomHorizontalFlip):
 
 
 def resize_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """Published size rule, `(height, width)` in pixels, both at least 1.
+    """Compute the `(height, width)` in pixels to which the published rule resizes an image, both at least 1.
 
-    The shorter side becomes `min_size`, or what brings the longer to `max_size`, rounded; the longer is then computed
-    from the shorter and truncated, so it may pass `max_size` by up to half the aspect ratio.
+    The shorter side becomes `min_size`. Where the longer side would then exceed `max_size`, the shorter side becomes
+    the rounded number for which the longer side is `max_size`. The longer side is computed from the shorter one and
+    truncated, so it can exceed `max_size` by up to half the aspect ratio.
     """
     short, long = sorted((height, width))
     size = min_size
     if long / short * size > max_size:
         size = round(max_size * short / long)
-    if size == 0:  # beyond 2 * max_size : 1 the rule gives nothing
+    if size == 0:  # the rule gives 0 for an aspect ratio above 2 * max_size
         size, other = 1, max_size
     else:
         other = int(size * long / short)
@@ -130,14 +136,14 @@ def resize_size(height: int, width: int, min_size: int, max_size: int) -> tuple[
 
 
 def hflip_boxes(boxes: Tensor, width: int, plus_one: bool = False) -> Tensor:
-    """Mirrors xyxy boxes [..., 4] in an image `width` pixels wide; `plus_one`: `x1' = width - x2 - 1` (published)."""
+    """Mirror xyxy boxes [..., 4] in an image of `width` pixels; with `plus_one` (published) `x1' = width - x2 - 1`."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     one = int(plus_one)
     return torch.stack([width - x2 - one, y1, width - x1 - one, y2], dim=-1)
 
 
 def _randint(low: int, high: int) -> int:
-    """Uniform, both ends included."""
+    """Draw a whole number uniformly, both ends included."""
     return int(torch.randint(low, high + 1, ()))
 
 

@@ -1,4 +1,4 @@
-"""Scores of a detector: COCO's average precision."""
+"""This package scores detectors; `coco_eval` computes COCO's average precision."""
 
 from .coco_eval import coco_metrics, format_table, gather_results, load_engine, to_coco_results
 

@@ -1,4 +1,4 @@
-"""COCO box average precision: result rows, their gathering over ranks, the scores."""
+"""This module computes COCO's average precision of boxes, from detections that may lie on several ranks."""
 
 import contextlib
 import functools
@@ -30,22 +30,26 @@ def coco_metrics(
     max_dets: int = 100,
     engine: str = "pycocotools",
 ) -> dict:
-    """COCO box metrics of `results` (rows as of `to_coco_results`), as pycocotools computes them but silently.
+    """Compute the COCO box metrics of result rows, as pycocotools does, but without printing.
 
-    The annotation file may lack `info`, `area` (then width * height), `iscrowd` (then 0) and annotation ids;
-    annotations without a known image, a known category or four finite numbers as box are left out with a warning.
+    The annotation file may lack `info`, `area` (taken as width * height), `iscrowd` (taken as 0) and annotation ids.
+    Annotations without a known image, a known category or four finite numbers as box are left out, with a warning.
 
     Args:
-        annotations: COCO JSON, or an open `pycocotools.coco.COCO` (left unchanged).
-        image_ids: score these images only (rows of others are ignored); all of the file if None.
+        annotations: path of a COCO JSON, or an open `pycocotools.coco.COCO`, which is left unchanged.
+        results: rows of `to_coco_results`.
+        image_ids: score these images only, and ignore rows of other images; None scores all images of the file.
         max_dets: best detections per image that count.
-        engine: "pycocotools", or "faster" for the same numbers sooner, see `load_engine`.
+        engine: "pycocotools", or "faster", which computes the same numbers sooner, see `load_engine`.
 
-    Returns `AP` (IoU 0.50:0.95), `AP50`, `AP75`, `APs`, `APm`, `APl` (area below 32^2, between, above 96^2 pixels),
-    `AR1`, `AR10`, `AR{max_dets}` (detections per image), `ARs`, `ARm`, `ARl`, and `per_class`, the AP by class name.
-    Values are in 0..1; -1 where there is no ground truth to find.
+    Returns:
+        A dict of `AP` (mean over IoU 0.50:0.95), `AP50`, `AP75`, `APs`, `APm`, `APl` (objects below 32^2, between, and
+        above 96^2 square pixels), `AR1`, `AR10`, `AR{max_dets}` (with so many detections per image), `ARs`, `ARm`,
+        `ARl`, and `per_class`, the AP by class name. Values are in 0..1, or -1 where there is no ground truth.
 
-    Raises ValueError, naming the file, on results of unknown images or categories, or with numbers that are not finite.
+    Raises:
+        ValueError: a result names an unknown image or category, or has a number that is not finite; the message names
+            the file.
     """
     make_index, make_run = load_engine(engine)
     if isinstance(annotations, COCO):
@@ -54,7 +58,7 @@ def coco_metrics(
         name, coco = str(annotations), read_annotations(annotations)
     class_names = _class_names(entries_by_id(coco["categories"], "categories", "name", name))
     images = entries_by_id(coco["images"], "images", "file_name", name)
-    # engines get positions in the order of the ids, as "faster" would round ids beyond 2^53
+    # engines get positions instead of ids, because "faster" would round ids beyond 2^53
     image_index = {image["id"]: i for i, image in enumerate(images)}
     label_of = {category_id: label for label, category_id in enumerate(class_names)}
     _check_results(results, image_index, label_of, name)
@@ -73,7 +77,7 @@ def coco_metrics(
         run.params.maxDets = [n for n in (1, 10) if n < max_dets] + [max_dets]
         run.evaluate()
         run.accumulate()
-    # COCOeval.summarize knows no other limit than 100
+    # not COCOeval.summarize, which knows no other limit than 100 detections
     precision = run.eval["precision"][..., -1]  # [IoU, recall, class, area], areas: all, small, medium, large
     recall = run.eval["recall"]  # [IoU, class, area, limit]
     metrics = {
@@ -91,11 +95,13 @@ def coco_metrics(
 
 
 def load_engine(name: str) -> tuple[Callable[..., COCO], Callable[..., COCOeval]]:
-    """What makes an engine's counterparts of pycocotools' `COCO` and `COCOeval`.
+    """Return the two classes of an engine that stand for pycocotools' `COCO` and `COCOeval`.
 
-    "faster" is the package faster-coco-eval, whose numbers are those of pycocotools to 1e-12.
+    The engine "faster" is the package faster-coco-eval, whose numbers equal those of pycocotools to 1e-12.
 
-    Raises ValueError on an unknown name, ImportError if the package of "faster" is not installed.
+    Raises:
+        ValueError: the name is neither "pycocotools" nor "faster".
+        ImportError: the package faster-coco-eval is not installed.
     """
     if name == "pycocotools":
         return COCO, COCOeval
@@ -114,15 +120,16 @@ def to_coco_results(
     category_ids: Sequence[int],
     plus_one: bool = False,
 ) -> list[dict]:
-    """Detections to COCO result rows, `{"image_id", "category_id", "bbox", "score"}`, ready for JSON.
+    """Turn detections into COCO result rows, `{"image_id", "category_id", "bbox", "score"}`, ready for JSON.
 
     Args:
         detections: per image `boxes` [N, 4] xyxy in pixels of the original image, `scores` [N], `labels` int [N].
-        image_ids: of each element of `detections`.
+        image_ids: the COCO id of each image.
         category_ids: original category id of each label.
-        plus_one: published convention, `w = x2 - x1 + 1` (likewise h).
+        plus_one: the published convention, `w = x2 - x1 + 1` (likewise h).
 
-    Raises ValueError if the lengths differ or a label has no category.
+    Raises:
+        ValueError: there are not as many image ids as detections, or a label has no category.
     """
     if len(detections) != len(image_ids):
         raise ValueError(f"{len(detections)} detections for {len(image_ids)} image ids")
@@ -146,16 +153,19 @@ def to_coco_results(
 def gather_results(
     results: list[dict], image_ids: Sequence[int], group: dist.ProcessGroup | None = None
 ) -> list[dict] | None:
-    """All ranks' result rows on rank 0, None on the others; without torch.distributed the rows themselves.
+    """Gather the result rows of all ranks on rank 0; the other ranks get None.
 
-    Every rank must call it, with any number of rows, or none. Where several ranks did an image (samplers pad), only
-    the rows of the first of them are kept. With NCCL, set the rank's device before.
+    Every rank must call this function, with any number of rows, or none. Where several ranks scored the same image,
+    as samplers that pad make them do, only the rows of the first of these ranks are kept. With NCCL, set the rank's
+    device before. Without torch.distributed the function returns the rows of this process.
 
     Args:
-        image_ids: the images that this rank did, also those without detections; each once.
-        group: process group that contains rank 0, the default group if None.
+        results: rows of `to_coco_results`.
+        image_ids: the images that this rank scored, each once, including images without detections.
+        group: process group that contains rank 0; None is the default group.
 
-    Raises ValueError on rank 0 if a rank lists an image twice or has rows of an image that it does not list.
+    Raises:
+        ValueError: a rank lists an image twice, or has rows of an image that it does not list; on rank 0 only.
     """
     own = (results, [int(image_id) for image_id in image_ids])
     if not (dist.is_available() and dist.is_initialized()):
@@ -166,7 +176,7 @@ def gather_results(
 
 
 def format_table(metrics: dict, per_class: bool = False) -> str:
-    """The numbers of `coco_metrics` as two aligned lines for a log, then with `per_class` one line per class."""
+    """Format the numbers of `coco_metrics` as two aligned lines and, with `per_class`, one more line per class."""
     overall = {name: value for name, value in metrics.items() if name != "per_class"}
     lines = ["  ".join(f"{name:>5}" for name in overall), "  ".join(f"{_number(v):>5}" for v in overall.values())]
     if per_class:
@@ -191,12 +201,15 @@ def _merge(parts: list[tuple[list[dict], list[int]]]) -> list[dict]:
 def _index(
     index: COCO, rows: list[dict], areas: list[float], image_index: dict[int, int], label_of: dict[int, int]
 ) -> COCO:
-    """Fill an engine's empty index with ground truth or result rows. Not by COCO.loadRes, which fails on none."""
+    """Fill an engine's empty index with ground truth or result rows.
+
+    COCO.loadRes would fail where there are no rows.
+    """
     index.dataset = {
         "images": [{"id": i} for i in image_index.values()],
         "categories": [{"id": label} for label in label_of.values()],
         "annotations": [
-            {  # no other key of the row: engines know several more
+            {  # other keys of the row are left out, because engines give a meaning to some
                 "id": i,  # from 1: id 0 means "not matched"
                 "image_id": image_index[row["image_id"]],
                 "category_id": label_of[row["category_id"]],
@@ -214,7 +227,7 @@ def _index(
 
 @contextlib.contextmanager
 def _without_gc():
-    """Nothing is in a cycle here, and looking for cycles among 500,000 rows takes longer than indexing them."""
+    """Stop Python's search for reference cycles, which takes longer than indexing 500,000 rows, and finds none."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -226,7 +239,7 @@ def _without_gc():
 
 def _area(row: dict) -> float:
     area = row.get("area")
-    # engines ignore a ground truth beyond these limits, without a word
+    # engines silently ignore a ground truth whose area is beyond these limits
     return area if type(area) in (int, float) and 0 <= area <= 1e10 else _box_area(row)
 
 
@@ -235,7 +248,7 @@ def _box_area(row: dict) -> float:
 
 
 def _class_names(categories: list[dict]) -> dict[int, str]:
-    """Name of each category id, made unique."""
+    """Give each category id a unique class name."""
     repeated = Counter(category["name"] for category in categories)
     return {c["id"]: c["name"] if repeated[c["name"]] == 1 else f"{c['name']} ({c['id']})" for c in categories}
 
@@ -251,7 +264,7 @@ def _check_results(results: list[dict], image_ids: dict, category_ids: dict, nam
 
 
 def _mean(values: np.ndarray) -> float:
-    """Over the classes that have ground truth, -1 if none has."""
+    """Average the values of the classes that have ground truth; -1 if no class has."""
     values = values[values > -1]
     return float(values.mean()) if values.size else -1.0
 
