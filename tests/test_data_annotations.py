@@ -7,7 +7,7 @@ import pytest
 import torch
 from samples import box, make_coco
 
-from vovnet_zoo.data.annotations import coco_to_xyxy, find_split
+from vovnet_zoo.data.annotations import coco_to_xyxy
 from vovnet_zoo.data.dataset import CocoDataset
 from vovnet_zoo.data.transforms import hflip_boxes
 
@@ -81,40 +81,6 @@ def test_unusable_file(name, write_coco):
     coco, message = BAD_FILES[name]
     with pytest.raises(ValueError, match=rf"instances\.json: .*{message}"):
         CocoDataset(*write_coco(coco))
-
-
-@pytest.mark.parametrize(
-    ("split", "images", "annotations"),
-    [
-        ("train", "train", "annotations/instances_train.json"),
-        ("val", "val2017", "annotations/instances_val2017.json"),
-        ("val", "images/val2014", "annotations/instances_val2014.json"),
-        ("train", "train", "train/_annotations.coco.json"),
-        ("val", "valid", "valid/_annotations.coco.json"),
-        ("test", "test", "test/_annotations.coco.json"),
-    ],
-)
-def test_find_split(tmp_path, split, images, annotations):
-    for name in (images, "annotations", "trainer"):
-        (tmp_path / name).mkdir(parents=True, exist_ok=True)
-    for name in (annotations, "annotations/instances_valuable.json", "annotations/instances_trainer.json"):
-        (tmp_path / name).touch()
-    assert find_split(tmp_path, split) == (tmp_path / images, tmp_path / annotations)
-
-
-def test_find_split_none_or_several(tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
-        find_split(tmp_path / "none", "train")
-    with pytest.raises(ValueError, match="there is: nothing"):
-        find_split(tmp_path, "train")
-    for name in ("annotations", "train2014", "train2017"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "annotations" / "instances_train2014.json").touch()
-    with pytest.raises(ValueError, match=r"no 'val' split; looked for .*instances_val.*there is: .*_train2014\.json"):
-        find_split(tmp_path, "val")
-    (tmp_path / "annotations" / "instances_train2017.json").touch()
-    with pytest.raises(ValueError, match=r"several 'train' splits.*train2014\.json.*train2017\.json"):
-        find_split(tmp_path, "train")
 
 
 def test_coco_to_xyxy_continuous():

@@ -8,9 +8,8 @@ import torch
 from samples import PICTURE, RGB, box, encode, make_coco
 from torchvision import tv_tensors
 
-from vovnet_zoo.data.annotations import find_split
 from vovnet_zoo.data.batches import collate
-from vovnet_zoo.data.dataset import CocoDataset
+from vovnet_zoo.data.dataset import CocoDataset, find_split
 from vovnet_zoo.data.transforms import train_transforms
 
 
@@ -110,3 +109,37 @@ def test_real_photos(shared):
             assert len(CocoDataset(folder, file, drop_empty=True)) == images - empty
     bccd = CocoDataset(*find_split(shared / "data" / "bccd", "val"))
     assert len(bccd) == 87 and len(bccd._boxes) == 1137 and sorted(bccd.class_names) == ["Platelets", "RBC", "WBC"]
+
+
+@pytest.mark.parametrize(
+    ("split", "images", "annotations"),
+    [
+        ("train", "train", "annotations/instances_train.json"),
+        ("val", "val2017", "annotations/instances_val2017.json"),
+        ("val", "images/val2014", "annotations/instances_val2014.json"),
+        ("train", "train", "train/_annotations.coco.json"),
+        ("val", "valid", "valid/_annotations.coco.json"),
+        ("test", "test", "test/_annotations.coco.json"),
+    ],
+)
+def test_find_split(tmp_path, split, images, annotations):
+    for name in (images, "annotations", "trainer"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    for name in (annotations, "annotations/instances_valuable.json", "annotations/instances_trainer.json"):
+        (tmp_path / name).touch()
+    assert find_split(tmp_path, split) == (tmp_path / images, tmp_path / annotations)
+
+
+def test_find_split_none_or_several(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        find_split(tmp_path / "none", "train")
+    with pytest.raises(ValueError, match="there is: nothing"):
+        find_split(tmp_path, "train")
+    for name in ("annotations", "train2014", "train2017"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "annotations" / "instances_train2014.json").touch()
+    with pytest.raises(ValueError, match=r"no 'val' split; looked for .*instances_val.*there is: .*_train2014\.json"):
+        find_split(tmp_path, "val")
+    (tmp_path / "annotations" / "instances_train2017.json").touch()
+    with pytest.raises(ValueError, match=r"several 'train' splits.*train2014\.json.*train2017\.json"):
+        find_split(tmp_path, "train")

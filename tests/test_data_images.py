@@ -17,7 +17,7 @@ ALPHA = np.full_like(PICTURE[..., :1], 7)
 
 
 def png16(array):
-    """A 16-bit RGB PNG, which Pillow cannot write_coco."""
+    """A 16-bit RGB PNG, which Pillow cannot write."""
     height, width, _ = array.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
     chunks = [

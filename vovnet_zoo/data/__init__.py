@@ -11,16 +11,14 @@ from .annotations import (
     coco_to_xyxy,
     entries_by_id,
     entry_problem,
-    find_split,
     image_problem,
     is_crowd,
     read_annotations,
     repeated,
-    split_candidates,
     usable_boxes,
 )
 from .batches import TrainSampler, collate, normalize
-from .dataset import CocoDataset, Skipped
+from .dataset import CocoDataset, Skipped, find_split, split_candidates
 from .images import (
     FORMATS,
     MAX_IMAGE_BYTES,

@@ -21,17 +21,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .annotations import (
-    are_fractions,
-    entry_problem,
-    find_split,
-    image_problem,
-    is_crowd,
-    read_annotations,
-    repeated,
-    split_candidates,
-    usable_boxes,
-)
+from .annotations import are_fractions, entry_problem, image_problem, is_crowd, read_annotations, repeated, usable_boxes
+from .dataset import find_split, split_candidates
 from .images import FORMATS, ImageError, check_size, decode_image, open_image, read_image_bytes
 from .transforms import resize_size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,3 +160,46 @@ class Skipped:
 
     image_id: int
     reason: str
+
+
+def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
+    """Find the folder of images and the annotation file of a split ("train", "val", ...) below `root`.
+
+    These layouts are known, where YEAR is any number or nothing:
+        root/annotations/instances_{split}{YEAR}.json with root/{split}{YEAR}/ or root/images/{split}{YEAR}/
+        root/{split}/_annotations.coco.json beside its images ("valid" also stands for "val")
+
+    Raises:
+        ValueError: there is no such split or more than one; the message lists the files that are there.
+    """
+    root, found = Path(root), split_candidates(root, split)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        pairs = "; ".join(f"{file} with {folder}" for folder, file in found)
+        raise ValueError(f"{root}: several '{split}' splits, remove or rename all but one: {pairs}")
+    there = [str(path.relative_to(root)) for path in sorted([*root.iterdir(), *root.glob("annotations/*")])]
+    raise ValueError(
+        f"{root}: no '{split}' split; looked for annotations/instances_{split}[YEAR].json with {split}[YEAR]/ or "
+        f"images/{split}[YEAR]/, and for {split}/_annotations.coco.json; there is: {', '.join(there[:20]) or 'nothing'}"
+        f"{', ...' if len(there) > 20 else ''}"
+    )
+
+
+def split_candidates(root: str | Path, split: str) -> list[tuple[Path, Path]]:
+    """List every (folder of images, annotation file) that `find_split` may choose.
+
+    Raises:
+        ValueError: `root` is not a folder.
+    """
+    root, found = Path(root), []
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder")
+    for file in sorted((root / "annotations").glob(f"instances_{split}*.json")):
+        if re.fullmatch(rf"instances_{re.escape(split)}\d*", file.stem):
+            name = file.stem.removeprefix("instances_")
+            found += [(folder, file) for folder in (root / name, root / "images" / name) if folder.is_dir()]
+    for name in (split, "valid") if split == "val" else (split,):
+        file = root / name / "_annotations.coco.json"
+        found += [(root / name, file)] if file.is_file() else []
+    return found
