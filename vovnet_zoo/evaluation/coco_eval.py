@@ -77,21 +77,7 @@ def coco_metrics(
         run.params.maxDets = [n for n in (1, 10) if n < max_dets] + [max_dets]
         run.evaluate()
         run.accumulate()
-    # not COCOeval.summarize, which knows no other limit than 100 detections
-    precision = run.eval["precision"][..., -1]  # [IoU, recall, class, area], areas: all, small, medium, large
-    recall = run.eval["recall"]  # [IoU, class, area, limit]
-    metrics = {
-        "AP": _mean(precision[:, :, :, 0]),
-        "AP50": _mean(precision[0, :, :, 0]),
-        "AP75": _mean(precision[5, :, :, 0]),
-        **{f"AP{size}": _mean(precision[:, :, :, i]) for i, size in enumerate("sml", start=1)},
-        **{f"AR{n}": _mean(recall[:, :, 0, i]) for i, n in enumerate(run.params.maxDets)},
-        **{f"AR{size}": _mean(recall[:, :, i, -1]) for i, size in enumerate("sml", start=1)},
-    }
-    metrics["per_class"] = {
-        class_name: _mean(precision[:, :, label, 0]) for label, class_name in enumerate(class_names.values())
-    }
-    return metrics
+    return _summary(run, list(class_names.values()))
 
 
 def load_engine(name: str) -> tuple[Callable[..., COCO], Callable[..., COCOeval]]:
@@ -182,6 +168,24 @@ def format_table(metrics: dict, per_class: bool = False) -> str:
     if per_class:
         lines += [f"{_number(value):>5}  {name}" for name, value in metrics["per_class"].items()]
     return "\n".join(lines)
+
+
+def _summary(run: COCOeval, class_names: list[str]) -> dict:
+    """Average an engine's results. COCOeval.summarize would know no other limit than 100 detections."""
+    precision = run.eval["precision"][..., -1]  # [IoU, recall, class, area], areas: all, small, medium, large
+    recall = run.eval["recall"]  # [IoU, class, area, limit]
+    metrics = {
+        "AP": _mean(precision[:, :, :, 0]),
+        "AP50": _mean(precision[0, :, :, 0]),
+        "AP75": _mean(precision[5, :, :, 0]),
+        **{f"AP{size}": _mean(precision[:, :, :, i]) for i, size in enumerate("sml", start=1)},
+        **{f"AR{n}": _mean(recall[:, :, 0, i]) for i, n in enumerate(run.params.maxDets)},
+        **{f"AR{size}": _mean(recall[:, :, i, -1]) for i, size in enumerate("sml", start=1)},
+    }
+    metrics["per_class"] = {
+        class_name: _mean(precision[:, :, label, 0]) for label, class_name in enumerate(class_names)
+    }
+    return metrics
 
 
 def _merge(parts: list[tuple[list[dict], list[int]]]) -> list[dict]:
