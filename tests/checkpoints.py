@@ -1,4 +1,4 @@
-"""Checkpoints of every published form, filled with drawn numbers, and their comparison."""
+"""The tests make checkpoints of every published form here, filled with drawn numbers, and compare models."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ ARCHS = archs()
 
 
 def published(form: str, arch: str = "vovnet27_slim") -> dict[str, Tensor]:
-    """The state dict of a form (a key of `convert.FORMS`)."""
+    """Make a state dict of a form, which is a key of `convert.FORMS`."""
     if form == "authors_detector":
         return dict(state_dict_from_table(load_table(GOLDEN / "keys_fcos_v27.json")))
     net = timm.create_model(arch)
@@ -27,6 +27,6 @@ def published(form: str, arch: str = "vovnet27_slim") -> dict[str, Tensor]:
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
-    """Whether two models have equal tensors under the same names."""
+    """Tell whether two models have equal tensors under the same names."""
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

@@ -19,19 +19,19 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of photos and published numbers; not part of a public clone."""
+    """Find the folder of photos and published numbers, which is not part of a public clone."""
     return _shared(".")
 
 
 @pytest.fixture(scope="session")
 def bccd() -> Path:
-    """Photos of blood cells, 3 classes; not part of a public clone."""
+    """Find photos of blood cells, with 3 classes, which are not part of a public clone."""
     return _shared("data/bccd")
 
 
 @pytest.fixture(scope="session")
 def coco_mini() -> Path:
-    """128 photos each of COCO train2017 and val2017; not part of a public clone."""
+    """Find 128 photos each of COCO train2017 and val2017, which are not part of a public clone."""
     return _shared("data/coco-mini")
 
 
@@ -43,7 +43,7 @@ def _shared(name: str) -> Path:
 
 @pytest.fixture
 def tiny_coco(tmp_path) -> Path:
-    """A dataset of 8 training and 3 validation images of several sizes: bright rectangles of two classes."""
+    """Write a dataset of 8 training and 3 validation images of several sizes, with bright rectangles of two classes."""
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 8), ("val", 3)):
         (tmp_path / split).mkdir()
@@ -69,7 +69,7 @@ def tiny_coco(tmp_path) -> Path:
 
 @pytest.fixture
 def write_coco(tmp_path):
-    """Writes images 1.png, 2.png, ... and the JSON; returns the arguments of CocoDataset."""
+    """Write images 1.png, 2.png, ... and a COCO JSON, and return the arguments of CocoDataset."""
     for i in range(1, 8):
         RGB.save(tmp_path / f"{i}.png")
 
@@ -83,7 +83,7 @@ def write_coco(tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny_detector() -> vovnet_zoo.FCOS:
-    """A small detector of cats and dogs, with random weights; tests leave it unchanged."""
+    """Build a small detector of cats and dogs with random weights; no test may change it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return vovnet_zoo.create_detector(
@@ -93,7 +93,7 @@ def tiny_detector() -> vovnet_zoo.FCOS:
 
 @pytest.fixture
 def hub_on_loopback(monkeypatch, tmp_path):
-    """The Hub, for clients in this process and in subprocesses."""
+    """Run a server that stands for the Hub, for clients in this process and in subprocesses."""
     with serve(HubServer()) as server:
         environment = {
             "HF_ENDPOINT": server.url,
@@ -105,7 +105,7 @@ def hub_on_loopback(monkeypatch, tmp_path):
         for key, value in environment.items():
             monkeypatch.setenv(key, value)
         monkeypatch.delenv("HF_TOKEN", raising=False)
-        # read at import
+        # huggingface_hub has read these when it was imported
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         for module in (constants, huggingface_hub.file_download):  # the latter before huggingface_hub 1.0

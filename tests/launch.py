@@ -1,4 +1,4 @@
-"""Starts the recipes, or Python, in a fresh process, as users do."""
+"""The tests start recipes, or Python, in a fresh process, as users do."""
 
 import json
 import os

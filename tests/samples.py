@@ -1,4 +1,4 @@
-"""A picture, and COCO annotations, to test the data with."""
+"""The tests of the data share this picture, and these makers of samples and annotations."""
 
 import io
 

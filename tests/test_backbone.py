@@ -1,4 +1,4 @@
-"""Any timm model as a detector's backbone, or an error that says why not."""
+"""Any timm model becomes a detector's backbone, or an error says why not."""
 
 import pytest
 import torch

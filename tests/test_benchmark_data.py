@@ -1,4 +1,4 @@
-"""The benchmark of loading images."""
+"""The benchmark of loading images runs, and writes its report."""
 
 import json
 

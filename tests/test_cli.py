@@ -1,4 +1,4 @@
-"""The command line, in this process: what it writes, and how it fails."""
+"""These tests run the command line in this process, and look at its files and its errors."""
 
 import copy
 import json
@@ -15,7 +15,7 @@ from vovnet_zoo import weights as published
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run `vovnet-zoo ARGS`: (exit status, stdout, stderr)."""
+    """Run `vovnet-zoo ARGS` and return (exit status, stdout, stderr)."""
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["vovnet-zoo", *map(str, args)])
@@ -31,7 +31,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def folder(tiny_detector, tmp_path_factory):
-    """A detector that sees a cat or a dog everywhere."""
+    """Save a detector that sees a cat or a dog everywhere."""
     model = copy.deepcopy(tiny_detector)
     torch.nn.init.constant_(model.head.cls_logits.bias, 2.0)
     torch.nn.init.constant_(model.head.centerness.bias, 2.0)
@@ -43,7 +43,7 @@ def folder(tiny_detector, tmp_path_factory):
 
 @pytest.fixture
 def images(tmp_path):
-    """Two images of one name, and one of another size."""
+    """Write two images of the same name, and one of another size."""
     paths = [tmp_path / "a" / "x.png", tmp_path / "b" / "x.jpg", tmp_path / "y.png"]
     for path, size in zip(paths, [(64, 64), (64, 64), (200, 100)], strict=True):
         path.parent.mkdir(exist_ok=True)

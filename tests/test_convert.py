@@ -1,4 +1,4 @@
-"""Conversion: which tensors go where, and that none is lost. That the numbers are right: test_golden.py."""
+"""Conversion renames every tensor and loses none. Whether the numbers are right is tested in test_golden.py."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def checkpoint(form):
 
 
 def broken(checkpoint):
-    """The checkpoint without one tensor, and with one renamed; the name at fault."""
+    """Yield the name of a tensor, and the checkpoint without this tensor, or with it renamed."""
     for name in checkpoint:
         rest = {key: x for key, x in checkpoint.items() if key != name}
         yield name, rest
@@ -98,7 +98,7 @@ def test_any_tensor_missing_or_renamed_is_named(checkpoint):
 
 @pytest.mark.parametrize("kind", ["authors", "pytorchcv", "timm"])
 def test_any_tensor_missing_or_renamed_is_named_by_timm(kind):
-    """Also where timm itself would not load strictly: other classes, features only."""
+    """The error comes also where timm itself would not load strictly: with other classes, or features only."""
     weights, net = published(kind), timm.create_model("vovnet27_slim", num_classes=5)
     for name, fewer in broken(weights):
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
@@ -157,7 +157,7 @@ def test_nonsense(nonsense):
 
 
 def test_optional_parts():
-    """Weights without classifier, and from before norms counted their batches."""
+    """A checkpoint may lack the classifier, or the batch counts of its norms, which old versions of torch lacked."""
     weights = published("authors")
     bare = {key: x for key, x in weights.items() if "classifier" not in key and "num_batches" not in key}
     converted = convert.convert(bare, ARCHS)

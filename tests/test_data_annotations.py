@@ -1,4 +1,4 @@
-"""COCO JSON, usable and not."""
+"""Usable COCO JSON gives boxes, and the rest an error or a count."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Which images make a batch, and its tensors."""
+"""The sampler chooses the images of each batch, and collate and normalize make its tensors."""
 
 import numpy as np
 import pytest

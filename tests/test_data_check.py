@@ -13,7 +13,7 @@ from vovnet_zoo.data.check import check_dataset, inspect_image, main, run_parall
 
 @pytest.fixture
 def root(tmp_path):
-    """A dataset without anything to say about it: train of 5, val of 3 pictures."""
+    """Write a faultless dataset: 5 pictures in train, 3 in val."""
     rng = np.random.default_rng(0)
     (tmp_path / "annotations").mkdir()
     for split, count in (("train", 5), ("val", 3)):
@@ -68,7 +68,7 @@ def test_nothing_wrong(root):
 
 
 def spoil(root):
-    """Many things at once, in both splits."""
+    """Spoil many things at once, in both splits."""
 
     def train(coco):
         image, annotation = coco["images"][0], coco["annotations"][0]

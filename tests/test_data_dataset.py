@@ -1,4 +1,4 @@
-"""A dataset's samples."""
+"""A dataset finds its files and gives its samples."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Image files of every kind, whole and broken."""
+"""Image files of every kind are read if whole, and refused if broken."""
 
 import struct
 import zlib
@@ -17,7 +17,7 @@ ALPHA = np.full_like(PICTURE[..., :1], 7)
 
 
 def png16(array):
-    """A 16-bit RGB PNG, which Pillow cannot write."""
+    """Make a 16-bit RGB PNG, which Pillow cannot write."""
     height, width, _ = array.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
     chunks = [

@@ -1,4 +1,4 @@
-"""Boxes follow the pixels, and sizes the published rule."""
+"""Boxes follow the pixels, and sizes follow the published rule."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_resize_size_extremes():
 
 
 def test_boxes_published(golden):
-    """xywh -> xyxy -> clip -> resize -> flip, each bit for bit."""
+    """Each step from xywh over xyxy, clipping and resizing to mirroring equals the published numbers bit for bit."""
     xywh, (width, height) = golden["boxes/in/coco_xywh"].numpy(), golden["boxes/in/image_wh"].tolist()
     assert np.array_equal(coco_to_xyxy(xywh, 9999, 9999, plus_one=True)[0], golden["boxes/xyxy"])
     boxes, keep = coco_to_xyxy(xywh, height, width, plus_one=True)
@@ -53,7 +53,7 @@ def test_boxes_published(golden):
 
 
 def test_resize_image_published(shared):
-    """Pillow's bilinear, which the published code used, to one grey level."""
+    """The result differs from Pillow's bilinear filter, which the published code used, by at most one grey level."""
     path = next((shared / "data" / "bccd" / "val").glob("*.jpg"))
     image, _ = eval_transforms(800, 1333)(tv_tensors.Image(read_image(path)), make_sample(480, 640, [])[1])
     with Image.open(path) as photo:

@@ -1,4 +1,4 @@
-"""Detections as a picture."""
+"""Detections are drawn on a picture."""
 
 import numpy as np
 import torch

@@ -37,7 +37,7 @@ def test_predictions_are_the_flattened_heads():
 
 
 def test_variants_compute_what_they_say():
-    """Distances and centerness of both variants from the same weights, written out by hand for one level."""
+    """Distances and centerness of both variants equal a computation by hand, for one level."""
     features = [torch.randn(1, 64, 4, 4) for _ in range(5)]
     for distance, centerness_on in (("relu", "box"), ("exp", "cls")):
         head = tiny(distance=distance, centerness_on=centerness_on).head
@@ -117,7 +117,7 @@ def tiny(**kwargs) -> FCOS:
 
 @pytest.mark.parametrize("backbone", ["vovnet27_slim", "resnet10t"])
 def test_grad_checkpointing_changes_nothing(backbone):
-    """Same gradients; less kept for the backward pass."""
+    """The gradients are the same, and less is kept for the backward pass."""
     torch.manual_seed(0)
     model = create_detector("fcos", backbone=backbone, num_classes=3, channels=64, num_convs=2, frozen_norm=True)
     images, kept, gradients = torch.randn(1, 3, 96, 128), [], []

@@ -1,4 +1,4 @@
-"""Saving and loading: folders, and a server that speaks the Hub's protocol to the real huggingface_hub client."""
+"""Models are saved and loaded, in folders and on a server that speaks the Hub's protocol to the real client."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ REPO = "someone/fcos-tiny"
 
 
 def cached(tmp_path):
-    """Names of what the cache takes for whole files."""
+    """List the names of the files that the cache takes for whole."""
     return {path.name for path in (tmp_path / "hf").rglob("snapshots/*/*")}
 
 
@@ -171,7 +171,7 @@ def test_wrong_token_and_missing_things(tiny_detector, hub_on_loopback):
     [("short", OSError, "could not get"), ("corrupt", ValueError, "hash"), ("gone", OSError, "could not get")],
 )
 def test_faulty_download(tiny_detector, hub_on_loopback, tmp_path, monkeypatch, name, fault, error, message):
-    """A clear error, no broken cache, and the next try succeeds."""
+    """A fault gives a clear error and leaves no broken file in the cache, and the next try succeeds."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its own retries
     tiny_detector.push_to_hub(REPO, token=TOKEN)
     hub_on_loopback.faults[name] = [fault]
@@ -184,7 +184,7 @@ def test_faulty_download(tiny_detector, hub_on_loopback, tmp_path, monkeypatch, 
 
 
 def test_interrupted_download_goes_on(tiny_detector, hub_on_loopback, monkeypatch):
-    """By itself or, before huggingface_hub 2, when asked again."""
+    """The download goes on by itself or, before huggingface_hub 2, at the next call."""
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     tiny_detector.push_to_hub(REPO, token=TOKEN)
     hub_on_loopback.faults[hub.WEIGHTS] = ["truncate"]
@@ -206,7 +206,7 @@ def test_damage_in_the_cache_is_found(tiny_detector, hub_on_loopback, tmp_path):
 
 
 def test_weights_of_ones_own_organisation(tiny_detector, hub_on_loopback, monkeypatch, tmp_path):
-    """What the tables name is taken from there, and the error where it is not says so."""
+    """All weights of the tables come from this organisation, and an error names the repository that it lacks."""
     full = vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", variant="published")
     monkeypatch.setenv(published.ORGANISATION_VARIABLE, "someone")
     with pytest.raises(OSError, match="someone/fcos_vovnet27_slim_fpn.fcos_1x_coco"):

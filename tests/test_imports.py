@@ -1,4 +1,7 @@
-"""Who may import whom (README, "How the code is laid out"): read off every module, imports inside functions too."""
+"""The modules import only whom they may (README, "How the code is laid out").
+
+The imports are read off the whole syntax tree of every module, inside functions too.
+"""
 
 import ast
 import graphlib
@@ -119,7 +122,7 @@ def test_every_form_of_import_is_seen(tmp_path, module, line, imported):
 
 
 def import_graph(root: Path) -> dict[str, set[str]]:
-    """The modules of ours that each module of ours imports, by dotted name; recipes have no dot."""
+    """Map the dotted name of each module of ours to the modules of ours that it imports; recipes have no dot."""
     paths = [*(root / "vovnet_zoo").rglob("*.py"), *(root / "recipes").glob("*.py")]
     modules = {module_name(path, root): path for path in paths}
     return {name: imports(path, name, modules.keys()) for name, path in modules.items()}
@@ -145,7 +148,7 @@ def imports(path: Path, name: str, modules) -> set[str]:
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """The modules of a circle, [] if there is none."""
+    """List the modules of a circle of imports; [] if there is none."""
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -154,7 +157,7 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def arrows(graph: dict[str, set[str]]) -> set[tuple[str, str]]:
-    """(importer, imported) of the library's rooms."""
+    """Collect the (importer, imported) pairs of the library's rooms."""
     pairs = {(room_of(a), room_of(b)) for a in filter(is_library, graph) for b in filter(is_library, graph[a])}
     return {(importer, imported) for importer, imported in pairs if importer != imported}
 

@@ -1,4 +1,4 @@
-"""A checkpoint's way to the Hub: converted, checked, described, pushed."""
+"""A checkpoint is converted, checked, described and pushed to the Hub."""
 
 import json
 
@@ -54,7 +54,7 @@ def test_training_facts(tmp_path):
 
 
 def test_published_backbone_loads_in_stock_timm(hub_on_loopback, tmp_path):
-    """With a `vovnet_zoo` that cannot be imported."""
+    """The backbone loads in a process where `vovnet_zoo` cannot be imported."""
     torch.manual_seed(0)
     net = timm.create_model("vovnet27_slim", num_classes=7).eval()
     torch.save(net.state_dict(), tmp_path / "net.pth")
@@ -82,7 +82,7 @@ print(timm.create_model("hf-hub:someone/slim", pretrained=True, features_only=Tr
 
 
 def test_publish_a_training(tiny_detector, hub_on_loopback, tmp_path, monkeypatch, capsys):
-    """The card has what the run folder knows; a damaged model is not pushed."""
+    """The card has the facts of the run folder, and a damaged model is not pushed."""
     tiny_detector.save_pretrained(tmp_path / "run" / "best")
     about = dict(command=["train_coco.py", "finetune"], versions={"torch": "2.15"}, machine="x86, 2 cores")
     (tmp_path / "run" / "run.json").write_text(json.dumps({"starts": [about]}))
