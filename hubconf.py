@@ -1,10 +1,10 @@
-"""torch.hub entry points: `torch.hub.load("OWNER/REPOSITORY", NAME)` for every backbone and detector of vovnet_zoo."""
+"""`torch.hub.load("OWNER/REPOSITORY", NAME)` finds every backbone and detector of vovnet_zoo here."""
 
 dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors"]
 
 
 def _entries():
-    """A function for each row of the tables, with a docstring."""
+    """Make a function for each backbone and detector of the tables, with a docstring."""
     import timm as _timm
 
     import vovnet_zoo as _zoo

@@ -4,22 +4,34 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # one core per test process, so that they do not wait for each other
 
+import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hub_server import HubServer, serve  # noqa: E402
+from huggingface_hub import constants  # noqa: E402
 from PIL import Image  # noqa: E402
+from samples import RGB  # noqa: E402
+
+import vovnet_zoo  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="session")
+def shared() -> Path:
+    """Find the folder of photos and published numbers, which is not part of a public clone."""
+    return _shared(".")
+
+
+@pytest.fixture(scope="session")
 def bccd() -> Path:
-    """Photos of blood cells, 3 classes; not part of a public clone."""
+    """Find photos of blood cells, with 3 classes, which are not part of a public clone."""
     return _shared("data/bccd")
 
 
 @pytest.fixture(scope="session")
 def coco_mini() -> Path:
-    """128 photos each of COCO train2017 and val2017; not part of a public clone."""
+    """Find 128 photos each of COCO train2017 and val2017, which are not part of a public clone."""
     return _shared("data/coco-mini")
 
 
@@ -31,7 +43,7 @@ def _shared(name: str) -> Path:
 
 @pytest.fixture
 def tiny_coco(tmp_path) -> Path:
-    """A dataset of 8 training and 3 validation images of several sizes: bright rectangles of two classes."""
+    """Write a dataset of 8 training and 3 validation images of several sizes, with bright rectangles of two classes."""
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 8), ("val", 3)):
         (tmp_path / split).mkdir()
@@ -53,3 +65,52 @@ def tiny_coco(tmp_path) -> Path:
         content = {"images": images, "annotations": annotations, "categories": categories}
         (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return tmp_path
+
+
+@pytest.fixture
+def write_coco(tmp_path):
+    """Write images 1.png, 2.png, ... and a COCO JSON, and return the arguments of CocoDataset."""
+    for i in range(1, 8):
+        RGB.save(tmp_path / f"{i}.png")
+
+    def write(coco):
+        file = tmp_path / "instances.json"
+        file.write_text(coco if isinstance(coco, str) else json.dumps(coco))
+        return tmp_path, file
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_detector() -> vovnet_zoo.FCOS:
+    """Build a small detector of cats and dogs with random weights; no test may change it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return vovnet_zoo.create_detector(
+            "fcos_vovnet27_slim_fpn", num_classes=2, class_names=["cat", "dog"], channels=64, num_convs=1, min_size=64
+        ).eval()
+
+
+@pytest.fixture
+def hub_on_loopback(monkeypatch, tmp_path):
+    """Run a server that stands for the Hub, for clients in this process and in subprocesses."""
+    with serve(HubServer()) as server:
+        environment = {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        }
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        # huggingface_hub has read these when it was imported
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, huggingface_hub.file_download):  # the latter before huggingface_hub 1.0
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "hf" / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
+        yield server

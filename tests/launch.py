@@ -1,6 +1,7 @@
-"""Starts the recipes as users do, for the tests of training."""
+"""The tests start recipes, or Python, in a fresh process, as users do."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,12 @@ def rows(out: Path) -> list[dict]:
 
 def losses(out: Path) -> list[float]:
     return [row["loss"] for row in rows(out) if "loss" in row]
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run code that may import this checkout of vovnet_zoo."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT.parent, capture_output=True, text=True, timeout=300
+    )

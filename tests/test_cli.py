@@ -1,20 +1,21 @@
-"""The command line, in this process: what it writes, and how it fails."""
+"""These tests run the command line in this process, and look at its files and its errors."""
 
+import copy
 import json
 import sys
 
 import pytest
+import timm
 import torch
 from PIL import Image
 
-import vovnet_zoo
 from vovnet_zoo import cli, hub
 from vovnet_zoo import weights as published
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run `vovnet-zoo ARGS`: (exit status, stdout, stderr)."""
+    """Run `vovnet-zoo ARGS` and return (exit status, stdout, stderr)."""
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["vovnet-zoo", *map(str, args)])
@@ -29,12 +30,9 @@ def run(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A detector that sees a cat or a dog everywhere."""
-    torch.manual_seed(0)
-    model = vovnet_zoo.create_detector(
-        "fcos_vovnet27_slim_fpn", num_classes=2, class_names=["cat", "dog"], channels=64, num_convs=1, min_size=64
-    )
+def folder(tiny_detector, tmp_path_factory):
+    """Save a detector that sees a cat or a dog everywhere."""
+    model = copy.deepcopy(tiny_detector)
     torch.nn.init.constant_(model.head.cls_logits.bias, 2.0)
     torch.nn.init.constant_(model.head.centerness.bias, 2.0)
     torch.nn.init.constant_(model.head.box_distances.bias, 1.0)
@@ -45,7 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def images(tmp_path):
-    """Two images of one name, and one of another size."""
+    """Write two images of the same name, and one of another size."""
     paths = [tmp_path / "a" / "x.png", tmp_path / "b" / "x.jpg", tmp_path / "y.png"]
     for path, size in zip(paths, [(64, 64), (64, 64), (200, 100)], strict=True):
         path.parent.mkdir(exist_ok=True)
@@ -97,22 +95,11 @@ def test_convert(run, tmp_path):
     assert status == 2 and "w.pth: no known format" in err
     assert run("convert", tmp_path / "none.pth", tmp_path / "out")[0] == 2
 
-    net = vovnet_zoo.fcos.timm.create_model("vovnet27_slim", num_classes=3)
+    net = timm.create_model("vovnet27_slim", num_classes=3)
     torch.save(net.state_dict(), tmp_path / "w.pth")
     status, out, err = run("convert", tmp_path / "w.pth", tmp_path / "out")
     assert status == 0 and "out" in out, err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {hub.CONFIG, hub.WEIGHTS, hub.CARD}
-
-
-def test_training_facts(tmp_path):
-    assert cli.training_facts(tmp_path, "best") == {}
-    start = dict(command=["recipes/train_coco.py", "finetune"], versions={"torch": "2.15"}, machine="x86, 2 cores")
-    (tmp_path / "run.json").write_text(json.dumps({"starts": [start]}))
-    rows = [dict(step=0, loss=1.0), dict(step=1, AP=0.25, AP50=0.5), dict(step=2, AP=0.125, AP50=0.6)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert cli.training_facts(tmp_path, "last")["measured"] == "AP 0.125, AP50 0.600"
-    facts = cli.training_facts(tmp_path, "best")
-    assert facts["measured"] == "AP 0.250, AP50 0.500" and facts["training_command"] == "train_coco.py finetune"
 
 
 def test_check_data(tiny_coco, tmp_path, monkeypatch, capsys):

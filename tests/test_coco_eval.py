@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from vovnet_zoo import coco_eval
+from vovnet_zoo.evaluation import coco_eval
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def ground_truth_results(coco, score=0.9):
 def test_ground_truth_scores_one(coco_mini, split, capsys):
     file = coco_mini / f"instances_{split}.json"
     coco = json.loads(file.read_text())
-    metrics = coco_eval.evaluate(file, ground_truth_results(coco))
+    metrics = coco_eval.coco_metrics(file, ground_truth_results(coco))
     assert capsys.readouterr().out == ""
     for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "ARs", "ARm", "ARl"):
         assert metrics[name] == pytest.approx(1.0, abs=1e-9), name
@@ -83,14 +83,14 @@ def test_same_numbers_as_pycocotools(coco_mini, capsys):
     run.accumulate()
     run.summarize()
     before = json.dumps(reference.dataset)
-    metrics = coco_eval.evaluate(file, results)
+    metrics = coco_eval.coco_metrics(file, results)
     per_class = metrics.pop("per_class")
     assert 0.1 < metrics["AP"] < 0.9
     names = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
     assert list(metrics) == names
     assert [metrics[name] for name in names] == pytest.approx(run.stats.tolist(), abs=1e-12)
     assert np.mean([ap for ap in per_class.values() if ap >= 0]) == pytest.approx(metrics["AP"], abs=1e-12)
-    assert coco_eval.evaluate(reference, results)["AP"] == metrics["AP"]
+    assert coco_eval.coco_metrics(reference, results)["AP"] == metrics["AP"]
     assert json.dumps(reference.dataset) == before
 
     subset = sorted(reference.imgs)[:40]
@@ -98,20 +98,20 @@ def test_same_numbers_as_pycocotools(coco_mini, capsys):
     run.evaluate()
     run.accumulate()
     run.summarize()
-    assert coco_eval.evaluate(file, results, image_ids=subset)["AP"] == pytest.approx(run.stats[0], abs=1e-12)
+    assert coco_eval.coco_metrics(file, results, image_ids=subset)["AP"] == pytest.approx(run.stats[0], abs=1e-12)
 
 
 def test_missing_keys_and_absent_classes(write):
     coco = make_coco()  # no info, area, iscrowd, annotation ids
-    metrics = coco_eval.evaluate(write(coco), ground_truth_results(coco))
+    metrics = coco_eval.coco_metrics(write(coco), ground_truth_results(coco))
     assert metrics["per_class"] == pytest.approx({"cat": 1.0, "dog": 1.0, "bird": -1.0})
     assert [metrics[name] for name in ("AP", "APs", "APm", "APl")] == pytest.approx([1.0] * 4)
     coco["annotations"] = [a | {"id": 0, "iscrowd": None, "area": None} for a in coco["annotations"]]
-    assert coco_eval.evaluate(write(coco), ground_truth_results(coco))["AP"] == pytest.approx(
+    assert coco_eval.coco_metrics(write(coco), ground_truth_results(coco))["AP"] == pytest.approx(
         1.0
     )  # pycocotools: id 0 is no match
     coco["categories"][2]["name"] = "dog"
-    assert coco_eval.evaluate(write(coco), [])["per_class"] == {"cat": 0.0, "dog (7)": 0.0, "dog (9)": -1.0}
+    assert coco_eval.coco_metrics(write(coco), [])["per_class"] == {"cat": 0.0, "dog (7)": 0.0, "dog (9)": -1.0}
 
 
 def test_crowd_regions_are_neither_missed_nor_wrong(write):
@@ -119,20 +119,20 @@ def test_crowd_regions_are_neither_missed_nor_wrong(write):
     coco["annotations"][1]["iscrowd"] = 1
     results = ground_truth_results(coco)
     inside = [{"image_id": 5, "category_id": 7, "bbox": [60, 60, 10, 10], "score": 0.99}]
-    assert coco_eval.evaluate(write(coco), results)["AP"] == pytest.approx(1.0)
-    assert coco_eval.evaluate(write(coco), results + inside)["AP"] == pytest.approx(1.0)
+    assert coco_eval.coco_metrics(write(coco), results)["AP"] == pytest.approx(1.0)
+    assert coco_eval.coco_metrics(write(coco), results + inside)["AP"] == pytest.approx(1.0)
     coco["annotations"][1]["iscrowd"] = 0
-    assert coco_eval.evaluate(write(coco), results + inside)["per_class"]["dog"] < 0.5
+    assert coco_eval.coco_metrics(write(coco), results + inside)["per_class"]["dog"] < 0.5
 
 
 def test_no_results_or_no_ground_truth(write):
     coco = make_coco()
-    metrics = coco_eval.evaluate(write(coco), [])
+    metrics = coco_eval.coco_metrics(write(coco), [])
     assert metrics["AP"] == metrics["AR100"] == 0.0 and metrics["per_class"]["bird"] == -1.0
-    assert coco_eval.evaluate(write(coco), ground_truth_results(coco), image_ids=[6])["per_class"]["cat"] == -1.0
+    assert coco_eval.coco_metrics(write(coco), ground_truth_results(coco), image_ids=[6])["per_class"]["cat"] == -1.0
     results = ground_truth_results(coco)
     coco["annotations"] = []
-    metrics = coco_eval.evaluate(write(coco), results)
+    metrics = coco_eval.coco_metrics(write(coco), results)
     assert metrics["AP"] == metrics["AR100"] == -1.0
 
 
@@ -140,9 +140,9 @@ def test_max_dets(write):
     coco = make_coco()
     junk = [{"image_id": 6, "category_id": 7, "bbox": [100 + i, 100, 9, 9], "score": 0.99} for i in range(20)]
     results = ground_truth_results(coco) + junk
-    metrics = coco_eval.evaluate(write(coco), results, max_dets=300)
+    metrics = coco_eval.coco_metrics(write(coco), results, max_dets=300)
     assert "AR300" in metrics and metrics["AR10"] < metrics["AR300"] == 1.0
-    metrics = coco_eval.evaluate(write(coco), results, max_dets=5)
+    metrics = coco_eval.coco_metrics(write(coco), results, max_dets=5)
     assert [name for name in metrics if name.startswith("AR")] == ["AR1", "AR5", "ARs", "ARm", "ARl"]
     assert metrics["AR5"] == pytest.approx((1 + 0.5) / 2)
 
@@ -153,7 +153,7 @@ def test_unusable_ground_truth_is_left_out(write, caplog):
     for bbox in (["1", "2", "3", "4"], None, [float("nan"), 1, 1, 1], [1, 2, 3]):
         coco["annotations"].append({"image_id": 5, "category_id": 3, "bbox": bbox})
     coco["annotations"] += [{"image_id": 99, "category_id": 3, "bbox": [1, 2, 3, 4]}, "box", {"bbox": [1, 2, 3, 4]}]
-    assert coco_eval.evaluate(write(coco), results)["AP"] == pytest.approx(1.0)
+    assert coco_eval.coco_metrics(write(coco), results)["AP"] == pytest.approx(1.0)
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "instances.json: 7 unusable annotations" in caplog.text
 
@@ -169,11 +169,11 @@ def test_wrong_results(write):
         ({"bbox": [1, 2, nan, 4]}, "image 5 not finite"),
     ):
         with pytest.raises(ValueError, match=message):
-            coco_eval.evaluate(file, [good[0] | change, *good])
+            coco_eval.coco_metrics(file, [good[0] | change, *good])
     with pytest.raises(ValueError, match=r"instances\.json: .*\[77\]"):
-        coco_eval.evaluate(file, good, image_ids=[5, 77])
+        coco_eval.coco_metrics(file, good, image_ids=[5, 77])
     with pytest.raises(ValueError, match=r"none\.json"):
-        coco_eval.evaluate(file.parent / "none.json", good)
+        coco_eval.coco_metrics(file.parent / "none.json", good)
 
 
 def test_to_coco_results():
@@ -274,8 +274,8 @@ def test_faster_engine_has_the_same_numbers(write, seed):
         image_ids = [image["id"] for image in coco["images"]]
         subset = rng.permutation(image_ids)[: rng.integers(0, len(image_ids) + 1)].tolist()
         for options in ({}, {"max_dets": int(rng.choice([1, 5, 10, 11, 300]))}, {"image_ids": subset}):
-            expected = coco_eval.evaluate(write(coco), results, **options)
-            assert_same(coco_eval.evaluate(write(coco), results, engine="faster", **options), expected)
+            expected = coco_eval.coco_metrics(write(coco), results, **options)
+            assert_same(coco_eval.coco_metrics(write(coco), results, engine="faster", **options), expected)
             aps.append(expected["AP"])
     assert len({round(ap, 3) for ap in aps}) > 20
 
@@ -289,8 +289,8 @@ def test_faster_engine_on_real_ground_truth(coco_mini, split, capsys, caplog):
     boxes = np.array([row["bbox"] for row in perfect]) * np.exp(rng.normal(0, 0.1, (len(perfect), 4)))
     jittered = [row | {"bbox": b, "score": float(rng.random())} for row, b in zip(perfect, boxes.tolist(), strict=True)]
     for results in (perfect, jittered, perfect + jittered, []):
-        expected = coco_eval.evaluate(file, results)
-        assert_same(coco_eval.evaluate(file, results, engine="faster"), expected)
+        expected = coco_eval.coco_metrics(file, results)
+        assert_same(coco_eval.coco_metrics(file, results, engine="faster"), expected)
     assert capsys.readouterr().out == caplog.text == ""
 
 
@@ -298,21 +298,21 @@ def test_engines_see_only_what_coco_defines(write):
     pytest.importorskip("faster_coco_eval")
     coco = make_coco()
     results = ground_truth_results(coco)[1:]
-    expected = coco_eval.evaluate(write(coco), results)
+    expected = coco_eval.coco_metrics(write(coco), results)
     strange = {"ignore": 1, "is_crowd": 1, "drop": True, "lvis_mark": True, "score": None}
     coco["annotations"] = [strange | row for row in coco["annotations"]]
     results = [strange | {"area": 1e9, "iscrowd": 1, "id": 0} | row for row in results]
     for engine in ("pycocotools", "faster"):
-        assert_same(coco_eval.evaluate(write(coco), results, engine=engine), expected)
+        assert_same(coco_eval.coco_metrics(write(coco), results, engine=engine), expected)
 
 
 def test_unknown_or_missing_engine(write, monkeypatch):
     coco = make_coco()
     with pytest.raises(ValueError, match="engine is 'pycocotools' or 'faster', not 'fast'"):
-        coco_eval.evaluate(write(coco), [], engine="fast")
+        coco_eval.coco_metrics(write(coco), [], engine="fast")
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(ImportError, match="pip install -U faster-coco-eval"):
-        coco_eval.evaluate(write(coco), [], engine="faster")
+        coco_eval.coco_metrics(write(coco), [], engine="faster")
 
 
 @pytest.mark.slow
@@ -326,7 +326,7 @@ def test_speed_of_the_engines(write, capsys):
     for _ in range(3):
         for engine, times in seconds.items():
             began = time.perf_counter()
-            metrics[engine] = coco_eval.evaluate(file, results, engine=engine)
+            metrics[engine] = coco_eval.coco_metrics(file, results, engine=engine)
             times.append(time.perf_counter() - began)
     with capsys.disabled():
         print(f"\n{len(coco['annotations'])} boxes, {len(results)} results, AP {metrics['faster']['AP']:.3f}")
@@ -378,7 +378,7 @@ def test_gather_results_alone():
 def test_format_table(write):
     coco = make_coco()
     results = ground_truth_results(coco)[:2]
-    lines = coco_eval.format_table(coco_eval.evaluate(write(coco), results), per_class=True).splitlines()
+    lines = coco_eval.format_table(coco_eval.coco_metrics(write(coco), results), per_class=True).splitlines()
     assert lines[0].split() == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
     assert lines[1].split()[3:6] == ["1.000", "0.000", "1.000"] and len(lines[0]) == len(lines[1])
     assert [line.split() for line in lines[2:]] == [["1.000", "cat"], ["0.505", "dog"], ["-", "bird"]]
@@ -387,7 +387,7 @@ def test_format_table(write):
 @pytest.mark.parametrize("area", [-1, 1e11, 10**400, float("nan"), float("inf"), True, "big", None])
 def test_absurd_area_does_not_hide_ground_truth(write, area):
     coco = make_coco()
-    expected = coco_eval.evaluate(write(coco), ground_truth_results(coco))
+    expected = coco_eval.coco_metrics(write(coco), ground_truth_results(coco))
     for annotation in coco["annotations"]:
         annotation["area"] = area
-    assert coco_eval.evaluate(write(coco), ground_truth_results(coco)) == expected
+    assert coco_eval.coco_metrics(write(coco), ground_truth_results(coco)) == expected

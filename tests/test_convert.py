@@ -1,6 +1,5 @@
-"""Conversion: which tensors go where, and that none is lost. That the numbers are right: test_golden.py."""
+"""Conversion renames every tensor and loses none. Whether the numbers are right is tested in test_golden.py."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,26 +8,13 @@ import pytest
 import pytorchcv.models.vovnet
 import timm
 import torch
+from checkpoints import ARCHS, published
 
 import vovnet_zoo
 from vovnet_zoo import convert, hub
-from vovnet_zoo.detectors import archs, build_converted, coco_class_names
+from vovnet_zoo.detectors import build_converted
+from vovnet_zoo.files import write_safetensors
 from vovnet_zoo.vovnet import checkpoint_filter_fn
-
-sys.path.insert(0, str(Path(__file__).parent / "golden"))
-from deterministic_weights import W, load_table, state_dict_from_table  # noqa: E402
-
-GOLDEN = Path(__file__).parent / "golden"
-ARCHS = archs()
-
-
-def published(form, arch="vovnet27_slim"):
-    """A checkpoint of each form with drawn weights."""
-    if form == "authors_detector":
-        return dict(state_dict_from_table(load_table(GOLDEN / "keys_fcos_v27.json")))
-    net = timm.create_model(arch)
-    ours = {key: W(key, x.shape, str(x.dtype)) for key, x in net.state_dict().items()}
-    return {theirs: ours[name] for theirs, name in convert.names(form, ARCHS[arch]).items()}
 
 
 @pytest.fixture(scope="module", params=list(convert.FORMS))
@@ -42,7 +28,7 @@ def checkpoint(form):
 
 
 def broken(checkpoint):
-    """The checkpoint without one tensor, and with one renamed; the name at fault."""
+    """Yield the name of a tensor, and the checkpoint without this tensor, or with it renamed."""
     for name in checkpoint:
         rest = {key: x for key, x in checkpoint.items() if key != name}
         yield name, rest
@@ -112,7 +98,7 @@ def test_any_tensor_missing_or_renamed_is_named(checkpoint):
 
 @pytest.mark.parametrize("kind", ["authors", "pytorchcv", "timm"])
 def test_any_tensor_missing_or_renamed_is_named_by_timm(kind):
-    """Also where timm itself would not load strictly: other classes, features only."""
+    """The error comes also where timm itself would not load strictly: with other classes, or features only."""
     weights, net = published(kind), timm.create_model("vovnet27_slim", num_classes=5)
     for name, fewer in broken(weights):
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
@@ -135,7 +121,7 @@ def test_any_tensor_missing_or_renamed_is_named_by_the_detector(tmp_path):
             hub.load_strict(model, fewer, "test")
     model.save_pretrained(tmp_path)
     name = list(weights)[-1]
-    hub.write_safetensors({key: x for key, x in weights.items() if key != name}, tmp_path / hub.WEIGHTS)
+    write_safetensors({key: x for key, x in weights.items() if key != name}, tmp_path / hub.WEIGHTS)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         vovnet_zoo.FCOS.from_pretrained(tmp_path)
 
@@ -171,7 +157,7 @@ def test_nonsense(nonsense):
 
 
 def test_optional_parts():
-    """Weights without classifier, and from before norms counted their batches."""
+    """A checkpoint may lack the classifier, or the batch counts of its norms, which old versions of torch lacked."""
     weights = published("authors")
     bare = {key: x for key, x in weights.items() if "classifier" not in key and "num_batches" not in key}
     converted = convert.convert(bare, ARCHS)
@@ -204,31 +190,3 @@ def test_convert_imports_only_torch():
         [sys.executable, "-c", code], cwd=Path(convert.__file__).parent, capture_output=True, text=True
     )
     assert result.stdout.strip() == "set()", result.stderr
-
-
-# ---- files
-
-
-@pytest.mark.parametrize("kind", list(convert.FORMS))
-def test_convert_file(kind, tmp_path):
-    torch.save(published(kind), tmp_path / "published.pth")
-    convert.convert_file(tmp_path / "published.pth", tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {hub.CONFIG, hub.WEIGHTS, hub.CARD}
-    card = (tmp_path / "out" / hub.CARD).read_text()
-    assert hub.hash_file(tmp_path / "published.pth") in card and str(tmp_path) not in card
-    if kind == "authors_detector":
-        model = vovnet_zoo.FCOS.from_pretrained(tmp_path / "out")
-        assert model.config["class_names"] == coco_class_names() and len(coco_class_names()) == 80
-    else:
-        model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-        assert json.loads((tmp_path / "out" / hub.CONFIG).read_text())["pretrained_cfg"]["label_offset"] == 0
-    assert all(x.isfinite().all() for x in model.state_dict().values())
-
-
-def test_convert_file_leaves_nothing_on_failure(tmp_path):
-    weights = published("authors")
-    name = list(weights)[0]
-    torch.save({**weights, name: weights[name][:-1]}, tmp_path / "published.pth")
-    with pytest.raises(ValueError, match="shape: stem.0.conv.weight"):
-        convert.convert_file(tmp_path / "published.pth", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["published.pth"]

@@ -5,48 +5,6 @@ from torch import nn
 from vovnet_zoo import FCOS, FCOSLoss, Predictions, create_detector
 from vovnet_zoo.fcos import make_points
 
-BACKBONES = [
-    "vovnet39",
-    "ese_vovnet19b_dw",
-    "resnet18",
-    "mobilenetv3_small_050",
-    "convnext_atto",
-    "efficientnet_b0",
-    "swin_tiny_patch4_window7_224",
-    "pvt_v2_b0",
-]
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_any_backbone_trains(backbone):
-    torch.manual_seed(0)
-    model = create_detector("fcos", backbone=backbone, num_classes=3, channels=64, num_convs=1).train()
-    preds = model(torch.randn(2, 3, 128, 160))
-    num_points = sum(-(-128 // s) * -(-160 // s) for s in (8, 16, 32, 64, 128))
-    assert preds.logits.shape == (2, num_points, 3)
-    assert preds.distances.shape == (2, num_points, 4) and (preds.distances >= 0).all()
-    assert preds.centerness.shape == (2, num_points)
-    assert preds.points.shape == (num_points, 2) and preds.strides.shape == (num_points,)
-    boxes, labels = torch.tensor([[[20.0, 30, 90, 80]], [[0, 0, 0, 0]]]), torch.tensor([[2], [-1]])
-    losses = FCOSLoss()(preds, boxes, labels)
-    sum(losses.values()).backward()
-    assert all(value > 0 and value.isfinite() for value in losses.values())
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
-
-
-@pytest.mark.parametrize(
-    "backbone, reason",
-    [
-        ("vit_tiny_patch16_224", "strides"),
-        ("inception_v3", "turns a 96x160 image into maps"),
-        ("maxvit_tiny_tf_224", "images of any size"),
-        ("resnet1888", "did you mean"),
-    ],
-)
-def test_unusable_backbone_says_why(backbone, reason):
-    with pytest.raises(ValueError, match=reason):
-        create_detector("fcos", backbone=backbone, num_classes=3)
-
 
 def test_parameter_count_of_the_published_detector():
     model = create_detector("fcos_vovnet39_fpn", variant="published")
@@ -79,7 +37,7 @@ def test_predictions_are_the_flattened_heads():
 
 
 def test_variants_compute_what_they_say():
-    """Distances and centerness of both variants from the same weights, written out by hand for one level."""
+    """Distances and centerness of both variants equal a computation by hand, for one level."""
     features = [torch.randn(1, 64, 4, 4) for _ in range(5)]
     for distance, centerness_on in (("relu", "box"), ("exp", "cls")):
         head = tiny(distance=distance, centerness_on=centerness_on).head
@@ -159,7 +117,7 @@ def tiny(**kwargs) -> FCOS:
 
 @pytest.mark.parametrize("backbone", ["vovnet27_slim", "resnet10t"])
 def test_grad_checkpointing_changes_nothing(backbone):
-    """Same gradients; less kept for the backward pass."""
+    """The gradients are the same, and less is kept for the backward pass."""
     torch.manual_seed(0)
     model = create_detector("fcos", backbone=backbone, num_classes=3, channels=64, num_convs=2, frozen_norm=True)
     images, kept, gradients = torch.randn(1, 3, 96, 128), [], []

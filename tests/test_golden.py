@@ -22,8 +22,8 @@ from torchvision.ops import nms, sigmoid_focal_loss
 
 import vovnet_zoo
 from vovnet_zoo import convert
-from vovnet_zoo.coco_eval import to_coco_results
 from vovnet_zoo.data import coco_to_xyxy, collate, hflip_boxes, normalize, resize_size
+from vovnet_zoo.evaluation import to_coco_results
 from vovnet_zoo.fcos import Predictions, make_points
 from vovnet_zoo.loss import centerness_targets, iou_loss
 from vovnet_zoo.vovnet import model_cfgs

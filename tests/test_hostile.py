@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 
 from vovnet_zoo import FCOSLoss, Predictions
-from vovnet_zoo.check_data import check_dataset
-from vovnet_zoo.coco_eval import evaluate
 from vovnet_zoo.data import CocoDataset, ImageError, Skipped, collate, decode_image, train_transforms
+from vovnet_zoo.data.check import check_dataset
+from vovnet_zoo.evaluation import coco_metrics
 from vovnet_zoo.fcos import make_points
 
 WIDTH, HEIGHT, BOX = 60, 40, [10, 5, 30, 20]  # of every image unless a case says otherwise: black, the box white
@@ -491,7 +491,7 @@ def test_bad_input(name, tmp_path, caplog):
     assert len(str(report).splitlines()) == len(kinds) + bool(kinds) + len(report.splits) + 1
 
     with contextlib.suppress(ValueError):  # scoring only needs the JSON
-        assert -1 <= evaluate(file, [])["AP"] <= 1
+        assert -1 <= coco_metrics(file, [])["AP"] <= 1
 
     if expected.error:
         with pytest.raises(ValueError, match=rf"instances_train\.json: .*({expected.error})"):

@@ -1,63 +1,175 @@
-"""Who may import whom (README, "How the code is laid out")."""
+"""The modules import only whom they may (README, "How the code is laid out").
+
+The imports are read off the whole syntax tree of every module, inside functions too.
+"""
 
 import ast
+import graphlib
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MAY_IMPORT = {  # project modules; `lazily` are imported inside functions only
-    "vovnet": {"convert", "hub", "weights"},
-    "fcos": {"hub"},
+
+# The rooms of the library, which are its modules and its folders, from the ground up.
+# A room may import rooms of the lines before its own only.
+LAYERS = [
+    {"backbone", "convert", "draw", "files", "kernels", "version"},
+    {"data", "hub", "nms"},
+    {"fcos", "weights"},
+    {"inference", "loss", "vovnet"},
+    {"compiled", "detectors", "evaluation"},
+    {"publish"},
+    {"__init__", "check_data", "cli", "coco_eval"},  # check_data and coco_eval are former paths of moved modules
+]
+ONLY = {  # rooms that may import even less
+    "data": {"files"},
+    "hub": {"files"},
+    "nms": {"kernels"},
+    "fcos": {"backbone", "hub"},
+    "weights": {"files"},
     "loss": {"fcos"},
-    "inference": {"fcos", "data", "nms"},
-    "compiled": {"fcos", "data", "inference", "nms", "osa", "winograd"},
-    "nms": set(),
-    "osa": {"winograd"},
-    "data": set(),
-    "coco_eval": {"data"},
-    "hub": set(),
-    "weights": {"hub"},
-    "convert": set(),
-    "draw": set(),
-    "version": set(),
-    "winograd": set(),
-    "check_data": {"data", "coco_eval"},
+    "inference": {"data", "fcos", "nms"},
+    "vovnet": {"convert", "files", "hub", "weights"},
+    "evaluation": {"data", "fcos", "files", "inference"},
 }
 
 
-@pytest.mark.parametrize("name", sorted(MAY_IMPORT))
-def test_library_modules_import_only_what_they_may(name):
-    path = ROOT / "vovnet_zoo" / f"{name}.py"
-    assert project_imports(path) <= MAY_IMPORT[name]
+@pytest.fixture(scope="module")
+def graph():
+    return import_graph(ROOT)
 
 
-def test_the_library_does_not_import_recipes():
-    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")} | {"recipes"}
-    for path in (ROOT / "vovnet_zoo").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 0:
-                assert node.module.split(".")[0] not in recipes, path
-            if isinstance(node, ast.Import):
-                assert not {alias.name.split(".")[0] for alias in node.names} & recipes, path
+def test_no_circle(graph):
+    assert circle(graph) == []
+
+
+def test_every_room_has_a_layer(graph):
+    listed = [room for layer in LAYERS for room in layer]
+    assert sorted(listed) == sorted({room_of(module) for module in graph if is_library(module)})
+
+
+def test_arrows_go_down(graph):
+    layer_of = {room: number for number, layer in enumerate(LAYERS) for room in layer}
+    for importer, imported in arrows(graph):
+        assert layer_of[imported] < layer_of[importer], f"{importer} imports {imported}"
+        assert imported in ONLY.get(importer, layer_of), f"{importer} imports {imported}"
+
+
+def test_the_library_does_not_import_recipes(graph):
+    for module in filter(is_library, graph):
+        assert all(map(is_library, graph[module])), f"{module} imports {graph[module]}"
+
+
+def test_no_recipe_script_imports_another(graph):
+    scripts = {name for name in graph if not is_library(name) and is_script(ROOT / "recipes" / f"{name}.py")}
+    assert {"train_coco", "eval_coco"} <= scripts
+    found = {name: graph[name] & scripts for name in scripts if graph[name] & scripts}
+    assert not found, f"shared pieces belong in modules beside the scripts: {found}"
 
 
 def test_network_needs_timm_and_torchvision_ops_only():
-    tree = ast.parse((ROOT / "vovnet_zoo" / "fcos.py").read_text())
-    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 0}
-    modules |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-    standard = {"__future__", "difflib", "math", "collections", "collections.abc", "typing"}
-    assert all(
-        m in standard or m.split(".")[0] in ("torch", "timm") or m.startswith("torchvision.ops") for m in modules
-    )
+    for name in ("backbone", "fcos"):
+        tree = ast.parse((ROOT / "vovnet_zoo" / f"{name}.py").read_text())
+        modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 0}
+        modules |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+        for module in modules:
+            top = module.split(".")[0]
+            assert top in sys.stdlib_module_names or top in ("torch", "timm") or module.startswith("torchvision.ops")
 
 
-def project_imports(path: Path) -> set[str]:
-    """Project modules imported at the top level of a module."""
+def test_former_paths_of_moved_modules():
+    from vovnet_zoo import check_data, coco_eval, data
+    from vovnet_zoo.data import check
+    from vovnet_zoo.evaluation import coco_metrics
+
+    assert coco_eval.evaluate is coco_metrics and check_data.check_dataset is check.check_dataset
+    for name in ("annotations", "images", "dataset", "transforms", "batches"):
+        module = getattr(data, name)
+        for key, value in vars(module).items():
+            if getattr(value, "__module__", None) == module.__name__ and not key.startswith("_"):
+                assert getattr(data, key) is value and key in data.__all__, f"vovnet_zoo.data lacks {key}"
+
+
+@pytest.mark.parametrize(
+    "module, line, imported",
+    [
+        ("hub", "from . import cli", "vovnet_zoo.cli"),
+        ("hub", "from .data.check import main", "vovnet_zoo.data.check"),
+        ("hub", "def f():\n    import vovnet_zoo.cli as c", "vovnet_zoo.cli"),
+        ("hub", "from vovnet_zoo import something", "vovnet_zoo"),
+        ("hub", "try:\n    import train_coco\nexcept ImportError: pass", "train_coco"),
+        ("data/check", "from ..cli import main", "vovnet_zoo.cli"),
+        ("data/check", "from .. import cli", "vovnet_zoo.cli"),
+        ("data/check", "from . import CocoDataset", "vovnet_zoo.data"),
+        ("data/__init__", "class A:\n    from .check import main", "vovnet_zoo.data.check"),
+    ],
+)
+def test_every_form_of_import_is_seen(tmp_path, module, line, imported):
+    for name in ("__init__", "cli", "hub", "data/__init__", "data/check", "../recipes/train_coco"):
+        path = tmp_path / "vovnet_zoo" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "vovnet_zoo" / f"{module}.py").write_text(line)
+    importer = module_name(tmp_path / "vovnet_zoo" / f"{module}.py", tmp_path)
+    assert import_graph(tmp_path)[importer] == {imported}
+    (tmp_path / "vovnet_zoo" / "cli.py").write_text("from . import hub")
+    assert bool(circle(import_graph(tmp_path))) == (line == "from . import cli" or "import vovnet_zoo.cli" in line)
+
+
+# ---- reading the sources
+
+
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """Map the dotted name of each module of ours to the modules of ours that it imports; recipes have no dot."""
+    paths = [*(root / "vovnet_zoo").rglob("*.py"), *(root / "recipes").glob("*.py")]
+    modules = {module_name(path, root): path for path in paths}
+    return {name: imports(path, name, modules.keys()) for name, path in modules.items()}
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(part for part in parts if part not in ("recipes", "__init__"))
+
+
+def imports(path: Path, name: str, modules) -> set[str]:
+    package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
     found = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            found |= {node.module} if node.module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vovnet_zoo"):
-            found.add(node.module.partition(".")[2] or "__init__")
-    return found
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            submodules = {f"{source}.{alias.name}" for alias in node.names}
+            found |= {submodule if submodule in modules else source for submodule in submodules}
+    return found & modules
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """List the modules of a circle of imports; [] if there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def arrows(graph: dict[str, set[str]]) -> set[tuple[str, str]]:
+    """Collect the (importer, imported) pairs of the library's rooms."""
+    pairs = {(room_of(a), room_of(b)) for a in filter(is_library, graph) for b in filter(is_library, graph[a])}
+    return {(importer, imported) for importer, imported in pairs if importer != imported}
+
+
+def is_library(module: str) -> bool:
+    return module.split(".")[0] == "vovnet_zoo"
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def is_script(path: Path) -> bool:
+    tests = [ast.unparse(node.test) for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)]
+    return "__name__ == '__main__'" in tests

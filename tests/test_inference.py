@@ -5,7 +5,6 @@ from PIL import Image
 from torchvision.ops import batched_nms
 
 from vovnet_zoo import Predictions, create_detector, postprocess, predict
-from vovnet_zoo.draw import draw_detections
 from vovnet_zoo.fcos import make_points
 
 STRIDES = [8, 16, 32, 64, 128]
@@ -128,18 +127,6 @@ def test_predict_rejects(model, image, message):
     with pytest.raises(ValueError, match=message):
         predict(model, image)
     assert model.training
-
-
-def test_draw_detections():
-    image = torch.zeros(3, 60, 80, dtype=torch.uint8)
-    boxes = torch.tensor([[10.0, 20, 50, 50], [60, 5, 79, 30]])
-    detection = {"boxes": boxes, "labels": torch.tensor([0, 1]), "scores": torch.tensor([0.9, 0.1])}
-    drawn = np.asarray(draw_detections(image, detection, ["cat", "dog"]))
-    assert drawn.shape == (60, 80, 3) and image.max() == 0
-    assert drawn[50, 10:50].any(axis=-1).all()  # the lower edge of the first box
-    assert not drawn[31:, 60:].any()  # the second is below the threshold
-    truth = {"boxes": boxes, "labels": torch.tensor([0, 1])}
-    assert np.asarray(draw_detections(image, truth))[30, 60:79].any(axis=-1).all()
 
 
 def points_of(height, width):

@@ -8,8 +8,8 @@ from launch import command, losses
 
 from eval_coco import evaluate
 from vovnet_zoo import FCOS, create_detector, predict
-from vovnet_zoo.coco_eval import to_coco_results
 from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.evaluation import to_coco_results
 
 
 def subset(coco_mini, tmp_path, count: int):

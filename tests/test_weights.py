@@ -1,4 +1,4 @@
-"""Weights at a URL: the tables, downloads and their faults, and hostile files."""
+"""Weights come from a URL, past faulty downloads and hostile files."""
 
 import http.server
 import io
@@ -16,13 +16,17 @@ import timm
 import torch
 
 import vovnet_zoo
-from vovnet_zoo import convert, detectors, hub, vovnet
+from vovnet_zoo import detectors, hub, publish, vovnet
 from vovnet_zoo import weights as published
+from vovnet_zoo.files import hash_file
 from vovnet_zoo.weights import Weights
 
 
 class FileServer(http.server.ThreadingHTTPServer):
-    """`files`: path -> content. `faults`: as many times "truncate", "refuse" or "corrupt" as there are."""
+    """This server sends `files`, a map of paths to contents; each of `faults` spoils one answer.
+
+    A fault is "truncate", "refuse" or "corrupt".
+    """
 
     daemon_threads = True
 
@@ -84,7 +88,7 @@ def zipped(**members):
 
 
 def drawn(net):
-    """Norms as after some training, so that a slip in their order shows."""
+    """Draw the weights of norms as after some training, so that a slip in their order shows."""
     torch.manual_seed(0)
     for name, x in [*net.named_parameters(), *net.named_buffers()]:
         if "running_var" in name or ("bn" in name and "weight" in name):
@@ -132,7 +136,7 @@ def test_unpublished_weights(name, monkeypatch):
 
 @pytest.mark.parametrize("name, theirs", [("vovnet27_slim", "vovnet27s"), ("vovnet39", "vovnet39")])
 def test_pytorchcv_zip_through_timm(server, name, theirs):
-    """As upstream zips it; the same logits, and features, and another number of classes."""
+    """A zip as upstream makes it gives the same logits, loads as features, and with another number of classes."""
     net = drawn(getattr(pytorchcv.models.vovnet, theirs)())
     server.files["/w-0564-63bfa613.pth.zip"] = zipped(**{"w-0564-63bfa613.pth": saved(net.state_dict())})
     overlay = dict(url=f"{server.url}/w-0564-63bfa613.pth.zip")
@@ -150,12 +154,12 @@ def test_pytorchcv_zip_through_timm(server, name, theirs):
 
 @pytest.fixture
 def slim(monkeypatch, server):
-    """Row and content of a zip on loopback; its sha1 is known."""
+    """Put a row with a known sha1 into the table, for a zip on the server."""
     content = saved(timm.create_model("vovnet27_slim").state_dict())
     server.files["/slim.pth.zip"] = zipped(**{"slim.pth": content})
     (path := Path(torch.hub.get_dir()) / "x").parent.mkdir(parents=True)
     path.write_bytes(content)
-    row = Weights("url", f"{server.url}/slim.pth.zip", hub.hash_file(path, "sha1"))
+    row = Weights("url", f"{server.url}/slim.pth.zip", hash_file(path, "sha1"))
     monkeypatch.setitem(vovnet.WEIGHTS, "vovnet27_slim.pytorchcv_in1k", row)
     return row
 
@@ -218,7 +222,7 @@ def test_damage_in_the_cache_is_downloaded_again(slim, server, tmp_path, cache):
 
 
 def test_detector_at_a_url(server, monkeypatch):
-    """By its full name, converted on the way."""
+    """A detector is found by its full name, and converted."""
     sys.path.insert(0, str(Path(__file__).parent / "golden"))
     from deterministic_weights import load_table, state_dict_from_table
 
@@ -253,7 +257,7 @@ def test_pickle_that_wants_code_is_refused(server, tmp_path, cache, old_format):
     server.files["/evil.pth"], server.files["/evil.zip"] = content, zipped(**{"evil.pth": content})
     for load in (
         lambda: published.read_checkpoint(tmp_path / "evil.pth"),
-        lambda: convert.convert_file(tmp_path / "evil.pth", tmp_path / "out"),
+        lambda: publish.convert_file(tmp_path / "evil.pth", tmp_path / "out"),
         lambda: timm.create_model(
             "vovnet27_slim", pretrained=True, pretrained_cfg_overlay=dict(url=f"{server.url}/evil.pth")
         ),
@@ -301,14 +305,14 @@ def test_link_and_several_files_in_a_zip_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A detector as small as one can be, and a small classifier's checkpoint."""
+    """Build a very small detector, and take its weights."""
     model = vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", num_classes=1, channels=64, num_convs=1)
     weights = {name: x for name, x in model.state_dict().items()}
     return model, weights
 
 
 def mutations(content, seed, count):
-    """Cut, flipped, overwritten and lengthened."""
+    """Yield copies of the content that are cut, overwritten or lengthened, or have a bit flipped."""
     draw = random.Random(seed)
     for _ in range(count):
         data, kind = bytearray(content), draw.choice(["cut", "flip", "flip", "header", "zero", "more"])
@@ -357,7 +361,7 @@ def test_fuzz(tiny, tmp_path, form):
 
 
 def test_fuzz_tensors(tiny):
-    """Wrong dtypes, shapes, extra and missing names, each named."""
+    """The error names the tensor that has a wrong dtype, shape or name."""
     model, weights = tiny
     draw, names = random.Random(0), list(weights)
     for _ in range(100):
@@ -378,7 +382,7 @@ def test_fuzz_tensors(tiny):
 
 
 def test_no_pickle_is_written_and_none_read_with_code():
-    """By reading the sources."""
-    sources = "\n".join(path.read_text() for path in Path(hub.__file__).parent.glob("*.py"))
+    """The sources of the library show it."""
+    sources = "\n".join(path.read_text() for path in Path(hub.__file__).parent.rglob("*.py"))
     assert "torch.save(" not in sources and "import pickle" not in sources and "weights_only=False" not in sources
     assert sources.count("torch.load(") == sources.count("weights_only=True") == 1

@@ -1,6 +1,6 @@
-"""VoVNet backbones for timm, and FCOS detectors on any timm backbone."""
+"""This library has VoVNet backbones for timm, and FCOS detectors on any timm backbone."""
 
-from . import vovnet as vovnet  # registers the backbones with timm
+from . import vovnet as vovnet  # the import registers the backbones with timm
 from .compiled import compile_detector
 from .detectors import create_detector, list_detectors
 from .fcos import FCOS, Predictions

@@ -1,17 +1,17 @@
-"""The command `vovnet-zoo`: `predict`, `check-data`, `convert` and `publish`, thin over the library."""
+"""The command `vovnet-zoo` parses its arguments and calls the library, nothing more."""
 
 from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from . import check_data, convert, hub, inference
+from . import hub, inference, publish
+from .data import check
 from .detectors import DETECTORS, create_detector
 from .draw import draw_detections
 from .fcos import FCOS
@@ -19,7 +19,7 @@ from .fcos import FCOS
 
 @dataclass(frozen=True)
 class Predict:
-    """Detect objects in images: a picture for each, and detections.json."""
+    """Detect objects in images, and write a picture of each image and one detections.json."""
 
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files."""
@@ -50,7 +50,7 @@ class Convert:
     """Convert a published checkpoint (.pth) to safetensors, a configuration and a model card, and verify it."""
 
     file: tyro.conf.Positional[Path]
-    """The authors' detector or classifier, or pytorchcv's; also in a zip."""
+    """A detector or classifier of the authors, or a classifier of pytorchcv, also in a zip."""
     out: tyro.conf.Positional[Path]
     """Folder to make."""
 
@@ -66,11 +66,11 @@ class Publish:
     run: Path | None = None
     """Folder of the training run, for the card; default: the folder around SOURCE, if it is one."""
     license: str | None = None
-    """Of the weights, as the Hub abbreviates it; default: what is known of them."""
+    """License of the weights, as the Hub abbreviates it; default: the license that is known, if any."""
     private: bool = False
     """Make a private repository."""
     token: str | None = None
-    """Access token; default: that of `hf auth login` or HF_TOKEN."""
+    """Access token; default: the token of `hf auth login` or HF_TOKEN."""
     branch: str | None = None
     """Branch to push to; default: main."""
     create_pr: bool = False
@@ -78,7 +78,7 @@ class Publish:
 
 
 def main() -> None:
-    """Errors of the user's go to stderr without a traceback, with exit status 2."""
+    """Run the command. An error of the user goes to stderr without a traceback, and the exit status is 2."""
     command = tyro.cli(
         Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[CheckData, tyro.conf.subcommand("check-data")]
@@ -88,13 +88,14 @@ def main() -> None:
         description="VoVNet backbones and FCOS detectors.",
     )
     try:
-        {Predict: predict, CheckData: check_data_, Convert: convert_, Publish: publish}[type(command)](command)
+        run = {Predict: run_predict, CheckData: run_check_data, Convert: run_convert, Publish: run_publish}
+        run[type(command)](command)
     except (ValueError, OSError) as error:
         print(f"vovnet-zoo: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def predict(command: Predict) -> None:
+def run_predict(command: Predict) -> None:
     if command.model.split(".")[0] in DETECTORS and not Path(command.model).is_dir():
         model = create_detector(command.model, pretrained=True)
     else:
@@ -106,7 +107,7 @@ def predict(command: Predict) -> None:
     rows, taken = [], set()
     for path in command.images:
         image = inference.to_rgb(path)
-        # a score is the root of class probability times centerness, so nothing below score**2 can reach it
+        # a score is the root of class probability times centerness, so a lower class probability cannot reach it
         (found,) = inference.predict(model, [image], score_threshold=command.score**2)
         found = {key: value[found["scores"] >= command.score] for key, value in found.items()}
         picture = command.out / f"{unique(path.stem, taken)}.png"
@@ -119,7 +120,7 @@ def predict(command: Predict) -> None:
 
 
 def unique(stem: str, taken: set[str]) -> str:
-    """`stem`, or with a number that tells it from those taken."""
+    """Return `stem`, with a number behind it if it is taken, and add the result to the taken names."""
     name, number = stem, 2
     while name in taken:
         name, number = f"{stem}_{number}", number + 1
@@ -127,55 +128,27 @@ def unique(stem: str, taken: set[str]) -> str:
     return name
 
 
-def check_data_(command: CheckData) -> None:
-    sys.exit(check_data.main(command.root, workers=command.workers, json_out=command.json))
+def run_check_data(command: CheckData) -> None:
+    sys.exit(check.main(command.root, workers=command.workers, json_out=command.json))
 
 
-def convert_(command: Convert) -> None:
-    convert.convert_file(command.file, command.out)
-    print(f"{command.out}: converted, loaded and run; what is known of it is in {command.out / hub.CARD}")
+def run_convert(command: Convert) -> None:
+    publish.convert_file(command.file, command.out)
+    print(f"{command.out}: converted, loaded and run; its card is {command.out / hub.CARD}")
 
 
-def publish(command: Publish) -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = command.source
-        if not folder.is_dir():
-            folder = Path(temporary) / "converted"
-            convert.convert_file(command.source, folder)
-        facts = {
-            "repo_id": command.repo_id,
-            **training_facts(command.run or command.source.resolve().parent, command.source.name),
-        }
-        if command.license:
-            facts["license"] = command.license
-        url = hub.push(
-            command.repo_id,
-            folder,
-            convert.card(folder, **facts),
-            private=command.private,
-            token=command.token,
-            branch=command.branch,
-            create_pr=command.create_pr,
-        )
+def run_publish(command: Publish) -> None:
+    url = publish.publish_model(
+        command.source,
+        command.repo_id,
+        run=command.run,
+        license=command.license,
+        private=command.private,
+        token=command.token,
+        branch=command.branch,
+        create_pr=command.create_pr,
+    )
     print(url)
-
-
-def training_facts(run: Path, model: str) -> dict[str, str]:
-    """What the run folder of recipes/train_coco.py tells of its model "best" or "last"; {} if it is no run folder."""
-    if not (run / "run.json").is_file():
-        return {}
-    start = json.loads((run / "run.json").read_text(encoding="utf-8"))["starts"][-1]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    scored = [row for row in rows if "AP" in row]
-    if model != "last":
-        scored.sort(key=lambda row: row["AP"])
-    scores = scored[-1] if scored else {}
-    return {
-        "measured": ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if key.startswith("AP")),
-        "training_command": " ".join([Path(start["command"][0]).name, *start["command"][1:]]),
-        "training_versions": ", ".join(f"{name} {version}" for name, version in start["versions"].items()),
-        "training_machine": str(start["machine"]),
-    }
 
 
 if __name__ == "__main__":

@@ -45,15 +45,16 @@ def compile_detector(
 
     Batch norms are folded into convolutions and weights are made constants of the graph, so later changes of `model`
     are not seen. It is compiled in the first call, and again for each other number of images. On a CPU with Winograd
-    convolutions (`kernels/winograd.py`) VoVNet's blocks concatenate nothing (`kernels/osa.py`); with bfloat16 they store
-    maps in it, and multiply in float32.
+    convolutions (`kernels/winograd.py`) VoVNet's blocks concatenate nothing (`kernels/osa.py`); under bfloat16 they
+    store bfloat16 maps, and multiply in float32.
 
     Args:
         model: a detector, on the device it shall run on.
         size: (H, W) of the images, multiples of 32.
         dtype: of the network's convolutions: float32, or bfloat16 or float16 by autocast.
-        winograd: on a CPU, compute 3x3 convolutions by Winograd and VoVNet blocks in one memory. None: where the kernels
-            can be used and gain, else torch's convolutions, with a line in the log that says why. True demands it.
+        winograd: on a CPU, compute 3x3 convolutions by Winograd, and VoVNet blocks in one memory. None does so where
+            the kernels can be used and gain, else uses torch's convolutions and logs one line that says why. True
+            demands the kernels, False declines them.
         mode: of torch.compile; "reduce-overhead" replays CUDA graphs, "max-autotune" also tries out kernels. With
             either, results are overwritten by the next call: copy what is to be kept.
         backend: of torch.compile; "eager" checks that there is one graph, and compiles nothing.

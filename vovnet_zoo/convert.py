@@ -1,19 +1,14 @@
-"""Published checkpoints -> our state dicts: pure maps of names and tensors, then `vovnet-zoo convert`."""
+"""These pure maps turn published checkpoints into our state dicts: names and tensors, no files."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
 
 FORMS = {
     "authors": "the authors' classifier",
@@ -28,7 +23,7 @@ FROZEN_EPS = 1e-5  # added to the variance by timm's frozen norm, not by the aut
 
 
 class Converted(NamedTuple):
-    """What a published checkpoint holds."""
+    """A published checkpoint becomes these tensors and settings."""
 
     form: str  # a key of FORMS
     arch: str  # the backbone's name
@@ -56,7 +51,7 @@ def convert(checkpoint: Mapping, archs: Mapping[str, Sequence[int]]) -> Converte
         raise ValueError(f"no known format: expected {', '.join(FORMS.values())}; the names begin {list(weights)[:3]}")
 
     missing = table.keys() - weights.keys()
-    for optional in ("head.fc.", "num_batches_tracked"):  # all or none of these
+    for optional in ("head.fc.", "num_batches_tracked"):  # a checkpoint may lack all of these tensors, but not some
         group = {name for name, ours in table.items() if optional in ours}
         if group <= missing:
             missing -= group
@@ -93,10 +88,11 @@ def convert(checkpoint: Mapping, archs: Mapping[str, Sequence[int]]) -> Converte
 
 
 def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
-    """The state dict of a training checkpoint, its names without the "module." or "model." that all of them have.
+    """Take the state dict out of a training checkpoint, and "module." or "model." off its names if all begin with it.
 
     Raises:
-        ValueError: there is none, or something else beside it holds tensors and is not the state of the training.
+        ValueError: the checkpoint holds no state dict, or holds tensors elsewhere that are not the optimizer's or the
+            scheduler's.
     """
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"a checkpoint is a dict of tensors, not a {type(checkpoint).__name__}")
@@ -125,7 +121,12 @@ def _holds_tensors(value) -> bool:
 
 
 def names(form: str, blocks: Sequence[int]) -> dict[str, str]:
-    """Published name -> our name of every tensor of a network with so many `blocks` per stage."""
+    """Map the published name of every tensor to our name.
+
+    Args:
+        form: a key of `FORMS`.
+        blocks: number of blocks of each stage of the backbone.
+    """
     table = {}
     for authors, pytorchcv, ours in _layers(blocks):
         conv, norm = {
@@ -146,12 +147,12 @@ def names(form: str, blocks: Sequence[int]) -> dict[str, str]:
 
 
 def feature_name(name: str) -> str:
-    """timm's name of a tensor of a classifier -> its name in `create_model(..., features_only=True)`."""
+    """Map timm's name of a classifier's tensor to its name in `create_model(..., features_only=True)`."""
     return re.sub(r"^(stem|stages)\.(\d)", r"\1_\2", name)
 
 
 def _layers(blocks: Sequence[int]) -> Iterator[tuple[str, str, str]]:
-    """The authors', pytorchcv's and timm's name of each convolution with its norm, from the stem on."""
+    """Yield the authors', pytorchcv's and timm's name of each convolution with its norm, from the stem on."""
     for i in range(3):
         yield f"stem.stem_{i + 1}", f"features.init_block.conv{i + 1}", f"stem.{i}"
     for stage, count in enumerate(blocks):
@@ -166,7 +167,7 @@ def _layers(blocks: Sequence[int]) -> Iterator[tuple[str, str, str]]:
 
 
 def _detector_names() -> Iterator[tuple[str, str]]:
-    """Published and our name of each tensor of the detectors' FPN and head; the scales come one by one."""
+    """Yield the published name and our name of each tensor of the detectors' FPN and head, and of each single scale."""
     modules = {}
     for i in range(3):
         modules[f"backbone.fpn.fpn_inner{i + 2}"] = f"fpn.inner_blocks.{i}.0"
@@ -188,11 +189,12 @@ def _detector_names() -> Iterator[tuple[str, str]]:
 
 
 def fold_eps(weight: Tensor, var: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Weight and variance [C] that give with eps the scale that these give without: `weight / sqrt(var)`.
+    """Change a norm's weight and variance [C] so that a norm with eps computes the same scale as one without.
 
-    The variance becomes one near `var - eps`. Which one is free, so of 1001 neighbours the one is taken whose weight
-    is least changed by rounding to float32: the scale is then right to about 1e-10, not 1e-7, and training in float64
-    follows the published numbers.
+    The scale is `weight / sqrt(var)`. Subtracting eps from the variance, and rounding, would change the scale by about
+    1e-7. Any variance will do if the weight fits, so each channel takes, among the 1001 float32 numbers nearest to
+    `var - eps`, the one whose weight changes least when rounded to float32. The scale is then right to about 1e-10,
+    and training in float64 follows the published numbers.
     """
     if (var <= 0).any():
         raise ValueError(f"{name}: a norm without eps needs variances above 0, the least is {var.min().item()}")
@@ -201,85 +203,3 @@ def fold_eps(weight: Tensor, var: Tensor, name: str) -> tuple[Tensor, Tensor]:
     exact = weight.double()[:, None] * ((neighbours.double() + FROZEN_EPS) / var.double()[:, None]).sqrt()  # [C,1001]
     best = (exact.float() - exact).abs().argmin(1, keepdim=True)
     return exact.gather(1, best)[:, 0].float(), neighbours.gather(1, best)[:, 0]
-
-
-# ---- the command `vovnet-zoo convert`
-
-
-def convert_file(file: str | Path, out: str | Path) -> None:
-    """Convert a published checkpoint to a folder of `model.safetensors`, `config.json` and `README.md`.
-
-    A detector's folder is for `FCOS.from_pretrained`, a classifier's for `timm.create_model("local-dir:FOLDER",
-    pretrained=True)`, which works without this package too. The folder appears once `card` found it in order.
-
-    Raises:
-        ValueError: the file is damaged, wants to run code, or is none of `FORMS`, or a tensor does not fit.
-    """
-    from . import detectors, hub, vovnet
-    from .weights import read_checkpoint, unwrapped
-
-    file, out = Path(file), Path(out)
-    with unwrapped(file, str(file)) as checkpoint_file:
-        checkpoint = read_checkpoint(checkpoint_file, str(file))
-        sha1, sha256 = hub.hash_file(checkpoint_file, "sha1"), hub.hash_file(checkpoint_file)
-    try:
-        converted = convert(checkpoint, detectors.archs())
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    source = {"converted_from": f"{file.name}, {FORMS[converted.form]}, sha256 {sha256}"}
-    for name, weights in vovnet.WEIGHTS.items():
-        if weights.sha1 == sha1:
-            source |= {"known_as": name, "published_score": weights.score, "license": weights.license}
-    with hub.staged(out) as folder:
-        if converted.config:
-            model = detectors.build_converted(converted)
-            config = model.config
-        else:
-            model, config = vovnet.build_for_timm(converted.arch, converted.state_dict)
-        (folder / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        hub.write_safetensors(model.state_dict(), folder / hub.WEIGHTS, **{"license": "unknown", **source})
-        (folder / hub.CARD).write_text(str(card(folder, repo_id=f"organisation/{out.name}")), encoding="utf-8")
-
-
-def card(folder: str | Path, **facts: str) -> ModelCard:
-    """Load the model in a folder strictly, run it, and write down what is known of it and the further `facts`.
-
-    `ValueError` if it cannot be loaded, or an output is not finite.
-    """
-    import timm
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from . import hub
-    from .fcos import FCOS
-
-    folder = Path(folder)
-    if not (folder / hub.CONFIG).is_file():
-        raise ValueError(f"{folder} has no {hub.CONFIG}: is it the folder of a saved model?")
-    config = hub.read_json(folder / hub.CONFIG)
-    architecture = config.get("architecture")
-    if architecture is None:
-        model = FCOS.from_pretrained(folder)
-        size = [-(-side // 32) * 32 for side in (model.config["min_size"], model.config["max_size"])]
-    else:  # as timm's "local-dir:" does, which in older releases reads no safetensors
-        model = timm.create_model(architecture, num_classes=config["num_classes"], **config["model_args"]).eval()
-        hub.load_strict(model, hub.read_safetensors(folder / hub.WEIGHTS), str(folder / hub.WEIGHTS))
-        size = config["pretrained_cfg"]["input_size"][-2:]
-    with torch.inference_mode():
-        outputs = model(torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
-        if not all(x.isfinite().all() for x in (outputs if architecture is None else [outputs])):
-            raise ValueError(f"{folder}: the model runs, but not all its outputs are finite; is a tensor damaged?")
-        with FlopCounterMode(display=False) as counter, torch.device("meta"):
-            model.to("meta")(torch.empty(1, 3, *size))
-    flops, metadata = counter.get_total_flops(), hub.read_metadata(folder / hub.WEIGHTS)
-    known = {
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "compute": f"{flops / 1e9:.1f} GFLOPs ({flops / 2e9:.1f} GMACs) at {size[0]}x{size[1]}",
-        **{key: text for key, text in metadata.items() if key not in ("format", "sha256")},
-        "sha256_of_model.safetensors": hub.hash_file(folder / hub.WEIGHTS),
-        **facts,
-    }
-    if architecture is None:
-        return model.generate_model_card(**known)
-    name = config["pretrained_cfg"]["tag"]
-    known["architecture"] = f"{name}: timm's {architecture} with the model_args of config.json"
-    return hub.model_card(known, hub.BACKBONE_CARD)

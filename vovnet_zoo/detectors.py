@@ -1,4 +1,4 @@
-"""The detector table, and `create_detector`, which builds what it names."""
+"""The table lists the detectors, and `create_detector` builds them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import difflib
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from . import hub, vovnet
+from .backbone import create_backbone
 from .convert import BGR_MEAN, Converted, convert
-from .fcos import FCOS, create_backbone
+from .fcos import FCOS
 from .weights import Weights, available, fetch, find, read_checkpoint
 
-# What differs between the 2019 detectors and today's default; the loss's share is in loss.VARIANTS.
+# The 2019 detectors differ from today's default in these arguments of FCOS, and in the loss, see loss.VARIANTS.
 VARIANTS = {
     "improved": dict(distance="relu", centerness_on="box"),
     "published": dict(distance="exp", centerness_on="cls", frozen_norm=True),
@@ -38,7 +39,7 @@ def _authors(file: str, ap: str) -> Weights:
     )
 
 
-# The published schedules: 1x is 90,000 iterations, 2x twice that, ms with the shorter side drawn from 640..800.
+# The published schedules are 1x, 90,000 iterations; 2x, twice as many; ms, with the shorter side drawn from 640..800.
 WEIGHTS = {
     "fcos_vovnet27_slim_fpn.fcos_1x_coco": Weights("unpublished"),
     "fcos_vovnet39_fpn.fcos_1x_coco": _authors("8n0wyypfggliplw/FCOS-V-39-FPN-1x.pth", "37.7"),
@@ -65,12 +66,13 @@ def create_detector(
             that gives maps at strides 8, 16, 32.
         pretrained: load the detector's trained weights, with the settings they were trained with.
         pretrained_backbone: load the backbone's ImageNet weights through timm.
-        variant: "improved" or "published", see `VARIANTS`; None is "improved", or with `pretrained` the weights' own.
-        num_classes: foreground classes; None is 80, or with `pretrained` the weights' own.
-        kwargs: further arguments of `FCOS`; they win over the variant's.
+        variant: "improved" or "published", see `VARIANTS`; None is "improved", or with `pretrained` whatever the
+            weights are.
+        num_classes: foreground classes; None is 80, or with `pretrained` the number that the weights have.
+        kwargs: further arguments of `FCOS`; they win over the arguments of the variant.
 
     Raises:
-        ValueError: unknown name or variant, or weights that cannot be had or are of another kind.
+        ValueError: the name or variant is unknown, or its weights are not published or do not fit the arguments.
         OSError: the weights' server cannot be reached, or refuses.
     """
     if variant is not None and variant not in VARIANTS:
@@ -101,12 +103,12 @@ def create_detector(
 
 
 def list_detectors(*, pretrained: bool = False) -> list[str]:
-    """Names of the detectors; with `pretrained`, each `name.tag` whose weights can be had."""
+    """List the names of the detectors or, with `pretrained`, each `name.tag` whose weights can be downloaded."""
     return sorted(key for key in WEIGHTS if available(key, WEIGHTS)) if pretrained else sorted(DETECTORS)
 
 
 def build_converted(converted: Converted, **kwargs) -> FCOS:
-    """The detector of a published checkpoint."""
+    """Build the detector of a published checkpoint, with its weights loaded; `kwargs` are arguments of `FCOS`."""
     class_names = coco_class_names()
     if len(class_names) != converted.config["num_classes"]:
         class_names = None
@@ -116,12 +118,12 @@ def build_converted(converted: Converted, **kwargs) -> FCOS:
 
 
 def archs() -> dict[str, list[int]]:
-    """Blocks per stage of each backbone, as `convert` wants them."""
+    """Map each backbone's name to its number of blocks per stage, as `convert` takes it."""
     return {name: cfg["block_per_stage"] for name, cfg in vovnet.model_cfgs.items()}
 
 
 def coco_class_names() -> list[str]:
-    """COCO's 80 classes in the order of their ids, as torchvision knows them among 91 places."""
+    """List COCO's 80 classes in the order of their ids; torchvision lists them among 91 places."""
     return [x for x in FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if x not in ("__background__", "N/A")]
 
 

@@ -1,23 +1,21 @@
-"""The FCOS network (arXiv 1904.01355 and 2006.09214): images -> backbone -> FPN -> head -> `Predictions`."""
+"""The FCOS network (arXiv 1904.01355 and 2006.09214) turns images into `Predictions`: backbone -> FPN -> head."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
-from timm.layers.format import Format
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from .backbone import backbone_maps, create_backbone, probe_channels
 from .hub import StrictHubMixin
 
 
@@ -30,10 +28,10 @@ class FCOS(
     tags=["fcos", "vovnet", "timm"],
     paper_url="https://arxiv.org/abs/1904.01355",
 ):
-    """Fully convolutional one-stage detector on a timm backbone.
+    """This fully convolutional one-stage detector stands on a timm backbone.
 
-    Tensors in, tensors out: sizing, normalising and NMS are `predict`'s and `postprocess`'s.
-    Every argument is JSON-able; together they are the model's `config`, which `save_pretrained` writes.
+    The network takes tensors and returns tensors; `predict` resizes and normalises images, `postprocess` does NMS.
+    The arguments together are the model's `config`, which `save_pretrained` writes as JSON.
 
     Args:
         backbone: timm model that gives feature maps at strides 8, 16 and 32.
@@ -46,9 +44,9 @@ class FCOS(
         centerness_on: the tower that predicts centerness, "box" (2006.09214) or "cls" (1904.01355).
         frozen_norm: the backbone's batch norms are fixed affine maps (buffers), not trained.
         prior: initial foreground probability of every class (RetinaNet, arXiv 1708.02002, section 4.1).
-        image_mean, image_std: per RGB channel, for pixels in 0..1; None takes the backbone's.
-        min_size, max_size: the image's shorter side is resized to `min_size` pixels unless its longer side would
-            exceed `max_size`. Used by `predict`.
+        image_mean, image_std: per RGB channel, for pixels in 0..1; None takes the numbers of the backbone.
+        min_size, max_size: `predict` resizes the shorter side of an image to `min_size` pixels, unless the longer side
+            would exceed `max_size`.
 
     Raises:
         ValueError: an argument is out of range, or the backbone is unknown or has no maps at strides 8, 16, 32.
@@ -98,7 +96,7 @@ class FCOS(
             min_size=min_size,
             max_size=max_size,
         )
-        self._hub_mixin_config = self.config  # with the backbone's mean and std made explicit
+        self._hub_mixin_config = self.config  # the mixin's own lacks the mean and std that came from the backbone
 
         in_channels = probe_channels(body, backbone)
         self.strides = [8, 16, 32, 64, 128]
@@ -107,7 +105,11 @@ class FCOS(
         self.head = FCOSHead(channels, num_classes, num_convs, self.strides, distance, centerness_on, prior)
 
     def forward(self, images: Tensor) -> Predictions:
-        """`images`: [B,3,H,W], normalised with `config`'s mean and std, zero-padded so that 32 divides H and W."""
+        """Predict classes, boxes and centerness at every location.
+
+        Args:
+            images: [B,3,H,W], normalised with the mean and std of `config`, zero-padded so that 32 divides H and W.
+        """
         cls, reg, ctr = self.forward_head(self.forward_features(images))
         points, strides = make_points([x.shape[-2:] for x in cls], self.strides, images.device)
         return Predictions(
@@ -119,7 +121,7 @@ class FCOS(
         )
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
-        """Pyramid maps P3..P7 [B,C,H/8,W/8] .. [B,C,H/128,W/128] (each stride rounds up)."""
+        """Compute the pyramid's maps P3..P7, [B,C,H/8,W/8] .. [B,C,H/128,W/128] (each size is rounded up)."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be [B,3,H,W], got {list(images.shape)}")
         maps = backbone_maps(self.backbone, images)
@@ -128,7 +130,8 @@ class FCOS(
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the inputs of the backbone's stages and of the head's towers for the backward pass.
 
-        `ValueError` where the backbone has batch norms that are trained: they would count every batch twice.
+        Raises:
+            ValueError: the backbone has batch norms that are trained; they would count every batch twice.
         """
         if enable and any(isinstance(module, nn.BatchNorm2d) for module in self.backbone.modules()):
             raise ValueError(
@@ -139,13 +142,18 @@ class FCOS(
         self.head.grad_checkpointing = enable
 
     def forward_head(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Class logits [B,K,h,w], distances (left, top, right, bottom) [B,4,h,w] in pixels of the network input, and
-        centerness logits [B,1,h,w], each a list over levels."""
+        """Run the head on the maps of `forward_features`, and return three lists over the levels.
+
+        Returns:
+            class logits [B,K,h,w].
+            distances (left, top, right, bottom) [B,4,h,w] in pixels of the network input.
+            centerness logits [B,1,h,w].
+        """
         return self.head(features)
 
 
 class FCOSHead(nn.Module):
-    """Two towers of convolutions, shared by all levels (arXiv 1904.01355, figure 2)."""
+    """The head has two towers of convolutions, which all levels share (arXiv 1904.01355, figure 2)."""
 
     def __init__(
         self,
@@ -200,7 +208,7 @@ def _tower(channels: int, num_convs: int) -> nn.Sequential:
 
 
 class Predictions(NamedTuple):
-    """What FCOS says at the P locations of all levels, P3 first, each level row by row."""
+    """FCOS predicts these numbers at the P locations of all levels: P3 first, each level row by row."""
 
     logits: Tensor  # [B,P,K] class logits
     distances: Tensor  # [B,P,4] left, top, right, bottom, in pixels of the network input
@@ -210,14 +218,22 @@ class Predictions(NamedTuple):
 
 
 def level_sizes(height: int, width: int, strides: Sequence[int]) -> list[tuple[int, int]]:
-    """(h, w) of the pyramid's maps of a network input whose height and width 32 divides."""
+    """Compute the (h, w) of each pyramid map from the network input's height and width, both multiples of 32."""
     return [(-(-height // stride), -(-width // stride)) for stride in strides]
 
 
 def make_points(sizes: Sequence[Sequence[int]], strides: Sequence[int], device) -> tuple[Tensor, Tensor]:
-    """Centres [P,2] (x, y) of the cells of maps of these (h, w) `sizes`, and the stride [P] of each, float32.
+    """Compute the locations of the cells of all pyramid maps.
 
-    A cell (ix, iy) is at `ix * stride + stride // 2` (arXiv 1904.01355, section 3.1).
+    The cell (ix, iy) of a map is at x = `ix * stride + stride // 2`, likewise y (arXiv 1904.01355, section 3.1).
+
+    Args:
+        sizes: (h, w) of each map.
+        strides: stride of each map in pixels.
+
+    Returns:
+        points: float32 [P,2] (x, y) in pixels of the network input.
+        strides: float32 [P], stride of each point's map.
     """
     points, point_strides = [], []
     for (h, w), stride in zip(sizes, strides, strict=True):
@@ -226,52 +242,3 @@ def make_points(sizes: Sequence[Sequence[int]], strides: Sequence[int], device) 
         points.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1).reshape(-1, 2))
         point_strides.append(torch.full((h * w,), float(stride), device=device))
     return torch.cat(points), torch.cat(point_strides)
-
-
-def create_backbone(name: str, pretrained: bool = False) -> nn.Module:
-    """timm feature extractor `name`. `ValueError` if timm has no such model or cannot extract its feature maps."""
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
-    try:
-        body = timm.create_model(name, pretrained=pretrained, features_only=True)
-    except (AttributeError, NotImplementedError, RuntimeError) as error:
-        if pretrained:
-            raise
-        raise ValueError(f"timm cannot extract feature maps from {name!r} ({error}); FCOS needs them") from error
-    reductions = body.feature_info.reduction()
-    if missing := [stride for stride in (8, 16, 32) if stride not in reductions]:
-        raise ValueError(
-            f"backbone {name!r} gives maps at strides {reductions}, none at {missing}; FCOS needs 8, 16, 32"
-        )
-    # timm's window transformers fix the input size unless told otherwise
-    if any(getattr(module, "strict_img_size", False) for module in body.modules()):
-        body = timm.create_model(name, pretrained=pretrained, features_only=True, strict_img_size=False)
-    return body
-
-
-def backbone_maps(body: nn.Module, images: Tensor) -> list[Tensor]:
-    """The deepest maps of `body` at strides 8, 16 and 32, each [B,C,h,w]."""
-    reductions, maps = body.feature_info.reduction(), body(images)
-    maps = [maps[len(reductions) - 1 - reductions[::-1].index(stride)] for stride in (8, 16, 32)]
-    if getattr(body, "output_fmt", Format.NCHW) == Format.NHWC:
-        maps = [x.permute(0, 3, 1, 2) for x in maps]
-    return maps
-
-
-def probe_channels(body: nn.Module, name: str) -> list[int]:
-    """Channels of the three maps, by running a small image: feature_info does not say that a size is fixed.
-
-    `ValueError` if the backbone does not take this size, or its maps are not at the strides it claims.
-    """
-    height, width = 96, 160
-    try:
-        with torch.no_grad():
-            maps = backbone_maps(body.eval(), torch.zeros(1, 3, height, width))
-    except Exception as error:
-        raise ValueError(f"backbone {name!r} does not take images of any size, as FCOS needs: {error}") from error
-    sizes = [tuple(x.shape[-2:]) for x in maps]
-    if sizes != (wanted := [(height // s, width // s) for s in (8, 16, 32)]):
-        raise ValueError(f"backbone {name!r} turns a {height}x{width} image into maps {sizes}; FCOS needs {wanted}")
-    body.train()
-    return [x.shape[1] for x in maps]

@@ -1,32 +1,28 @@
-"""Saving, loading and sharing models, strictly: a folder or Hub repository of `config.json` and `model.safetensors`."""
+"""Models are saved and loaded strictly, in a folder or Hub repository of `config.json` and `model.safetensors`."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
-import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import huggingface_hub
-import safetensors
-import safetensors.torch
 import torch
-from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData, PyTorchModelHubMixin, constants
+from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, constants
 from torch import Tensor, nn
+
+from .files import hash_file, read_json, read_safetensors, staged, write_safetensors
 
 CONFIG, WEIGHTS, CARD = constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, "README.md"
 
 
 class StrictHubMixin(PyTorchModelHubMixin):
-    """`PyTorchModelHubMixin` that loads all of a checkpoint or nothing, and saves all of it or nothing.
+    """This `PyTorchModelHubMixin` loads all of a checkpoint or nothing, and saves all of it or nothing.
 
-    The mixin's own `from_pretrained` defaults to `strict=False`, which leaves a missing tensor as random noise, and
-    passes over settings that the class does not know. `config.json` holds the arguments of `__init__`.
+    The mixin's own `from_pretrained` leaves a missing tensor at its random values (`strict=False`), and ignores
+    settings that the class does not know. `config.json` holds the arguments of `__init__`.
     """
 
     @classmethod
@@ -42,16 +38,16 @@ class StrictHubMixin(PyTorchModelHubMixin):
         map_location: str | torch.device = "cpu",
         **model_kwargs,
     ):
-        """The model in a folder that `save_pretrained` wrote, or in a Hub repository; in evaluation mode.
+        """Load a model from a folder that `save_pretrained` wrote, or from a Hub repository, in evaluation mode.
 
         Args:
             pretrained_model_name_or_path: the folder, or "organisation/name".
-            force_download, token, cache_dir, local_files_only, revision: as for `huggingface_hub.hf_hub_download`.
+            force_download, token, cache_dir, local_files_only, revision: see `huggingface_hub.hf_hub_download`.
             map_location: the device.
-            model_kwargs: arguments of `__init__` that win over those saved.
+            model_kwargs: arguments of `__init__`, which win over the saved ones.
 
         Raises:
-            ValueError: a file is missing or damaged, or does not fit the class; every tensor at fault is named.
+            ValueError: a file is missing or damaged, or does not fit the class; the message names each wrong tensor.
             OSError: the Hub cannot be reached, refuses, or has no such repository or file.
         """
         source = str(pretrained_model_name_or_path)
@@ -65,29 +61,29 @@ class StrictHubMixin(PyTorchModelHubMixin):
                 cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token
             )
             config_file = download(source, CONFIG, revision=revision, **options)
-            commit = config_file.parent.name  # both files of one commit, even if another is made meanwhile
+            commit = config_file.parent.name  # a push in between must not mix two commits
             weights_file = download(source, WEIGHTS, revision=commit, **options)
         model = cls(**{**read_config(config_file, cls), **model_kwargs})
         load_strict(model, read_safetensors(weights_file), source=str(weights_file))
         return model.to(map_location).eval()
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> str | None:
-        """As the mixin's, but a file that is there is whole: `save_directory` is never seen half written."""
+        """Save as the mixin does, but so that every file in `save_directory` is whole at any time."""
         if kwargs.get("push_to_hub"):
             kwargs["repo_id"] = kwargs.get("repo_id") or Path(save_directory).resolve().name
-        with staged(save_directory) as folder:
+        with staged(save_directory, keep=[CARD]) as folder:
             return super().save_pretrained(folder, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_safetensors(self.state_dict(), save_directory / WEIGHTS)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """As the mixin's, with `repo_id` in the card's example."""
+        """Push as the mixin does, with `repo_id` in the example of the card."""
         kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
         return super().push_to_hub(repo_id, **kwargs)
 
     def generate_model_card(self, **facts) -> ModelCard:
-        """`facts`: see `model_card`."""
+        """Make a model card of what the model knows of itself and further `facts`, see `model_card`."""
         info, config = self._hub_mixin_info, self._hub_mixin_config
         known = {
             "architecture": f"{type(self).__name__} on {config['backbone']}",
@@ -96,11 +92,12 @@ class StrictHubMixin(PyTorchModelHubMixin):
         return model_card({**known, **facts}, info.model_card_data)
 
 
-# ---- files
-
-
 def read_config(path: Path, cls: type) -> dict:
-    """The arguments of `cls` in a JSON file. `ValueError` unless `cls` knows them all, and needs no others."""
+    """Read the arguments of a class from a JSON file.
+
+    Raises:
+        ValueError: the class does not know an argument, or needs one that is not in the file.
+    """
     config = read_json(path)
     known = inspect.signature(cls).parameters
     if unknown := config.keys() - known.keys():
@@ -111,56 +108,12 @@ def read_config(path: Path, cls: type) -> dict:
     return config
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. `ValueError` if there is none."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file ({error}); download or save it again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a JSON {type(config).__name__}, not settings")
-    return config
-
-
-def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """State dict of a safetensors file, on the CPU. `ValueError` naming the file if it is damaged.
-
-    The format has no checksum of its own: one that `write_safetensors` left in the metadata is compared.
-    """
-    try:
-        expected = read_metadata(path).get("sha256")
-        state_dict = safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); download or save it again") from error
-    if expected is not None and expected != fingerprint(state_dict):
-        raise ValueError(f"{path} is damaged: its tensors are not those saved; download or save it again")
-    return state_dict
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """What `write_safetensors` wrote beside the tensors."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
-
-
-def write_safetensors(state_dict: Mapping[str, Tensor], path: str | Path, **metadata: str) -> None:
-    """Write a state dict, with a checksum of it among the metadata."""
-    state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    metadata = {"format": "pt", **metadata, "sha256": fingerprint(state_dict)}
-    safetensors.torch.save_file(state_dict, path, metadata=metadata)
-
-
-def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
-    """sha256 of names, dtypes, shapes and bytes, whatever the order of the names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state_dict.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Copy `state_dict` into `model`: the same names, shapes and dtypes, or `ValueError` naming every difference."""
+    """Copy `state_dict` into `model`; `source` names the file in error messages.
+
+    Raises:
+        ValueError: a name, shape or dtype differs; the message lists the differences, and nothing was copied.
+    """
     own = model.state_dict()
     problems = [f"missing: {key}" for key in own.keys() - state_dict.keys()]
     problems += [f"unexpected: {key}" for key in state_dict.keys() - own.keys()]
@@ -177,55 +130,15 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
     model.load_state_dict(state_dict, strict=True)
 
 
-@contextlib.contextmanager
-def staged(target: str | Path) -> Iterator[Path]:
-    """A new folder beside `target` to write into; afterwards `target` has its files, each of them whole.
-
-    A new `target` appears at once. In one that is there, each file is replaced; a README.md there is kept.
-    """
-    target = Path(target).resolve()
-    with temporary(target) as folder:
-        folder.mkdir(parents=True)
-        yield folder
-        if not target.exists():
-            os.rename(folder, target)
-            return
-        if (target / CARD).exists():
-            (folder / CARD).unlink(missing_ok=True)
-        for file in folder.iterdir():
-            os.replace(file, target / file.name)
-
-
-@contextlib.contextmanager
-def temporary(target: Path) -> Iterator[Path]:
-    """A free path beside `target`; what is there afterwards is removed."""
-    path = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
-    try:
-        yield path
-    finally:
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
-
-
-# ---- the Hub
-
-
-def hash_file(path: Path, algorithm: str = "sha256") -> str:
-    """Hexadecimal digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
-
-
 def download(repo_id: str, filename: str, **options) -> Path:
-    """A file of a Hub repository, from the cache or downloaded, its content checked against the Hub's hash.
+    """Get a file of a Hub repository from the cache or the Hub, and check its content against the Hub's hash.
 
-    `options`: of `huggingface_hub.hf_hub_download`, which checks no more than the size.
+    `options` are passed to `huggingface_hub.hf_hub_download`, which itself checks only the size.
 
     Raises:
-        OSError: no such repository, revision or file, no access, no connection.
-        ValueError: `repo_id` is no name of a repository, or the content is not what the Hub says; it is then removed
-            from the cache, so that the next call downloads it again.
+        OSError: the repository, revision or file does not exist, or there is no access or no connection.
+        ValueError: `repo_id` is no name of a repository, or the content does not have the Hub's hash; the file is then
+            removed from the cache, so that the next call downloads it again.
     """
     try:
         path = Path(huggingface_hub.hf_hub_download(repo_id, filename, **options))
@@ -236,18 +149,18 @@ def download(repo_id: str, filename: str, **options) -> Path:
         raise huggingface_hub.errors.LocalEntryNotFoundError(
             f"{repo_id}: {filename} is not in the cache, and the Hub at {constants.ENDPOINT} did not help: {reason}"
         ) from error
-    except huggingface_hub.errors.HfHubHTTPError:  # the Hub's refusals, which say what and where
+    except huggingface_hub.errors.HfHubHTTPError:  # a refusal of the Hub already says what was wrong and where
         raise
-    except (huggingface_hub.errors.HTTPError, OSError) as error:  # the HTTP library's and the system's, which do not
+    except (huggingface_hub.errors.HTTPError, OSError) as error:  # other errors do not
         reason = str(error) or type(error).__name__
         raise OSError(f"{repo_id}: could not get {filename} ({reason}); nothing was loaded, try again") from error
-    if not path.is_symlink():  # a cache on a file system without links: nothing to compare with
+    if not path.is_symlink():  # on a file system without links, the cache does not keep the hash
         return path
     blob = Path(os.readlink(path))
     expected, blob = blob.name, path.parent / blob
     if len(expected) == 64:
         found = hash_file(blob)
-    elif len(expected) == 40:  # a small file: git's hash
+    elif len(expected) == 40:  # for a small file the Hub tells git's hash
         found = hashlib.sha1(b"blob %d\0" % blob.stat().st_size + blob.read_bytes()).hexdigest()
     else:
         return path
@@ -260,36 +173,12 @@ def download(repo_id: str, filename: str, **options) -> Path:
     return path
 
 
-def push(
-    repo_id: str,
-    folder: str | Path,
-    card: ModelCard,
-    *,
-    private: bool | None = None,
-    token: str | None = None,
-    branch: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """Upload a model's files in one commit, making the repository where there is none; returns the commit's address."""
-    api = huggingface_hub.HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    files = {CONFIG: Path(folder) / CONFIG, WEIGHTS: Path(folder) / WEIGHTS, CARD: str(card).encode()}
-    commit = api.create_commit(
-        repo_id,
-        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()],
-        commit_message="Publish with vovnet_zoo",
-        revision=branch,
-        create_pr=create_pr,
-    )
-    return commit.commit_url
-
-
 def model_card(facts: Mapping[str, str], data: ModelCardData) -> ModelCard:
-    """A README.md.
+    """Make the README.md of a model.
 
     Args:
         facts: the rows of its table; `repo_id` goes into the title and the example, `license` into the header.
-        data: the header. Its `library_name` chooses the example.
+        data: the header; its `library_name` chooses the example.
     """
     facts = {"repo_id": "organisation/name", "license": data.license, **facts}
     repo_id = facts.pop("repo_id")
@@ -301,9 +190,6 @@ def model_card(facts: Mapping[str, str], data: ModelCardData) -> ModelCard:
     )
 
 
-BACKBONE_CARD = ModelCardData(
-    library_name="timm", pipeline_tag="image-classification", tags=["timm", "vovnet"], license="apache-2.0"
-)
 USAGE = {
     "vovnet_zoo": """\
 import vovnet_zoo

@@ -1,4 +1,4 @@
-"""From predictions to detections (`postprocess`), and from an image file to detections (`predict`)."""
+"""`postprocess` turns predictions into detections, and `predict` turns image files into detections."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def predict(
 ) -> list[dict[str, Tensor]]:
     """Detect objects in one image or in several of any sizes.
 
-    Each image passes the network alone, so its detections do not depend on its neighbours' padding.
+    The network sees one image at a time, so that detections do not depend on the padding of other images.
 
     Args:
-        model: a detector, on any device; left in the mode (train or eval) it came in.
+        model: a detector, on any device; afterwards it is in the same mode (train or eval) as before.
         images: a path, a PIL image, a uint8 array [H,W,3] or [H,W] (RGB or grey), a tensor [3,H,W] or [1,H,W] (uint8,
             or floating point in 0..1), or a sequence of these.
         plus_one: the published pixel convention, see `postprocess`.
@@ -39,7 +39,7 @@ def predict(
         `scores` float32 [N], `labels` int64 [N] (0..K-1; names in `model.config["class_names"]`).
 
     Raises:
-        ValueError: an image that cannot be read or has an unusable type or shape.
+        ValueError: an image cannot be read, or has an unusable type or shape.
     """
     single = isinstance(images, (str, PathLike, Image.Image, np.ndarray)) or (
         isinstance(images, Tensor) and images.ndim < 4
@@ -77,25 +77,25 @@ def postprocess(
     max_detections: int = 100,
     plus_one: bool = False,
 ) -> list[dict[str, Tensor]]:
-    """Decode, threshold, and non-maximum suppression per class (arXiv 1904.01355, section 4).
+    """Decode predictions, drop low scores, and suppress overlapping boxes of a class (arXiv 1904.01355, section 4).
 
     Args:
-        preds: of B images.
+        preds: predictions of B images.
         image_sizes: [B,2] or B pairs, (h, w) of the images in the network input, without padding; boxes are clipped
-            to it.
-        score_threshold: a location and class is a candidate when its class probability alone is above.
-        nms_threshold: a box whose IoU with a better one of its class is above is dropped.
-        topk: candidates kept per level and image, by class probability times centerness.
+            to this size.
+        score_threshold: a class at a location is a candidate if its probability, without centerness, is higher.
+        nms_threshold: a box is dropped if its IoU with a better box of its class is higher.
+        topk: candidates kept per level and image, the best by class probability times centerness.
         max_detections: detections kept per image.
         plus_one: the published pixel convention: a box covers the pixels x1..x2, so its width is x2 - x1 + 1; boxes
-            are clipped to w - 1 and h - 1, none is dropped as empty, an IoU equal to `nms_threshold` suppresses.
+            are clipped to w - 1 and h - 1, no box is dropped as empty, and an IoU equal to `nms_threshold` suppresses.
 
     Returns:
         One dict per image, best score first: `boxes` [N,4] xyxy in pixels of the network input, `scores` [N], the
         geometric mean of class probability and centerness, `labels` int64 [N].
 
     Raises:
-        ValueError: not one size for each image.
+        ValueError: there is not one size for each image.
     """
     image_sizes = sizes_of(len(preds.logits), image_sizes)
     boxes, scores, labels = decode(preds, image_sizes, score_threshold, topk, plus_one)
@@ -109,7 +109,7 @@ def postprocess(
 
 
 def sizes_of(count: int, image_sizes: Tensor | Sequence[tuple[int, int]], device: torch.device | None = None) -> Tensor:
-    """`image_sizes` as a tensor [count,2]. `ValueError` if it is not one (h, w) for each image."""
+    """Turn `image_sizes` into a tensor [count,2]. Raises ValueError unless there is one (h, w) for each image."""
     sizes = torch.as_tensor(image_sizes, device=device)
     if sizes.shape != (count, 2):
         raise ValueError(f"image_sizes must be [B,2], (h, w) of each of {count} images, got {list(sizes.shape)}")
@@ -124,10 +124,18 @@ def decode(
     plus_one: bool = False,
     level_sizes: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best candidates of each level: boxes [B,N,4] xyxy clipped to the image, scores [B,N], labels [B,N].
+    """Choose the best candidates of each level, and compute their boxes.
 
-    N is the sum over levels of min(topk, locations * K); places without a candidate have score -1. `level_sizes`,
-    the number of locations of each level, is read from the predictions unless given, which no compiled graph can.
+    Args:
+        preds, score_threshold, topk, plus_one: see `postprocess`.
+        image_sizes: [B,2] (h, w) of the images in the network input.
+        level_sizes: number of locations of each level. None reads it from the predictions, which a compiled graph
+            cannot do.
+
+    Returns:
+        boxes: [B,N,4] xyxy, clipped to the image; N is the sum over levels of min(topk, locations * K).
+        scores: [B,N], -1 for a place without a candidate.
+        labels: [B,N].
     """
     if level_sizes is None:
         level_sizes = torch.unique_consecutive(preds.strides, return_counts=True)[1].tolist()
@@ -151,14 +159,14 @@ def decode(
         box = torch.cat([point - left_top, point + right_bottom], dim=-1).clamp(min=0).minimum(limits)  # [B,k,4]
         candidate = score >= 0
         if not plus_one:
-            candidate &= (box[..., 2:] > box[..., :2]).all(-1)  # the others lie in the padding
+            candidate &= (box[..., 2:] > box[..., :2]).all(-1)  # empty boxes lie in the padding
         found.append((box, torch.where(candidate, score.clamp(min=0).sqrt(), -1.0), label))
     boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     return boxes, scores, labels
 
 
 def to_rgb(image: ImageLike) -> Tensor:
-    """uint8 [3,H,W] RGB of anything `predict` takes."""
+    """Turn any kind of image that `predict` takes into uint8 [3,H,W] RGB."""
     if isinstance(image, (str, PathLike)):
         return read_image(Path(image))
     if isinstance(image, Image.Image):

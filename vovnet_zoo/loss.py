@@ -1,4 +1,4 @@
-"""The FCOS training loss: which location learns which box (`assign_targets`), and what its errors cost (`FCOSLoss`)."""
+"""`assign_targets` gives each location the box that it learns, and `FCOSLoss` measures the errors of predictions."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ VARIANTS = {
 
 
 class FCOSLoss(nn.Module):
-    """Focal classification loss, IoU box loss weighted by centerness, and centerness loss.
+    """The loss has three parts: focal loss of classes, IoU loss of boxes weighted by centerness, and centerness loss.
 
     Args:
-        variant: "improved" (arXiv 2006.09214) or "published" (the 2019 detectors, arXiv 1904.01355); sets the rest.
-        center_radius: only locations within this many strides of a box's centre learn it; None: all inside the box.
+        variant: "improved" (arXiv 2006.09214) or "published" (the 2019 detectors, arXiv 1904.01355); sets the
+            defaults of the four arguments below.
+        center_radius: only locations within this many strides of a box's centre learn the box; None lets all locations
+            inside the box learn it.
         box_loss: "giou" (arXiv 1902.09630) or "iou": `-log((intersection + 1) / (union + 1))`.
         plus_one: areas of boxes count pixels, `(w + 1) * (h + 1)`, when the smallest box is chosen.
-        add_images: classification is divided by positives + images rather than by positives.
-        alpha, gamma: of the focal loss (arXiv 1708.02002).
+        add_images: the classification loss is divided by positives + images instead of positives.
+        alpha, gamma: parameters of the focal loss (arXiv 1708.02002).
     """
 
     def __init__(self, variant: str = "improved", *, alpha: float = 0.25, gamma: float = 2.0, **overrides):
@@ -45,14 +47,15 @@ class FCOSLoss(nn.Module):
     def forward(
         self, preds: Predictions, boxes: Tensor, labels: Tensor, normalizers: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Losses of a batch, each a scalar, in float32 (float64 for float64 predictions).
+        """Compute the losses of a batch, each a scalar, in float32 (float64 for float64 predictions).
 
         Args:
-            preds: of B images at P locations with K classes.
+            preds: predictions of B images at P locations with K classes.
             boxes: [B,M,4] xyxy in pixels of the network input.
             labels: int64 [B,M], 0..K-1, -1 for padding.
-            normalizers: [3], what the three losses are divided by; default: `self.normalizers` of this batch. A global
-                batch that is split over ranks or accumulated passes the sum over its parts, and the losses add up.
+            normalizers: [3], the divisors of the three losses; None takes `self.normalizers` of this batch. Where a
+                global batch is split over ranks or accumulated, pass the sum of the normalizers over its parts: the
+                losses of the parts then add up to the loss of the batch.
 
         Returns:
             {"loss_cls", "loss_box", "loss_ctr"}
@@ -61,8 +64,8 @@ class FCOSLoss(nn.Module):
         return self.compare(preds, targets, self.normalizers(targets) if normalizers is None else normalizers)
 
     def compare(self, preds: Predictions, targets: Targets, normalizers: Tensor) -> dict[str, Tensor]:
-        """The losses of predictions whose targets are assigned already; see `forward`."""
-        # without positives the sums are 0 too: divide by something
+        """Compute the losses of predictions from targets that are assigned already; see `forward`."""
+        # without positives the sums are 0, so that any other divisor will do
         cls_norm, box_norm, ctr_norm = torch.maximum(normalizers, normalizers.new_tensor([1, 1e-6, 1])).unbind()
 
         logits = _at_least_float32(preds.logits)  # [B,P,K]
@@ -85,18 +88,22 @@ class FCOSLoss(nn.Module):
         return {"loss_cls": loss_cls, "loss_box": loss_box, "loss_ctr": loss_ctr}
 
     def assign(self, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor) -> Targets:
-        """`assign_targets` with this loss's options."""
+        """Call `assign_targets` with the options of this loss."""
         return assign_targets(points, strides, boxes, labels, center_radius=self.center_radius, plus_one=self.plus_one)
 
     def normalizers(self, targets: Targets) -> Tensor:
-        """[3]: positives (+ images), sum of centerness targets, positives. They add up over the parts of a batch."""
+        """Count the divisors [3] of the three losses, which add up over the parts of a batch.
+
+        They are the number of positives (with `add_images` plus the number of images), the sum of the centerness
+        targets, and the number of positives.
+        """
         num_positive = (targets.labels >= 0).sum().to(targets.centerness.dtype)
         num_images = targets.labels.shape[0] if self.add_images else 0
         return torch.stack([num_positive + num_images, targets.centerness.sum(), num_positive])
 
 
 class Targets(NamedTuple):
-    """What each of P locations should learn, for B images."""
+    """Each of P locations of B images should learn these targets."""
 
     labels: Tensor  # [B,P] int64, 0..K-1, -1 for background
     distances: Tensor  # [B,P,4] left, top, right, bottom in pixels of the network input; 0 for background
@@ -112,22 +119,24 @@ def assign_targets(
     center_radius: float | None = 1.5,
     plus_one: bool = False,
 ) -> Targets:
-    """Give each location the smallest box it lies strictly inside of, among those of its level's size.
+    """Give each location the smallest of the boxes that have the size of its level and that it lies strictly inside of.
 
-    A level of stride s takes boxes whose furthest side is 4s..8s pixels away, both ends included: 64..128 at stride 16;
-    the first level has no lower end, the last no upper (arXiv 1904.01355, section 3.2). Pure tensor operations of
-    fixed shape, so that a training step can be one graph.
+    A box has the size of a level of stride s if its furthest side is 4s..8s pixels away from the location, both ends
+    included: 64..128 at stride 16. The first level has no lower end, the last level no upper end (arXiv 1904.01355,
+    section 3.2). All tensors have fixed shapes, so that a training step can be one graph.
 
     Args:
-        points: [P,2] x, y; strides: [P] (`Predictions.points`, `.strides`).
-        boxes: [B,M,4] xyxy in pixels of the network input; labels: int64 [B,M], -1 for padding.
+        points: [P,2] x, y, as in `Predictions`.
+        strides: [P], as in `Predictions`.
+        boxes: [B,M,4] xyxy in pixels of the network input.
+        labels: int64 [B,M], -1 for padding.
         center_radius: the location must also lie within `center_radius * stride` of the box's centre in x and in y
             (arXiv 2006.09214); None switches this off.
         plus_one: areas are `(w + 1) * (h + 1)`.
     """
     if boxes.ndim != 3 or boxes.shape[-1] != 4 or labels.shape != boxes.shape[:2]:
         raise ValueError(f"boxes must be [B,M,4] and labels [B,M], got {list(boxes.shape)} and {list(labels.shape)}")
-    if boxes.shape[1] == 0:  # one padding box, so that there is something to choose from
+    if boxes.shape[1] == 0:  # argmin below needs at least one box, if only padding
         boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
 
     x, y = points[:, None].unbind(-1)  # [P,1]
@@ -155,9 +164,9 @@ def assign_targets(
 
 
 def centerness_targets(distances: Tensor) -> Tensor:
-    """`sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))` of distances [...,4] (arXiv 1904.01355, equation 3).
+    """Compute the centerness [...] of distances [...,4] (left, top, right, bottom), 0 where the distances are 0.
 
-    0 where the distances are 0.
+    It is `sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b))` (arXiv 1904.01355, equation 3).
     """
     left, top, right, bottom = distances.unbind(-1)
     horizontal = torch.minimum(left, right) / torch.maximum(left, right)
@@ -166,9 +175,10 @@ def centerness_targets(distances: Tensor) -> Tensor:
 
 
 def iou_loss(distances: Tensor, targets: Tensor) -> Tensor:
-    """`-log((intersection + 1) / (union + 1))` [...] of boxes around the same point, given as distances [...,4].
+    """Compute `-log((intersection + 1) / (union + 1))` [...] of boxes around the same point.
 
-    Areas in square pixels; the 1 keeps empty overlaps finite (the published detectors' UnitBox loss).
+    The boxes are distances [...,4] in pixels, the areas in square pixels. The 1 keeps the loss of an empty overlap
+    finite (the published detectors' UnitBox loss).
     """
     left, top, right, bottom = distances.unbind(-1)
     left_t, top_t, right_t, bottom_t = targets.unbind(-1)
@@ -180,7 +190,7 @@ def iou_loss(distances: Tensor, targets: Tensor) -> Tensor:
 
 
 def giou_loss(distances: Tensor, targets: Tensor) -> Tensor:
-    """1 - GIoU [...] (arXiv 1902.09630) of boxes around the same point, given as distances [...,4] in pixels."""
+    """Compute 1 - GIoU [...] (arXiv 1902.09630) of boxes around the same point, as distances [...,4] in pixels."""
     sign = distances.new_tensor([-1.0, -1.0, 1.0, 1.0])
     return generalized_box_iou_loss(distances * sign, targets * sign)
 

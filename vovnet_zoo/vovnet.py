@@ -1,11 +1,10 @@
-"""VoVNet backbones (arXiv 1904.09730), registered with timm on timm's own `VovNet` class.
+"""This module registers the VoVNet backbones (arXiv 1904.09730) with timm, on timm's own `VovNet` class.
 
 timm's `vovnet39a`/`vovnet57a` have the same tensors but no identity connections (`residual=False`), so the published
-weights load there and give wrong outputs. The models here are the published ones: the second and later one-shot
+weights load there and give wrong outputs. The models here are the published models: the second and later one-shot
 aggregation blocks of a stage add their input after the aggregation's ReLU.
 """
 
-import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.vovnet import VovNet
 
@@ -51,8 +50,8 @@ def _authors(file: str, score: str = "") -> Weights:
     return Weights("gone", f"https://dl.dropbox.com/s/{file}?dl=1", score=score)
 
 
-# `authors_in1k` are the authors' classifiers. `authors_det` are what their detectors were trained from, also
-# ImageNet classifiers; whether these took RGB with mean and std or BGR in 0..255 is not documented.
+# `authors_in1k` are the authors' classifiers. `authors_det` are the ImageNet classifiers from which the authors'
+# detectors were trained; whether these took RGB with mean and std or BGR in 0..255 is not documented.
 WEIGHTS = {
     "vovnet27_slim.pytorchcv_in1k": _pytorchcv(
         "v0.0.551/vovnet27s-0997-b7a5bf67.pth.zip", "b7a5bf677bd3431bbed44b439fde7a01d699ace1", "9.97"
@@ -80,9 +79,9 @@ HOW_TO_MAKE = "convert a checkpoint that you have (vovnet-zoo convert FILE.pth F
 
 
 def timm_cfg(weights: Weights) -> dict:
-    """A row of the table in timm's words."""
+    """Translate a row of the table into timm's terms."""
     return dict(
-        url=weights.url if weights.state == "url" else "",  # timm lists these as pretrained, and prefers them
+        url=weights.url if weights.state == "url" else "",  # timm lists tags with a url as pretrained, and prefers them
         license=weights.license,
         notes=(weights.score,),
         mean=weights.mean,
@@ -116,9 +115,12 @@ def _create(variant: str, pretrained: bool, **kwargs) -> VovNet:
 
 
 def checkpoint_filter_fn(state_dict: dict, model: VovNet) -> dict:
-    """Weights in any known form, as timm names them. `ValueError` unless they are all of a classifier like `model`.
+    """Rename weights of any known form to timm's names; timm calls this function before it loads weights.
 
-    timm itself loads strictly only where the number of classes stays.
+    timm itself would load strictly only where the number of classes stays the same.
+
+    Raises:
+        ValueError: the weights are not all the weights of a classifier with as many blocks as `model`.
     """
     converted = convert(state_dict, {"of this depth": [len(stage.blocks) for stage in model.stages]})
     if converted.config:
@@ -127,38 +129,23 @@ def checkpoint_filter_fn(state_dict: dict, model: VovNet) -> dict:
 
 
 def _locate(variant: str, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **_) -> dict:
-    """timm's overlay, with the weights as a local file that was checked, unless they are where timm itself looks."""
+    """Download and check the weights that timm is about to load, and name the local file in timm's overlay.
+
+    Weights that are already a file, a state dict, or on the Hub are left to timm.
+    """
     overlay = dict(pretrained_cfg_overlay or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     if cfg.source or cfg.file or cfg.state_dict or cfg.hf_hub_id:
         return overlay
     name = f"{variant}.{cfg.tag}"
     explicit = overlay.get("url") or (pretrained_cfg and not isinstance(pretrained_cfg, str))
-    if cfg.url and (explicit or name not in WEIGHTS or cfg.url != WEIGHTS[name].url):  # the caller's
+    if cfg.url and (explicit or name not in WEIGHTS or cfg.url != WEIGHTS[name].url):  # a url that the caller gave
         known = {weights.url: weights.sha1 for weights in WEIGHTS.values()}
         return {**overlay, "file": str(fetch(cfg.url, known.get(cfg.url, ""), cache_dir))}
     key, repo_id = find(name, WEIGHTS, HOW_TO_MAKE)
     if repo_id is None:
         return {**overlay, "file": str(fetch(WEIGHTS[key].url, WEIGHTS[key].sha1, cache_dir))}
     return {**overlay, "file": str(hub.download(repo_id, hub.WEIGHTS, cache_dir=cache_dir))}
-
-
-def build_for_timm(name: str, state_dict: dict) -> tuple[VovNet, dict]:
-    """The classifier as stock timm has it, and the `config.json` with which timm builds it without this package."""
-    num_classes = len(state_dict["head.fc.bias"]) if "head.fc.bias" in state_dict else 0
-    args = model_cfgs[name]
-    model = timm.create_model("vovnet39a", num_classes=num_classes, **args)
-    hub.load_strict(model, state_dict, "the checkpoint")
-    cfg = {**timm_cfg(Weights("hub", license="other")), "num_classes": num_classes, "tag": name}
-    del cfg["url"], cfg["license"], cfg["notes"]
-    config = {
-        "architecture": "vovnet39a",
-        "num_classes": num_classes,
-        "num_features": args["stage_out_chs"][-1],
-        "model_args": args,
-        "pretrained_cfg": cfg,
-    }
-    return model.eval(), config
 
 
 @register_model

@@ -1,4 +1,4 @@
-"""Published weights: what a table says of them, and getting what it names, whole and without running code."""
+"""Published weights are rows of a table; this module finds and fetches them, whole and without running their code."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from urllib.request import Request, urlopen
 
 import torch
 
-from .hub import hash_file, read_safetensors, temporary
+from .files import hash_file, read_safetensors, temporary
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A row of a weight table: what is known of the weights called `name.tag`."""
+    """A row of a weight table says what is known of the weights called `name.tag`."""
 
     state: str  # "hub": a repository of ORGANISATION; "url": at `url`; "gone": `url` is said to refuse; "unpublished"
     url: str = ""
-    sha1: str = ""  # of the .pth file, which may come in a zip
+    sha1: str = ""  # hash of the .pth file, which may come in a zip
     license: str = "not stated"
-    score: str = ""  # as published, with the place
+    score: str = ""  # the published score, and who published it
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # per RGB channel, for pixels in 0..1
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     size: tuple[int, int] = (224, 224)  # height and width; for a detector shorter and longest side
@@ -44,13 +44,16 @@ ORGANISATION, ORGANISATION_VARIABLE = "vovnet-zoo", "VOVNET_ZOO_ORG"
 
 
 def find(name: str, table: Mapping[str, Weights], how_to_make: str) -> tuple[str, str | None]:
-    """The key of `table` that `name`, with or without a tag, stands for, and the Hub repository of these weights.
+    """Find the key of `table` that `name`, with or without a tag, stands for, and the Hub repository of these weights.
 
-    The repository is None if they come from their url, which is tried for a "gone" row only by its full name. If the
-    environment variable VOVNET_ZOO_ORG names an organisation, all weights are taken from that one's repositories.
+    The repository is None if the weights come from their url. The url of a "gone" row is tried only if `name` has the
+    tag. If the environment variable VOVNET_ZOO_ORG names an organisation, all weights come from its repositories.
+
+    Args:
+        how_to_make: how a user gets such weights otherwise, for the error message.
 
     Raises:
-        ValueError: they are not published; says what is, and how to make them.
+        ValueError: the weights are not published; the message lists weights that are, and says how to make these.
     """
     keys = [key for key in table if name in (key, key.split(".")[0])]
     if keys and (organisation := os.environ.get(ORGANISATION_VARIABLE)):
@@ -70,19 +73,24 @@ def find(name: str, table: Mapping[str, Weights], how_to_make: str) -> tuple[str
 
 
 def available(key: str, table: Mapping[str, Weights]) -> bool:
-    """Whether `find` gives a source for a key of `table` that is not known to refuse."""
+    """Tell whether `find` gives a source for a key of `table`, other than a url that is known to refuse."""
     return bool(os.environ.get(ORGANISATION_VARIABLE)) or table[key].state in ("hub", "url")
 
 
 def fetch(url: str, sha1: str = "", cache_dir: str | Path | None = None) -> Path:
-    """The checkpoint at `url`, or in the zip there, as a file in the cache (torch.hub's unless `cache_dir`).
+    """Download the checkpoint at `url`, or in the zip there, to the cache, and return the file.
 
-    Its `sha1`, if given, or else its parts' checksums are compared on every call, and what fails is downloaded again.
-    (torch.hub's own download takes a truncated body for a whole one, and keeps it.)
+    Every call checks the file in the cache, by its `sha1` or else by the checksums of its parts, and downloads a
+    damaged file again. Neither torch.hub nor pooch serves: torch.hub keeps a truncated body as if it were whole, and
+    pooch knows one hash of the downloaded file, while these hashes are of the .pth in the zip and most rows have none.
+
+    Args:
+        sha1: hash of the checkpoint itself, outside its zip; "" if it is not known.
+        cache_dir: None is the cache of torch.hub.
 
     Raises:
         ConnectionError: the server cannot be reached, refuses, or breaks off.
-        ValueError: what it sent is damaged, wants to run code, or is not what `sha1` says; nothing is kept.
+        ValueError: the file is damaged, wants to run code, or has another `sha1`; nothing is kept.
     """
     folder = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,9 +130,11 @@ def _http_get(url: str, path: Path) -> None:
 
 
 def read_checkpoint(path: str | Path, source: str | None = None):
-    """What `torch.save` wrote to a file, or to the only file in a zip; no code in it is run.
+    """Read a file that `torch.save` wrote, or the only file in a zip, without running any code in it.
 
-    `ValueError`, naming `source` or the file, if it is damaged, or holds more than tensors and plain values.
+    Raises:
+        ValueError: the file is damaged, or holds more than tensors and plain values; the message names `source`, or
+            the file if that is None.
     """
     path, source = Path(path), source or str(path)
     if path.suffix == ".safetensors":
@@ -142,7 +152,7 @@ def read_checkpoint(path: str | Path, source: str | None = None):
 
 @contextlib.contextmanager
 def unwrapped(path: Path, source: str) -> Iterator[Path]:
-    """The checkpoint at `path`, or the only file in the zip there."""
+    """Give the checkpoint at `path`, or the only file in the zip there, which is removed at the end."""
     if not path.is_file():
         raise ValueError(f"{source}: no such file")
     if not _is_wrapped(path, source):
@@ -154,9 +164,9 @@ def unwrapped(path: Path, source: str) -> Iterator[Path]:
 
 
 def check_parts(path: Path, source: str) -> None:
-    """`ValueError` if a part of a checkpoint does not have its checksum.
+    """Compare the checksum of every part of a checkpoint. Raises ValueError if one is wrong.
 
-    torch.save leaves them, since 1.6; torch.load does not look at them.
+    torch.save has written these checksums since torch 1.6; torch.load does not look at them.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -170,7 +180,7 @@ def check_parts(path: Path, source: str) -> None:
 
 
 def unzip(path: Path, target: Path, source: str) -> None:
-    """Write the only file of a zip to `target`. `ValueError` if there are more, or its name is a path."""
+    """Write the only file of a zip to `target`. Raises ValueError if there are more files, or its name is a path."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -180,13 +190,13 @@ def unzip(path: Path, target: Path, source: str) -> None:
             if re.search(r"[/\\:\0]", name) or name in ("", ".", "..") or stat.S_ISLNK(mode):
                 raise ValueError(f"{source}: the zip's member {name!r} is a path or a link, not a plain file: refused")
             with archive.open(members[0]) as member, open(target, "wb") as file:
-                shutil.copyfileobj(member, file)  # compares the checksum at the end
+                shutil.copyfileobj(member, file)  # the zip file compares its checksum at the end
     except ZIP_ERRORS as error:
         raise ValueError(f"{source} is not a whole zip file ({error}); download it again") from error
 
 
 def _is_wrapped(path: Path, source: str) -> bool:
-    """Whether the file is a zip of something, rather than a checkpoint, which may be a zip too."""
+    """Tell whether the file is a zip around a checkpoint, and not a checkpoint, which is a zip of its own kind."""
     if not zipfile.is_zipfile(path):
         return False
     try:

@@ -125,7 +125,7 @@ def is_eligible(conv: nn.Conv2d) -> bool:
 
 
 def winograd_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype of the maps if Winograd computes a training convolution of `x` under the present autocast, else None."""
+    """The dtype of the maps if Winograd computes a training convolution of `x` under this autocast, else None."""
     autocast = torch.is_autocast_enabled("cpu")
     if not _gains(x, TRAINING_TILES) or (autocast and torch.get_autocast_dtype("cpu") != torch.bfloat16):
         return None

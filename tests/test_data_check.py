@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vovnet_zoo import check_data
-from vovnet_zoo.check_data import check_dataset, inspect_image, main, run_parallel
+from vovnet_zoo.data import check as check_module
+from vovnet_zoo.data.check import check_dataset, inspect_image, main, run_parallel
 
 
 @pytest.fixture
 def root(tmp_path):
-    """A dataset without anything to say about it: train of 5, val of 3 pictures."""
+    """Write a faultless dataset: 5 pictures in train, 3 in val."""
     rng = np.random.default_rng(0)
     (tmp_path / "annotations").mkdir()
     for split, count in (("train", 5), ("val", 3)):
@@ -68,7 +68,7 @@ def test_nothing_wrong(root):
 
 
 def spoil(root):
-    """Many things at once, in both splits."""
+    """Spoil many things at once, in both splits."""
 
     def train(coco):
         image, annotation = coco["images"][0], coco["annotations"][0]
@@ -210,7 +210,7 @@ def test_process_that_dies(monkeypatch):
 
 def test_image_that_ends_the_process(root, monkeypatch):
     monkeypatch.setattr(
-        check_data, "run_parallel", lambda f, jobs, n: ((i, f(job) if i else None) for i, job in enumerate(jobs))
+        check_module, "run_parallel", lambda f, jobs, n: ((i, f(job) if i else None) for i, job in enumerate(jobs))
     )
     report = check(root)
     assert found(report) == {("train", "crashing image"): 1} and not report.ok

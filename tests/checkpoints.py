@@ -1,0 +1,32 @@
+"""The tests make checkpoints of every published form here, filled with drawn numbers, and compare models."""
+
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vovnet_zoo import convert
+from vovnet_zoo.detectors import archs
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))
+from deterministic_weights import W, load_table, state_dict_from_table  # noqa: E402
+
+ARCHS = archs()
+
+
+def published(form: str, arch: str = "vovnet27_slim") -> dict[str, Tensor]:
+    """Make a state dict of a form, which is a key of `convert.FORMS`."""
+    if form == "authors_detector":
+        return dict(state_dict_from_table(load_table(GOLDEN / "keys_fcos_v27.json")))
+    net = timm.create_model(arch)
+    ours = {key: W(key, x.shape, str(x.dtype)) for key, x in net.state_dict().items()}
+    return {theirs: ours[name] for theirs, name in convert.names(form, ARCHS[arch]).items()}
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    """Tell whether two models have equal tensors under the same names."""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

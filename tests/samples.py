@@ -1,0 +1,49 @@
+"""The tests of the data share this picture, and these makers of samples and annotations."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+Y, X = np.mgrid[:40, :60]
+PICTURE = np.stack([X * 4, Y * 6, (X + Y) * 2], axis=-1).astype(np.uint8)  # [40, 60, 3], no symmetry
+RGB = Image.fromarray(PICTURE)
+
+
+def encode(image, format, orientation=None, **options):
+    if orientation:
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = orientation
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def make_sample(height, width, boxes):
+    boxes = torch.as_tensor(np.asarray(boxes, dtype=np.float32).reshape(-1, 4))
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+        "labels": torch.arange(len(boxes)),
+        "image_id": 1,
+        "orig_size": (height, width),
+    }
+    return tv_tensors.Image(torch.zeros(3, height, width, dtype=torch.uint8)), target
+
+
+def plain(boxes):
+    return boxes.as_subclass(torch.Tensor)
+
+
+def box(image_id=1, category_id=3, bbox=(1, 2, 10, 20), **more):
+    bbox = list(bbox) if isinstance(bbox, tuple) else bbox
+    return {"id": 1, "image_id": image_id, "category_id": category_id, "bbox": bbox, **more}
+
+
+def make_coco(annotations=(), images=3):
+    return {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 60, "height": 40} for i in range(images, 0, -1)],
+        "annotations": list(annotations),
+        "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
+    }

@@ -1,0 +1,90 @@
+"""Files are whole or refused, and folders appear at once."""
+
+import os
+
+import pytest
+import torch
+
+from vovnet_zoo import files
+
+
+def test_safetensors_come_back(tmp_path):
+    weights = {"b": torch.arange(6.0).reshape(2, 3).T, "a": torch.tensor(3), "none": torch.zeros(0, 4)}
+    files.write_safetensors(weights, tmp_path / "w.safetensors", license="mit")
+    found = files.read_safetensors(tmp_path / "w.safetensors")
+    assert found.keys() == weights.keys() and all(torch.equal(found[key], weights[key]) for key in weights)
+    metadata = files.read_metadata(tmp_path / "w.safetensors")
+    assert metadata == {"format": "pt", "license": "mit", "sha256": files.fingerprint(weights)}
+
+
+def test_any_changed_tensor_changes_the_fingerprint():
+    weights = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    others = [
+        {"a": torch.zeros(2)},
+        {**weights, "b": torch.tensor([0.0, 1e-45])},
+        {**weights, "b": torch.zeros(1, 2)},
+        {**weights, "b": torch.zeros(2, dtype=torch.int32)},
+        {"a": torch.zeros(2), "c": torch.zeros(2)},
+    ]
+    assert files.fingerprint(weights) == files.fingerprint(dict(reversed(weights.items())))
+    assert len({files.fingerprint(x) for x in [weights, *others]}) == 6
+
+
+def test_damaged_safetensors_are_refused(tmp_path):
+    path = tmp_path / "w.safetensors"
+    files.write_safetensors({"a": torch.zeros(100)}, path)
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:4], b"", whole[:-1] + b"x"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="w.safetensors"):
+            files.read_safetensors(path)
+    with pytest.raises(ValueError, match="none.safetensors"):
+        files.read_safetensors(tmp_path / "none.safetensors")
+
+
+def test_staged_folder_appears_at_once(tmp_path):
+    with files.staged(tmp_path / "new") as folder:
+        (folder / "a").write_text("1")
+        assert not (tmp_path / "new").exists()
+    assert (tmp_path / "new" / "a").read_text() == "1"
+    with files.staged(tmp_path / "new", keep=["mine"]) as folder:
+        for name in ("a", "b", "mine"):
+            (folder / name).write_text("2")
+    assert {path.name: path.read_text() for path in (tmp_path / "new").iterdir()} == {"a": "2", "b": "2", "mine": "2"}
+    with files.staged(tmp_path / "new", keep=["mine"]) as folder:
+        for name in ("a", "mine"):
+            (folder / name).write_text("3")
+    assert {path.name: path.read_text() for path in (tmp_path / "new").iterdir()} == {"a": "3", "b": "2", "mine": "2"}
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_staged_folder_of_a_failure_leaves_nothing(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "a").write_text("old")
+    for name in ("old", "new"):
+        with pytest.raises(OSError, match="no space"), files.staged(tmp_path / name) as folder:
+            (folder / "a").write_text("half")
+            raise OSError("no space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"] and (tmp_path / "old" / "a").read_text() == "old"
+
+
+def test_read_bytes(tmp_path):
+    (tmp_path / "x").write_bytes(b"12345")
+    assert files.read_bytes(tmp_path / "x", "image", limit=5) == b"12345"
+    with pytest.raises(ValueError, match="x: cannot read the image: it has 5 bytes"):
+        files.read_bytes(tmp_path / "x", "image", limit=4)
+    with pytest.raises(ValueError, match="cannot read the image: No such file") as error:
+        files.read_bytes(tmp_path / "y", "image")
+    assert isinstance(error.value.__cause__, FileNotFoundError)
+    with pytest.raises(ValueError, match="cannot read the image"):
+        files.read_bytes(tmp_path / "a\0b", "image")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="a pipe or device"):
+        files.read_bytes(tmp_path / "pipe", "image")
+
+
+@pytest.mark.parametrize("text, message", [("{", "not a JSON file"), ("[1]", "a JSON list")])
+def test_read_json_refuses(tmp_path, text, message):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(ValueError, match=f"c.json .*{message}"):
+        files.read_json(tmp_path / "c.json")

@@ -1,0 +1,104 @@
+"""A checkpoint is converted, checked, described and pushed to the Hub."""
+
+import json
+
+import pytest
+import timm
+import torch
+from checkpoints import published, same
+from hub_server import TOKEN
+from launch import run_python
+
+import vovnet_zoo
+from vovnet_zoo import cli, convert, hub, publish
+from vovnet_zoo.detectors import coco_class_names
+from vovnet_zoo.files import hash_file, write_safetensors
+
+REPO = "someone/fcos-tiny"
+
+
+@pytest.mark.parametrize("kind", list(convert.FORMS))
+def test_convert_file(kind, tmp_path):
+    torch.save(published(kind), tmp_path / "published.pth")
+    publish.convert_file(tmp_path / "published.pth", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {hub.CONFIG, hub.WEIGHTS, hub.CARD}
+    card = (tmp_path / "out" / hub.CARD).read_text()
+    assert hash_file(tmp_path / "published.pth") in card and str(tmp_path) not in card
+    if kind == "authors_detector":
+        model = vovnet_zoo.FCOS.from_pretrained(tmp_path / "out")
+        assert model.config["class_names"] == coco_class_names() and len(coco_class_names()) == 80
+    else:
+        model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+        assert json.loads((tmp_path / "out" / hub.CONFIG).read_text())["pretrained_cfg"]["label_offset"] == 0
+    assert all(x.isfinite().all() for x in model.state_dict().values())
+
+
+def test_convert_file_leaves_nothing_on_failure(tmp_path):
+    weights = published("authors")
+    name = list(weights)[0]
+    torch.save({**weights, name: weights[name][:-1]}, tmp_path / "published.pth")
+    with pytest.raises(ValueError, match="shape: stem.0.conv.weight"):
+        publish.convert_file(tmp_path / "published.pth", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["published.pth"]
+
+
+def test_training_facts(tmp_path):
+    assert publish.training_facts(tmp_path, "best") == {}
+    start = dict(command=["recipes/train_coco.py", "finetune"], versions={"torch": "2.15"}, machine="x86, 2 cores")
+    (tmp_path / "run.json").write_text(json.dumps({"starts": [start]}))
+    rows = [dict(step=0, loss=1.0), dict(step=1, AP=0.25, AP50=0.5), dict(step=2, AP=0.125, AP50=0.6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert publish.training_facts(tmp_path, "last")["measured"] == "AP 0.125, AP50 0.600"
+    facts = publish.training_facts(tmp_path, "best")
+    assert facts["measured"] == "AP 0.250, AP50 0.500" and facts["training_command"] == "train_coco.py finetune"
+
+
+def test_published_backbone_loads_in_stock_timm(hub_on_loopback, tmp_path):
+    """The backbone loads in a process where `vovnet_zoo` cannot be imported."""
+    torch.manual_seed(0)
+    net = timm.create_model("vovnet27_slim", num_classes=7).eval()
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    x = torch.randn(1, 3, 64, 64)
+    torch.save((x, net(x).detach()), tmp_path / "expected.pt")
+    publish = f"""
+import sys; sys.argv = ["vovnet-zoo", "publish", "{tmp_path / "net.pth"}", "someone/slim", "--license", "mit"]
+from vovnet_zoo.cli import main; main()
+"""
+    result = run_python(publish, HF_TOKEN=TOKEN)
+    assert result.returncode == 0 and "/commit/" in result.stdout, result.stderr
+    card = hub_on_loopback.repos["someone/slim"].files("main")[1][hub.CARD].decode()
+    assert "license: mit" in card and 'create_model("hf-hub:someone/slim", pretrained=True)' in card
+    assert "3,016,327" in card and "sha256" in card and "GFLOPs" in card
+    code = f"""
+import sys; sys.modules["vovnet_zoo"] = None
+import timm, torch
+x, expected = torch.load("{tmp_path / "expected.pt"}")
+net = timm.create_model("hf-hub:someone/slim", pretrained=True).eval()
+assert torch.allclose(net(x), expected, atol=1e-5), (net(x) - expected).abs().max()
+print(timm.create_model("hf-hub:someone/slim", pretrained=True, features_only=True)(x)[-1].shape)
+"""
+    result = run_python(code, HF_HOME=str(tmp_path / "other"))
+    assert result.returncode == 0 and "512" in result.stdout, result.stderr
+
+
+def test_publish_a_training(tiny_detector, hub_on_loopback, tmp_path, monkeypatch, capsys):
+    """The card has the facts of the run folder, and a damaged model is not pushed."""
+    tiny_detector.save_pretrained(tmp_path / "run" / "best")
+    about = dict(command=["train_coco.py", "finetune"], versions={"torch": "2.15"}, machine="x86, 2 cores")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"starts": [about]}))
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(dict(step=1, AP=0.25, AP50=0.5)) + "\n")
+    arguments = ["vovnet-zoo", "publish", str(tmp_path / "run" / "best"), REPO, "--private", "--token", TOKEN]
+    monkeypatch.setattr("sys.argv", arguments)
+    cli.main()
+    assert "/commit/" in capsys.readouterr().out
+    card = hub_on_loopback.repos[REPO].files("main")[1][hub.CARD].decode()
+    for fact in ("AP 0.250", "train_coco.py finetune", "GMACs) at", "license: apache-2.0", "sha256", "2 cores"):
+        assert fact in card
+    assert str(tmp_path) not in card and same(vovnet_zoo.FCOS.from_pretrained(REPO, token=TOKEN), tiny_detector)
+
+    weights = {**tiny_detector.state_dict()}
+    weights["head.scales"] = weights["head.scales"] * torch.nan
+    write_safetensors(weights, tmp_path / "run" / "best" / hub.WEIGHTS)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "not all its outputs are finite" in capsys.readouterr().err and len(hub_on_loopback.repos[REPO].commits) == 1

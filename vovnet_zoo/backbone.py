@@ -1,0 +1,68 @@
+"""Any timm model can be a backbone that gives feature maps at strides 8, 16 and 32."""
+
+from __future__ import annotations
+
+import difflib
+
+import timm
+import torch
+from timm.layers.format import Format
+from torch import Tensor, nn
+
+STRIDES = (8, 16, 32)
+
+
+def create_backbone(name: str, pretrained: bool = False) -> nn.Module:
+    """Build the feature extractor of a timm model.
+
+    Raises:
+        ValueError: timm has no such model or cannot extract its feature maps, or some of `STRIDES` are missing.
+    """
+    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
+        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
+        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+    try:
+        body = timm.create_model(name, pretrained=pretrained, features_only=True)
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        if pretrained:
+            raise
+        raise ValueError(f"timm cannot extract feature maps from {name!r} ({error}); FCOS needs them") from error
+    reductions = body.feature_info.reduction()
+    if missing := [stride for stride in STRIDES if stride not in reductions]:
+        raise ValueError(
+            f"backbone {name!r} gives maps at strides {reductions}, none at {missing}; FCOS needs 8, 16, 32"
+        )
+    # timm's window transformers fix the input size unless told otherwise
+    if any(getattr(module, "strict_img_size", False) for module in body.modules()):
+        body = timm.create_model(name, pretrained=pretrained, features_only=True, strict_img_size=False)
+    return body
+
+
+def backbone_maps(body: nn.Module, images: Tensor) -> list[Tensor]:
+    """Run a feature extractor on images [B,3,H,W], and return its deepest map [B,C,h,w] at each of `STRIDES`."""
+    reductions, maps = body.feature_info.reduction(), body(images)
+    maps = [maps[len(reductions) - 1 - reductions[::-1].index(stride)] for stride in STRIDES]
+    if getattr(body, "output_fmt", Format.NCHW) == Format.NHWC:
+        maps = [x.permute(0, 3, 1, 2) for x in maps]
+    return maps
+
+
+def probe_channels(body: nn.Module, name: str) -> list[int]:
+    """Count the channels of the three maps by running a small image, and leave the backbone in training mode.
+
+    timm's feature_info tells the channels too, but not that a model takes images of one fixed size only.
+
+    Raises:
+        ValueError: the backbone does not take the small image, or its maps are not at the strides it claims.
+    """
+    height, width = 96, 160
+    try:
+        with torch.no_grad():
+            maps = backbone_maps(body.eval(), torch.zeros(1, 3, height, width))
+    except Exception as error:
+        raise ValueError(f"backbone {name!r} does not take images of any size, as FCOS needs: {error}") from error
+    sizes = [tuple(x.shape[-2:]) for x in maps]
+    if sizes != (wanted := [(height // s, width // s) for s in STRIDES]):
+        raise ValueError(f"backbone {name!r} turns a {height}x{width} image into maps {sizes}; FCOS needs {wanted}")
+    body.train()
+    return [x.shape[1] for x in maps]

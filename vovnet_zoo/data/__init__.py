@@ -1,0 +1,73 @@
+"""This package reads COCO-format data; its modules are listed in the order in which an annotation travels.
+
+`annotations` (COCO JSON to usable boxes) and `images` (files to pixels) -> `dataset` -> `transforms` -> `batches`.
+`check` finds everything that is wrong with a dataset. Boxes are xyxy in pixels, images uint8 RGB `[3, H, W]`, labels
+0..K-1 (foreground only).
+"""
+
+from .annotations import (
+    annotation_problem,
+    are_fractions,
+    coco_to_xyxy,
+    entries_by_id,
+    entry_problem,
+    image_problem,
+    is_crowd,
+    read_annotations,
+    repeated,
+    usable_boxes,
+)
+from .batches import TrainSampler, collate, normalize
+from .dataset import CocoDataset, Skipped, find_split, split_candidates
+from .images import (
+    FORMATS,
+    MAX_IMAGE_BYTES,
+    ImageError,
+    check_size,
+    decode_image,
+    open_image,
+    read_image,
+    read_image_bytes,
+)
+from .transforms import (
+    RandomScaleCrop,
+    RandomShortestSide,
+    eval_transforms,
+    hflip_boxes,
+    resize_size,
+    train_transforms,
+)
+
+__all__ = [
+    "CocoDataset",
+    "FORMATS",
+    "ImageError",
+    "MAX_IMAGE_BYTES",
+    "RandomScaleCrop",
+    "RandomShortestSide",
+    "Skipped",
+    "TrainSampler",
+    "annotation_problem",
+    "are_fractions",
+    "check_size",
+    "coco_to_xyxy",
+    "collate",
+    "decode_image",
+    "entries_by_id",
+    "entry_problem",
+    "eval_transforms",
+    "find_split",
+    "hflip_boxes",
+    "image_problem",
+    "is_crowd",
+    "normalize",
+    "open_image",
+    "read_annotations",
+    "read_image",
+    "read_image_bytes",
+    "repeated",
+    "resize_size",
+    "split_candidates",
+    "train_transforms",
+    "usable_boxes",
+]

@@ -1,0 +1,171 @@
+"""This module reads a COCO JSON file as usable boxes.
+
+Boxes are xyxy in pixels, labels 0..K-1 (foreground only).
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable
+from pathlib import Path, PurePath
+
+import numpy as np
+
+from ..files import read_bytes
+
+
+def read_annotations(path: str | Path) -> dict:
+    """Parse a COCO JSON file.
+
+    Raises:
+        ValueError: the file is not JSON, or lacks images, annotations or categories; the message names the file.
+    """
+    data = read_bytes(path, "annotation file")
+    try:
+        coco = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    if not isinstance(coco, dict):
+        raise ValueError(f"{path}: not COCO format: a JSON {type(coco).__name__} where an object should be")
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(coco.get(key), list):
+            raise ValueError(f"{path}: not COCO format: there is no list '{key}' in it")
+    return coco
+
+
+def entries_by_id(entries: list, key: str, text: str, path: str | Path) -> list[dict]:
+    """Sort the images or categories of a COCO JSON by their ids.
+
+    Args:
+        entries: the list under `key` ("images" or "categories").
+        text: the key that each entry needs beside its id: "file_name" or "name".
+        path: the file, for the error messages.
+
+    Raises:
+        ValueError: the list is empty, an entry has no integer id or no text, or two entries have the same id.
+    """
+    for i, entry in enumerate(entries):
+        if problem := entry_problem(entry, text):
+            raise ValueError(f"{path}: {key}[{i}] {problem}")
+    if twice := repeated(entry["id"] for entry in entries):
+        raise ValueError(f"{path}: {key} must have different ids, but these occur more than once: {twice[:5]}")
+    if not entries:
+        raise ValueError(f"{path}: the list '{key}' is empty")
+    return sorted(entries, key=lambda entry: entry["id"])
+
+
+def entry_problem(entry, text: str) -> str | None:
+    """Say why the id or the `text` of a JSON image or category cannot be used; None if both can."""
+    if not isinstance(entry, dict) or type(entry.get("id")) is not int or abs(entry["id"]) >= 2**63:
+        return "has no integer 'id'"
+    if not isinstance(entry.get(text), str) or not entry[text].strip():
+        return f"(id {entry['id']}) has no '{text}'"
+    return None
+
+
+def image_problem(image: dict) -> str | None:
+    """Say why the file name or the size of a JSON image cannot be used; None if both can."""
+    name, size = image["file_name"], (image.get("height"), image.get("width"))
+    if len(name) > 4096 or "\0" in name:
+        return f"image {image['id']} has a 'file_name' of {len(name)} characters that is no path: {name[:50]!r}"
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        return f"image {image['id']} ({name}) must have a 'file_name' below the folder of images, without '..'"
+    if not all(type(side) in (int, float) and 1 <= side < 2**31 and side == int(side) for side in size):
+        return f"image {image['id']} ({name}) needs a whole positive width and height, not {size[1]!r} and {size[0]!r}"
+    return None
+
+
+def usable_boxes(
+    annotations: list, image_index: dict[int, int], label_of: dict[int, int], sizes: np.ndarray, plus_one: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, list[int]]]:
+    """Collect the usable annotations that are no crowd regions, with their boxes clipped to the images.
+
+    Args:
+        annotations: the list of the COCO JSON.
+        image_index: position in `sizes` of each image id.
+        label_of: label of each category id.
+        sizes: int64 [N, 2] (height, width) of the images in pixels.
+        plus_one: boxes in the published convention, see `coco_to_xyxy`.
+
+    Returns:
+        owners: int64 [A], position in `sizes` of the image of each usable annotation.
+        labels: int64 [A].
+        boxes: float32 [A, 4] xyxy in pixels.
+        problems: positions in `annotations` that were left out or changed, by kind of problem.
+    """
+    problems = defaultdict(list)
+    owners, labels, rows, positions = [], [], [], []
+    for i, annotation in enumerate(annotations):
+        if problem := annotation_problem(annotation, image_index, label_of):
+            problems[problem].append(i)
+        elif not is_crowd(annotation):
+            owners.append(image_index[annotation["image_id"]])
+            labels.append(label_of[annotation["category_id"]])
+            rows.append(annotation["bbox"])
+            positions.append(i)
+    owners, labels = np.array(owners, dtype=np.int64), np.array(labels, dtype=np.int64)
+    positions, xywh = np.array(positions, dtype=np.int64), np.array(rows, dtype=np.float64).reshape(-1, 4)
+    limit = sizes[owners][:, ::-1]  # [A, 2] width, height
+    boxes, keep = coco_to_xyxy(xywh, limit[:, 1], limit[:, 0], plus_one)
+
+    start, extent = xywh[:, :2], xywh[:, 2:]
+    outside = ((start >= limit) | (start + extent <= 0)).any(axis=1) & (extent > 0).all(axis=1)
+    beyond = ((start < -1) | (start + extent > limit + 1)).any(axis=1)
+    problems["empty box"] = positions[~keep & ~outside].tolist()
+    problems["box outside the image"] = positions[~keep & outside].tolist()
+    problems["box clipped to the image"] = positions[keep & beyond].tolist()
+    return owners[keep], labels[keep], boxes[keep], {kind: where for kind, where in problems.items() if where}
+
+
+def annotation_problem(annotation, image_ids: Container[int], category_ids: Container[int]) -> str | None:
+    """Say why a JSON annotation cannot be used, apart from the size of its image; None if it can."""
+    if not isinstance(annotation, dict):
+        return "not an object"
+    for key, known in (("image_id", image_ids), ("category_id", category_ids)):
+        if type(annotation.get(key)) not in (int, float) or annotation[key] not in known:
+            return f"unknown {key}"
+    box = annotation.get("bbox")
+    if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and abs(v) < 1e30 for v in box)):
+        return "box is not 4 finite numbers"
+    return None
+
+
+def is_crowd(annotation: dict) -> bool:
+    """Tell whether a JSON annotation is a crowd region."""
+    return annotation.get("iscrowd") in (1, "1")
+
+
+def coco_to_xyxy(xywh, height, width, plus_one: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Turn COCO boxes into corners that are clipped to the image.
+
+    Args:
+        xywh: [N, 4] left, top, width, height in pixels.
+        height, width: size of the image in pixels, as numbers or [N].
+        plus_one: the published convention: `x2 = x + max(w - 1, 0)`, clipped to [0, width - 1] (likewise y);
+            otherwise `x2 = x + w`, clipped to [0, width].
+
+    Returns:
+        boxes: float32 [N, 4] xyxy.
+        keep: bool [N], False where nothing is left of the box, or where it holds NaN.
+    """
+    one = int(plus_one)
+    xywh = np.asarray(xywh, dtype=np.float64).reshape(-1, 4)
+    limit = np.stack(np.broadcast_arrays(width, height), axis=-1) - one  # [2] or [N, 2]
+    start, extent = xywh[:, :2], xywh[:, 2:]
+    end = start + (np.maximum(extent - 1, 0) if plus_one else extent)
+    boxes = np.concatenate([np.clip(start, 0, limit), np.clip(end, 0, limit)], axis=1).astype(np.float32)
+    return boxes, (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+
+
+def are_fractions(boxes: np.ndarray, sizes: np.ndarray) -> bool:
+    """Tell whether boxes [A, 4] must be fractions of the image: all lie in the first pixel of larger images.
+
+    Args:
+        boxes: xyxy.
+        sizes: [N, 2] (height, width) of the images in pixels.
+    """
+    return len(boxes) > 0 and boxes.max() <= 1 and sizes.min() > 1
+
+
+def repeated(values: Iterable) -> list:
+    """List the values that occur more than once."""
+    return [value for value, n in Counter(values).items() if n > 1]

@@ -1,0 +1,142 @@
+"""`TrainSampler` chooses the images of each batch; `collate` and `normalize` make its tensors."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dataset import Skipped
+
+
+class TrainSampler:
+    """This batch sampler shuffles for training without end; its batches depend on its arguments only.
+
+    Each step yields the keys `(index, seed)` of one rank, a contiguous part of the global batch. The global batch of
+    step n is the same for any world size, number of workers and starting step. Every epoch visits all images once;
+    images that do not fill a batch wait for the next epoch. The seed of a sample depends on (seed, epoch, index).
+
+    Args:
+        aspect_ratios: [N] height / width of the images.
+        batch_size: images of the global batch, over all ranks.
+        num_steps: steps of the whole training; the sampler yields the steps `start_step` to `num_steps - 1`.
+        seed: batches differ between seeds.
+        rank, world_size: which part of each batch this process takes, of how many.
+        start_step: the first step, to resume a training.
+        group_by_aspect: make each batch of wide images or of tall ones, to save padding.
+
+    Raises:
+        ValueError: `batch_size` is not a multiple of `world_size`, or another argument is out of range.
+    """
+
+    def __init__(
+        self,
+        aspect_ratios: Sequence[float],
+        batch_size: int,
+        *,
+        num_steps: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        group_by_aspect: bool = True,
+    ):
+        tall = np.asarray(aspect_ratios) >= 1
+        if len(tall) == 0:
+            raise ValueError("no images to sample from")
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"global batch size {batch_size} is not a multiple of the world size {world_size}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not within the world size of {world_size}")
+        if start_step < 0 or seed < 0:
+            raise ValueError(f"start_step ({start_step}) and seed ({seed}) must not be negative")
+        self.groups = tall if group_by_aspect else np.zeros_like(tall)
+        self.batch_size, self.num_steps, self.start_step = batch_size, num_steps, start_step
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+
+    def __len__(self) -> int:
+        return max(0, self.num_steps - self.start_step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        share = self.batch_size // self.world_size
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        for batch in itertools.islice(self._global_batches(), self.start_step, max(self.start_step, self.num_steps)):
+            yield batch[mine]
+
+    def _global_batches(self) -> Iterator[list[tuple[int, int]]]:
+        groups, waiting = self.groups.tolist(), ([], [])
+        for epoch in itertools.count():
+            rng = np.random.default_rng((self.seed, epoch))
+            order, seeds = rng.permutation(len(groups)).tolist(), rng.integers(2**63, size=len(groups)).tolist()
+            for index in order:
+                group = waiting[groups[index]]
+                group.append((index, seeds[index]))
+                if len(group) == self.batch_size:
+                    yield list(group)
+                    group.clear()
+
+
+def collate(batch: list[tuple[Tensor, dict] | Skipped], size_divisor: int = 32) -> dict[str, Tensor]:
+    """Pad the samples of a `CocoDataset` to one batch.
+
+    If all samples are `Skipped`, the batch is one blank 32x32 image (id -1) without boxes, so that no step is missing.
+
+    Returns:
+        images: uint8 [B, 3, H, W], padded with 0 at the bottom and right; H and W are the largest height and width,
+            rounded up to a multiple of `size_divisor`.
+        sizes: int64 [B, 2] (height, width) without padding.
+        orig_sizes: int64 [B, 2] (height, width) before the transforms.
+        boxes: float32 [B, M, 4] xyxy in pixels of `images`, padded with 0; M is the largest number of boxes of an
+            image, at least 1.
+        labels: int64 [B, M], padded with -1.
+        image_ids: int64 [B].
+        skipped: list of the `Skipped` samples, which are not in the batch; without any, the key is absent.
+    """
+    skipped = [sample for sample in batch if isinstance(sample, Skipped)]
+    samples = [sample for sample in batch if not isinstance(sample, Skipped)] or [_blank_sample()]
+    images, targets = zip(*samples, strict=True)
+    sizes = torch.tensor([image.shape[-2:] for image in images])
+    height, width = (-(-sizes.amax(0) // size_divisor) * size_divisor).tolist()
+    most = max(1, *(len(target["labels"]) for target in targets))
+    out = {
+        # channels last in memory, as decoding and resizing leave the images, so that no image is transposed
+        "images": torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
+        "sizes": sizes,
+        "orig_sizes": torch.tensor([target["orig_size"] for target in targets]),
+        "boxes": torch.zeros(len(samples), most, 4),
+        "labels": torch.full((len(samples), most), -1),
+        "image_ids": torch.tensor([target["image_id"] for target in targets]),
+    }
+    for i, (image, target) in enumerate(samples):
+        out["images"][i, :, : image.shape[-2], : image.shape[-1]] = image
+        out["boxes"][i, : len(target["boxes"])] = target["boxes"]
+        out["labels"][i, : len(target["labels"])] = target["labels"]
+    return out | ({"skipped": skipped} if skipped else {})
+
+
+def _blank_sample() -> tuple[Tensor, dict]:
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    return torch.zeros(3, 32, 32, dtype=torch.uint8), {**nothing, "image_id": -1, "orig_size": (32, 32)}
+
+
+def normalize(images: Tensor, sizes: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Compute `(images - 255 * mean) / (255 * std)`, with 0 in the padding. Compiles as one graph.
+
+    Args:
+        images: uint8 [B, C, H, W].
+        sizes: int [B, 2] (height, width) without padding, on the same device.
+        mean, std: C numbers, for colours in 0..1.
+
+    Returns:
+        float32 [B, C, H, W].
+
+    Raises:
+        ValueError: the number of means or of standard deviations is not C.
+    """
+    # mean and std as Python numbers need no copy to the device in every step
+    channels = zip(images.unbind(1), mean, std, strict=True)
+    x = torch.stack([(channel.float() - 255 * m) / (255 * s) for channel, m, s in channels], dim=1)
+    rows = torch.arange(x.shape[2], device=x.device) < sizes[:, :1]  # [B, H]
+    columns = torch.arange(x.shape[3], device=x.device) < sizes[:, 1:]  # [B, W]
+    return x.masked_fill(~(rows[:, None, :, None] & columns[:, None, None, :]), 0)

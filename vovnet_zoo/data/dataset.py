@@ -1,0 +1,205 @@
+"""`CocoDataset` gives images, boxes and labels of a COCO-format annotation file to torch's data loader."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+
+from .annotations import are_fractions, entries_by_id, image_problem, read_annotations, usable_boxes
+from .images import ImageError, check_size, read_image
+
+logger = logging.getLogger(__name__)
+
+
+class CocoDataset(torch.utils.data.Dataset):
+    """The dataset holds the images and boxes of a COCO-format annotation file, in the order of the image ids.
+
+    Crowd regions are left out. Annotations that cannot be used are left out too: their image or category is unknown,
+    or their box is empty, outside the image or not four finite numbers. A box that is partly outside is clipped.
+    `problems` counts the annotations that were left out or clipped by more than one pixel, and one warning reports
+    them.
+
+    Args:
+        images_dir: the folder that `file_name` is relative to.
+        annotation_file: COCO JSON; every image needs `id`, `file_name`, `width` and `height`.
+        transforms: `(image, target) -> (image, target)`, see `train_transforms` and `eval_transforms`.
+        drop_empty: leave out images without a usable box (the published recipes do).
+        plus_one: boxes in the published convention, see `coco_to_xyxy`.
+        skip_bad_images: give a `Skipped` for an image that cannot be used, which `collate` leaves out of the batch.
+
+    Attributes:
+        class_names, category_ids: name and original category id of each label, K of both.
+        image_ids: int64 [N], ascending; file_names: str [N]; sizes: int64 [N, 2] (height, width) from the JSON.
+        problems: number of annotations per kind of problem, `{}` for a clean file.
+
+    Raises:
+        ValueError: the annotation file as a whole, or every annotation in it, cannot be used; the message names it.
+    """
+
+    def __init__(
+        self,
+        images_dir: str | Path,
+        annotation_file: str | Path,
+        *,
+        transforms: Callable | None = None,
+        drop_empty: bool = False,
+        plus_one: bool = False,
+        skip_bad_images: bool = False,
+    ):
+        self.images_dir, self.annotation_file = Path(images_dir), Path(annotation_file)
+        self.transforms, self.skip_bad_images = transforms, skip_bad_images
+        coco = read_annotations(annotation_file)
+        if not self.images_dir.is_dir():
+            raise ValueError(f"{images_dir}: no such folder of images (for {annotation_file})")
+
+        categories = entries_by_id(coco["categories"], "categories", "name", annotation_file)
+        images = entries_by_id(coco["images"], "images", "file_name", annotation_file)
+        for image in images:
+            if problem := image_problem(image):
+                raise ValueError(f"{annotation_file}: {problem}")
+        self.class_names = [category["name"] for category in categories]
+        self.category_ids = [category["id"] for category in categories]
+        # arrays, not lists: counting references to a list's items would copy its memory pages into every worker
+        self.image_ids = np.array([image["id"] for image in images], dtype=np.int64)
+        self.file_names = np.array([image["file_name"] for image in images])
+        self.sizes = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64)
+
+        owners, labels, boxes, problems = usable_boxes(
+            coco["annotations"],
+            {image_id: i for i, image_id in enumerate(self.image_ids.tolist())},
+            {category_id: label for label, category_id in enumerate(self.category_ids)},
+            self.sizes,
+            plus_one,
+        )
+        self.problems = {kind: len(positions) for kind, positions in problems.items()}
+        if self.problems:
+            counts = ", ".join(f"{kind}: {n}" for kind, n in self.problems.items())
+            if len(boxes) == 0:
+                raise ValueError(f"{annotation_file}: none of its annotations can be used ({counts})")
+            logger.warning("%s: annotations dropped or changed (%s)", annotation_file, counts)
+
+        if are_fractions(boxes, self.sizes):
+            raise ValueError(f"{annotation_file}: all boxes lie in the first pixel: are they fractions? write pixels")
+
+        counts = np.bincount(owners, minlength=len(images))
+        order = np.argsort(owners, kind="stable")
+        self._boxes, self._labels = boxes[order], labels[order]
+        if drop_empty:
+            kept = counts > 0
+            self.image_ids, self.file_names, self.sizes = self.image_ids[kept], self.file_names[kept], self.sizes[kept]
+            counts = counts[kept]
+            if not kept.any():
+                raise ValueError(f"{annotation_file}: no image has a usable box, so drop_empty leaves nothing")
+        self._offsets = np.concatenate([[0], np.cumsum(counts)])
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[tv_tensors.Image, dict] | Skipped:
+        """Load the image of `index`, or of `(index, seed)`, and transform it.
+
+        With a seed, the sample depends on the key only, not on the worker, the rank or earlier samples: torch's
+        default CPU generator, from which torchvision's transforms draw, is seeded for the transforms alone.
+
+        Returns:
+            image: `tv_tensors.Image` uint8 [3, H, W].
+            target: `boxes` `tv_tensors.BoundingBoxes` XYXY float32 [N, 4], `labels` int64 [N], `image_id` int,
+                `orig_size` (height, width) of the decoded image, before any transform.
+
+        Raises:
+            ImageError: the image cannot be read, or its size is not the one in the JSON; the message names the file.
+                With `skip_bad_images` a `Skipped` is returned instead.
+        """
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        index = range(len(self))[index]
+        try:
+            image, target = self._load(index)
+        except ImageError as error:
+            if not self.skip_bad_images:
+                raise
+            return Skipped(int(self.image_ids[index]), str(error))
+        if self.transforms is None:
+            return image, target
+        if seed is None:
+            return self.transforms(image, target)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reseeds the accelerators too
+            return self.transforms(image, target)
+
+    @property
+    def aspect_ratios(self) -> np.ndarray:
+        """The ratio height / width of each image, float64 [N]."""
+        return self.sizes[:, 0] / self.sizes[:, 1]
+
+    def _load(self, index: int) -> tuple[tv_tensors.Image, dict]:
+        path = self.images_dir / str(self.file_names[index])
+        image = tv_tensors.Image(read_image(path))
+        size = tuple(image.shape[-2:])
+        check_size(path, size, tuple(self.sizes[index].tolist()), self.annotation_file)
+        rows = slice(self._offsets[index], self._offsets[index + 1])
+        boxes = torch.from_numpy(self._boxes[rows].copy())
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+            "labels": torch.from_numpy(self._labels[rows].copy()),
+            "image_id": int(self.image_ids[index]),
+            "orig_size": size,
+        }
+        return image, target
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """This takes the place of a sample whose image cannot be used; `reason` is the text of its `ImageError`."""
+
+    image_id: int
+    reason: str
+
+
+def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
+    """Find the folder of images and the annotation file of a split ("train", "val", ...) below `root`.
+
+    These layouts are known, where YEAR is any number or nothing:
+        root/annotations/instances_{split}{YEAR}.json with root/{split}{YEAR}/ or root/images/{split}{YEAR}/
+        root/{split}/_annotations.coco.json beside its images ("valid" also stands for "val")
+
+    Raises:
+        ValueError: there is no such split or more than one; the message lists the files that are there.
+    """
+    root, found = Path(root), split_candidates(root, split)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        pairs = "; ".join(f"{file} with {folder}" for folder, file in found)
+        raise ValueError(f"{root}: several '{split}' splits, remove or rename all but one: {pairs}")
+    there = [str(path.relative_to(root)) for path in sorted([*root.iterdir(), *root.glob("annotations/*")])]
+    raise ValueError(
+        f"{root}: no '{split}' split; looked for annotations/instances_{split}[YEAR].json with {split}[YEAR]/ or "
+        f"images/{split}[YEAR]/, and for {split}/_annotations.coco.json; there is: {', '.join(there[:20]) or 'nothing'}"
+        f"{', ...' if len(there) > 20 else ''}"
+    )
+
+
+def split_candidates(root: str | Path, split: str) -> list[tuple[Path, Path]]:
+    """List every (folder of images, annotation file) that `find_split` may choose.
+
+    Raises:
+        ValueError: `root` is not a folder.
+    """
+    root, found = Path(root), []
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder")
+    for file in sorted((root / "annotations").glob(f"instances_{split}*.json")):
+        if re.fullmatch(rf"instances_{re.escape(split)}\d*", file.stem):
+            name = file.stem.removeprefix("instances_")
+            found += [(folder, file) for folder in (root / name, root / "images" / name) if folder.is_dir()]
+    for name in (split, "valid") if split == "val" else (split,):
+        file = root / name / "_annotations.coco.json"
+        found += [(root / name, file)] if file.is_file() else []
+    return found

@@ -1,0 +1,120 @@
+"""This module reads image files as RGB uint8 `[3, H, W]`, or says why a file cannot be used."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ..files import read_bytes
+
+try:  # this decoder has 1.5 times the speed of Pillow, but is deprecated since torchvision 0.29
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
+Image.init()
+# Pillow knows more formats, but some would take a text file for an image, and EPS runs an interpreter.
+FORMATS = [
+    name for name in ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM") if name in Image.OPEN
+]
+MAX_IMAGE_BYTES = 2**31 - 1  # a larger file is no image, and would not fit into memory
+
+
+def read_image(source: str | Path | bytes) -> Tensor:
+    """Read an image file, or its bytes, as RGB uint8 [3, H, W], turned as its EXIF orientation says.
+
+    Grey, palette, CMYK, 1-bit and 16-bit images become RGB (16 bits are cut to the upper 8); alpha is dropped; of
+    several frames the first is read.
+
+    Raises:
+        ImageError: the file is missing, not an image of `FORMATS`, truncated (as a JPEG without its end marker is),
+            damaged so that the decoder notices, too large (`PIL.Image.MAX_IMAGE_PIXELS`), or has floating-point
+            pixels. The message names the file.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return decode_image(bytes(source), "<bytes>")
+    return decode_image(read_image_bytes(source), source)
+
+
+def read_image_bytes(path: str | Path) -> bytes:
+    """Read the bytes of an image file. Raises `ImageError` if the file is missing or cannot be read."""
+    try:
+        return read_bytes(path, "image", MAX_IMAGE_BYTES)
+    except ValueError as error:
+        backslashes = "\\" in str(path) and os.sep == "/"
+        hint = "; write its backslashes as '/' in the JSON" if backslashes else "; restore it or correct its path"
+        kind = "missing image file" if isinstance(error.__cause__, FileNotFoundError) else "unreadable image file"
+        raise ImageError(f"{error}{hint}", kind) from error.__cause__
+
+
+def decode_image(data: bytes, name: str | Path) -> Tensor:
+    """Decode the bytes of an image file as `read_image` does; `name` is the file's name, for the error messages."""
+    if not data:
+        raise ImageError(f"{name}: the image file is empty (0 bytes); replace or remove it", "empty image file")
+    try:
+        with open_image(data) as image:
+            return _decode(image, data)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not an image of a known format; convert or remove it", "not an image") from error
+    except Exception as error:  # on hostile bytes the decoders raise anything from SyntaxError to struct.error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ImageError(f"{name}: cannot decode the image: {reason}; replace or remove it") from error
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Parse the header of an image, without its pixels, and refuse decompression bombs."""
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _decode(image: Image.Image, data: bytes) -> Tensor:
+    if image.format in ("JPEG", "MPO"):
+        if not _jpeg_ends(data):
+            raise ValueError("truncated, the JPEG end marker is missing")
+        if decode_jpeg is not None:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_jpeg(buffer, ImageReadMode.RGB, apply_exif_orientation=True)
+    # Pillow decodes the other formats: torchvision ends the process on a damaged PNG, and ignores the EXIF of WebP
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range, convert it to 8 bit")
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits to 8
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("pixel values beyond 16 bit, convert it to 8 bit")
+        return torch.from_numpy((grey >> 8).astype(np.uint8)).repeat(3, 1, 1)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _jpeg_ends(data: bytes) -> bool:
+    """Tell whether an end-of-image marker follows the header.
+
+    Without the marker, libjpeg only warns, and fills the missing part with grey.
+    """
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":  # segments, up to the first scan
+        fill = data[at + 1 : at + 2] == b"\xff"
+        at += 1 if fill else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return data.rfind(b"\xff\xd9", at) >= 0  # rfind begins at the end, where the marker usually is
+
+
+def check_size(path: str | Path, size: tuple[int, int], expected: tuple[int, int], annotation_file: str | Path) -> None:
+    """Compare an image's (height, width) with the one in its annotation file. Raises `ImageError` if they differ."""
+    if size != expected:
+        turned = " (annotated before its EXIF rotation?)" if size == expected[::-1] else ""
+        raise ImageError(
+            f"{path}: the image is {size[1]}x{size[0]} (width x height) but {annotation_file} says "
+            f"{expected[1]}x{expected[0]}{turned}; correct one of the two",
+            "size unlike the JSON",
+        )
+
+
+class ImageError(ValueError):
+    """An image file cannot be used; all files with the same problem have the same few words as `kind`."""
+
+    def __init__(self, message: str, kind: str = "damaged image"):
+        super().__init__(message)
+        self.kind = kind

@@ -1,0 +1,153 @@
+"""These transforms resize and augment images together with their boxes.
+
+Each transform takes and returns `(image, target)`, as samples of `CocoDataset` are.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+
+def train_transforms(
+    min_size: tuple[int, int] = (640, 800),
+    max_size: int = 1333,
+    augment: str = "flip",
+    *,
+    flip: float = 0.5,
+    scale: tuple[float, float] = (0.5, 2.0),
+    color: float = 0.0,
+    plus_one: bool = False,
+) -> v2.Compose:
+    """Make the augmentation for training; afterwards each box is inside the image and at least one pixel wide and high.
+
+    Args:
+        min_size: range (inclusive) of the shorter side in pixels, drawn per image.
+        max_size: limit of the longer side in pixels.
+        augment: "none" resizes; "flip" also mirrors; "jitter_crop" also zooms and crops, see `RandomScaleCrop`.
+        flip: probability that an image is mirrored.
+        scale: range of the zoom of "jitter_crop".
+        color: largest relative change of brightness, contrast and saturation, 0 for none.
+        plus_one: mirror in the published convention and, like the published code, neither clip nor drop boxes; not
+            for "jitter_crop".
+
+    Raises:
+        ValueError: `augment` is unknown, or a range is empty or not positive.
+    """
+    if augment not in ("none", "flip", "jitter_crop"):
+        raise ValueError(f"augment is one of 'none', 'flip', 'jitter_crop', not {augment!r}")
+    if plus_one and augment == "jitter_crop":
+        raise ValueError("plus_one goes with augment 'none' or 'flip': the published models know no 'jitter_crop'")
+    steps = []
+    if augment == "jitter_crop":
+        steps.append(RandomScaleCrop(min_size, max_size, scale))
+    else:
+        steps.append(RandomShortestSide(min_size, max_size))
+    if augment != "none":
+        steps.append(_RandomPlusOneFlip(flip) if plus_one else v2.RandomHorizontalFlip(flip))
+    if color:
+        steps.append(v2.ColorJitter(brightness=color, contrast=color, saturation=color))
+    if not plus_one:
+        steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
+    return v2.Compose(steps)
+
+
+def eval_transforms(min_size: int = 800, max_size: int = 1333) -> v2.Compose:
+    """Make the transforms for evaluation, which resize by the published rule, see `resize_size`."""
+    return v2.Compose(
+        [RandomShortestSide((min_size, min_size), max_size), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
+    )
+
+
+class RandomShortestSide(v2.Transform):
+    """Resize the shorter side to a size drawn from `min_sizes` (low, high; inclusive), by the rule of `resize_size`."""
+
+    def __init__(self, min_sizes: tuple[int, int], max_size: int):
+        super().__init__()
+        self.min_sizes, self.max_size = _int_range(min_sizes), max_size
+
+    def make_params(self, flat_inputs: list) -> dict:
+        return {"size": resize_size(*v2.query_size(flat_inputs), _randint(*self.min_sizes), self.max_size)}
+
+    def transform(self, inpt, params: dict):
+        return F.resize(inpt, list(params["size"]), antialias=True)
+
+
+class RandomScaleCrop(v2.Transform):
+    """Zoom by a random factor around the size that `RandomShortestSide` gives, and crop to at most that size.
+
+    The factor is log-uniform in the range `scale`. With a factor above 1, a random window is cut out and enlarged; with
+    a factor below 1, the whole image becomes smaller. A box outside the window becomes empty, so that
+    `ClampBoundingBoxes` and `SanitizeBoundingBoxes` must follow.
+    """
+
+    def __init__(self, min_sizes: tuple[int, int], max_size: int, scale: tuple[float, float]):
+        super().__init__()
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"scale is (low, high) with 0 < low <= high, not {scale}")
+        self.min_sizes, self.max_size, self.scale = _int_range(min_sizes), max_size, scale
+
+    def make_params(self, flat_inputs: list) -> dict:
+        height, width = v2.query_size(flat_inputs)
+        target = resize_size(height, width, _randint(*self.min_sizes), self.max_size)
+        low, high = np.log(self.scale)
+        zoom = float(np.exp(low + (high - low) * torch.rand(()).item()))
+        window = [max(1, round(side / max(zoom, 1))) for side in (height, width)]
+        return {
+            "top": _randint(0, height - window[0]),
+            "left": _randint(0, width - window[1]),
+            "height": window[0],
+            "width": window[1],
+            "size": [max(1, round(side * min(zoom, 1))) for side in target],
+        }
+
+    def transform(self, inpt, params: dict):
+        return F.resized_crop(inpt, **params, antialias=True)
+
+
+class _RandomPlusOneFlip(v2.RandomHorizontalFlip):
+    """Mirror the image, and its boxes in the published convention."""
+
+    def transform(self, inpt, params: dict):
+        if isinstance(inpt, tv_tensors.BoundingBoxes):
+            boxes = hflip_boxes(inpt.as_subclass(Tensor), inpt.canvas_size[1], plus_one=True)
+            return tv_tensors.wrap(boxes, like=inpt)
+        return super().transform(inpt, params)
+
+
+def resize_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
+    """Compute the `(height, width)` in pixels to which the published rule resizes an image, both at least 1.
+
+    The shorter side becomes `min_size`. Where the longer side would then exceed `max_size`, the shorter side becomes
+    the rounded number for which the longer side is `max_size`. The longer side is computed from the shorter one and
+    truncated, so it can exceed `max_size` by up to half the aspect ratio.
+    """
+    short, long = sorted((height, width))
+    size = min_size
+    if long / short * size > max_size:
+        size = round(max_size * short / long)
+    if size == 0:  # the rule gives 0 for an aspect ratio above 2 * max_size
+        size, other = 1, max_size
+    else:
+        other = int(size * long / short)
+    return (size, other) if height <= width else (other, size)
+
+
+def hflip_boxes(boxes: Tensor, width: int, plus_one: bool = False) -> Tensor:
+    """Mirror xyxy boxes [..., 4] in an image of `width` pixels; with `plus_one` (published) `x1' = width - x2 - 1`."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    one = int(plus_one)
+    return torch.stack([width - x2 - one, y1, width - x1 - one, y2], dim=-1)
+
+
+def _randint(low: int, high: int) -> int:
+    """Draw a whole number uniformly, both ends included."""
+    return int(torch.randint(low, high + 1, ()))
+
+
+def _int_range(sizes: tuple[int, int]) -> tuple[int, int]:
+    if len(sizes) != 2 or not 0 < sizes[0] <= sizes[1]:
+        raise ValueError(f"the shorter side is a range (low, high) with 0 < low <= high, not {sizes}")
+    return sizes[0], sizes[1]

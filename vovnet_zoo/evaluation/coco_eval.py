@@ -1,0 +1,277 @@
+"""This module computes COCO's average precision of boxes, from detections that may lie on several ranks."""
+
+import contextlib
+import functools
+import gc
+import io
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from ..data import annotation_problem, entries_by_id, is_crowd, read_annotations
+
+logger = logging.getLogger(__name__)
+
+
+def coco_metrics(
+    annotations: str | Path | COCO,
+    results: list[dict],
+    *,
+    image_ids: Sequence[int] | None = None,
+    max_dets: int = 100,
+    engine: str = "pycocotools",
+) -> dict:
+    """Compute the COCO box metrics of result rows, as pycocotools does, but without printing.
+
+    The annotation file may lack `info`, `area` (taken as width * height), `iscrowd` (taken as 0) and annotation ids.
+    Annotations without a known image, a known category or four finite numbers as box are left out, with a warning.
+
+    Args:
+        annotations: path of a COCO JSON, or an open `pycocotools.coco.COCO`, which is left unchanged.
+        results: rows of `to_coco_results`.
+        image_ids: score these images only, and ignore rows of other images; None scores all images of the file.
+        max_dets: best detections per image that count.
+        engine: "pycocotools", or "faster", which computes the same numbers sooner, see `load_engine`.
+
+    Returns:
+        A dict of `AP` (mean over IoU 0.50:0.95), `AP50`, `AP75`, `APs`, `APm`, `APl` (objects below 32^2, between, and
+        above 96^2 square pixels), `AR1`, `AR10`, `AR{max_dets}` (with so many detections per image), `ARs`, `ARm`,
+        `ARl`, and `per_class`, the AP by class name. Values are in 0..1, or -1 where there is no ground truth.
+
+    Raises:
+        ValueError: a result names an unknown image or category, or has a number that is not finite; the message names
+            the file.
+    """
+    make_index, make_run = load_engine(engine)
+    if isinstance(annotations, COCO):
+        name, coco = "the COCO object", annotations.dataset
+    else:
+        name, coco = str(annotations), read_annotations(annotations)
+    class_names = _class_names(entries_by_id(coco["categories"], "categories", "name", name))
+    images = entries_by_id(coco["images"], "images", "file_name", name)
+    # engines get positions instead of ids, because "faster" would round ids beyond 2^53
+    image_index = {image["id"]: i for i, image in enumerate(images)}
+    label_of = {category_id: label for label, category_id in enumerate(class_names)}
+    _check_results(results, image_index, label_of, name)
+    if image_ids is not None and (unknown := set(image_ids) - image_index.keys()):
+        raise ValueError(f"{name}: has no images with the ids {sorted(unknown)[:5]} that are to be scored")
+
+    truth = [row for row in coco["annotations"] if not annotation_problem(row, image_index, label_of)]
+    if dropped := len(coco["annotations"]) - len(truth):
+        logger.warning("%s: %d unusable annotations left out of the ground truth", name, dropped)
+    with contextlib.redirect_stdout(io.StringIO()), _without_gc():
+        expected = _index(make_index(), truth, [_area(row) for row in truth], image_index, label_of)
+        found = _index(make_index(), results, [_box_area(row) for row in results], image_index, label_of)
+        run = make_run(expected, found, "bbox")
+        if image_ids is not None:
+            run.params.imgIds = sorted({image_index[image_id] for image_id in image_ids})
+        run.params.maxDets = [n for n in (1, 10) if n < max_dets] + [max_dets]
+        run.evaluate()
+        run.accumulate()
+    return _summary(run, list(class_names.values()))
+
+
+def load_engine(name: str) -> tuple[Callable[..., COCO], Callable[..., COCOeval]]:
+    """Return the two classes of an engine that stand for pycocotools' `COCO` and `COCOeval`.
+
+    The engine "faster" is the package faster-coco-eval, whose numbers equal those of pycocotools to 1e-12.
+
+    Raises:
+        ValueError: the name is neither "pycocotools" nor "faster".
+        ImportError: the package faster-coco-eval is not installed.
+    """
+    if name == "pycocotools":
+        return COCO, COCOeval
+    if name != "faster":
+        raise ValueError(f"engine is 'pycocotools' or 'faster', not {name!r}")
+    try:
+        import faster_coco_eval
+    except ImportError as error:
+        raise ImportError("engine 'faster' needs a package: pip install -U faster-coco-eval") from error
+    return faster_coco_eval.COCO, functools.partial(faster_coco_eval.COCOeval_faster, print_function=logger.debug)
+
+
+def to_coco_results(
+    detections: Sequence[dict[str, Tensor]],
+    image_ids: Sequence[int],
+    category_ids: Sequence[int],
+    plus_one: bool = False,
+) -> list[dict]:
+    """Turn detections into COCO result rows, `{"image_id", "category_id", "bbox", "score"}`, ready for JSON.
+
+    Args:
+        detections: per image `boxes` [N, 4] xyxy in pixels of the original image, `scores` [N], `labels` int [N].
+        image_ids: the COCO id of each image.
+        category_ids: original category id of each label.
+        plus_one: the published convention, `w = x2 - x1 + 1` (likewise h).
+
+    Raises:
+        ValueError: there are not as many image ids as detections, or a label has no category.
+    """
+    if len(detections) != len(image_ids):
+        raise ValueError(f"{len(detections)} detections for {len(image_ids)} image ids")
+    rows = []
+    for detection, image_id in zip(detections, image_ids, strict=True):
+        boxes = detection["boxes"].detach().cpu().to(torch.float64, copy=True)
+        boxes[:, 2:] += int(plus_one) - boxes[:, :2]  # [N, 4] xywh
+        labels = detection["labels"].tolist()
+        if labels and not 0 <= min(labels) <= max(labels) < len(category_ids):
+            raise ValueError(
+                f"image {image_id}: labels {min(labels)}..{max(labels)} do not fit the {len(category_ids)} categories; "
+                "was the model trained on other classes?"
+            )
+        rows += [
+            {"image_id": int(image_id), "category_id": int(category_ids[label]), "bbox": box, "score": score}
+            for box, score, label in zip(boxes.tolist(), detection["scores"].tolist(), labels, strict=True)
+        ]
+    return rows
+
+
+def gather_results(
+    results: list[dict], image_ids: Sequence[int], group: dist.ProcessGroup | None = None
+) -> list[dict] | None:
+    """Gather the result rows of all ranks on rank 0; the other ranks get None.
+
+    Every rank must call this function, with any number of rows, or none. Where several ranks scored the same image,
+    as samplers that pad make them do, only the rows of the first of these ranks are kept. With NCCL, set the rank's
+    device before. Without torch.distributed the function returns the rows of this process.
+
+    Args:
+        results: rows of `to_coco_results`.
+        image_ids: the images that this rank scored, each once, including images without detections.
+        group: process group that contains rank 0; None is the default group.
+
+    Raises:
+        ValueError: a rank lists an image twice, or has rows of an image that it does not list; on rank 0 only.
+    """
+    own = (results, [int(image_id) for image_id in image_ids])
+    if not (dist.is_available() and dist.is_initialized()):
+        return _merge([own])
+    parts = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
+    dist.gather_object(own, parts, dst=0, group=group)
+    return None if parts is None else _merge(parts)
+
+
+def format_table(metrics: dict, per_class: bool = False) -> str:
+    """Format the numbers of `coco_metrics` as two aligned lines and, with `per_class`, one more line per class."""
+    overall = {name: value for name, value in metrics.items() if name != "per_class"}
+    lines = ["  ".join(f"{name:>5}" for name in overall), "  ".join(f"{_number(v):>5}" for v in overall.values())]
+    if per_class:
+        lines += [f"{_number(value):>5}  {name}" for name, value in metrics["per_class"].items()]
+    return "\n".join(lines)
+
+
+def _summary(run: COCOeval, class_names: list[str]) -> dict:
+    """Average an engine's results. COCOeval.summarize would know no other limit than 100 detections."""
+    precision = run.eval["precision"][..., -1]  # [IoU, recall, class, area], areas: all, small, medium, large
+    recall = run.eval["recall"]  # [IoU, class, area, limit]
+    metrics = {
+        "AP": _mean(precision[:, :, :, 0]),
+        "AP50": _mean(precision[0, :, :, 0]),
+        "AP75": _mean(precision[5, :, :, 0]),
+        **{f"AP{size}": _mean(precision[:, :, :, i]) for i, size in enumerate("sml", start=1)},
+        **{f"AR{n}": _mean(recall[:, :, 0, i]) for i, n in enumerate(run.params.maxDets)},
+        **{f"AR{size}": _mean(recall[:, :, i, -1]) for i, size in enumerate("sml", start=1)},
+    }
+    metrics["per_class"] = {
+        class_name: _mean(precision[:, :, label, 0]) for label, class_name in enumerate(class_names)
+    }
+    return metrics
+
+
+def _merge(parts: list[tuple[list[dict], list[int]]]) -> list[dict]:
+    merged, done = [], set()
+    for rank, (rows, image_ids) in enumerate(parts):
+        own = set(image_ids)
+        if len(own) < len(image_ids):
+            twice = [image_id for image_id, n in Counter(image_ids).items() if n > 1]
+            raise ValueError(f"rank {rank} scored images more than once: ids {twice[:5]}; drop the repeated ones")
+        if stray := {row["image_id"] for row in rows} - own:
+            raise ValueError(f"rank {rank} has results of images it does not list: ids {sorted(stray)[:5]}")
+        merged += [row for row in rows if row["image_id"] not in done]
+        done |= own
+    return merged
+
+
+def _index(
+    index: COCO, rows: list[dict], areas: list[float], image_index: dict[int, int], label_of: dict[int, int]
+) -> COCO:
+    """Fill an engine's empty index with ground truth or result rows.
+
+    COCO.loadRes would fail where there are no rows.
+    """
+    index.dataset = {
+        "images": [{"id": i} for i in image_index.values()],
+        "categories": [{"id": label} for label in label_of.values()],
+        "annotations": [
+            {  # other keys of the row are left out, because engines give a meaning to some
+                "id": i,  # from 1: id 0 means "not matched"
+                "image_id": image_index[row["image_id"]],
+                "category_id": label_of[row["category_id"]],
+                "bbox": row["bbox"],
+                "score": row.get("score", 0),
+                "area": area,
+                "iscrowd": int(is_crowd(row)),
+            }
+            for i, (row, area) in enumerate(zip(rows, areas, strict=True), start=1)
+        ],
+    }
+    index.createIndex()
+    return index
+
+
+@contextlib.contextmanager
+def _without_gc():
+    """Stop Python's search for reference cycles, which takes longer than indexing 500,000 rows, and finds none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _area(row: dict) -> float:
+    area = row.get("area")
+    # engines silently ignore a ground truth whose area is beyond these limits
+    return area if type(area) in (int, float) and 0 <= area <= 1e10 else _box_area(row)
+
+
+def _box_area(row: dict) -> float:
+    return row["bbox"][2] * row["bbox"][3]
+
+
+def _class_names(categories: list[dict]) -> dict[int, str]:
+    """Give each category id a unique class name."""
+    repeated = Counter(category["name"] for category in categories)
+    return {c["id"]: c["name"] if repeated[c["name"]] == 1 else f"{c['name']} ({c['id']})" for c in categories}
+
+
+def _check_results(results: list[dict], image_ids: dict, category_ids: dict, name: str) -> None:
+    if unknown := {row["image_id"] for row in results} - image_ids.keys():
+        raise ValueError(f"{name}: has no images with the ids {sorted(unknown)[:5]} that results name")
+    if unknown := {row["category_id"] for row in results} - category_ids.keys():
+        raise ValueError(f"{name}: has no categories with the ids {sorted(unknown)[:5]} that results name")
+    for row in results:
+        if not all(map(math.isfinite, (*row["bbox"], row["score"]))):
+            raise ValueError(f"result of image {row['image_id']} not finite: bbox {row['bbox']}, score {row['score']}")
+
+
+def _mean(values: np.ndarray) -> float:
+    """Average the values of the classes that have ground truth; -1 if no class has."""
+    values = values[values > -1]
+    return float(values.mean()) if values.size else -1.0
+
+
+def _number(value: float) -> str:
+    return "-" if value < 0 else f"{value:.3f}"

@@ -1,0 +1,123 @@
+"""Files are read whole or refused, and folders appear at once: JSON, safetensors with a checksum, hashes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Read the state dict of a safetensors file, on the CPU.
+
+    The format has no checksum of its own, so the one that `write_safetensors` leaves in the metadata is compared.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
+    try:
+        expected = read_metadata(path).get("sha256")
+        state_dict = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); download or save it again") from error
+    if expected is not None and expected != fingerprint(state_dict):
+        raise ValueError(f"{path} is damaged: its tensors are not those saved; download or save it again")
+    return state_dict
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Read the texts that `write_safetensors` wrote beside the tensors."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def write_safetensors(state_dict: Mapping[str, Tensor], path: str | Path, **metadata: str) -> None:
+    """Write a state dict, and a checksum of it among the metadata."""
+    state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    metadata = {"format": "pt", **metadata, "sha256": fingerprint(state_dict)}
+    safetensors.torch.save_file(state_dict, path, metadata=metadata)
+
+
+def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
+    """Compute the sha256 of the names, dtypes, shapes and bytes of all tensors, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def hash_file(path: Path, algorithm: str = "sha256") -> str:
+    """Compute the hexadecimal digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """Read the object in a JSON file. Raises ValueError, naming the file, if it holds anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file ({error}); download or save it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not settings")
+    return content
+
+
+def read_bytes(path: str | Path, kind: str, limit: int | None = None) -> bytes:
+    """Read a regular file of at most `limit` bytes. The error message calls the file a `kind`.
+
+    Raises:
+        ValueError: the file is missing, unreadable, too large, or a pipe or device, which might never end.
+    """
+    try:
+        status = os.stat(path)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise OSError("it is a pipe or device, not a file")
+        if limit is not None and status.st_size > limit:
+            raise OSError(f"it has {status.st_size} bytes")
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: the path has, for example, a null character in it
+        raise ValueError(f"{path}: cannot read the {kind}: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextlib.contextmanager
+def staged(target: str | Path, keep: Collection[str] = ()) -> Iterator[Path]:
+    """Give a new folder to write into, and move its files to `target` at the end.
+
+    A `target` that does not exist appears at once, with all its files. In a `target` that exists, each file is
+    replaced as a whole, except that a file named in `keep` stays as it is. After an error `target` is unchanged.
+    """
+    target = Path(target).resolve()
+    with temporary(target) as folder:
+        folder.mkdir(parents=True)
+        yield folder
+        if not target.exists():
+            os.rename(folder, target)
+            return
+        for file in folder.iterdir():
+            if file.name not in keep or not (target / file.name).exists():
+                os.replace(file, target / file.name)
+
+
+@contextlib.contextmanager
+def temporary(target: Path) -> Iterator[Path]:
+    """Give an unused path beside `target`, and remove the file or folder that is there at the end."""
+    path = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield path
+    finally:
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)

@@ -1,0 +1,212 @@
+"""A checkpoint on its way to the Hub is converted, checked, described by a card, and pushed."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import huggingface_hub
+import timm
+import torch
+from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
+from timm.models.vovnet import VovNet
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import detectors, hub, vovnet
+from .convert import FORMS, convert
+from .fcos import FCOS
+from .files import hash_file, read_json, read_metadata, read_safetensors, staged, write_safetensors
+from .weights import Weights, read_checkpoint, unwrapped
+
+BACKBONE_CARD = ModelCardData(
+    library_name="timm", pipeline_tag="image-classification", tags=["timm", "vovnet"], license="apache-2.0"
+)
+
+
+def publish_model(
+    source: Path,
+    repo_id: str,
+    *,
+    run: Path | None = None,
+    license: str | None = None,
+    private: bool = False,
+    token: str | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Check a model, write its card, push both to the Hub, and return the address of the commit.
+
+    Args:
+        source: the folder of a saved detector or backbone, or a published checkpoint, which is converted first.
+        repo_id: "organisation/name"; the repository is made if it does not exist.
+        run: folder of the training run, whose scores go into the card; None takes the folder around `source`.
+        license: the license of the weights, as the Hub abbreviates it; None takes the one that is known, if any.
+        private, token, branch, create_pr: see `push`.
+
+    Raises:
+        ValueError: the model cannot be loaded or converted, or gives outputs that are not finite.
+        OSError: the Hub cannot be reached, or refuses.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = source
+        if not folder.is_dir():
+            folder = Path(temporary) / "converted"
+            convert_file(source, folder)
+        facts = {"repo_id": repo_id, **training_facts(run or source.resolve().parent, source.name)}
+        if license:
+            facts["license"] = license
+        card = checked_card(folder, **facts)
+        return push(repo_id, folder, card, private=private, token=token, branch=branch, create_pr=create_pr)
+
+
+def convert_file(file: str | Path, out: str | Path) -> None:
+    """Convert a published checkpoint to a folder of `model.safetensors`, `config.json` and `README.md`.
+
+    `FCOS.from_pretrained` opens the folder of a detector. `timm.create_model("local-dir:FOLDER", pretrained=True)`
+    opens the folder of a classifier, also where this package is not installed. The folder appears only after
+    `checked_card` has loaded and run the model in it.
+
+    Raises:
+        ValueError: the file is damaged, wants to run code, or is none of `FORMS`, or a tensor does not fit.
+    """
+    file, out = Path(file), Path(out)
+    with unwrapped(file, str(file)) as checkpoint_file:
+        checkpoint = read_checkpoint(checkpoint_file, str(file))
+        sha1, sha256 = hash_file(checkpoint_file, "sha1"), hash_file(checkpoint_file)
+    try:
+        converted = convert(checkpoint, detectors.archs())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    source = {"converted_from": f"{file.name}, {FORMS[converted.form]}, sha256 {sha256}"}
+    for name, weights in vovnet.WEIGHTS.items():
+        if weights.sha1 == sha1:
+            source |= {"known_as": name, "published_score": weights.score, "license": weights.license}
+    with staged(out, keep=[hub.CARD]) as folder:
+        if converted.config:
+            model = detectors.build_converted(converted)
+            config = model.config
+        else:
+            model, config = build_for_timm(converted.arch, converted.state_dict)
+        (folder / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_safetensors(model.state_dict(), folder / hub.WEIGHTS, **{"license": "unknown", **source})
+        card = checked_card(folder, repo_id=f"organisation/{out.name}")
+        (folder / hub.CARD).write_text(str(card), encoding="utf-8")
+
+
+def build_for_timm(name: str, state_dict: dict[str, Tensor]) -> tuple[VovNet, dict]:
+    """Build a backbone from timm's own classes, and the `config.json` with which timm builds it without this package.
+
+    Args:
+        name: one of `vovnet.model_cfgs`.
+        state_dict: the tensors under timm's names; without a classifier the model gives features.
+    """
+    num_classes = len(state_dict["head.fc.bias"]) if "head.fc.bias" in state_dict else 0
+    args = vovnet.model_cfgs[name]
+    model = timm.create_model("vovnet39a", num_classes=num_classes, **args)
+    hub.load_strict(model, state_dict, "the checkpoint")
+    cfg = {**vovnet.timm_cfg(Weights("hub", license="other")), "num_classes": num_classes, "tag": name}
+    del cfg["url"], cfg["license"], cfg["notes"]
+    config = {
+        "architecture": "vovnet39a",
+        "num_classes": num_classes,
+        "num_features": args["stage_out_chs"][-1],
+        "model_args": args,
+        "pretrained_cfg": cfg,
+    }
+    return model.eval(), config
+
+
+def checked_card(folder: str | Path, **facts: str) -> ModelCard:
+    """Load the model in a folder strictly, run it, and make a card of what is known of it and the further `facts`.
+
+    Raises:
+        ValueError: the model cannot be loaded, or one of its outputs is not finite.
+    """
+    folder = Path(folder)
+    if not (folder / hub.CONFIG).is_file():
+        raise ValueError(f"{folder} has no {hub.CONFIG}: is it the folder of a saved model?")
+    config = read_json(folder / hub.CONFIG)
+    architecture = config.get("architecture")
+    if architecture is None:
+        model = FCOS.from_pretrained(folder)
+        size = [-(-side // 32) * 32 for side in (model.config["min_size"], model.config["max_size"])]
+    else:  # as timm's "local-dir:" does it, which in older releases reads no safetensors
+        model = timm.create_model(architecture, num_classes=config["num_classes"], **config["model_args"]).eval()
+        hub.load_strict(model, read_safetensors(folder / hub.WEIGHTS), str(folder / hub.WEIGHTS))
+        size = config["pretrained_cfg"]["input_size"][-2:]
+    with torch.inference_mode():
+        outputs = model(torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
+        if not all(x.isfinite().all() for x in (outputs if architecture is None else [outputs])):
+            raise ValueError(f"{folder}: the model runs, but not all its outputs are finite; is a tensor damaged?")
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            model.to("meta")(torch.empty(1, 3, *size))
+    flops, metadata = counter.get_total_flops(), read_metadata(folder / hub.WEIGHTS)
+    known = {
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "compute": f"{flops / 1e9:.1f} GFLOPs ({flops / 2e9:.1f} GMACs) at {size[0]}x{size[1]}",
+        **{key: text for key, text in metadata.items() if key not in ("format", "sha256")},
+        "sha256_of_model.safetensors": hash_file(folder / hub.WEIGHTS),
+        **facts,
+    }
+    if architecture is None:
+        return model.generate_model_card(**known)
+    name = config["pretrained_cfg"]["tag"]
+    known["architecture"] = f"{name}: timm's {architecture} with the model_args of config.json"
+    return hub.model_card(known, BACKBONE_CARD)
+
+
+def training_facts(run: Path, model: str) -> dict[str, str]:
+    """Read what a run folder of recipes/train_coco.py tells of its model "best" or "last"; {} for any other folder."""
+    if not (run / "run.json").is_file():
+        return {}
+    start = json.loads((run / "run.json").read_text(encoding="utf-8"))["starts"][-1]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    scored = [row for row in rows if "AP" in row]
+    if model != "last":
+        scored.sort(key=lambda row: row["AP"])
+    scores = scored[-1] if scored else {}
+    return {
+        "measured": ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if key.startswith("AP")),
+        "training_command": " ".join([Path(start["command"][0]).name, *start["command"][1:]]),
+        "training_versions": ", ".join(f"{name} {version}" for name, version in start["versions"].items()),
+        "training_machine": str(start["machine"]),
+    }
+
+
+def push(
+    repo_id: str,
+    folder: str | Path,
+    card: ModelCard,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a model's files in one commit, and return the address of the commit.
+
+    Args:
+        repo_id: "organisation/name"; the repository is made if it does not exist.
+        folder: the folder with `config.json` and `model.safetensors`.
+        private: make a new repository private.
+        token: access token; None takes the one of `hf auth login` or `HF_TOKEN`.
+        branch: branch to push to; None is main.
+        create_pr: open a pull request instead.
+    """
+    api = huggingface_hub.HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    files = {
+        hub.CONFIG: Path(folder) / hub.CONFIG,
+        hub.WEIGHTS: Path(folder) / hub.WEIGHTS,
+        hub.CARD: str(card).encode(),
+    }
+    commit = api.create_commit(
+        repo_id,
+        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()],
+        commit_message="Publish with vovnet_zoo",
+        revision=branch,
+        create_pr=create_pr,
+    )
+    return commit.commit_url
