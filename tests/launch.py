@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import tyro
+
+import train_coco
+from presets import PRESETS
+
 ROOT = Path(__file__).resolve().parents[1]
 STORE_PER_RESTART = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see the README
 TINY = "--model fcos --backbone test_resnet --channels 64 --num-convs 1 --min-size 48 64 --max-size 96 --test-size 64"
@@ -23,6 +28,12 @@ def train_command(data: Path, out: Path, options: str = "", processes: int = 1, 
     """The finetune preset with a tiny model."""
     line = ["finetune", "--data", data, "--out", out, *TINY.split(), "--batch-size", "4", "--device", "cpu"]
     return command("train_coco.py", [*line, *options.split()], processes, torchrun)
+
+
+def train_here(data: Path, out: Path, options: str = "") -> None:
+    """Run the command in this process, which has imported torch already: that is most of a short run's time."""
+    config = tyro.extras.overridable_config_cli(PRESETS, args=[str(x) for x in train_command(data, out, options)[2:]])
+    train_coco.main(config)
 
 
 def train(data: Path, out: Path, options: str = "", processes: int = 1, fails: bool = False) -> str:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from safetensors.torch import load_file
 
 from vovnet_zoo.evaluation import coco_eval
 
@@ -202,12 +203,7 @@ def test_to_coco_results():
 
 
 def test_to_coco_results_published():
-    path = Path(__file__).resolve().parents[2] / "shared" / "golden" / "golden_fcos_ops.safetensors"
-    if not path.is_file():
-        pytest.skip("needs the golden numbers")
-    from safetensors.torch import load_file
-
-    golden = load_file(path)
+    golden = load_file(Path(__file__).parent / "golden" / "golden_fcos_ops.safetensors")
     boxes, n = golden["boxes/flipped"], len(golden["boxes/flipped"])
     detections = [{"boxes": boxes, "scores": torch.ones(n), "labels": torch.zeros(n, dtype=torch.int64)}]
     rows = coco_eval.to_coco_results(detections, [1], [1], plus_one=True)

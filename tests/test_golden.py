@@ -1,11 +1,13 @@
-"""The published models' numbers, reproduced. What the arrays mean: tests/golden/README.md.
+"""The published models' numbers are reproduced. What the arrays mean: tests/golden/README.md.
 
-Runs on the fixtures in tests/golden and, where they are, on those of `../shared/golden` or the folder that
-VOVNET_ZOO_GOLDEN names.
+The fixtures are those in tests/golden and, where they are, further ones in the folder that VOVNET_ZOO_GOLDEN names
+(default: `../shared/golden`). Bounds count roundings, see near.py.
 """
 
+import copy
 import functools
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -16,9 +18,11 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from near import assert_near, sum_roundings
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.layers import FrozenBatchNormAct2d
-from torchvision.ops import nms, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 import vovnet_zoo
 from vovnet_zoo import convert
@@ -26,6 +30,7 @@ from vovnet_zoo.data import coco_to_xyxy, collate, hflip_boxes, normalize, resiz
 from vovnet_zoo.evaluation import to_coco_results
 from vovnet_zoo.fcos import Predictions, make_points
 from vovnet_zoo.loss import centerness_targets, iou_loss
+from vovnet_zoo.nms import class_nms
 from vovnet_zoo.vovnet import model_cfgs
 
 TESTS = Path(__file__).parent
@@ -46,15 +51,31 @@ TRAINED = [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow)
 
 detectors = pytest.mark.parametrize("name", DETECTORS)
 classifiers = pytest.mark.parametrize("name", CLASSIFIERS)
-needs_ops = pytest.mark.skipif("golden_fcos_ops" not in FILES, reason="golden_fcos_ops.safetensors is not here")
+CENTERNESS = 4  # roundings: two quotients, of which a product, and its root
+FLIPS = 2e-3  # in float32, a sum near 0 may have either sign, and its ReLU a gradient or none
+
+
+def companion(kind, name):
+    """The JSON file beside a fixture: its "keys" or its "meta" facts, which it shares with that on noise images."""
+    return FILES[name].with_name(name.replace("golden", kind).replace("_synthetic", "") + ".json")
+
+
+def has(name, key):
+    with safe_open(FILES[name], "pt") as file:
+        return key in file.keys()
+
+
+def meta_file(name):
+    """None where there is none."""
+    file = companion("meta", name)
+    return file if file.exists() else None
 
 
 @functools.cache
 def golden(name):
     """Arrays of a file, its published weights, and what they convert to."""
     arrays = load_file(FILES[name])
-    keys = FILES[name].with_name(name.replace("golden", "keys").replace("_synthetic", "") + ".json")
-    published = state_dict_from_table(json.loads(keys.read_text()))
+    published = state_dict_from_table(json.loads(companion("keys", name).read_text()))
     converted = convert.convert(published, ARCHS)
     return SimpleNamespace(arrays=arrays, published=published, **converted._asdict())
 
@@ -73,9 +94,12 @@ def detector(name):
 
 @functools.cache
 def outputs(name, image):
+    return run(detector(name), name, image)
+
+
+def run(model, name, image):
     """Network input, backbone maps by name, and head outputs of one image."""
-    model, arrays = detector(name), golden(name).arrays
-    inputs, size = batch(name, [image])["inputs"], arrays[f"{image}/image_rgb_u8"].shape[:2]
+    inputs, size = batch(name, [image])["inputs"], golden(name).arrays[f"{image}/image_rgb_u8"].shape[:2]
     with torch.inference_mode():
         maps = {f"C{i + 1}": x for i, x in enumerate(model.backbone(inputs)) if i}
         features = model.forward_features(inputs)
@@ -103,25 +127,48 @@ def images_of(name):
     return sorted({key.split("/")[0] for key in golden(name).arrays if key.startswith("img") and "/C2/" in key})
 
 
-def close(ours, theirs, rtol=0.0, atol=0.0, what=""):
-    torch.testing.assert_close(ours, theirs, atol=atol, rtol=rtol, check_dtype=False, msg=lambda m: f"{what}: {m}")
+def map_roundings(model):
+    """{map of a detector: how many roundings its values are away from the published ones}."""
+    parts = list(model.backbone.children())
+    stages = {f"C{i}": sum_roundings(*parts[: i + 2]) for i in range(2, 6)}  # three parts of the stem, then stage 2
+    return stages | {f"P{i}": sum_roundings(model.backbone, model.fpn) for i in range(3, 8)}
 
 
-def check_map(x, arrays, key):
+def check_map(x, arrays, key, roundings):
     """Statistics over the whole map, and its first and last corner."""
     assert list(x.shape) == arrays[f"{key}/shape"].tolist()
-    flat = x.double().flatten()
+    flat, wanted = x.double().flatten(), arrays[f"{key}/stats"]
     place = torch.arange(len(flat), dtype=torch.float64).cos()
     stats = [flat.mean(), flat.std(correction=0), flat.sum(), flat.abs().sum(), flat @ place, flat.min(), flat.max()]
-    scale = torch.tensor([1, 1, len(flat), len(flat), len(flat) ** 0.5, 1, 1])  # sums add up their terms' rounding
-    close(torch.stack(stats) / scale, arrays[f"{key}/stats"] / scale, atol=2e-5, what=f"{key}/stats")
+    # The values have this root of the mean square. A sum of N values is off by at most N times as much as a value is;
+    # with the signs of `place` by sqrt(N) times as much.
+    n, typical, largest = len(flat), wanted[:2].norm(), wanted[5:].abs().max()
+    sizes = torch.stack([typical, typical, n * typical, n * typical, n**0.5 * typical, largest, largest])
+    assert_near(torch.stack(stats), wanted, roundings, sizes, what=f"{key}/stats")
     c, h, w = (min(8, n) for n in x.shape[1:])
-    close(x[0, :c, :h, :w], arrays[f"{key}/corner_tl"], atol=1e-4, what=f"{key}/corner_tl")
-    close(x[0, -c:, -h:, -w:], arrays[f"{key}/corner_br"], atol=1e-4, what=f"{key}/corner_br")
+    assert_near(x[0, :c, :h, :w], arrays[f"{key}/corner_tl"], roundings, largest, what=f"{key}/corner_tl")
+    assert_near(x[0, -c:, -h:, -w:], arrays[f"{key}/corner_br"], roundings, largest, what=f"{key}/corner_br")
 
 
-def check_detections(ours, theirs, key):
-    """As many, of the same classes, with boxes within 0.01 pixels."""
+def check_head(head, arrays, image, roundings):
+    cls, reg, ctr = head
+    for level in cls:
+        if (key := f"{image}/cls_logits/{level}") in arrays:
+            assert_near(cls[level][0], arrays[key], roundings, what=key)
+        else:
+            check_map(cls[level], arrays, key, roundings)
+        key = f"{image}/bbox_reg/{level}"  # an exponential: its argument is what has been summed up
+        assert_near(reg[level][0].log(), arrays[key].log(), roundings, what=key)
+        # summed from the same features as the class logits, with weights of the same size, but small by chance
+        key, size = f"{image}/centerness/{level}", (cls[level].max() - cls[level].min()) / 2
+        assert_near(ctr[level][0], arrays[key], roundings, size, what=key)
+
+
+def check_detections(ours, theirs, key, roundings=(0.0, 0.0)):
+    """As many, of the same classes, with the same boxes and scores.
+
+    `roundings` are those of the exponents of distances, and of the arguments of scores (`detection_roundings`).
+    """
     boxes, scores, labels = (theirs[f"{key}/{part}"] for part in ("boxes", "scores", "labels"))
     assert len(ours["boxes"]) == len(boxes), key
     if len(boxes) == 0:
@@ -130,18 +177,37 @@ def check_detections(ours, theirs, key):
     distance += 1e6 * (ours["labels"][:, None] != labels - 1) + 1e3 * (ours["scores"][:, None] - scores).abs()
     nearest = distance.argmin(1)
     assert sorted(nearest.tolist()) == list(range(len(boxes))), key
-    close(ours["boxes"], boxes[nearest], atol=0.01, what=key)
-    close(ours["scores"], scores[nearest], atol=1e-5, what=key)
-    assert torch.equal(ours["labels"], labels[nearest] - 1), key
+    boxes, scores, labels = boxes[nearest], scores[nearest], labels[nearest]
+    # A side's distance from its location is an exponential, no longer than the box, unless the side is the image's.
+    # The sum with the location and the scaling to the original image round once each.
+    longest = (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True).clamp(min=math.e)  # [N,1]
+    assert_near(ours["boxes"], boxes, 1, 2 * boxes.max() + roundings[0] * longest * longest.log(), what=f"{key}/boxes")
+    # The root of the product of two sigmoids, of an exponential, a sum and a quotient each: eight roundings, and half
+    # the change of both arguments.
+    assert_near(ours["scores"], scores, 8 + roundings[1] / 2, scores, what=f"{key}/scores")
+    assert torch.equal(ours["labels"], labels - 1), key
     assert (ours["scores"].diff() <= 0).all(), f"{key}: best first"
+
+
+def detection_roundings(name, preds):
+    """For `check_detections`, where the predictions are those of a network."""
+    roundings = sum_roundings(detector(name))
+    return roundings, roundings * (preds.logits.abs().max() + preds.centerness.abs().max()).item()
+
+
+def as_corners(boxes):
+    """[N,4] x, y, width, height -> x1, y1, x2, y2."""
+    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
 
 
 @pytest.mark.parametrize("name", DETECTORS + CLASSIFIERS)
 def test_weights_are_those_of_the_fixture(name):
     weights = [w.double() for w in golden(name).published.values()]
     sums = torch.stack([w.sum() for w in weights]), torch.stack([w.abs().sum() for w in weights])
-    close(sums[0], golden(name).arrays["weights/sum"], rtol=1e-9, atol=1e-9)
-    close(sums[1], golden(name).arrays["weights/abssum"], rtol=1e-9, atol=1e-9)
+    wanted = [golden(name).arrays[f"weights/{kind}"] for kind in ("sum", "abssum")]
+    # on a CPU without AVX2, the drawn number is off by a rounding or two, and so may be its product with a factor
+    assert_near(sums[0], wanted[0], 3, wanted[1])
+    assert_near(sums[1], wanted[1], 3, wanted[1])
 
 
 # ---- detectors: forward and detections
@@ -152,28 +218,22 @@ def test_input(name):
     for image in images_of(name):
         if (key := f"{image}/input") in golden(name).arrays:
             published = golden(name).arrays[key].flip(1)  # BGR
-            close(outputs(name, image).inputs, published, atol=1e-5, what=key)
+            # the mean, and a difference, here and there; a quotient here
+            assert_near(outputs(name, image).inputs, published, 5, 255, what=key)
 
 
 @detectors
 def test_features(name):
+    roundings = map_roundings(detector(name))
     for image in images_of(name):
         for level, x in outputs(name, image).maps.items():
-            check_map(x, golden(name).arrays, f"{image}/{level}")
+            check_map(x, golden(name).arrays, f"{image}/{level}", roundings[level])
 
 
 @detectors
 def test_head(name):
-    arrays = golden(name).arrays
     for image in images_of(name):
-        cls, reg, ctr = outputs(name, image).head
-        for level in cls:
-            if (key := f"{image}/cls_logits/{level}") in arrays:
-                close(cls[level][0], arrays[key], atol=1e-4, what=key)
-            else:
-                check_map(cls[level], arrays, key)
-            close(reg[level][0], arrays[f"{image}/bbox_reg/{level}"], rtol=1e-5, atol=1e-4, what=level)
-            close(ctr[level][0], arrays[f"{image}/centerness/{level}"], atol=1e-4, what=level)
+        check_head(outputs(name, image).head, golden(name).arrays, image, sum_roundings(detector(name)))
 
 
 @detectors
@@ -189,32 +249,74 @@ def test_detections(name):
     arrays = golden(name).arrays
     for image in images_of(name):
         out = outputs(name, image)
+        roundings = detection_roundings(name, out.preds)
         (found,) = vovnet_zoo.postprocess(out.preds, out.size, plus_one=True)
-        check_detections(found, arrays, f"{image}/det")
+        check_detections(found, arrays, f"{image}/det", roundings)
         if f"{image}/det_th002/boxes" in arrays:
             (low,) = vovnet_zoo.postprocess(out.preds, out.size, plus_one=True, score_threshold=0.02)
-            check_detections(low, arrays, f"{image}/det_th002")
+            check_detections(low, arrays, f"{image}/det_th002", roundings)
 
         (h, w), (width, height) = out.size[0].tolist(), arrays[f"{image}/orig_size_wh"].tolist()
         original = dict(found, boxes=found["boxes"] * torch.tensor([width / w, height / h]).repeat(2))
         theirs = {f"det/{part}": arrays[f"{image}/det/{part}"] for part in ("scores", "labels")}
-        check_detections(original, theirs | {"det/boxes": arrays[f"{image}/det_orig/boxes_xyxy"]}, "det")
+        corners = theirs | {"det/boxes": arrays[f"{image}/det_orig/boxes_xyxy"]}
+        check_detections(original, corners, "det", roundings)
         rows = to_coco_results([original], [0], range(golden(name).config["num_classes"]), plus_one=True)
-        xywh = dict(original, boxes=torch.tensor([row["bbox"] for row in rows]))
-        check_detections(xywh, theirs | {"det/boxes": arrays[f"{image}/det_orig/boxes_xywh"]}, "det")
+        saved = dict(original, boxes=as_corners(torch.tensor([row["bbox"] for row in rows])))
+        sides = theirs | {"det/boxes": as_corners(arrays[f"{image}/det_orig/boxes_xywh"])}
+        check_detections(saved, sides, "det", roundings)
 
 
-@detectors
+@pytest.mark.parametrize("name", [name for name in DETECTORS if has(name, "batch/input_shape")])
 def test_batch(name):
     arrays = golden(name).arrays
-    if "batch/input_shape" not in arrays:
-        pytest.skip("no batch in this file")
     data = batch(name, ["img0", "img1"])
     assert list(data["inputs"].shape) == arrays["batch/input_shape"].tolist()
     with torch.inference_mode():
-        found = vovnet_zoo.postprocess(detector(name)(data["inputs"]), data["sizes"], plus_one=True)
+        preds = detector(name)(data["inputs"])
+    found = vovnet_zoo.postprocess(preds, data["sizes"], plus_one=True)
     for i in range(2):
-        check_detections(found[i], arrays, f"batch/det{i}")
+        check_detections(found[i], arrays, f"batch/det{i}", detection_roundings(name, preds))
+
+
+def scale_weights(model):
+    for parameter in model.parameters():
+        parameter *= 1 + 1e-4
+
+
+def add_eps_again(model):
+    for m in model.modules():
+        if isinstance(m, FrozenBatchNormAct2d):
+            m.running_var += m.eps
+
+
+def swap_channels(model):
+    first = next(m for m in model.modules() if isinstance(m, torch.nn.Conv2d))
+    first.weight.copy_(first.weight.flip(1))
+
+
+@pytest.mark.parametrize("mistake", [scale_weights, add_eps_again, swap_channels])
+def test_bounds_catch_mistakes(mistake):
+    """Small mistakes in the weights are seen in every map and, unless they are as small as an eps, in every output."""
+    arrays, roundings = golden(QUICK).arrays, map_roundings(detector(QUICK))
+    model = copy.deepcopy(detector(QUICK))
+    with torch.no_grad():
+        mistake(model)
+    out = run(model, QUICK, "img0")
+    for level, x in out.maps.items():
+        with pytest.raises(AssertionError, match="/stats.* roundings away"):
+            check_map(x, arrays, f"img0/{level}", roundings[level])
+    if mistake is add_eps_again:
+        return
+    cls, reg, ctr = out.head
+    for maps, what in ((cls, "cls_logits"), (reg, "bbox_reg"), (ctr, "centerness")):
+        right = outputs(QUICK, "img0").head  # but for what is wrong
+        for level in cls:
+            part = [{level: xs[level]} for xs in right]
+            check_head(part, arrays, "img0", sum_roundings(model))
+            part[("cls_logits", "bbox_reg", "centerness").index(what)] = {level: maps[level]}
+            with pytest.raises(AssertionError, match=f"{what}/{level}.* roundings away"):
+                check_head(part, arrays, "img0", sum_roundings(model))
 
 
 # ---- detectors: training
@@ -230,11 +332,19 @@ def check_targets(targets, arrays, key, counts):
     assert torch.equal(labels, arrays[f"{key}/labels"].long())
     positive = labels.nonzero()[:, 0]
     assert torch.equal(positive, arrays[f"{key}/pos_inds"].long())
-    close(level_major(targets.distances, counts)[positive], arrays[f"{key}/pos_reg_targets"], atol=1e-5)
+    wanted = arrays[f"{key}/pos_reg_targets"]
+    assert_near(level_major(targets.distances, counts)[positive], wanted, 1, wanted)  # a difference
     per_level = torch.stack([(part >= 0).sum(1) for part in targets.labels.split(counts, dim=1)])
     assert torch.equal(per_level, arrays[f"{key}/num_pos_per_level"])
     if f"{key}/pos_centerness_targets" in arrays:
-        close(level_major(targets.centerness, counts)[positive], arrays[f"{key}/pos_centerness_targets"], atol=1e-6)
+        wanted = arrays[f"{key}/pos_centerness_targets"]
+        found = level_major(targets.centerness, counts)[positive]
+        assert_near(found, wanted, 2 * CENTERNESS, wanted)
+
+
+def loss_roundings(name):
+    """A loss sums up a hundred terms and more that matter, whose errors have random signs."""
+    return sum_roundings(detector(name)) / 100**0.5
 
 
 def total(losses):
@@ -254,7 +364,21 @@ def test_targets_and_losses(name):
         targets = criterion.assign(preds.points, preds.strides, data["boxes"], data["labels"])
         check_targets(targets, arrays, key, arrays[f"{key}/num_locations_per_level"].tolist())
         losses = total(criterion(preds, data["boxes"], data["labels"]))
-        close(losses.double(), arrays[f"{key}/losses"], rtol=1e-6, atol=1e-6, what=f"{key}/losses")
+        wanted = arrays[f"{key}/losses"]
+        assert_near(losses, wanted, loss_roundings(name), wanted, what=f"{key}/losses")
+
+
+def near_in_float64(name, found, wanted):
+    """Within 1e-8, which is how exactly the converted weights undo the frozen norm's eps (`test_fold_is_exact`).
+
+    torch draws the weights by formulas whose last bit depends on the CPU: with AVX2 it is the published one. Without,
+    the same holds as for float32.
+    """
+    weights, arrays = golden(name).published.values(), golden(name).arrays
+    sums = torch.stack([w.double().sum() for w in weights])
+    same_bits = ((sums - arrays["weights/sum"]).abs() <= 1e-12 * arrays["weights/abssum"]).all()
+    assert found.shape == wanted.shape
+    assert ((found - wanted).abs() <= (1e-8 if same_bits else FLIPS) * wanted.abs()).all()
 
 
 def by_published_name(name, tensors):
@@ -294,16 +418,17 @@ def test_training_in_float64(name):
     """Gradients, one step without warm-up, and the losses after it."""
     arrays = golden(name).arrays
     (losses, gradients, changes, _), (after, *_) = train(name, "A", torch.float64, [500, 500])
-    close(losses, arrays["train/A/f64/losses"], rtol=1e-6)
-    close(norms(gradients), arrays["train/A/f64/grad_norms"], rtol=1e-6)
-    close(norms(changes), arrays["train/A/f64/step_delta_norms"], rtol=1e-6)
-    close(after, arrays["train/A/f64/losses_after_1_step"], rtol=1e-6)
+    near_in_float64(name, losses, arrays["train/A/f64/losses"])
+    near_in_float64(name, norms(gradients), arrays["train/A/f64/grad_norms"])
+    near_in_float64(name, norms(changes), arrays["train/A/f64/step_delta_norms"])
+    near_in_float64(name, after, arrays["train/A/f64/losses_after_1_step"])
     for key in (key for key in arrays if key.startswith("train/A/grad/")):
         ours = gradients[key.removeprefix("train/A/grad/")]
         if "stem_1/conv" in key:
             ours = ours[:8].flip(1)  # RGB -> BGR
         theirs = arrays[key].reshape(ours.shape)
-        close(ours, theirs, atol=2e-3 * theirs.norm().item(), what=key)  # theirs is in float32
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).norm() < FLIPS * theirs.norm(), key  # theirs is in float32
 
 
 @pytest.mark.slow
@@ -312,29 +437,27 @@ def test_training_loop_in_float64(name):
     """Three iterations with warm-up."""
     arrays = golden(name).arrays
     losses, _, _, lrs = zip(*train(name, "A", torch.float64, range(3)), strict=True)
-    close(torch.stack(losses), arrays["train/A/f64/loop_losses"], rtol=1e-6)
-    close(torch.tensor(lrs, dtype=torch.float64), arrays["train/A/loop_lrs"], rtol=1e-12)
+    near_in_float64(name, torch.stack(losses), arrays["train/A/f64/loop_losses"])
+    lrs, wanted = torch.tensor(lrs, dtype=torch.float64), arrays["train/A/loop_lrs"]
+    assert_near(lrs, wanted, 4, wanted, torch.float64)
 
 
 @pytest.mark.slow
-@detectors
+@pytest.mark.parametrize("name", [name for name in DETECTORS if has(name, "train/C/grad_norms")])
 def test_gradients_without_positives(name):
     """Case C, in float32 as published."""
     arrays = golden(name).arrays
-    if "train/C/grad_norms" not in arrays:
-        pytest.skip("no case C in this file")
     ((losses, gradients, _, _),) = train(name, "C", torch.float32, [500])
-    close(losses, arrays["train/C/losses"], rtol=1e-6, atol=1e-6)
-    close(norms(gradients).double(), arrays["train/C/grad_norms"], rtol=2e-3, atol=1e-6)
+    wanted = arrays["train/C/losses"]
+    assert_near(losses, wanted, loss_roundings(name), wanted)
+    ours, theirs = norms(gradients), arrays["train/C/grad_norms"]
+    assert ((ours - theirs).abs() <= FLIPS * theirs).all()
 
 
-@detectors
+@pytest.mark.parametrize("name", [name for name in DETECTORS if meta_file(name)])
 def test_parameters_and_groups(name):
     """Which are trained, and how fast: the published optimizer has a group per parameter."""
-    model, meta = detector(name), FILES[name].with_name(name.replace("golden", "meta") + ".json")
-    if not meta.exists():
-        pytest.skip("no meta file")
-    facts = json.loads(meta.read_text())
+    model, facts = detector(name), json.loads(meta_file(name).read_text())
     assert sum(p.numel() for p in model.parameters()) == facts["num_params_trainable"]
     optimizer, groups = create_optimizer(model, PRESETS["v39_1x"][1]), {}
     set_lr(optimizer, PRESETS["v39_1x"][1], 500)
@@ -357,7 +480,6 @@ def ops():
     return load_file(FILES["golden_fcos_ops"])
 
 
-@needs_ops
 @pytest.mark.parametrize(
     "case, options",
     [
@@ -384,47 +506,43 @@ def test_postprocess(ops, case, options):
         check_detections(found[i], ops, f"post/{case}/det{i}")
 
 
-@needs_ops
 @pytest.mark.parametrize("percent", [60, 50, 30])
 def test_nms(ops, percent):
-    """`postprocess` gives torchvision's NMS one pixel more at the end, in float64, and a threshold just below."""
-    boxes = ops["nms/in/boxes"].double()
-    boxes[:, 2:] += 1
-    keep = nms(boxes, ops["nms/in/scores"].double(), float(np.nextafter(percent / 100, 0)))
+    """All boxes of one class, with overlaps that are equal to the thresholds."""
+    boxes, scores = ops["nms/in/boxes"], ops["nms/in/scores"]
+    labels = torch.zeros(len(boxes), dtype=torch.int64)
+    keep = class_nms(boxes, scores, labels, percent / 100, max_detections=len(boxes), plus_one=True)
     assert torch.equal(keep.sort().values, ops[f"nms/keep_{percent // 10:02d}"])
 
 
-@needs_ops
 def test_iou_loss(ops):
     pred = ops["iou_loss/in/pred"].clone().requires_grad_()
     losses = iou_loss(pred, ops["iou_loss/in/target"])
     weight = ops["iou_loss/in/weight"]
     weighted = (losses * weight).sum() / weight.sum()
     weighted.backward()
-    close(weighted[None], ops["iou_loss/weighted"], rtol=1e-6)
-    close(losses.mean()[None], ops["iou_loss/mean"], rtol=1e-6)
-    close(pred.grad, ops["iou_loss/weighted_grad"], rtol=1e-5, atol=1e-8)
+    assert_near(weighted[None], ops["iou_loss/weighted"], 16)
+    assert_near(losses.mean()[None], ops["iou_loss/mean"], 16)
+    assert_near(pred.grad, ops["iou_loss/weighted_grad"], 16)
 
 
-@needs_ops
 def test_focal_loss(ops):
     logits = ops["focal/in/logits"].clone().requires_grad_()
     one_hot = F.one_hot(ops["focal/in/targets"].long(), 81)[:, 1:].float()
     losses = sigmoid_focal_loss(logits, one_hot, 0.25, 2.0)
     losses.sum().backward()
     # the published code takes log(1 - p) of a rounded p; ours works on the logits and loses nothing
-    rounding = 2**-24 / (1 - logits.detach().double().sigmoid())
-    assert ((losses - ops["focal/elementwise"]).abs() < rounding + 1e-5 * losses + 1e-7).all()
-    assert ((logits.grad - ops["focal/grad"]).abs() < 2 * rounding + 1e-5 * logits.grad.abs() + 1e-7).all()
-    close(losses.sum()[None], ops["focal/sum"], rtol=1e-6)
+    lost = 1 / (1 - logits.detach().double().sigmoid())
+    assert_near(losses, ops["focal/elementwise"], 1, lost + 16 * losses.detach())
+    assert_near(logits.grad, ops["focal/grad"], 1, 2 * lost + 16 * logits.grad.abs())
+    assert_near(losses.sum()[None], ops["focal/sum"], 16)
 
 
-@needs_ops
 def test_centerness_targets(ops):
-    close(centerness_targets(ops["centerness/in/reg_targets"]), ops["centerness/targets"], rtol=1e-6)
+    wanted = ops["centerness/targets"]
+    assert_near(centerness_targets(ops["centerness/in/reg_targets"]), wanted, 2 * CENTERNESS, wanted)
 
 
-@needs_ops
 def test_assignment(ops):
     """800x1088, coordinates that hit the limits of the levels exactly."""
     sizes = ops["targets/level_hw"].tolist()
@@ -438,7 +556,6 @@ def test_assignment(ops):
     check_targets(targets, ops, "targets", [h * w for h, w in sizes])
 
 
-@needs_ops
 def test_frozen_norm(ops):
     """timm's frozen norm has an eps; the converted weight takes it back."""
     weight, bias, mean, var = (ops[f"frozen_bn/in/{k}"] for k in ("weight", "bias", "running_mean", "running_var"))
@@ -446,10 +563,9 @@ def test_frozen_norm(ops):
     folded_weight, folded_var = convert.fold_eps(weight, var, "var")
     norm.load_state_dict(dict(weight=folded_weight, bias=bias, running_mean=mean, running_var=folded_var))
     assert norm.eps == convert.FROZEN_EPS
-    close(norm(ops["frozen_bn/in/x"]), ops["frozen_bn/y"], rtol=1e-6, atol=1e-5)
+    assert_near(norm(ops["frozen_bn/in/x"]), ops["frozen_bn/y"], 8)
 
 
-@needs_ops
 def test_annotations(ops):
     """COCO boxes -> corners -> clipped -> resized -> mirrored -> COCO."""
     width, height = ops["boxes/in/image_wh"].tolist()
@@ -458,15 +574,14 @@ def test_annotations(ops):
     assert np.array_equal(boxes[keep], ops["boxes/clipped"].numpy())
     new_width, new_height = ops["boxes/in/resized_wh"].tolist()
     resized = torch.from_numpy(boxes[keep]) * torch.tensor([new_width / width, new_height / height]).repeat(2)
-    close(resized, ops["boxes/resized"], rtol=1e-6)
+    assert_near(resized, ops["boxes/resized"], 2)
     flipped = hflip_boxes(ops["boxes/resized"], new_width, plus_one=True)
-    close(flipped, ops["boxes/flipped"], rtol=1e-6, atol=1e-4)
+    assert_near(flipped, ops["boxes/flipped"], 2)
     found = dict(boxes=ops["boxes/flipped"], scores=torch.ones(len(flipped)), labels=torch.zeros(len(flipped)).long())
     rows = to_coco_results([found], [0], [1], plus_one=True)
-    close(torch.tensor([row["bbox"] for row in rows]), ops["boxes/flipped_xywh"], rtol=1e-6, atol=1e-4)
+    assert_near(torch.tensor([row["bbox"] for row in rows]), ops["boxes/flipped_xywh"], 2)
 
 
-@needs_ops
 @pytest.mark.parametrize("min_size", [800, 640])
 def test_resize_table(ops, min_size):
     images, sizes = ops["resize/in/image_wh"].tolist(), ops[f"resize/out_hw_{min_size}_1333"].tolist()
@@ -475,12 +590,9 @@ def test_resize_table(ops, min_size):
 
 
 def test_learning_rate_schedule():
-    file = FOLDERS[1] / "lr_schedule.json"
-    if not file.exists():
-        pytest.skip("lr_schedule.json is not here")
-    config = PRESETS["v39_1x"][1]
-    optimizer = create_optimizer(detector(DETECTORS[0]), config)
-    for step, weight_lr, bias_lr in json.loads(file.read_text())["fcos_v39"]["values"]:
+    config, table = PRESETS["v39_1x"][1], json.loads((TESTS / "golden" / "lr_schedule.json").read_text())
+    optimizer = create_optimizer(detector(QUICK), config)
+    for step, weight_lr, bias_lr in table["fcos_v39"]["values"]:
         set_lr(optimizer, config, step)
         lrs = sorted({group["lr"] for group in optimizer.param_groups})
         assert lrs == pytest.approx([weight_lr, bias_lr], rel=1e-12), step
@@ -502,20 +614,18 @@ def test_classifier(name, prefix, key):
     model, arrays = classifier(name), golden(name).arrays
     with torch.inference_mode():
         x = model.stem(arrays[key])
-        check_map(x[:1], arrays, f"{prefix}stem")
-        for i, stage in enumerate(model.stages, start=2):
+        check_map(x[:1], arrays, f"{prefix}stem", sum_roundings(model.stem))
+        for i, stage in enumerate(model.stages):
             x = stage(x)
-            check_map(x[:1], arrays, f"{prefix}stage{i}")
-        close(model.forward_head(x, pre_logits=True), arrays[f"{prefix}pooled"], atol=1e-4)
-        close(model(arrays[key]), arrays[f"{prefix}logits"], atol=1e-4)
+            check_map(x[:1], arrays, f"{prefix}stage{i + 2}", sum_roundings(model.stem, model.stages[: i + 1]))
+        pooled = model.forward_head(x, pre_logits=True)
+        assert_near(pooled, arrays[f"{prefix}pooled"], sum_roundings(model.stem, model.stages))
+        assert_near(model(arrays[key]), arrays[f"{prefix}logits"], sum_roundings(model))
 
 
-@classifiers
+@pytest.mark.parametrize("name", [name for name in CLASSIFIERS if meta_file(name)])
 def test_classifier_facts(name):
-    file = FILES[name].with_name(name.replace("golden", "meta") + ".json")
-    if not file.exists():
-        pytest.skip("no meta file")
-    model, facts = classifier(name), json.loads(file.read_text())
+    model, facts = classifier(name), json.loads(meta_file(name).read_text())
     assert sum(p.numel() for p in model.parameters()) == facts["params"]
     assert (
         sum(p.numel() for p in model.get_classifier().parameters())
@@ -535,12 +645,16 @@ def test_classifier_training(name, dtype):
     table = convert.names("authors", ARCHS[golden(name).arch])
     trained = [key for key in golden(name).published if key.rsplit(".", 1)[-1] in ("weight", "bias")]
     gradients = {key: model.get_parameter(table[key]).grad for key in trained}
-    exact = dtype == torch.float64
-    close(loss[None], arrays[f"{prefix}ce_loss_targets_7_991"], rtol=1e-6 if exact else 1e-4)
-    close(norms(gradients), arrays[f"{prefix}grad_norms"], rtol=1e-6 if exact else 1e-2, atol=1e-6)
-    if not exact:
-        close(logits, arrays["train_mode/logits"], atol=1e-3)
+    ours, theirs = norms(gradients), arrays[f"{prefix}grad_norms"]
+    if dtype == torch.float64:
+        near_in_float64(name, loss[None], arrays["train_mode/f64/ce_loss_targets_7_991"])
+        near_in_float64(name, ours, theirs)
+    else:
+        # norms that are alive amplify differences, by a few in the last stage, where they see 24 values per channel
+        roundings = 4 * sum_roundings(model)
+        assert_near(loss[None], arrays["train_mode/ce_loss_targets_7_991"], roundings)
+        assert ((ours - theirs).abs() <= 4 * FLIPS * theirs).all()
+        assert_near(logits, arrays["train_mode/logits"], roundings)
         for key in (key for key in arrays if key.startswith("train_mode/") and "/norm." in key):
-            close(
-                model.state_dict()[table[key.removeprefix("train_mode/")]], arrays[key], rtol=1e-5, atol=1e-5, what=key
-            )
+            found = model.state_dict()[table[key.removeprefix("train_mode/")]]
+            assert_near(found, arrays[key], roundings, what=key)

@@ -74,7 +74,7 @@ import sys; sys.modules["vovnet_zoo"] = None
 import timm, torch
 x, expected = torch.load("{tmp_path / "expected.pt"}")
 net = timm.create_model("hf-hub:someone/slim", pretrained=True).eval()
-assert torch.allclose(net(x), expected, atol=1e-5), (net(x) - expected).abs().max()
+assert (net(x) - expected).abs().max() < 1e-5 * expected.abs().max()
 print(timm.create_model("hf-hub:someone/slim", pretrained=True, features_only=True)(x)[-1].shape)
 """
     result = run_python(code, HF_HOME=str(tmp_path / "other"))

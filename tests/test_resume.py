@@ -32,10 +32,11 @@ def undisturbed(tmp_path_factory):
     return run
 
 
-def test_killed_again_and_again(tiny_coco, tmp_path, undisturbed):
-    """kill -9 of all of a run of 2 processes with workers, at 5 random steps."""
+@pytest.mark.parametrize("times", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_again_and_again(tiny_coco, tmp_path, undisturbed, times):
+    """kill -9 of all of a run of 2 processes with workers, at random steps."""
     out, processes = tmp_path / "run", 2
-    for step in sorted(random.Random(0).sample(range(1, 24), 5)):
+    for step in sorted(random.Random(0).sample(range(1, 24), times)):
         interrupt(tiny_coco, out, processes, step, signal.SIGKILL)
     assert "going on after step" in train(tiny_coco, out, OPTIONS, processes)
     assert_same(out, undisturbed(tiny_coco, processes))

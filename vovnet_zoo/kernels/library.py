@@ -61,7 +61,8 @@ def _built() -> Path:
     """The library's file, from the cache or built now. `RuntimeError` or `OSError` say why there is none."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vovnet_zoo"
     flags = [*FLAGS, *(INSTRUCTION_SETS.get(capability(), []) if platform.machine() in ("x86_64", "AMD64") else [])]
-    stem = f"kernels-{platform.machine()}-{capability()}-{_digest([source.read_bytes() for source in SOURCES], flags)}".lower()
+    contents = _digest([source.read_bytes() for source in SOURCES], flags)
+    stem = f"kernels-{platform.machine()}-{capability()}-{contents}".lower()
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
     found = shutil.which(compiler.partition(" ")[0])
     if found is None:
