@@ -7,6 +7,8 @@ runtimes are optional: `pip install -e '.[bench]'` installs them, and each is im
 from __future__ import annotations
 
 import importlib.metadata
+import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -62,28 +64,36 @@ class Network(nn.Module):
 def load_runtimes(
     names: Sequence[RuntimeName], network: nn.Module, images: Tensor
 ) -> dict[RuntimeName, Callable[[], Outputs]]:
-    """Export `network` to every runtime of `names` that is installed, and return a call for each (see `Runtime`).
+    """Export `network` to every runtime of `names` that can be used, and return a call for each (see `Runtime`).
 
-    A runtime is left out, with one line in the log, where a package is not installed, or where it takes one image a
-    call and `images` [B,3,H,W] are more.
+    The log has one line for each runtime that is left out, and says why.
 
     Raises:
         RuntimeError: a runtime is installed, but cannot convert or load the network.
     """
-    calls = {}
-    for name in names:
-        runtime = RUNTIMES[name]
-        try:
-            for package in runtime.packages:
-                import_package(package)
-        except ImportError as error:
-            log.warning("%s is left out (%s); pip install -e '.[bench]' installs it", runtime.title, error)
-            continue
-        if len(images) > 1 and not runtime.batched:
-            log.warning("%s is left out: it takes one image a call, not %d", runtime.title, len(images))
-            continue
-        calls[name] = runtime.load(network, images, torch.get_num_threads())
-    return calls
+    reasons = {name: why_left_out(name, len(images)) for name in names}
+    for name, reason in reasons.items():
+        if reason:
+            log.warning("%s is left out: %s", RUNTIMES[name].title, reason)
+    used = [name for name, reason in reasons.items() if not reason]
+    if used and {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"} & os.environ.keys():
+        log.warning("ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA limit PyTorch only; %s may use all that the CPU has",
+                    ", ".join(RUNTIMES[name].title for name in used))  # fmt: skip
+    return {name: RUNTIMES[name].load(network, images, torch.get_num_threads()) for name in used}
+
+
+def why_left_out(name: RuntimeName, batch: int) -> str | None:
+    """Say in one line why a runtime cannot be used for `batch` images a call; None where it can be used."""
+    try:
+        for package in RUNTIMES[name].packages:
+            import_package(package)
+    except ImportError as error:
+        return f"{error}; pip install -e '.[bench]' installs what it needs"
+    if batch > 1 and not RUNTIMES[name].batched:
+        return f"it takes one image a call, not {batch}"
+    if name == "openvino" and "ONEDNN_MAX_CPU_ISA" in os.environ:  # seen with 2026.4.1 and AVX2 on a CPU with AVX-512
+        return "it crashes where ONEDNN_MAX_CPU_ISA is less than the CPU has; unset ONEDNN_MAX_CPU_ISA"
+    return None
 
 
 def import_package(name: str):
@@ -135,6 +145,7 @@ def load_onnxruntime(network: nn.Module, images: Tensor, threads: int) -> Callab
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     # Between two calls its threads sleep, so that they do not take the cores of the contestant that is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # it tells of every constant that it merges
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder, "network.onnx"))
         names = {"input_names": ["images"], "output_names": OUTPUTS}

@@ -172,7 +172,7 @@ class RunLog:
 
 def environment() -> dict:
     """What else a run depends on: command, versions, commit, machine, and the variables that steer torch."""
-    prefixes = ("OMP_", "MKL_", "TORCH", "PYTORCH_", "CUDA_", "NCCL_", "GLOO_", "WORLD_SIZE")
+    prefixes = ("OMP_", "MKL_", "ATEN_", "ONEDNN_", "TORCH", "PYTORCH_", "CUDA_", "NCCL_", "GLOO_", "WORLD_SIZE")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

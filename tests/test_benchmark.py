@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import json
 import logging
 import sys
@@ -67,9 +67,8 @@ def tiny():
 
 @pytest.mark.parametrize("name", benchmark_runtimes.RUNTIMES)
 def test_runtime_gives_what_pytorch_gives(tiny, name):
-    missing = [p for p in benchmark_runtimes.RUNTIMES[name].packages if importlib.util.find_spec(p) is None]
-    if missing:
-        pytest.skip(f"needs {', '.join(missing)}: pip install -e '.[bench]'")
+    if reason := benchmark_runtimes.why_left_out(name, batch=1):
+        pytest.skip(reason)
     network, images = tiny
     call = benchmark_runtimes.load_runtimes([name], network, images)[name]
     expected = network(images)
@@ -110,6 +109,15 @@ def test_missing_runtime_is_left_out(tiny, monkeypatch, caplog):
     assert all("pip install -e '.[bench]'" in line and "\n" not in line for line in lines)
 
 
+def test_runtime_that_would_crash_is_left_out(monkeypatch):
+    monkeypatch.setattr(benchmark_runtimes, "import_package", lambda name: None)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert benchmark_runtimes.why_left_out("openvino", batch=1) is None
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert "unset ONEDNN_MAX_CPU_ISA" in benchmark_runtimes.why_left_out("openvino", batch=1)
+    assert benchmark_runtimes.why_left_out("ncnn", batch=1) is None
+
+
 def test_runtimes_are_contestants(tmp_path, monkeypatch, capsys):
     def load(network, images, threads):
         return lambda: [output.numpy() for output in network(images)]
@@ -117,6 +125,7 @@ def test_runtimes_are_contestants(tmp_path, monkeypatch, capsys):
     for name, runtime in benchmark_runtimes.RUNTIMES.items():
         stand_in = dataclasses.replace(runtime, packages=(), load=load)
         monkeypatch.setitem(benchmark_runtimes.RUNTIMES, name, stand_in)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr(benchmark, "inference_contestants", lambda *args: [])  # test_benchmark runs those
     monkeypatch.setattr(benchmark, "measure_peak", lambda *args: {"matrix product": 100.0})
     config = benchmark.BenchmarkConfig(
