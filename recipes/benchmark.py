@@ -1,10 +1,14 @@
-"""Speed and memory beside torchvision's detectors: `python recipes/benchmark.py`, with `--help` for sizes and batches.
+"""Speed and memory beside torchvision's detectors and other runtimes: `python recipes/benchmark.py`, see `--help`.
 
 Everything runs in one process, on the same uint8 images, one call of each contestant after the other, again and again;
 the table has the median of each, its range, and its ratio to torchvision's FCOS on the same backbone in float32.
 Inference is from uint8 to boxes, with the classes so probable that NMS gets all the candidates it takes; a training
 step is loss, backward and SGD, fused in ours as in our recipe. Weights are random: no time depends on their values
 otherwise.
+
+On a CPU, OpenVINO, ONNX Runtime and ncnn run the same model in float32 (`benchmark_runtimes.py`). They run the network
+alone, from normalised float32 images to logits, distances and centerness: that is less work than ours do, which start
+from uint8 and end with boxes. How far their outputs are from PyTorch's is printed and stored beside the times.
 """
 
 from __future__ import annotations
@@ -27,10 +31,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import detection as peers
 
+from benchmark_runtimes import RUNTIMES, Network, RuntimeName, compare_outputs, imported_versions, load_runtimes
 from runtime import environment, log, process_group
 from train_coco import assign_part, compare_part, compiled
 from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector, postprocess
 from vovnet_zoo.compiled import detect
+from vovnet_zoo.data import normalize
 from vovnet_zoo.fcos import backbone_maps
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import use_winograd
@@ -57,6 +63,9 @@ class BenchmarkConfig:
     """Timed calls of each contestant."""
     others: bool = True
     """Also torchvision's fcos_resnet50_fpn and retinanet_resnet50_fpn."""
+    runtimes: tuple[RuntimeName, ...] | None = None
+    """Other runtimes, in float32 inference on the CPU; default: all three, on a GPU none. They come with
+    `pip install -e '.[bench]'`; what is not installed is left out."""
     device: str | None = None
     """torch device; default: the GPU where there is one."""
     out: Path = Path("runs/benchmark")
@@ -79,31 +88,45 @@ class Row:
     memory_mib: float
     kept_mib: float  # activations that a training step keeps for its backward pass; 0 in inference
     gflop: float  # of the contestant's own model, as direct convolutions and products have them
-    of_peak: float  # gflop / seconds, as a part of the measured peak in this precision
+    of_peak: float  # gflop / seconds, as a part of the faster measured peak in this precision
 
 
 def main(config: BenchmarkConfig) -> list[Row]:
     with process_group(config.device) as (_, _, device):
         gpu = device.type == "cuda"
         precisions = config.precisions or (("float32", "tf32", "bf16") if gpu else ("float32", "bf16"))
-        peaks = {precision: measure_peak(precision, device) for precision in precisions}
-        for precision, peak in peaks.items():
-            log.info("measured peak in %s: %.0f GFLOP/s", precision, peak)
-        rows = []
-        if "inference" in config.what:
-            for batch in config.batches or ((1, 16) if gpu else (1,)):
-                rows += compare(inference_contestants(config, batch, precisions, device), config, batch, peaks, device)
-        if "training" in config.what:
-            batch = config.train_batch or (16 if gpu else 2)
-            rows += compare(training_contestants(config, batch, precisions, device), config, batch, peaks, device)
-        print(format_rows(rows))
-        config.out.mkdir(parents=True, exist_ok=True)
+        if config.runtimes and (device.type != "cpu" or "float32" not in precisions):
+            raise ValueError(
+                f"--runtimes run in float32 on the CPU, and this is {', '.join(precisions)} on {device.type}; "
+                "leave --runtimes out, or change --precisions or --device"
+            )
         record = {
             "config": asdict(config),
             **environment(),
-            "peak_gflops": peaks,
-            "rows": [asdict(row) for row in rows],
+            "peak_gflops": {precision: measure_peak(precision, device) for precision in precisions},
+            "parity": {},
         }
+        for line in format_head(record):
+            log.info(line)
+        peaks = {precision: max(peak.values()) for precision, peak in record["peak_gflops"].items()}
+
+        rows = []
+        if "inference" in config.what:
+            model = crowd(create_detector(config.model, num_classes=CLASSES).to(device).eval())
+            for batch in config.batches or ((1, 16) if gpu else (1,)):
+                contestants = inference_contestants(model, config, batch, precisions, device)
+                if device.type == "cpu" and "float32" in precisions:
+                    found, record["parity"][batch] = runtime_contestants(model, config, batch)
+                    contestants += found
+                    record["versions"] |= imported_versions()
+                rows += compare(contestants, config, batch, peaks, device)
+        if "training" in config.what:
+            batch = config.train_batch or (16 if gpu else 2)
+            rows += compare(training_contestants(config, batch, precisions, device), config, batch, peaks, device)
+        record["rows"] = [asdict(row) for row in rows]
+
+        print(*format_head(record), *format_parity(record["parity"]), *format_rows(rows), sep="\n")
+        config.out.mkdir(parents=True, exist_ok=True)
         (config.out / "benchmark.json").write_text(json.dumps(record, indent=2, default=str))
         draw_rows(rows, config.out / "benchmark.png")
         log.info("%s and benchmark.png beside it", config.out / "benchmark.json")
@@ -116,7 +139,7 @@ Contestant = tuple[str, str, str, Callable[[], object], Callable[[], object]]
 
 
 def inference_contestants(
-    config: BenchmarkConfig, batch: int, precisions: tuple[str, ...], device: torch.device
+    ours: FCOS, config: BenchmarkConfig, batch: int, precisions: tuple[str, ...], device: torch.device
 ) -> list[Contestant]:
     images = torch.randint(0, 256, (batch, 3, *config.size), dtype=torch.uint8, device=device)
     sizes = torch.tensor([config.size] * batch, device=device)
@@ -132,13 +155,12 @@ def inference_contestants(
         for precision in precisions:
             found.append(("inference", f"torchvision {name}, eager", precision, within(precision, device, run), run))
 
-    ours = crowd(create_detector(config.model, num_classes=CLASSES).to(device).eval())
     add_torchvision(f"FCOS on {ours.config['backbone']}", torchvision_fcos(ours, config.size))
     if config.others:
         for name in ("fcos_resnet50_fpn", "retinanet_resnet50_fpn"):
             add_torchvision(name, torchvision_model(name, config.size))
 
-    ours.to(memory_format=torch.channels_last)
+    ours = copy.deepcopy(ours).to(memory_format=torch.channels_last)
 
     def eager() -> object:
         return detect(ours, images, sizes, **postprocess.__kwdefaults__)
@@ -152,6 +174,35 @@ def inference_contestants(
             call = with_tf32(precision, lambda fast=fast: fast(images, sizes))
             found.append(("inference", name, precision, call, eager))
     return [(*row[:3], without_gradient(row[3]), without_gradient(row[4])) for row in found]
+
+
+def runtime_contestants(
+    model: FCOS, config: BenchmarkConfig, batch: int
+) -> tuple[list[Contestant], dict[str, dict[str, float]]]:
+    """The network of `model` is run alone, in float32 on the CPU, by PyTorch and by each of the runtimes.
+
+    Returns the contestants, and for each runtime the parity of its outputs: the largest absolute difference from eager
+    PyTorch, relative to the largest absolute value. Both are empty where no runtime is installed.
+    """
+    images = torch.randint(0, 256, (batch, 3, *config.size), dtype=torch.uint8)
+    sizes = torch.tensor([config.size] * batch)
+    inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])  # float32 [B,3,H,W]
+    network = Network(copy.deepcopy(model)).eval().requires_grad_(False)
+    calls = load_runtimes(config.runtimes if config.runtimes is not None else tuple(RUNTIMES), network, inputs)
+    if not calls:
+        return [], {}
+
+    network = copy.deepcopy(network).to(memory_format=torch.channels_last)  # the faster one in PyTorch
+    channels_last = inputs.contiguous(memory_format=torch.channels_last)
+    eager = without_gradient(within("float32", torch.device("cpu"), lambda: network(channels_last)))
+    expected = eager()
+    found = [("inference", "ours, eager, network alone", "float32", eager, eager)]
+    parity = {}
+    for name, call in calls.items():
+        title = RUNTIMES[name].title
+        found.append(("inference", f"{title}, network alone", "float32", call, eager))
+        parity[title] = compare_outputs(call(), expected)
+    return found, parity
 
 
 def training_contestants(
@@ -383,8 +434,8 @@ def resident(key: str) -> float:
     raise KeyError(key)
 
 
-def measure_peak(precision: str, device: torch.device) -> float:
-    """GFLOP/s of the faster of a large matrix product and a 3x3 convolution of 256 channels."""
+def measure_peak(precision: str, device: torch.device) -> dict[str, float]:
+    """PyTorch multiplies large matrices, and convolves 256 channels with 3x3; returns the GFLOP/s of each."""
     n, side = (8192, 100) if device.type == "cuda" else (2048, 80)
     dtype = DTYPES[precision]
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
@@ -392,12 +443,15 @@ def measure_peak(precision: str, device: torch.device) -> float:
     x = x.to(memory_format=torch.channels_last)
     weight = torch.randn(256, 256, 3, 3, device=device, dtype=dtype).to(memory_format=torch.channels_last)
     work = {
-        2 * n**3: lambda: a @ b,
-        2 * 9 * 256 * 256 * side * side * len(x): lambda: nn.functional.conv2d(x, weight, padding=1),
+        "matrix product": (2 * n**3, lambda: a @ b),
+        "3x3 convolution": (
+            2 * 9 * 256 * 256 * side * side * len(x),
+            lambda: nn.functional.conv2d(x, weight, padding=1),
+        ),
     }
-    fastest = 0.0
+    peak = {}
     with torch.no_grad():
-        for flop, call in work.items():
+        for name, (flop, call) in work.items():
             call = with_tf32(precision, call)
             times = []
             for _ in range(10):
@@ -406,14 +460,40 @@ def measure_peak(precision: str, device: torch.device) -> float:
                 call()
                 synchronize(device)
                 times.append(time.perf_counter() - began)
-            fastest = max(fastest, flop / statistics.median(times[2:]) / 1e9)
-    return fastest
+            peak[name] = flop / statistics.median(times[2:]) / 1e9
+    return peak
 
 
 # ---- what is shown --------------------------------------------------------------------------------------------------
 
 
-def format_rows(rows: list[Row]) -> str:
+def format_head(record: dict) -> list[str]:
+    """The table's head names the machine, its CPU and the measured peaks."""
+    cpu = record["cpu"]
+    lines = [
+        f"machine: {record['machine']}",
+        f"CPU: {cpu['model']}, PyTorch uses {cpu['capability']} and {cpu['threads']} threads; it has "
+        f"{', '.join(cpu['features'])}",
+    ]
+    for precision, peak in record["peak_gflops"].items():
+        speeds = ", ".join(f"{name} {speed:.0f} GFLOP/s" for name, speed in peak.items())
+        lines.append(f"measured peak in {precision}: {speeds}")
+    return lines
+
+
+def format_parity(parity: dict[int, dict[str, dict[str, float]]]) -> list[str]:
+    """A line for each runtime says how far its outputs are from eager PyTorch's."""
+    lines = []
+    for batch, runtimes in parity.items():
+        for title, differences in runtimes.items():
+            values = ", ".join(f"{name} {difference:.1e}" for name, difference in differences.items())
+            lines.append(
+                f"{title}, batch {batch}, largest difference from eager relative to the largest value: {values}"
+            )
+    return lines
+
+
+def format_rows(rows: list[Row]) -> list[str]:
     """The table, for a terminal."""
     lines = ["task      batch contestant                                   precision       ms (range)           ratio  "
              "images/s      MiB     kept   GFLOP of peak"]  # fmt: skip
@@ -423,7 +503,7 @@ def format_rows(rows: list[Row]) -> str:
             f"{r.task:9} {r.batch:5} {r.name:44} {r.precision:9} {r.seconds * 1e3:8.1f} {spread:17} {r.ratio:6.2f} "
             f"{r.images_per_s:9.2f} {r.memory_mib:8.0f} {r.kept_mib:8.0f} {r.gflop:7.0f} {r.of_peak:7.0%}"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def draw_rows(rows: list[Row], path: Path) -> None:

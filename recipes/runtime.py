@@ -172,7 +172,7 @@ class RunLog:
 
 def environment() -> dict:
     """What else a run depends on: command, versions, commit, machine, and the variables that steer torch."""
-    prefixes = ("OMP_", "MKL_", "TORCH", "PYTORCH_", "CUDA_", "NCCL_", "GLOO_", "WORLD_SIZE")
+    prefixes = ("OMP_", "MKL_", "ATEN_", "ONEDNN_", "TORCH", "PYTORCH_", "CUDA_", "NCCL_", "GLOO_", "WORLD_SIZE")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -181,7 +181,25 @@ def environment() -> dict:
         "versions": {p.__name__: p.__version__ for p in (torch, torchvision, timm, np, vovnet_zoo)},
         "git": _git_commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}",
+        "cpu": describe_cpu(),
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes)},
+    }
+
+
+def describe_cpu() -> dict:
+    """Describe the CPU: its model, the instruction set that torch's kernels use, the number of torch's threads, and the
+    vector and matrix instructions that the CPU has, by torch's names."""
+    capabilities = torch.cpu.get_capabilities()
+    model = capabilities.get("cpu_name") or platform.processor()
+    with contextlib.suppress(OSError):  # only Linux has this file, and its line of the model not on every CPU
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    kinds = ("avx", "amx", "fma", "f16c", "neon", "sve", "sme", "bf16", "i8mm", "fp16_arith")
+    return {
+        "model": model,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "features": sorted(name for name, has in capabilities.items() if has is True and name.startswith(kinds)),
     }
 
 

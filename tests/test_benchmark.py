@@ -1,14 +1,19 @@
 """The benchmarks run, and measure what they say; times are theirs to tell."""
 
+import dataclasses
 import functools
+import importlib
 import json
+import logging
+import sys
 
 import pytest
 import torch
 
 import benchmark
+import benchmark_runtimes
 import profile_blocks
-from vovnet_zoo import compile_detector
+from vovnet_zoo import compile_detector, create_detector
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +28,7 @@ def without_inductor(monkeypatch):
 def test_benchmark(tmp_path, capsys):
     config = benchmark.BenchmarkConfig(
         model="fcos_vovnet27_slim_fpn", size=(64, 96), train_batch=2, precisions=("float32",), rounds=2,
-        others=False, device="cpu", out=tmp_path,
+        others=False, runtimes=(), device="cpu", out=tmp_path,
     )  # fmt: skip
     rows = benchmark.main(config)
     names = [row.name for row in rows]
@@ -44,8 +49,104 @@ def test_benchmark(tmp_path, capsys):
     table = capsys.readouterr().out
     assert all(name in table for name in names)
     record = json.loads((tmp_path / "benchmark.json").read_text())
-    assert len(record["rows"]) == len(rows) and record["peak_gflops"]["float32"] > 0
+    assert len(record["rows"]) == len(rows)
+    assert record["peak_gflops"]["float32"].keys() == {"matrix product", "3x3 convolution"}
+    assert all(speed > 0 for speed in record["peak_gflops"]["float32"].values())
+    assert record["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability()
+    assert f"CPU: {record['cpu']['model']}, PyTorch uses {record['cpu']['capability']}" in table
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A small detector's network, and a normalised image for it."""
+    torch.manual_seed(0)
+    model = create_detector("fcos", backbone="resnet10t", channels=64, num_convs=1, num_classes=3).eval()
+    return benchmark_runtimes.Network(model).eval().requires_grad_(False), torch.randn(1, 3, 64, 96)
+
+
+@pytest.mark.parametrize("name", benchmark_runtimes.RUNTIMES)
+def test_runtime_gives_what_pytorch_gives(tiny, name):
+    if reason := benchmark_runtimes.why_left_out(name, batch=1):
+        pytest.skip(reason)
+    network, images = tiny
+    call = benchmark_runtimes.load_runtimes([name], network, images)[name]
+    expected = network(images)
+    for outputs in (call(), call()):
+        differences = benchmark_runtimes.compare_outputs(outputs, expected)
+        assert list(differences) == ["logits", "distances", "centerness"]
+        assert max(differences.values()) < 1e-4, differences  # Winograd rounds more than a direct convolution
+    assert set(benchmark_runtimes.RUNTIMES[name].packages) <= benchmark_runtimes.imported_versions().keys()
+
+
+def test_openvino_is_imported_without_its_telemetry(monkeypatch):
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
+    monkeypatch.setattr(importlib, "import_module", lambda name: (name, sys.modules["openvino_telemetry"]))
+    assert benchmark_runtimes.import_package("openvino") == ("openvino", None)
+
+
+def test_compare_outputs_sees_one_wrong_value():
+    expected = [torch.full((1, 5, 3), 4.0), torch.ones(1, 5, 4), torch.ones(1, 5)]
+    outputs = [x.clone().numpy() for x in expected]
+    outputs[0][0, 3, 1] += 0.5
+    assert benchmark_runtimes.compare_outputs(outputs, expected) == {
+        "logits": 0.125, "distances": 0, "centerness": 0
+    }  # fmt: skip
+    with pytest.raises(RuntimeError):
+        benchmark_runtimes.compare_outputs([x[:, :4] for x in outputs], expected)
+
+
+def test_missing_runtime_is_left_out(tiny, monkeypatch, caplog):
+    def import_module(name: str):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    with caplog.at_level(logging.WARNING, "vovnet_zoo"):
+        assert benchmark_runtimes.load_runtimes(list(benchmark_runtimes.RUNTIMES), *tiny) == {}
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(" is left out")[0] for line in lines] == ["OpenVINO", "ONNX Runtime", "ncnn"]
+    assert all("pip install -e '.[bench]'" in line and "\n" not in line for line in lines)
+
+
+def test_runtime_that_would_crash_is_left_out(monkeypatch):
+    monkeypatch.setattr(benchmark_runtimes, "import_package", lambda name: None)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert benchmark_runtimes.why_left_out("openvino", batch=1) is None
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert "unset ONEDNN_MAX_CPU_ISA" in benchmark_runtimes.why_left_out("openvino", batch=1)
+    assert benchmark_runtimes.why_left_out("ncnn", batch=1) is None
+
+
+def test_runtimes_are_contestants(tmp_path, monkeypatch, capsys):
+    def load(network, images, threads):
+        return lambda: [output.numpy() for output in network(images)]
+
+    for name, runtime in benchmark_runtimes.RUNTIMES.items():
+        stand_in = dataclasses.replace(runtime, packages=(), load=load)
+        monkeypatch.setitem(benchmark_runtimes.RUNTIMES, name, stand_in)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr(benchmark, "inference_contestants", lambda *args: [])  # test_benchmark runs those
+    monkeypatch.setattr(benchmark, "measure_peak", lambda *args: {"matrix product": 100.0})
+    config = benchmark.BenchmarkConfig(
+        model="fcos_vovnet27_slim_fpn", size=(64, 96), batches=(1, 2), what=("inference",), precisions=("float32",),
+        rounds=1, others=False, device="cpu", out=tmp_path,
+    )  # fmt: skip
+    rows = benchmark.main(config)
+    alone = ["ours, eager", "OpenVINO", "ONNX Runtime", "ncnn", "ours, eager", "OpenVINO", "ONNX Runtime"]
+    assert [row.name for row in rows] == [f"{name}, network alone" for name in alone]
+    assert len({row.gflop / row.batch for row in rows}) == 1
+    parity = json.loads((tmp_path / "benchmark.json").read_text())["parity"]
+    assert list(parity) == ["1", "2"] and list(parity["2"]) == ["OpenVINO", "ONNX Runtime"]
+    assert parity["1"]["ncnn"].keys() == {"logits", "distances", "centerness"}
+    assert max(parity["1"]["ncnn"].values()) < 1e-4
+    assert "ncnn, batch 1, largest difference from eager" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [{"precisions": ("bf16",)}, {"device": "meta"}])
+def test_runtimes_need_float32_on_the_cpu(options):
+    with pytest.raises(ValueError, match="--runtimes run in float32 on the CPU"):
+        benchmark.main(benchmark.BenchmarkConfig(**{"device": "cpu", "runtimes": ("ncnn",), **options}))
 
 
 def test_kept_by():
