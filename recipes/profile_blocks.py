@@ -23,9 +23,9 @@ from timm.layers import freeze_batch_norm_2d
 from torch.profiler import profile
 
 import vovnet_zoo  # noqa: F401  (registers the backbones)
-from benchmark import kept_by
-from runtime import environment, log, process_group
-from train_coco import compiled
+from memory import kept_by
+from runtime import environment, log, process_group, synchronize
+from step import compiled
 from vovnet_zoo.osa import fuse_for_training
 from vovnet_zoo.winograd import use_winograd
 
@@ -122,11 +122,6 @@ def by_group(trace: profile) -> dict[str, float]:
         if group:
             times[group] += ms
     return times
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def format_rows(rows: list[dict]) -> str:
