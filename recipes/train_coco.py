@@ -49,9 +49,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     score_if_due(run, run_log)  # the run may have been stopped between a checkpoint and its evaluation
     batches = iter(build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device))
     steps = range(progress.step, config.steps)
-    bar = tqdm(
-        steps, "train", config.steps, unit="step", initial=progress.step, disable=run.rank > 0, dynamic_ncols=True
-    )
+    bar = tqdm(steps, total=config.steps, initial=progress.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
     began = time.perf_counter()
     for step in bar:
         # The data: this process's share of the batch, in parts that are computed one by one, to save memory.
@@ -84,20 +82,14 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
 
         # One update, unless a loss or the gradient is not finite: such a step changes nothing.
         lr = set_lr(run.optimizer, config, step)
-        grad_norm, finite = update(run, step, losses)
-        if finite:
-            progress.not_finite = 0
-        else:
-            for x, before in statistics:
-                x.copy_(before)
-            skip_step(run, step, parts, losses, grad_norm)
+        grad_norm = update(run, step, parts, losses, statistics)
 
-        # Log.
+        # Log: a row of numbers.
         seconds = time.perf_counter() - began
         progress.step, progress.train_seconds = step + 1, progress.train_seconds + seconds
         log_step(run, run_log, bar, step, losses, seconds, lr=lr, grad_norm=grad_norm, data_wait_s=data_wait)
 
-        # Save; this comes before the evaluation, which takes long and can fail, so that no finished step is lost.
+        # Save, before the evaluation, which takes long and can fail: so no finished step is lost.
         if stopping or is_due(config.checkpoint_every, run) or is_due(config.eval_every, run):
             save(run)
         if stopping:
@@ -105,7 +97,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
             log.warning("stopped by a signal after step %d, saved; the same command goes on from there", step + 1)
             sys.exit(128 + stopping)
 
-        # Score.
+        # Score, and save the best model.
         score_if_due(run, run_log)
         began = time.perf_counter()
 
@@ -133,26 +125,34 @@ def pad_images(images: Tensor, height: int, width: int) -> Tensor:
     return nn.functional.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
 
 
-def update(run: Run, step: int, losses: dict[str, float]) -> tuple[float, bool]:
-    """Change the weights by the gradients, if they are finite, and clear these: (norm of the gradient, finite).
+def update(
+    run: Run, step: int, parts: list[dict], losses: dict[str, float], statistics: list[tuple[Tensor, Tensor]]
+) -> float:
+    """Change the weights by their gradients, and clear these; returns the gradient's norm.
 
-    A gradient that overflowed in float16 counts as finite: GradScaler leaves out the update and lowers its scale.
+    A step whose loss or gradient is not finite is skipped instead, and `statistics` (buffers of batch norms, each with
+    its value before the step) are put back. With float16, a gradient that overflows is no such case: GradScaler leaves
+    out the change of the weights and lowers its scale.
     """
     run.scaler.unscale_(run.optimizer)
     max_norm = run.config.clip_grad or float("inf")
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm).item()
-    finite = all(map(math.isfinite, losses.values())) and (run.scaler.is_enabled() or math.isfinite(grad_norm))
-    if finite:
+    if all(map(math.isfinite, losses.values())) and (run.scaler.is_enabled() or math.isfinite(grad_norm)):
         run.scaler.step(run.optimizer)
         if run.ema:
             run.ema.update(run.model, step=step + 1)
+        run.progress.not_finite = 0
+    else:
+        for x, before in statistics:
+            x.copy_(before)
+        skip_step(run, step, parts, losses, grad_norm)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return grad_norm, finite
+    return grad_norm
 
 
 def skip_step(run: Run, step: int, parts: list[dict], losses: dict[str, float], grad_norm: float) -> None:
-    """Note a step that was not finite, with its images; `RuntimeError` after too many in a row."""
+    """Note a step that is skipped, with its images; `RuntimeError` after too many in a row."""
     run.progress.not_finite += 1
     path = note_not_finite(run.config.out, step, run.rank, parts, losses, grad_norm)
     if run.progress.not_finite >= run.config.max_not_finite:
