@@ -18,7 +18,7 @@ from vovnet_zoo.winograd import use_winograd
 
 
 def build_datasets(config: TrainConfig, rank: int, world_size: int) -> tuple[CocoDataset, CocoDataset]:
-    """The training and the validation set. `ValueError` where they, or they and the configuration, do not fit."""
+    """Open the training and the validation set; `ValueError` where they do not fit each other or the configuration."""
     if config.draw_shapes:
         if rank == 0:
             make_shapes(config.data)
@@ -35,7 +35,7 @@ def build_datasets(config: TrainConfig, rank: int, world_size: int) -> tuple[Coc
 
 
 def check_config(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset, world_size: int) -> None:
-    """`ValueError` where the configuration and the data do not go together."""
+    """Raise `ValueError` where the configuration and the data do not go together."""
     if (train_set.category_ids, train_set.class_names) != (val_set.category_ids, val_set.class_names):
         raise ValueError(
             f"{config.data}: the splits have different classes: train {train_set.class_names} with ids "
@@ -50,7 +50,7 @@ def check_config(config: TrainConfig, train_set: CocoDataset, val_set: CocoDatas
 
 
 def build_model(config: TrainConfig, class_names: list[str]) -> FCOS:
-    """The detector to train for these classes: a new one, or the one of `config.init`."""
+    """Create the detector that is to learn these classes: a new one, or one that starts from `config.init`."""
     kwargs = dict(
         num_classes=len(class_names), class_names=class_names, min_size=config.test_size, max_size=config.max_size
     )
@@ -76,7 +76,10 @@ def build_model(config: TrainConfig, class_names: list[str]) -> FCOS:
 
 
 def prepare_for_training(model: FCOS, config: TrainConfig, device: torch.device) -> None:
-    """Move the model to the device and switch on what makes its training faster or smaller; its results stay."""
+    """Move the model to the device, and make its training faster or its memory smaller as `config` says.
+
+    The model computes the same as before, apart from rounding.
+    """
     model.to(device, memory_format=torch.channels_last).train()
     fuse_for_training(model)
     if config.winograd:
@@ -88,7 +91,10 @@ def prepare_for_training(model: FCOS, config: TrainConfig, device: torch.device)
 def build_loader(
     config: TrainConfig, dataset: CocoDataset, start_step: int, rank: int, world_size: int, device: torch.device
 ) -> DataLoader:
-    """For each step from `start_step` on, this process's share of the batch, as `accum` collated parts."""
+    """Create a loader that gives, for each step from `start_step` on, this process's share of the batch in parts.
+
+    An item of the loader is a list of `config.accum` dicts, see `vovnet_zoo.data.collate`.
+    """
     sampler = TrainSampler(
         dataset.aspect_ratios,
         config.batch_size,
@@ -109,6 +115,6 @@ def build_loader(
 
 
 def collate_parts(samples: list, count: int) -> list[dict[str, Tensor]]:
-    """`count` batches of equal size, each as of `vovnet_zoo.data.collate`."""
+    """Make `count` batches of equal size from a list of samples."""
     size = len(samples) // count
     return [collate(samples[i * size : (i + 1) * size]) for i in range(count)]

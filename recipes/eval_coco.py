@@ -70,7 +70,7 @@ def main(config: EvalConfig) -> dict | None:
 
 
 def check_classes(model: FCOS, dataset: CocoDataset) -> None:
-    """`ValueError` unless the model's classes are the dataset's, in its order."""
+    """Raise `ValueError` unless the model has the dataset's classes, in the same order."""
     names = model.config["class_names"]
     if names is not None and names != dataset.class_names:
         raise ValueError(

@@ -84,7 +84,7 @@ class GradientSum:
             self._check(torch.cat(flags).tolist())
 
     def _check(self, counts: list[float]) -> None:
-        """`RuntimeError` unless all processes or none have a gradient of each parameter."""
+        """Raise `RuntimeError` where a number of processes with a gradient is neither 0 nor that of all processes."""
         world_size = dist.get_world_size()
         names = [name for bucket in self.buckets for name in bucket]
         if partly := [f"{n} ({c:.0f})" for n, c in zip(names, counts, strict=True) if 0 < c < world_size]:
@@ -95,7 +95,10 @@ class GradientSum:
 
 
 def split_into_buckets(model: nn.Module, bucket_bytes: int) -> list[dict[str, nn.Parameter]]:
-    """Trainable parameters by name, last first, in buckets of at most `bucket_bytes` (or of one larger parameter)."""
+    """Split the trainable parameters, by name and the last first, into buckets of at most `bucket_bytes` bytes.
+
+    A parameter that is larger has a bucket of its own.
+    """
     buckets = []
     for name, parameter in reversed(list(model.named_parameters())):
         if parameter.requires_grad:
@@ -106,6 +109,6 @@ def split_into_buckets(model: nn.Module, bucket_bytes: int) -> list[dict[str, nn
 
 
 def fits(parameter: nn.Parameter, bucket: list[nn.Parameter], bucket_bytes: int) -> bool:
-    """Whether a bucket has room for one more parameter, and is of its dtype and on its device."""
+    """Say whether a bucket has room for one more parameter, and has its dtype and its device."""
     same_kind = (parameter.dtype, parameter.device) == (bucket[0].dtype, bucket[0].device)
     return same_kind and sum(p.nbytes for p in bucket) + parameter.nbytes <= bucket_bytes

@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory used so far, in GiB: allocated on a GPU, otherwise resident memory of this process."""
+    """Return the most memory used so far, in GiB: allocated on a GPU, otherwise resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def kept_by(call: Callable) -> float:
-    """The memory, in MiB, that autograd keeps in a call for its backward pass, without the weights themselves.
+    """Return the memory, in MiB, that autograd keeps in a call for its backward pass, without the weights themselves.
 
     Memory that several tensors share is counted once.
     """

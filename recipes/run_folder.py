@@ -22,8 +22,8 @@ from vovnet_zoo.data import CocoDataset, Skipped
 
 
 class RunLog:
-    """The log of a run: `run.json` (configuration, and command and versions of each start), `metrics.jsonl` (a JSON
-    object a line) and, where tensorboard is installed, its files. Only rank 0 writes.
+    """The log of a run consists of `run.json` (the configuration; command and versions of each start), `metrics.jsonl`
+    (a JSON object a line) and, where tensorboard is installed, its files. Only rank 0 writes.
 
     Args:
         start_step: a run that was stopped goes on after this many steps; rows of later steps are dropped, since these
@@ -60,7 +60,7 @@ class RunLog:
                     self.tensorboard.add_scalar(name, value, step)
 
     def rows(self) -> list[dict]:
-        """All whole rows so far. A line that is damaged, like the last one of a killed run, is left out."""
+        """Read all rows so far. A damaged line, like the last one of a killed run, is left out."""
         path, rows = self.folder / "metrics.jsonl", []
         for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
             with contextlib.suppress(json.JSONDecodeError):
@@ -76,7 +76,7 @@ class RunLog:
 
 
 def earlier_starts(path: Path) -> list[dict]:
-    """The starts that a `run.json` lists; a damaged file is reported and counts as none."""
+    """Read the starts that a `run.json` lists. A damaged file is reported, and lists none."""
     try:
         return json.loads(path.read_bytes())["starts"] if path.is_file() else []
     except (ValueError, KeyError, TypeError) as error:
@@ -100,7 +100,7 @@ def note_skipped(folder: Path, step: int, skipped: list[Skipped]) -> None:
 def note_not_finite(
     folder: Path, step: int, rank: int, parts: list[dict[str, Tensor]], losses: dict[str, float], grad_norm: float
 ) -> Path:
-    """Write down this rank's images and boxes of a step whose loss or gradient is not finite; returns the file."""
+    """Write down this rank's image ids and boxes of a step that is not finite; returns the path of the file."""
     path = folder / "not_finite" / f"step{step:08d}-rank{rank}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     batch = [
@@ -112,14 +112,14 @@ def note_not_finite(
     return path
 
 
-# ---- is the run in the folder the one that is asked for? ------------------------------------------------------------
+# ---- is the run in the folder the same as the one that starts? ------------------------------------------------------
 
-# These fields of the configuration change nothing that is computed, apart from rounding.
+# These fields of the configuration do not change the result of a run, apart from rounding.
 FREE = {"out", "data", "workers", "accum", "device", "compile", "checkpoint_every", "max_not_finite", "allow_changes"}
 
 
 def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset) -> dict[str, str]:
-    """The configuration and the annotations' hashes, which together decide the result of a run."""
+    """Return what decides the result of a run: the fields of its configuration and the hashes of its annotations."""
     about = {k: repr(v) for k, v in dataclasses.asdict(config).items() if k not in FREE}
     for name, dataset in (("train annotations", train_set), ("val annotations", val_set)):
         about[name] = hashlib.sha256(dataset.annotation_file.read_bytes()).hexdigest()
@@ -127,7 +127,7 @@ def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDatas
 
 
 def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainConfig) -> None:
-    """`ValueError` that names what differs between the checkpoint's run and this one, unless `allow_changes`."""
+    """Raise a `ValueError` that names what differs between two runs' descriptions, unless `config.allow_changes`."""
     changes = [
         f"{name}: was {saved.get(name)}, now {asked.get(name)}"
         for name in sorted(saved.keys() | asked.keys())
@@ -174,7 +174,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> Path
 
 
 def load_checkpoint(folder: Path) -> dict | None:
-    """The newest undamaged checkpoint's state, on the CPU, given by rank 0 to all processes; None if there is none."""
+    """Load the newest undamaged checkpoint on the CPU; None if there is none. Rank 0 reads it and gives it to all."""
     state = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         state = [read_newest(folder)]
@@ -184,7 +184,7 @@ def load_checkpoint(folder: Path) -> dict | None:
 
 
 def read_newest(folder: Path) -> dict | None:
-    """The state in the newest checkpoint whose content has the hash in its name; None if there is none."""
+    """Read the newest checkpoint whose content has the hash in its name; None if there is none."""
     for path in reversed(list_checkpoints(folder)):
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest()[:16] == path.stem.partition("-")[2]:
@@ -194,7 +194,7 @@ def read_newest(folder: Path) -> dict | None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints, the oldest first."""
+    """List all checkpoints, the oldest first."""
     return sorted(folder.glob("????????-????????????????.pt"))
 
 

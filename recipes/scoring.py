@@ -21,9 +21,9 @@ def score_dataset(
     plus_one: bool = False,
     engine: str = "pycocotools",
 ) -> tuple[list[dict], dict] | tuple[None, None]:
-    """COCO result rows and metrics (see `vovnet_zoo.coco_eval.evaluate`) of a dataset without transforms.
+    """Run the detector on a dataset without transforms; returns COCO result rows and `coco_eval.evaluate`'s metrics.
 
-    The images are shared out over the processes, whose results rank 0 gathers; the others return (None, None).
+    The images are shared out over the processes. Rank 0 gathers the results; the others return (None, None).
     """
     mine = range(rank, len(dataset), world_size)
     loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers)

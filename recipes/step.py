@@ -1,7 +1,7 @@
-"""A training step's losses take two functions: `find_targets` and then `compute_losses`.
+"""`find_targets` and `compute_losses` are a training step up to its losses.
 
-They are apart because a loss is divided by a number that all parts of the global batch have to be known for. Both are
-made of tensor operations only, so `compiled` makes one graph of each.
+They are two functions, since a loss is divided by a number that depends on the targets of the whole global batch. Both
+consist of tensor operations only, so `compiled` can make one graph of each.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from vovnet_zoo.loss import Targets
 def find_targets(
     model: FCOS, criterion: FCOSLoss, boxes: Tensor, labels: Tensor, height: int, width: int
 ) -> tuple[Targets, Tensor]:
-    """Targets of B images of `height` x `width` pixels, and what they add to the global batch's normalizers [3].
+    """Find what each location of B images of `height` x `width` pixels should learn.
 
     Args:
         boxes: [B,M,4] xyxy in pixels of the network input.
         labels: int64 [B,M], -1 for padding.
+
+    Returns:
+        The targets, and the numbers [3] that these images add to the normalizers of the global batch.
     """
     points, strides = make_points(level_sizes(height, width, model.strides), model.strides, boxes.device)
     targets = criterion.assign(points, strides, boxes, labels)
@@ -41,7 +44,7 @@ def compute_losses(
     normalizers: Tensor,
     precision: str,
 ) -> dict[str, Tensor]:
-    """The three losses of B images: the network runs under autocast, the losses are computed in float32.
+    """Compute the three losses of B images, each a scalar: the network runs under autocast, the losses in float32.
 
     Args:
         images: uint8 [B,3,H,W].
@@ -59,10 +62,10 @@ def compute_losses(
 
 @functools.cache
 def compiled(function: Callable, dynamic: bool | None = None) -> Callable:
-    """`torch.compile` makes one graph of `function`; it raises where that is impossible.
+    """Compile `function` to one graph; torch raises an error where that is impossible.
 
-    With `dynamic=None`, a size that differs from one call to the next becomes a variable of the graph, which is
-    compiled once more for that.
+    With `dynamic=None`, a size that differs between two calls becomes a variable of the graph, which is then
+    compiled once more.
     """
     # The compiler chooses which activations the forward pass keeps for the backward pass, and these three rules make it
     # keep many. Without them it computes what is cheap again, above all GroupNorm and ReLU, which saves memory and

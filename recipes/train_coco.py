@@ -1,8 +1,8 @@
 """Train a detector on a COCO-format dataset: `python recipes/train_coco.py PRESET --data ROOT [--lr ...]`.
 
 Under torchrun (`torchrun --nproc-per-node 8 recipes/train_coco.py v39_1x --data ROOT`) the batch is shared out over
-the processes; the result does not depend on how many there are. A run that was stopped, by whatever, goes on when the
-same command is typed again.
+the processes; the result does not depend on their number. When a run was stopped, for whatever reason, the same
+command goes on with it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vovnet_zoo.coco_eval import format_table
 
 
 def main(config: TrainConfig) -> dict | None:
-    """Run `config`; returns the last evaluation on rank 0, None on the others."""
+    """Train as `config` says; returns the last evaluation on rank 0, None on the others."""
     with process_group(config.device) as (rank, world_size, device), StopSignal() as stop:
         run = set_up(config, rank, world_size, device)
         with contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log:
@@ -52,35 +52,35 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     bar = tqdm(steps, total=config.steps, initial=progress.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
     began = time.perf_counter()
     for step in bar:
-        # The data: this process's share of the batch, in parts that are computed one by one, to save memory.
+        # Data: this process's share of the batch, in parts that are computed one after the other to save memory.
         parts = next_parts(run, step, batches)
         data_wait = time.perf_counter() - began
 
-        # Targets of the global batch come first. All losses are divided by its normalizers, and all images are padded
-        # to its largest size, since GroupNorm sees padding: so the result is the same for any number of processes and
-        # of parts. In the same message, processes learn whether one of them received a signal to stop.
+        # Targets and normalizers of the global batch. All processes divide their losses by the same normalizers and pad
+        # their images to the same size (GroupNorm sees the padding), so that neither the number of processes nor the
+        # number of parts changes the result. With the size they learn whether one of them received a stop signal.
         height, width, stopping = largest_size(parts, stop.received)
         assigned = [find(model, criterion, part["boxes"], part["labels"], height, width) for part in parts]
-        normalizers = all_reduce(sum(normalizers for _, normalizers in assigned))
+        normalizers = all_reduce(sum(n for _, n in assigned))
 
-        # Forward and backward, part by part; autograd adds up the gradients of the parts. Drop path and the like draw
-        # from a seed of this step, so that a resumed run draws the same.
+        # Forward and backward, part by part; autograd adds up the gradients of the parts. The seed for drop path and
+        # the like depends on the step only, so that a resumed run draws the same numbers.
         torch.manual_seed(seed_of(config.seed, step, run.rank))
-        statistics = [(x, x.clone()) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for x in m.buffers()]
+        statistics = batch_statistics(model)  # as they are before the step
         totals = torch.zeros(3, device=run.device)
         for part, (targets, _) in zip(parts, assigned, strict=True):
             images = pad_images(part["images"], height, width)
             losses = compute(model, criterion, images, part["sizes"], targets, normalizers, config.precision)
             if part is parts[-1]:
-                run.gradients.start()  # what this backward pass completes is sent at once
+                run.gradients.start()  # each gradient that this backward pass completes is sent at once
             run.scaler.scale(sum(losses.values())).backward()
             totals += torch.stack([x.detach() for x in losses.values()])
 
-        # One gradient everywhere: the sum over processes, like the losses.
+        # One gradient everywhere: gradients are summed over the processes, and so are the losses for the log.
         run.gradients.finish()
         losses = dict(zip(losses, all_reduce(totals).tolist(), strict=True))
 
-        # One update, unless a loss or the gradient is not finite: such a step changes nothing.
+        # One update of the weights, unless a loss or the gradient is not finite: such a step changes nothing.
         lr = set_lr(run.optimizer, config, step)
         grad_norm = update(run, step, parts, losses, statistics)
 
@@ -89,7 +89,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         progress.step, progress.train_seconds = step + 1, progress.train_seconds + seconds
         log_step(run, run_log, bar, step, losses, seconds, lr=lr, grad_norm=grad_norm, data_wait_s=data_wait)
 
-        # Save, before the evaluation, which takes long and can fail: so no finished step is lost.
+        # Save. This comes before the evaluation, which takes long and can fail, so that no finished step is lost.
         if stopping or is_due(config.checkpoint_every, run) or is_due(config.eval_every, run):
             save(run)
         if stopping:
@@ -103,7 +103,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
 
 
 def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[str, Tensor]]:
-    """The next parts of this process's share of the batch, on its device; notes images that could not be read."""
+    """Move this process's next share of a batch, in parts, to its device; notes images that could not be read."""
     parts = next(batches)
     skipped = [image for part in parts for image in part.get("skipped", [])]
     note_skipped(run.config.out, step, skipped)
@@ -113,8 +113,8 @@ def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[
 
 
 def largest_size(parts: list[dict[str, Tensor]], received: int) -> list[int]:
-    """Height and width of the largest images of all parts and processes, and the number of a signal that any process
-    received, or 0."""
+    """Return the largest height and width of images in all parts and processes, and the number of the signal that a
+    process received, or 0."""
     device = parts[0]["images"].device
     sizes = torch.tensor([(*part["images"].shape[-2:], received) for part in parts], device=device)
     return all_reduce(sizes.amax(0), torch.distributed.ReduceOp.MAX).tolist()
@@ -123,6 +123,11 @@ def largest_size(parts: list[dict[str, Tensor]], received: int) -> list[int]:
 def pad_images(images: Tensor, height: int, width: int) -> Tensor:
     """Pad images [B,3,h,w] below and at the right."""
     return nn.functional.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
+
+
+def batch_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Return the buffers of all batch norms, each with a copy of its value."""
+    return [(x, x.clone()) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for x in m.buffers()]
 
 
 def update(
@@ -213,7 +218,7 @@ def log_graphs() -> None:
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed from several numbers."""
+    """Make one seed of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 

@@ -20,7 +20,7 @@ from vovnet_zoo.data import CocoDataset
 
 @dataclass
 class Progress:
-    """A run that was stopped remembers these numbers."""
+    """A checkpoint holds these numbers, so that a run that was stopped can go on."""
 
     step: int = 0  # steps done
     scored: int = 0  # steps that were done at the last evaluation
@@ -32,7 +32,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """The parts of a training run. A checkpoint holds `identity`, `progress` and the states of `stateful`."""
+    """A run has these parts. A checkpoint holds `identity`, `progress` and the states of the parts in `stateful`."""
 
     config: TrainConfig
     rank: int
@@ -51,18 +51,18 @@ class Run:
 
     @property
     def averaged(self) -> FCOS:
-        """The model that is scored and published: the moving average of the weights, if the run keeps one."""
+        """Return the model to score and publish: with the moving average of the weights, if the run keeps one."""
         return self.ema.module if self.ema else self.model
 
     @property
     def stateful(self) -> dict:
-        """The parts with a `state_dict`, by their names in a checkpoint."""
+        """Return the parts that have a `state_dict`, by their names in a checkpoint."""
         ema = {"ema": self.averaged} if self.ema else {}
         return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, **ema}
 
 
 def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device) -> Run:
-    """Build a run: a new one, or the one whose newest checkpoint is in `config.out`."""
+    """Build a run. If `config.out` has a checkpoint, the run goes on from there."""
     train_set, val_set = build_datasets(config, rank, world_size)
     torch.manual_seed(config.seed)
     model = build_model(config, train_set.class_names)
@@ -97,12 +97,12 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
 
 
 def is_due(every: int | None, run: Run) -> bool:
-    """Whether something is due that is done every so many steps, and at the end."""
+    """Say whether the steps done are a multiple of `every`, or all steps."""
     return run.progress.step == run.config.steps or bool(every and run.progress.step % every == 0)
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint; rank 0 does it."""
+    """Write a checkpoint, on rank 0."""
     if run.rank == 0:
         states = {name: part.state_dict() for name, part in run.stateful.items()}
         state = {"run": run.identity, "progress": dataclasses.asdict(run.progress), **states}

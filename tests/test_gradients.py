@@ -57,6 +57,8 @@ def check_all(rank: int, world_size: int) -> None:
     check_overlap(rank, world_size)
     check_buckets_stay(rank, world_size)
     check_missing_gradient(rank, world_size)
+    if world_size == 2:
+        check_compiled(rank, world_size)
 
 
 def check_buckets(rank: int, world_size: int) -> None:
@@ -136,6 +138,21 @@ def check_missing_gradient(rank: int, world_size: int) -> None:
             message = rf"only some of the {world_size} processes have a gradient of 5.bias \(1\); every"
             with pytest.raises(RuntimeError, match=message):
                 total.finish()
+
+
+def check_compiled(rank: int, world_size: int) -> None:
+    """A compiled network stays one graph, and its gradients are summed too."""
+    found = []
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model = network()
+        total, call = GradientSum(model, bucket_bytes=3000), wrap(model)
+        for seed in (1, 2):
+            total.start()
+            generator = torch.Generator().manual_seed(10 * seed + rank)
+            call(torch.randn(2, 3, 8, 8, generator=generator)).square().sum().backward()
+            total.finish()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-4)
 
 
 def test_without_processes():
