@@ -32,8 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import detection as peers
 
 from benchmark_runtimes import RUNTIMES, Network, RuntimeName, compare_outputs, imported_versions, load_runtimes
-from runtime import environment, log, process_group
-from train_coco import assign_part, compare_part, compiled
+from memory import kept_by
+from runtime import environment, log, process_group, synchronize
+from step import compiled, compute_losses, find_targets
 from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector, postprocess
 from vovnet_zoo.compiled import detect
 from vovnet_zoo.data import normalize
@@ -266,9 +267,9 @@ def training_losses(
     """The recipe's step up to the losses: assignment, network, comparison."""
 
     def losses() -> dict[str, Tensor]:
-        targets, normalizers = assign_part(model, criterion, boxes, labels, *images.shape[-2:])
+        targets, normalizers = find_targets(model, criterion, boxes, labels, *images.shape[-2:])
         autocast = "bf16" if precision == "bf16" else "float32"
-        return compare_part(model, criterion, images, sizes, targets, normalizers, autocast)
+        return compute_losses(model, criterion, images, sizes, targets, normalizers, autocast)
 
     return losses
 
@@ -388,11 +389,6 @@ def compare(
     return rows
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def memory_of(call: Callable, device: torch.device) -> float:
     """Most memory during a call above that before it, in MiB: allocated on a GPU, resident of the process otherwise."""
     gc.collect()
@@ -410,20 +406,6 @@ def memory_of(call: Callable, device: torch.device) -> float:
     before = resident("VmRSS")
     call()
     return resident("VmHWM") - before
-
-
-def kept_by(call: Callable) -> float:
-    """What autograd keeps in a call for its backward pass, without the weights themselves, in MiB: each memory once."""
-    kept = {}
-
-    def keep(x: Tensor) -> Tensor:
-        if not (x.is_leaf and x.requires_grad):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        call()
-    return sum(kept.values()) / 2**20
 
 
 def resident(key: str) -> float:

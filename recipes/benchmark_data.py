@@ -1,8 +1,9 @@
-"""Images per second of one data loading worker: `python recipes/benchmark_data.py --data ROOT`.
+"""Measure the images per second of one data loading worker: `python recipes/benchmark_data.py --data ROOT`.
 
-Ours (decode, resize, flip, pad to a uint8 batch, which is normalized on the device) against torchvision's detection
-reference (decode with Pillow, flip, convert to floating point; its models then resize, normalize and pad). Each is a
-DataLoader with one worker process of one thread, over the same images in the same order; the rounds are interleaved.
+Two loaders are compared: ours (decode, resize, flip, pad to a uint8 batch, which is normalized on the device), and
+torchvision's detection reference (decode with Pillow, flip, convert to floating point; its models then resize,
+normalize and pad). Each is a DataLoader with one worker process of one thread, and reads the same images in the same
+order; the rounds are interleaved.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class BenchmarkConfig:
     """COCO-format dataset: annotations/instances_{split}*.json beside the image folders."""
     split: str = "train"
     images: int = 128
-    """At most so many, of those with boxes; they should fit into the system's file cache."""
+    """At most this many images with boxes; they should fit into the system's file cache."""
     batch_size: int = 8
     rounds: int = 7
     min_size: int = 800
@@ -99,7 +100,7 @@ def main(config: BenchmarkConfig) -> dict:
 
 
 def torchvision_dataset(folder: Path, file: Path, image_ids: list[int]) -> Dataset:
-    """Images of these ids by torchvision's dataset, with the transforms of its references/detection."""
+    """Open the images of these ids with torchvision's dataset and the transforms of its references/detection."""
     transforms = v2.Compose(
         [
             v2.RandomHorizontalFlip(0.5),
@@ -117,19 +118,19 @@ def torchvision_dataset(folder: Path, file: Path, image_ids: list[int]) -> Datas
 
 
 def list_batch(samples: list[tuple[Tensor, dict]]) -> tuple[list[Tensor], list[dict]]:
-    """What torchvision's models are given: float32 images [3, H, W] of different sizes, and their targets."""
+    """Collate samples as torchvision's models take them: float32 images [3, H, W] of different sizes, and targets."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
 
 
 def model_batch(transform: GeneralizedRCNNTransform, samples: list) -> tuple[Tensor, list[dict]]:
-    """What torchvision's backbones are given: float32 images [B, 3, H, W], resized, normalized and padded."""
+    """Collate samples as torchvision's backbones take them: float32 [B, 3, H, W], resized, normalized and padded."""
     images, targets = transform(*list_batch(samples))
     return images.tensors, targets
 
 
 def images_per_second(dataset: Dataset, batch_size: int, collate_fn: Callable) -> float:
-    """Of all batches but the first, whose time is mostly the start of the worker."""
+    """Time a loader on all batches but the first, whose time is mostly the start of the worker."""
     batches = iter(DataLoader(dataset, batch_size, collate_fn=collate_fn, num_workers=1, drop_last=True))
     next(batches)
     began = time.perf_counter()
@@ -138,7 +139,7 @@ def images_per_second(dataset: Dataset, batch_size: int, collate_fn: Callable) -
 
 
 def time_parts(steps: dict[str, Callable], indices: range, batch_size: int) -> dict[str, float]:
-    """Milliseconds per image of `steps`, each applied to what the one before it gave, and of collate."""
+    """Time the `steps`, each applied to the results of the step before it, and collate; in milliseconds per image."""
     seconds = dict.fromkeys([*steps, "collate"], 0.0)
     for start in range(0, len(indices), batch_size):
         samples = indices[start : start + batch_size]

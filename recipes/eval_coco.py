@@ -10,20 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
-from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from runtime import log, process_group
-from vovnet_zoo import FCOS, predict
-from vovnet_zoo.coco_eval import evaluate as score
-from vovnet_zoo.coco_eval import format_table, gather_results, load_engine, to_coco_results
+from scoring import score_dataset
+from vovnet_zoo import FCOS
+from vovnet_zoo.coco_eval import format_table, load_engine
 from vovnet_zoo.data import CocoDataset, find_split
 
 
 @dataclass(frozen=True)
 class EvalConfig:
+    """The settings of an evaluation."""
+
     model: str
     """Folder or Hub name of a detector."""
     data: Path
@@ -32,25 +31,27 @@ class EvalConfig:
     out: Path | None = None
     """Write the detections there, as COCO results JSON."""
     size: int | None = None
-    """Resize the shorter side to this many pixels, instead of what the model remembers."""
+    """Resize the shorter side to this many pixels; default: the size that the model's config names."""
     workers: int = 2
+    """Data loading processes per process."""
     device: str | None = None
     """torch device; default: the GPU where there is one."""
     plus_one: bool = False
-    """The published pixel convention, for the published weights."""
+    """Use the published pixel convention; for the published weights."""
     engine: Literal["pycocotools", "faster"] = "pycocotools"
-    """What computes the scores; "faster" gives the same numbers and needs `pip install faster-coco-eval`."""
+    """The package that computes the scores; "faster" gives the same numbers and needs faster-coco-eval installed."""
 
 
 def main(config: EvalConfig) -> dict | None:
-    load_engine(config.engine)  # if it is not installed, say so now and not after the last image
+    """Score the detector; returns the metrics on rank 0, None on the others."""
+    load_engine(config.engine)  # an engine that is not installed is reported now, not after the last image
     with process_group(config.device) as (rank, world_size, device):
         model = FCOS.from_pretrained(config.model).to(device)
         if config.size is not None:
             model.config["min_size"] = config.size
         dataset = CocoDataset(*find_split(config.data, config.split))
         check_classes(model, dataset)
-        results, metrics = evaluate(
+        results, metrics = score_dataset(
             model,
             dataset,
             rank,
@@ -68,32 +69,8 @@ def main(config: EvalConfig) -> dict | None:
         return metrics
 
 
-def evaluate(
-    model: FCOS,
-    dataset: CocoDataset,
-    rank: int = 0,
-    world_size: int = 1,
-    *,
-    workers: int = 2,
-    plus_one: bool = False,
-    engine: str = "pycocotools",
-) -> tuple[list[dict], dict] | tuple[None, None]:
-    """COCO results and metrics of a dataset without transforms; (None, None) on ranks other than 0."""
-    mine = range(rank, len(dataset), world_size)
-    loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers)
-    rows, image_ids = [], []
-    for image, target in tqdm(loader, desc="evaluate", unit="image", disable=rank > 0, leave=False):
-        detections = predict(model, image.as_subclass(torch.Tensor), plus_one=plus_one)
-        rows += to_coco_results(detections, [target["image_id"]], dataset.category_ids, plus_one=plus_one)
-        image_ids.append(target["image_id"])
-    results = gather_results(rows, image_ids)
-    if rank > 0:
-        return None, None
-    return results, score(dataset.annotation_file, results, engine=engine)
-
-
 def check_classes(model: FCOS, dataset: CocoDataset) -> None:
-    """`ValueError` unless the model's classes are the dataset's, in its order."""
+    """Raise `ValueError` unless the model has the dataset's classes, in the same order."""
     names = model.config["class_names"]
     if names is not None and names != dataset.class_names:
         raise ValueError(

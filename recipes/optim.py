@@ -1,4 +1,4 @@
-"""Parameter groups and the learning-rate schedule of a `TrainConfig`."""
+"""These functions make the optimizer of a `TrainConfig` and set its learning rates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vovnet_zoo import FCOS
 
 
 def create_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer, with one group for each combination of weight decay and learning rate.
+    """Create the optimizer, with one group for each combination of weight decay and learning rate.
 
     A bias is a parameter with "bias" in its name, as in the published training. Groups carry `lr_factor`, which
     `set_lr` multiplies by the schedule.
@@ -39,13 +39,13 @@ def create_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def depth_below_top(backbone: nn.Module) -> dict[str, int]:
-    """For each part of a timm feature extractor, how far it is below the head: 1 for the last."""
+    """Return how far each part of a timm feature extractor is below the head: 1 for the last part."""
     parts = [name for name, _ in backbone.named_children()]
     return {name: len(parts) - i for i, name in enumerate(parts)}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:
-    """Set the learning rates of step `step` (0-based); returns that of a group with factor 1."""
+    """Set the learning rates of step `step`, counted from 0; returns the rate of a group with factor 1."""
     lr = config.lr * lr_factor(config, step)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
@@ -53,7 +53,7 @@ def set_lr(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> 
 
 
 def lr_factor(config: TrainConfig, step: int) -> float:
-    """What the schedule multiplies the learning rate by at step `step` (0-based)."""
+    """Return the factor of the schedule at step `step`, counted from 0, which multiplies the learning rate."""
     if config.schedule == "multistep":
         factor = 0.1 ** sum(step >= milestone for milestone in config.milestones)
     else:

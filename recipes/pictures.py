@@ -1,4 +1,4 @@
-"""The pictures a run leaves: `curves.png` and `detections.png`."""
+"""These functions draw the pictures that a run leaves: `curves.png` and `detections.png`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 def draw_curves(rows: list[dict], path: Path) -> None:
-    """Losses, learning rate and AP over steps, from the rows of `metrics.jsonl`."""
+    """Draw losses, learning rate and AP over steps, from the rows of `metrics.jsonl`."""
     train = [row for row in rows if "loss" in row]
     scored = [row for row in rows if "AP" in row]
     figure, (losses, rate, ap) = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
@@ -42,7 +42,10 @@ def draw_curves(rows: list[dict], path: Path) -> None:
 def draw_comparison(
     model: FCOS, dataset: CocoDataset, path: Path, count: int = 8, height: int = 320, score_threshold: float = 0.5
 ) -> None:
-    """`count` images of a dataset without transforms, each `height` pixels high, prediction beside truth."""
+    """Draw the predictions of `count` images beside the truth, each `height` pixels high.
+
+    The dataset has no transforms. Boxes with a score below `score_threshold` are not drawn.
+    """
     indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
     font, captions = ImageFont.load_default(size=13), (f"prediction (score >= {score_threshold})", "truth")
     pairs = []

@@ -1,4 +1,4 @@
-"""Named training configurations. A preset is a `TrainConfig`; every field can be changed on the command line."""
+"""Presets are named training configurations. Each field of a preset can be changed on the command line."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ import tyro
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a training run is made of. Sizes in pixels; a step is one update of the weights."""
+    """A training run is configured by these fields. Sizes are in pixels; a step is one update of the weights."""
 
     data: Path
     """COCO-format dataset: annotations/instances_{train,val}*.json beside the image folders."""
     out: Path
     """Run folder: best/, last/, metrics.jsonl, curves.png, detections.png."""
     draw_shapes: bool = False
-    """Make a dataset of drawn shapes in --data, if nothing is there."""
+    """Draw a dataset of shapes into --data, if nothing is there."""
 
     model: str = "fcos_vovnet39_fpn"
     """A name of list_detectors(), or "fcos" with --backbone."""
     backbone: str | None = None
-    """Any timm model with maps at strides 8, 16, 32; with --model fcos."""
+    """Any timm model with feature maps at strides 8, 16, 32; use it with --model fcos."""
     variant: Literal["improved", "published"] = "improved"
-    """Of model and loss: today's default, or that of the 2019 detectors."""
+    """Variant of model and loss: "improved" is the default, "published" is that of the 2019 detectors."""
     channels: int = 256
-    """Width of FPN and head."""
+    """Channels of FPN and head."""
     num_convs: int = 4
-    """Depth of the head's towers."""
+    """Convolutions in each of the head's towers."""
     init: str | None = None
     """Start from this detector (folder or Hub name); its head is kept if it has as many classes."""
     pretrained_backbone: bool = False
     """Start from the backbone's ImageNet weights, through timm."""
     frozen_norm: bool = False
-    """Keep the backbone's batch norms fixed; right with pretrained weights and few images per device."""
+    """Keep the backbone's batch norms fixed; recommended with pretrained weights and few images per device."""
 
     min_size: tuple[int, int] = (640, 800)
     """Range of the shorter side in training."""
     max_size: int = 1333
     """Limit of the longer side."""
     test_size: int = 800
-    """Shorter side in evaluation; the model remembers it."""
+    """Shorter side in evaluation; it is saved with the model."""
     augment: Literal["none", "flip", "jitter_crop"] = "flip"
-    """In training: nothing, mirroring, or mirroring with zooming and cropping."""
+    """Augmentation in training: none, mirroring, or mirroring with zooming and cropping."""
     drop_empty: bool = False
     """Leave out training images without boxes."""
     skip_bad_images: bool = False
-    """Train without images that cannot be read or are not of the size the JSON says, rather than stop."""
+    """Leave out images that cannot be read or have another size than the JSON says, rather than stop."""
     batch_size: int = 16
     """Images per step, over all processes and accumulated parts."""
     accum: int = 1
-    """Parts each process's share of a batch is computed in, to save memory."""
+    """Parts into which each process's share of a batch is split, to save memory."""
     workers: int = 4
     """Data loading processes per training process."""
 
@@ -63,48 +63,48 @@ class TrainConfig:
     lr: float = 0.01
     """Learning rate at its highest."""
     weight_decay: float = 1e-4
-    """Of all but biases."""
+    """Weight decay of all parameters but biases."""
     bias_lr_factor: float = 1.0
-    """Learning rate of biases, times lr."""
+    """The learning rate of biases is lr times this."""
     decay_norms: bool = True
-    """Weight decay for one-dimensional weights too (norms and level scales)."""
+    """Apply weight decay to one-dimensional weights too (norms and level scales)."""
     schedule: Literal["multistep", "cosine"] = "multistep"
-    """Learning rate over the steps."""
+    """Course of the learning rate after the warm-up."""
     milestones: tuple[int, ...] = (60_000, 80_000)
     """Steps where multistep multiplies the learning rate by 0.1."""
     warmup: Literal["constant", "linear"] = "linear"
-    """Learning rate over the first steps."""
+    """Course of the learning rate in the warm-up."""
     warmup_steps: int = 500
     """Length of the warm-up."""
     warmup_factor: float = 1 / 3
-    """Learning rate of the first step, times lr."""
+    """The learning rate of the first step is lr times this."""
     ema: float | None = None
-    """Decay of the moving average of the weights, which is then what is scored and saved."""
+    """Decay of a moving average of the weights; if given, the average is scored and saved."""
     clip_grad: float | None = None
     """Largest norm of the gradient."""
     layer_decay: float | None = None
-    """Each part of the backbone has the learning rate of the one above it, times this."""
+    """Each part of the backbone has the learning rate of the part above it, times this."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """Of the network under autocast; losses are float32 in any case."""
+    """Precision of the network (autocast); losses are always float32."""
     compile: bool = False
-    """Make one graph of the network and its losses, and fuse its kernels, with torch.compile."""
+    """Compile network and losses to one graph with fused kernels (torch.compile)."""
     winograd: bool = False
-    """On a CPU: 3x3 convolutions with a quarter of the multiplications (vovnet_zoo/winograd.py)."""
+    """Compute 3x3 convolutions on a CPU with a quarter of the multiplications (vovnet_zoo/winograd.py)."""
     grad_checkpointing: bool = False
-    """Keep fewer activations for the backward pass, and compute the others again; with --frozen-norm."""
+    """Keep fewer activations for the backward pass and compute the others again; needs --frozen-norm."""
     seed: int = 0
-    """Of initial weights, order of images and augmentation."""
+    """Seed of initial weights, order of images and augmentation."""
     device: str | None = None
     """torch device; default: the GPU where there is one."""
 
     eval_every: int | None = None
-    """Steps between evaluations; there is one at the end in any case."""
+    """Steps between evaluations; the last step is always followed by one."""
     checkpoint_every: int = 500
-    """Steps between checkpoints, which is what a killed run can lose."""
+    """Steps between checkpoints; a killed run loses at most this many."""
     max_not_finite: int = 10
-    """Stop after this many steps in a row with a loss that is not finite; each is skipped."""
+    """Stop after this many steps in a row whose loss is not finite; such a step is skipped."""
     allow_changes: bool = False
-    """Go on from the checkpoints in --out although the configuration or the data have changed."""
+    """Go on from the checkpoints in --out although the configuration or the data has changed."""
 
 
 _PUBLISHED = dict(
@@ -131,7 +131,7 @@ _FROM_SCRATCH = dict(
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "quickstart": (
-        "Minutes on a CPU: makes its own dataset of drawn shapes.",
+        "Takes minutes on a CPU and draws its own dataset of shapes.",
         TrainConfig(
             data=Path("runs/shapes"),
             out=Path("runs/quickstart"),
@@ -151,7 +151,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "finetune": (
-        "Your own small COCO-format dataset, from scratch, or from --init or --pretrained-backbone.",
+        "For your own small COCO-format dataset: from scratch, or from --init or --pretrained-backbone.",
         TrainConfig(
             data=tyro.MISSING,
             out=Path("runs/finetune"),

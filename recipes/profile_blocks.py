@@ -1,7 +1,8 @@
-"""Where a VoVNet backbone's time and memory go in training: `python recipes/profile_blocks.py`, with `--help`.
+"""Measure where a VoVNet backbone spends time and memory in training: `python recipes/profile_blocks.py`.
 
-torch.profiler, on timm's blocks with frozen batch norms and on `vovnet_zoo.osa`'s, eager and compiled: what the
-concatenations, and the norms with their ReLUs, take of a forward and a backward pass, and what is kept in between.
+torch.profiler times timm's blocks with frozen batch norms and those of `vovnet_zoo.kernels.osa`, eager and compiled. The
+table says how long concatenations, and norms with their ReLUs, take in the forward and in the backward pass, and how
+much memory is kept in between. `--help` lists the options.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from timm.layers import freeze_batch_norm_2d
 from torch.profiler import profile
 
 import vovnet_zoo  # noqa: F401  (registers the backbones)
-from benchmark import kept_by
-from runtime import environment, log, process_group
-from train_coco import compiled
+from memory import kept_by
+from runtime import environment, log, process_group, synchronize
+from step import compiled
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import use_winograd
 
-GROUPS = {  # of operators or kernels, the first whose pattern is found
+GROUPS = {  # an operator or kernel belongs to the first group whose pattern is in its name
     "fused": r"cpp_fused|triton_",  # what inductor makes of all but convolutions
     "concatenation": r"aten::(cat|narrow|slice)|CatArray",
     "pooling": r"pool",
@@ -44,11 +45,11 @@ class ProfileConfig:
     size: tuple[int, int] = (640, 640)
     """Height and width of the images."""
     batch: int = 2
-    """Images."""
+    """Images per pass."""
     precisions: tuple[Literal["float32", "bf16"], ...] = ("float32", "bf16")
-    """Of the convolutions."""
+    """Precision of the convolutions."""
     rounds: int = 3
-    """Profiled passes of each, interleaved; medians are shown."""
+    """Profiled passes of each model; the table shows medians."""
     device: str | None = None
     """torch device; default: the GPU where there is one."""
     out: Path = Path("runs/profile_blocks.json")
@@ -83,7 +84,10 @@ def main(config: ProfileConfig) -> list[dict]:
 
 
 def measure(models: dict[str, Callable], images: torch.Tensor, precision: str, rounds: int) -> list[dict]:
-    """For each model, interleaved, milliseconds of each group in the forward and in the backward pass, and MiB kept."""
+    """Measure each model: milliseconds of each group in the forward and in the backward pass, and MiB kept.
+
+    The rounds of the models are interleaved.
+    """
 
     def forward(model: Callable) -> torch.Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -113,7 +117,7 @@ def measure(models: dict[str, Callable], images: torch.Tensor, precision: str, r
 
 
 def by_group(trace: profile) -> dict[str, float]:
-    """Milliseconds on the device: of all, and of each of `GROUPS`. The difference is the convolutions', mostly."""
+    """Sum the milliseconds on the device, of all operators and of each of `GROUPS`. Convolutions are in no group."""
     times = Counter(dict.fromkeys(["all", *GROUPS], 0.0))
     for event in trace.key_averages():
         ms = (event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total) / 1e3
@@ -124,13 +128,8 @@ def by_group(trace: profile) -> dict[str, float]:
     return times
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def format_rows(rows: list[dict]) -> str:
-    """The table, for a terminal."""
+    """Format the table for a terminal."""
     columns = list(rows[0])
     cells = [columns, *([str(row[column]) for column in columns] for row in rows)]
     lines = []

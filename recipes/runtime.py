@@ -1,15 +1,12 @@
-"""What surrounds a training step: processes, signals, the run's log."""
+"""These functions deal with what a recipe runs on: processes and devices, signals, the machine."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import logging
 import multiprocessing
 import os
 import platform
-import resource
 import signal
 import subprocess
 import sys
@@ -31,7 +28,10 @@ log = logging.getLogger("vovnet_zoo")
 
 @contextlib.contextmanager
 def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]:
-    """Join the job torchrun started, if one did: (rank, world size, this process's device)."""
+    """Join the job that torchrun started, if it did, and leave it at the end.
+
+    Yields (rank, world size, this process's device); (0, 1, device) without torchrun.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     logging.basicConfig(
@@ -61,25 +61,10 @@ def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]
 
 
 def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """`x` reduced over all processes, in place; `x` itself without a process group."""
+    """Reduce `x` over all processes, in place, and return it; without a process group, `x` stays as it is."""
     if dist.is_initialized():
         dist.all_reduce(x, op)
     return x
-
-
-def all_reduce_gradients(model: nn.Module) -> None:
-    """Sum gradients over all processes, as one message.
-
-    Not DistributedDataParallel: the losses of all processes already share one normaliser, so gradients are summed;
-    one message in parameter order gives the same rounding in a resumed run; and nothing hooks into the graph.
-    """
-    if not dist.is_initialized():
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    parts = flat.split([g.numel() for g in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
 def barrier() -> None:
@@ -88,11 +73,24 @@ def barrier() -> None:
         dist.barrier()
 
 
-class StopSignal:
-    """While it is open, SIGTERM and SIGINT (Ctrl-C) are remembered instead of died of, so that a step can be finished
-    and saved. A second one means it. `received` is the number of the signal, or 0."""
+def broadcast_weights(model: nn.Module) -> None:
+    """Give all processes the parameters and buffers of rank 0."""
+    if dist.is_initialized():
+        for x in model.state_dict().values():
+            dist.broadcast(x, src=0)
 
-    received = 0
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class StopSignal:
+    """While this context is open, SIGTERM and SIGINT (Ctrl-C) do not end the process: the number of the signal is kept
+    in `received`, so that the training loop can finish its step, save, and stop. A second signal ends the process."""
+
+    received = 0  # no signal yet
 
     def __enter__(self) -> StopSignal:
         self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -105,8 +103,9 @@ class StopSignal:
         self.received = number
 
     def __exit__(self, *error) -> None:
-        """Ends the workers too: at its exit, Python would send those left over a SIGTERM, and wait for ever."""
-        watch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would take it for an accident
+        """Kill the data loading workers too: they ignore the SIGTERM that Python sends them at its exit, and Python
+        would wait for them for ever."""
+        watch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would call this an accident
         for worker in multiprocessing.active_children():
             worker.kill()
             worker.join()
@@ -115,59 +114,9 @@ class StopSignal:
 
 
 def ignore_stop_signals(worker_id: int) -> None:
-    """For data loading workers: the process they work for says when they stop."""
+    """Let a data loading worker ignore SIGTERM and SIGINT; the process that it works for ends it (`worker_init_fn`)."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-
-
-class RunLog:
-    """The run folder: `run.json` (configuration, versions, command), `metrics.jsonl` (a JSON object a line), and
-    tensorboard where it is installed.
-
-    Rows of steps from `start_step` on, left by a run that was killed, are dropped. Only rank 0 writes.
-    """
-
-    def __init__(self, folder: Path, config, rank: int, start_step: int = 0):
-        self.folder, self.active, self.tensorboard = folder, rank == 0, None
-        if not self.active:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        about = folder / "run.json"
-        starts = json.loads(about.read_text())["starts"] if start_step and about.is_file() else []
-        starts.append({"step": start_step, **environment()})
-        about.write_text(json.dumps({"config": dataclasses.asdict(config), "starts": starts}, indent=2, default=str))
-        kept = [row for row in self.rows() if row["step"] < start_step]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed by close)
-        with contextlib.suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
-
-    def write(self, step: int, **values) -> None:
-        """Add a row for `step`."""
-        if not self.active:
-            return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-        if self.tensorboard is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.tensorboard.add_scalar(name, value, step)
-
-    def rows(self) -> list[dict]:
-        """All whole rows so far."""
-        path, rows = self.folder / "metrics.jsonl", []
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
-                rows.append(json.loads(line))
-        return rows
-
-    def close(self) -> None:
-        if self.active:
-            self.file.close()
-            if self.tensorboard is not None:
-                self.tensorboard.close()
 
 
 def environment() -> dict:
@@ -201,13 +150,6 @@ def describe_cpu() -> dict:
         "threads": torch.get_num_threads(),
         "features": sorted(name for name, has in capabilities.items() if has is True and name.startswith(kinds)),
     }
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory so far, in GiB: allocated on a GPU, resident of this process otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _git_commit() -> str | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from launch import command, losses
 
-from eval_coco import evaluate
+from scoring import score_dataset
 from vovnet_zoo import FCOS, create_detector, predict
 from vovnet_zoo.data import CocoDataset, find_split
 from vovnet_zoo.evaluation import to_coco_results
@@ -41,7 +41,7 @@ def test_overfits_8_photos(coco_mini, tmp_path):
     curve = losses(out)
     assert sum(curve[-10:]) < 0.5 * sum(curve[:10])
     dataset = CocoDataset(*find_split(root, "val"))
-    _, metrics = evaluate(FCOS.from_pretrained(out / "best"), dataset, workers=0)
+    _, metrics = score_dataset(FCOS.from_pretrained(out / "best"), dataset, workers=0)
     assert metrics["AP50"] > 0.9
 
 

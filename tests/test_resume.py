@@ -12,7 +12,7 @@ import pytest
 import torch
 from launch import STORE_PER_RESTART, losses, rows, train, train_command
 
-from checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from run_folder import list_checkpoints, load_checkpoint, save_checkpoint
 from vovnet_zoo import FCOS
 
 OPTIONS = "--steps 24 --workers 1 --checkpoint-every 2"  # batch norm live, EMA on, Muon: all that has a state

@@ -11,9 +11,10 @@ import torch
 from launch import command, losses, rows, train, train_here
 
 import train_coco
-from checkpoint import list_checkpoints, load_checkpoint
+from build import build_model
 from optim import create_optimizer, lr_factor, set_lr
 from presets import PRESETS, TrainConfig
+from run_folder import list_checkpoints, load_checkpoint
 from vovnet_zoo import FCOS, create_detector
 
 
@@ -120,10 +121,10 @@ def test_init_keeps_the_head_for_the_same_classes(tiny_coco, tmp_path):
     torch.nn.init.normal_(start.head.cls_logits.bias)
     start.save_pretrained(tmp_path / "start")
     config = TrainConfig(data=tiny_coco, out=tmp_path, init=str(tmp_path / "start"), test_size=96)
-    same = train_coco.build_model(config, ["a", "b"])
+    same = build_model(config, ["a", "b"])
     assert same.config["min_size"] == 96
     torch.testing.assert_close(same.state_dict(), start.state_dict())
-    other = train_coco.build_model(config, ["a", "b", "c"])
+    other = build_model(config, ["a", "b", "c"])
     assert other.head.cls_logits.out_channels == 3
     torch.testing.assert_close(other.head.box_distances.weight, start.head.box_distances.weight)
 
@@ -214,17 +215,15 @@ def test_a_loss_that_is_not_finite(tiny_coco, tmp_path):
 
 
 def test_a_skipped_step_leaves_no_trace_in_batch_norm(tiny_coco, tmp_path, monkeypatch):
-    real, calls = train_coco.backward, []
+    real = train_coco.update
 
-    def backward(model, *args):
-        losses, stopping = real(model, *args)
-        calls.append(losses)
-        if len(calls) == 2:
-            model.backbone.bn1.running_mean.fill_(float("nan"))
+    def update(run, step, parts, losses, statistics):
+        if step == 1:
+            run.model.backbone.bn1.running_mean.fill_(float("nan"))
             losses["loss_box"] = float("nan")
-        return losses, stopping
+        return real(run, step, parts, losses, statistics)
 
-    monkeypatch.setattr(train_coco, "backward", backward)
+    monkeypatch.setattr(train_coco, "update", update)
     run(tiny_coco, tmp_path / "run", steps=3, ema=0.5)
     model = FCOS.from_pretrained(tmp_path / "run" / "last")
     assert all(x.isfinite().all() for x in model.state_dict().values())

@@ -1,4 +1,4 @@
-"""A COCO-format dataset of drawn shapes, made from a seed, so that training needs no download."""
+"""`make_shapes` draws a COCO-format dataset from a seed, so that the quickstart needs no download."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def make_shapes(root: Path, num_train: int = 500, num_val: int = 100, size: int 
     """Write `root/{train,val}/*.png` and `root/annotations/instances_{train,val}.json`; returns `root`.
 
     Each image is `size` x `size` pixels with 1 to 5 bright shapes, 24 to 84 pixels wide, turned by any angle, drawn
-    over each other on a dull background of textured noise. Boxes are of what can be seen; a shape of which less than
-    half can be seen is not annotated. The same arguments give the same files. An existing `root` is kept: a dataset is
-    written beside it and then renamed, so it is never half there.
+    over each other on a dull background of textured noise. A box encloses the visible part of a shape; a shape of which
+    less than half is visible has no box. The same arguments give the same files. An existing `root` is kept. The
+    dataset is written under another name and then renamed, so that `root` is never incomplete.
     """
     if root.exists():
         return root
@@ -47,7 +47,7 @@ def make_shapes(root: Path, num_train: int = 500, num_val: int = 100, size: int 
 
 
 def draw_image(rng: np.random.Generator, size: int) -> tuple[Image.Image, list[tuple[int, tuple[int, int, int, int]]]]:
-    """A picture and its objects: (label, (x1, y1, x2, y2)) in pixels."""
+    """Draw a picture; returns it and its objects: (label, (x1, y1, x2, y2) in pixels)."""
     picture = background(rng, size)
     layers = []
     for _ in range(rng.integers(1, 6)):
@@ -76,7 +76,7 @@ def draw_image(rng: np.random.Generator, size: int) -> tuple[Image.Image, list[t
 
 
 def shape_mask(name: str, centre: np.ndarray, radius: float, angle: float, size: int) -> Image.Image:
-    """Mask "L" [size,size], 255 inside the shape whose corners lie on the circle of `radius` pixels."""
+    """Draw a mask (mode "L", [size,size]): 255 inside the shape, whose corners lie on the circle of `radius` pixels."""
     corners, inner = {"circle": (64, 1.0), "square": (4, 1.0), "triangle": (3, 1.0), "star": (10, 0.45)}[name]
     angles = angle + np.arange(corners) * 2 * np.pi / corners
     radii = radius * np.where(np.arange(corners) % 2, inner, 1.0)
@@ -87,7 +87,7 @@ def shape_mask(name: str, centre: np.ndarray, radius: float, angle: float, size:
 
 
 def background(rng: np.random.Generator, size: int) -> Image.Image:
-    """Dull coloured noise at three scales."""
+    """Draw dull coloured noise at three scales."""
     total = np.zeros((size, size, 3))
     for cells, strength in ((3, 30), (12, 20), (48, 10)):
         noise = rng.normal(0, 1, size=(cells, cells, 3)) * strength

@@ -1,0 +1,120 @@
+"""These functions build what a `TrainConfig` names: the data, its loader and the model."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from presets import TrainConfig
+from quickstart_data import make_shapes
+from runtime import barrier, ignore_stop_signals
+from vovnet_zoo import FCOS, create_detector
+from vovnet_zoo.data import CocoDataset, TrainSampler, collate, find_split, train_transforms
+from vovnet_zoo.kernels.osa import fuse_for_training
+from vovnet_zoo.kernels.winograd import use_winograd
+
+
+def build_datasets(config: TrainConfig, rank: int, world_size: int) -> tuple[CocoDataset, CocoDataset]:
+    """Open the training and the validation set; `ValueError` where they do not fit each other or the configuration."""
+    if config.draw_shapes:
+        if rank == 0:
+            make_shapes(config.data)
+        barrier()
+    train_set = CocoDataset(
+        *find_split(config.data, "train"),
+        transforms=train_transforms(config.min_size, config.max_size, config.augment),
+        drop_empty=config.drop_empty,
+        skip_bad_images=config.skip_bad_images,
+    )
+    val_set = CocoDataset(*find_split(config.data, "val"))
+    check_config(config, train_set, val_set, world_size)
+    return train_set, val_set
+
+
+def check_config(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset, world_size: int) -> None:
+    """Raise `ValueError` where the configuration and the data do not go together."""
+    if (train_set.category_ids, train_set.class_names) != (val_set.category_ids, val_set.class_names):
+        raise ValueError(
+            f"{config.data}: the splits have different classes: train {train_set.class_names} with ids "
+            f"{train_set.category_ids}, val {val_set.class_names} with ids {val_set.category_ids}"
+        )
+    if config.batch_size % (world_size * config.accum):
+        raise ValueError(
+            f"batch_size {config.batch_size} cannot be shared out over {world_size} processes x {config.accum} parts"
+        )
+    if config.steps < 1:
+        raise ValueError(f"steps is {config.steps}; training needs at least 1")
+
+
+def build_model(config: TrainConfig, class_names: list[str]) -> FCOS:
+    """Create the detector that is to learn these classes: a new one, or one that starts from `config.init`."""
+    kwargs = dict(
+        num_classes=len(class_names), class_names=class_names, min_size=config.test_size, max_size=config.max_size
+    )
+    if config.init is None:
+        if config.backbone is not None:
+            kwargs["backbone"] = config.backbone
+        return create_detector(
+            config.model,
+            variant=config.variant,
+            pretrained_backbone=config.pretrained_backbone,
+            frozen_norm=config.frozen_norm,
+            channels=config.channels,
+            num_convs=config.num_convs,
+            **kwargs,
+        )
+    start = FCOS.from_pretrained(config.init)
+    model = FCOS(**{**start.config, **kwargs})
+    weights = start.state_dict()
+    if start.config["class_names"] != class_names:  # other classes need a new class layer
+        weights |= {k: v for k, v in model.state_dict().items() if k.startswith("head.cls_logits.")}
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
+def prepare_for_training(model: FCOS, config: TrainConfig, device: torch.device) -> None:
+    """Move the model to the device, and make its training faster or its memory smaller as `config` says.
+
+    The model computes the same as before, apart from rounding.
+    """
+    model.to(device, memory_format=torch.channels_last).train()
+    fuse_for_training(model)
+    if config.winograd:
+        use_winograd(model)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
+
+
+def build_loader(
+    config: TrainConfig, dataset: CocoDataset, start_step: int, rank: int, world_size: int, device: torch.device
+) -> DataLoader:
+    """Create a loader that gives, for each step from `start_step` on, this process's share of the batch in parts.
+
+    An item of the loader is a list of `config.accum` dicts, see `vovnet_zoo.data.collate`.
+    """
+    sampler = TrainSampler(
+        dataset.aspect_ratios,
+        config.batch_size,
+        num_steps=config.steps,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        start_step=start_step,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=functools.partial(collate_parts, count=config.accum),
+        num_workers=config.workers,
+        worker_init_fn=ignore_stop_signals,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def collate_parts(samples: list, count: int) -> list[dict[str, Tensor]]:
+    """Make `count` batches of equal size from a list of samples."""
+    size = len(samples) // count
+    return [collate(samples[i * size : (i + 1) * size]) for i in range(count)]

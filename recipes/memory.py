@@ -1,0 +1,33 @@
+"""These functions measure memory: what a process uses, and what autograd keeps."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most memory used so far, in GiB: allocated on a GPU, otherwise resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def kept_by(call: Callable) -> float:
+    """Return the memory, in MiB, that autograd keeps in a call for its backward pass, without the weights themselves.
+
+    Memory that several tensors share is counted once.
+    """
+    kept = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if not (x.is_leaf and x.requires_grad):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        call()
+    return sum(kept.values()) / 2**20

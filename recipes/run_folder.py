@@ -1,0 +1,218 @@
+"""The run folder holds what a training run leaves: its log, its checkpoints, and notes on what it could not use."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from presets import TrainConfig
+from runtime import environment, log
+from vovnet_zoo.data import CocoDataset, Skipped
+
+# ---- the log --------------------------------------------------------------------------------------------------------
+
+
+class RunLog:
+    """The log of a run consists of `run.json` (the configuration; command and versions of each start), `metrics.jsonl`
+    (a JSON object a line) and, where tensorboard is installed, its files. Only rank 0 writes.
+
+    Args:
+        start_step: a run that was stopped goes on after this many steps; rows of later steps are dropped, since these
+            steps are done again.
+        scored: the last evaluation that counts was made after this many steps; rows of later evaluations are dropped.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, rank: int, start_step: int = 0, scored: int = 0):
+        self.folder, self.active, self.tensorboard = folder, rank == 0, None
+        if not self.active:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        starts = earlier_starts(folder / "run.json") if start_step else []
+        starts.append({"step": start_step, **environment()})
+        about = {"config": dataclasses.asdict(config), "starts": starts}
+        write_whole(folder / "run.json", json.dumps(about, indent=2, default=str).encode())
+        kept = [row for row in self.rows() if row["step"] < (scored if "AP" in row else start_step)]
+        write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed by close)
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
+
+    def write(self, step: int, **values) -> None:
+        """Add a row of values for `step`, counted from 0."""
+        if not self.active:
+            return
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if self.tensorboard is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.tensorboard.add_scalar(name, value, step)
+
+    def rows(self) -> list[dict]:
+        """Read all rows so far. A damaged line, like the last one of a killed run, is left out."""
+        path, rows = self.folder / "metrics.jsonl", []
+        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                rows += [row] if isinstance(row, dict) and "step" in row else []
+        return rows
+
+    def close(self) -> None:
+        if self.active:
+            self.file.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+
+
+def earlier_starts(path: Path) -> list[dict]:
+    """Read the starts that a `run.json` lists. A damaged file is reported, and lists none."""
+    try:
+        return json.loads(path.read_bytes())["starts"] if path.is_file() else []
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%r) and is written anew; earlier starts of this run are not listed", path, error)
+        return []
+
+
+# ---- notes ----------------------------------------------------------------------------------------------------------
+
+
+def note_skipped(folder: Path, step: int, skipped: list[Skipped]) -> None:
+    """Log each image that could not be read, and list it in `skipped.txt`, to which all ranks add."""
+    for image in skipped:
+        log.warning("step %d: image %d skipped: %s", step, image.image_id, image.reason)
+    if skipped:
+        folder.mkdir(parents=True, exist_ok=True)  # on another machine than rank 0's it may not be there
+        with open(folder / "skipped.txt", "a") as file:
+            file.writelines(f"step {step}, image {image.image_id}: {image.reason}\n" for image in skipped)
+
+
+def note_not_finite(
+    folder: Path, step: int, rank: int, parts: list[dict[str, Tensor]], losses: dict[str, float], grad_norm: float
+) -> Path:
+    """Write down this rank's image ids and boxes of a step that is not finite; returns the path of the file."""
+    path = folder / "not_finite" / f"step{step:08d}-rank{rank}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    batch = [
+        {name: x.tolist() for name, x in part.items() if name != "images"} | {"shape": list(part["images"].shape)}
+        for part in parts
+    ]
+    path.write_text(json.dumps({"losses": losses, "grad_norm": grad_norm, "batch": batch}))
+    log.warning("step %d skipped: losses %s, gradient norm %s; its batch is in %s", step, losses, grad_norm, path)
+    return path
+
+
+# ---- is the run in the folder the same as the one that starts? ------------------------------------------------------
+
+# These fields of the configuration do not change the result of a run, apart from rounding.
+FREE = {"out", "data", "workers", "accum", "device", "compile", "checkpoint_every", "max_not_finite", "allow_changes"}
+
+
+def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset) -> dict[str, str]:
+    """Return what decides the result of a run: the fields of its configuration and the hashes of its annotations."""
+    about = {k: repr(v) for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    for name, dataset in (("train annotations", train_set), ("val annotations", val_set)):
+        about[name] = hashlib.sha256(dataset.annotation_file.read_bytes()).hexdigest()
+    return about
+
+
+def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainConfig) -> None:
+    """Raise a `ValueError` that names what differs between two runs' descriptions, unless `config.allow_changes`."""
+    changes = [
+        f"{name}: was {saved.get(name)}, now {asked.get(name)}"
+        for name in sorted(saved.keys() | asked.keys())
+        if saved.get(name) != asked.get(name)
+    ]
+    if not changes:
+        return
+    what = "; ".join(changes)
+    if config.allow_changes:
+        log.warning("going on with changes: %s", what)
+        return
+    raise ValueError(
+        f"the checkpoints in {config.out} are of another run ({what}); "
+        "give another --out, remove that folder, or go on all the same with --allow-changes"
+    )
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
+    """Write `state` (tensors, numbers, strings in dicts and lists) after `step` steps; keep the newest `keep` files.
+
+    The file's name carries the first digits of its SHA-256, so that a damaged file is noticed. A file of the same step
+    is replaced. `OSError` if the file cannot be written, on a full disk for instance; earlier ones are then untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getbuffer()
+    path = folder / f"{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        newest = list_checkpoints(folder)
+        intact = f"{newest[-1]} is intact" if newest else "there is no earlier one"
+        raise OSError(error.errno, f"checkpoint of step {step} not saved ({error.strerror}); {intact}", path) from error
+    for old in list_checkpoints(folder):
+        if old != path and old.name[:8] == path.name[:8]:
+            old.unlink()
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """Load the newest undamaged checkpoint on the CPU; None if there is none. Rank 0 reads it and gives it to all."""
+    state = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        state = [read_newest(folder)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(state, src=0)
+    return state[0]
+
+
+def read_newest(folder: Path) -> dict | None:
+    """Read the newest checkpoint whose content has the hash in its name; None if there is none."""
+    for path in reversed(list_checkpoints(folder)):
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest()[:16] == path.stem.partition("-")[2]:
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        log.warning("%s is damaged (its hash is not the one in its name); using the one before", path)
+    return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List all checkpoints, the oldest first."""
+    return sorted(folder.glob("????????-????????????????.pt"))
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file so that, whenever the machine stops, it is whole or as it was before."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)

@@ -1,0 +1,76 @@
+"""`find_targets` and `compute_losses` are a training step up to its losses.
+
+They are two functions, since a loss is divided by a number that depends on the targets of the whole global batch. Both
+consist of tensor operations only, so `compiled` can make one graph of each.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vovnet_zoo import FCOS, FCOSLoss
+from vovnet_zoo.data import normalize
+from vovnet_zoo.fcos import level_sizes, make_points
+from vovnet_zoo.loss import Targets
+
+
+def find_targets(
+    model: FCOS, criterion: FCOSLoss, boxes: Tensor, labels: Tensor, height: int, width: int
+) -> tuple[Targets, Tensor]:
+    """Find what each location of B images of `height` x `width` pixels should learn.
+
+    Args:
+        boxes: [B,M,4] xyxy in pixels of the network input.
+        labels: int64 [B,M], -1 for padding.
+
+    Returns:
+        The targets, and the numbers [3] that these images add to the normalizers of the global batch.
+    """
+    points, strides = make_points(level_sizes(height, width, model.strides), model.strides, boxes.device)
+    targets = criterion.assign(points, strides, boxes, labels)
+    return targets, criterion.normalizers(targets)
+
+
+def compute_losses(
+    model: FCOS,
+    criterion: FCOSLoss,
+    images: Tensor,
+    sizes: Tensor,
+    targets: Targets,
+    normalizers: Tensor,
+    precision: str,
+) -> dict[str, Tensor]:
+    """Compute the three losses of B images, each a scalar: the network runs under autocast, the losses in float32.
+
+    Args:
+        images: uint8 [B,3,H,W].
+        sizes: int [B,2], height and width of each image without its padding.
+        targets: from `find_targets`.
+        normalizers: [3], the sum over all parts of the global batch.
+        precision: "float32", "bf16" or "fp16", of the network.
+    """
+    images = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    with torch.autocast(images.device.type, dtype, enabled=precision != "float32"):
+        preds = model(images.contiguous(memory_format=torch.channels_last))
+    return criterion.compare(preds, targets, normalizers)
+
+
+@functools.cache
+def compiled(function: Callable, dynamic: bool | None = None) -> Callable:
+    """Compile `function` to one graph; torch raises an error where that is impossible.
+
+    With `dynamic=None`, a size that differs between two calls becomes a variable of the graph, which is then
+    compiled once more.
+    """
+    # The compiler chooses which activations the forward pass keeps for the backward pass, and these three rules make it
+    # keep many. Without them it computes what is cheap again, above all GroupNorm and ReLU, which saves memory and
+    # the time to write and read it. torch has no public switch for this.
+    torch._functorch.config.ban_recompute_materialized_backward = False
+    torch._functorch.config.ban_recompute_used_far_apart = False
+    torch._functorch.config.ban_recompute_long_fusible_chains = False
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)

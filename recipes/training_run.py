@@ -1,0 +1,109 @@
+"""A `Run` holds the parts of a training run; `set_up` builds it, from its newest checkpoint if there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from timm.utils import ModelEmaV3
+
+from build import build_datasets, build_model, prepare_for_training
+from gradients import GradientSum
+from optim import create_optimizer
+from presets import TrainConfig
+from run_folder import describe_run, load_checkpoint, refuse_changes, save_checkpoint
+from runtime import broadcast_weights, log
+from vovnet_zoo import FCOS, FCOSLoss
+from vovnet_zoo.data import CocoDataset
+
+
+@dataclass
+class Progress:
+    """A checkpoint holds these numbers, so that a run that was stopped can go on."""
+
+    step: int = 0  # steps done
+    scored: int = 0  # steps that were done at the last evaluation
+    best: float = -1.0  # the highest AP
+    metrics: dict | None = None  # of the last evaluation
+    train_seconds: float = 0.0
+    not_finite: int = 0  # the last steps that were skipped, in a row
+
+
+@dataclass
+class Run:
+    """A run has these parts. A checkpoint holds `identity`, `progress` and the states of the parts in `stateful`."""
+
+    config: TrainConfig
+    rank: int
+    world_size: int
+    device: torch.device
+    train_set: CocoDataset
+    val_set: CocoDataset
+    model: FCOS
+    ema: ModelEmaV3 | None
+    criterion: FCOSLoss
+    gradients: GradientSum
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    identity: dict[str, str]  # a run goes on only from checkpoints with its own identity
+    progress: Progress
+
+    @property
+    def averaged(self) -> FCOS:
+        """Return the model to score and publish: with the moving average of the weights, if the run keeps one."""
+        return self.ema.module if self.ema else self.model
+
+    @property
+    def stateful(self) -> dict:
+        """Return the parts that have a `state_dict`, by their names in a checkpoint."""
+        ema = {"ema": self.averaged} if self.ema else {}
+        return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, **ema}
+
+
+def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device) -> Run:
+    """Build a run. If `config.out` has a checkpoint, the run goes on from there."""
+    train_set, val_set = build_datasets(config, rank, world_size)
+    torch.manual_seed(config.seed)
+    model = build_model(config, train_set.class_names)
+    prepare_for_training(model, config, device)
+    log.info("%d images, %d classes: %s", len(train_set), len(train_set.class_names), ", ".join(train_set.class_names))
+    run = Run(
+        config,
+        rank,
+        world_size,
+        device,
+        train_set,
+        val_set,
+        model,
+        ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None,
+        FCOSLoss(config.variant),
+        GradientSum(model),
+        create_optimizer(model, config),
+        torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        describe_run(config, train_set, val_set),
+        Progress(),
+    )
+    if saved := load_checkpoint(config.out / "checkpoints"):
+        refuse_changes(saved["run"], run.identity, config)
+        for name, part in run.stateful.items():
+            part.load_state_dict(saved[name])
+        # checkpoints of version 0.1 do not say `scored`: they were written after the evaluation of their step
+        run.progress = Progress(**{"scored": saved["progress"]["step"], **saved["progress"]})
+        log.info("going on after step %d of %s", run.progress.step, config.out)
+    else:
+        broadcast_weights(model)
+    return run
+
+
+def is_due(every: int | None, run: Run) -> bool:
+    """Say whether the steps done are a multiple of `every`, or all steps."""
+    return run.progress.step == run.config.steps or bool(every and run.progress.step % every == 0)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint, on rank 0."""
+    if run.rank == 0:
+        states = {name: part.state_dict() for name, part in run.stateful.items()}
+        state = {"run": run.identity, "progress": dataclasses.asdict(run.progress), **states}
+        save_checkpoint(run.config.out / "checkpoints", run.progress.step, state)

@@ -1,0 +1,101 @@
+"""Presets as users type them: `quickstart` with the dataset it draws, and a published one with ImageNet weights."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from hub_server import HubServer, Repo, serve
+from launch import command, losses, rows
+
+import build
+import train_coco
+from presets import PRESETS
+from quickstart_data import CLASSES, make_shapes
+from vovnet_zoo import FCOS
+from vovnet_zoo.data import CocoDataset, find_split
+
+SMALL = functools.partial(make_shapes, num_train=24, num_val=6)
+
+
+def test_quickstart_draws_its_data_and_learns(tmp_path, monkeypatch):
+    """The preset itself, with fewer images and steps."""
+    monkeypatch.setattr(build, "make_shapes", SMALL)
+    preset = PRESETS["quickstart"][1]
+    config = dataclasses.replace(
+        preset, data=tmp_path / "shapes", out=tmp_path / "run", steps=12, batch_size=4, warmup_steps=2, workers=0
+    )
+    metrics = train_coco.main(config)
+    curve = losses(config.out)
+    assert len(curve) == 12 and sum(curve[-3:]) < 0.9 * sum(curve[:3])
+    assert set(metrics["per_class"]) == set(CLASSES)
+    assert {"best", "last", "checkpoints", "run.json", "curves.png", "detections.png"} <= {
+        path.name for path in config.out.iterdir()
+    }
+    assert FCOS.from_pretrained(config.out / "best").config["class_names"] == list(CLASSES)
+
+
+def test_drawn_data_are_right_and_always_the_same(tmp_path):
+    for name in ("a", "b"):
+        SMALL(tmp_path / name)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) == 24 + 6 + 2
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+    for split, count in (("train", 24), ("val", 6)):
+        dataset = CocoDataset(*find_split(tmp_path / "a", split))
+        assert len(dataset) == count and dataset.class_names == list(CLASSES)
+        for image, target in dataset:
+            assert 1 <= len(target["boxes"]) <= 5 and image.shape == (3, 128, 128)
+    assert not (tmp_path / "a.partial").exists()
+
+
+def test_existing_data_are_kept(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("mine")
+    SMALL(tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
+
+
+def test_published_preset_starts_from_imagenet_weights(tiny_coco, tmp_path):
+    """`v39_1x` as a command, two steps of small images; the backbone's weights come from a Hub on loopback."""
+    torch.manual_seed(0)
+    imagenet = timm.create_model("vovnet39").state_dict()
+    for name, x in imagenet.items():
+        if name.endswith("running_mean"):
+            x.normal_(std=0.01)
+    repo = Repo(private=False, branches={"main": "1" * 40})
+    repo.commits.append(("1" * 40, {"model.safetensors": safetensors.torch.save(imagenet)}, {"model.safetensors"}))
+    out = tmp_path / "run"
+    options = ["v39_1x", "--data", tiny_coco, "--out", out, "--device", "cpu", "--steps", "2", "--batch-size", "2"]
+    options += ["--min-size", "64", "96", "--max-size", "128", "--test-size", "64", "--workers", "0"]
+    with serve(HubServer()) as server:
+        server.repos["someone/vovnet39.pytorchcv_in1k"] = repo
+        env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        env |= {"VOVNET_ZOO_ORG": "someone", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        result = subprocess.run(
+            command("train_coco.py", options), env=os.environ | env, capture_output=True, text=True, timeout=240
+        )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "GET /someone/vovnet39.pytorchcv_in1k/resolve/main/model.safetensors" in server.log
+
+    about = json.loads((out / "run.json").read_text())["config"]
+    assert about["variant"] == "published" and about["pretrained_backbone"] and about["optimizer"] == "momentum"
+    curve = losses(out)
+    assert len(curve) == 2 and all(0 < loss < 100 for loss in curve)
+    assert rows(out)[0]["lr"] == pytest.approx(0.01 / 3) and "AP" in rows(out)[-1]
+    model = FCOS.from_pretrained(out / "last")
+    assert model.config["distance"] == "exp" and model.config["frozen_norm"]
+    trained = model.backbone.state_dict()
+    for name, x in trained.items():
+        start = imagenet[name.replace("stem_", "stem.").replace("stages_", "stages.")]
+        if name.endswith(("running_mean", "running_var")):
+            assert torch.equal(x, start), name  # frozen, and from the Hub
+        else:
+            torch.testing.assert_close(x, start, rtol=0, atol=0.05)  # two steps away
+    assert trained["stem_0.bn.running_mean"].any()
+    assert not torch.equal(trained["stem_0.conv.weight"], imagenet["stem.0.conv.weight"])

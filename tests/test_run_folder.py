@@ -1,0 +1,160 @@
+"""The run folder: a log that is whole whatever happens, checkpoints, and no finished step that is lost."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import rows
+
+import run_folder
+import train_coco
+from presets import TrainConfig
+from run_folder import RunLog, list_checkpoints, load_checkpoint, save_checkpoint
+from vovnet_zoo import FCOS
+
+
+@pytest.fixture
+def config(tiny_coco, tmp_path) -> TrainConfig:
+    return TrainConfig(
+        data=tiny_coco, out=tmp_path / "run", model="fcos", backbone="test_resnet", channels=64, num_convs=1,
+        min_size=(64, 64), max_size=96, test_size=64, batch_size=4, workers=0, steps=4, eval_every=2, device="cpu",
+    )  # fmt: skip
+
+
+def write_rows(log: RunLog, steps: range, **values) -> None:
+    for step in steps:
+        log.write(step, loss=1.0 / (1 + step), **values)
+
+
+def test_log_holds_rows_and_starts(config):
+    log = RunLog(config.out, config, rank=0)
+    write_rows(log, range(3), lr=0.1)
+    log.write(2, AP=0.5)
+    log.close()
+    assert log.rows() == [
+        *({"step": i, "loss": 1.0 / (1 + i), "lr": 0.1} for i in range(3)),
+        {"step": 2, "AP": 0.5},
+    ]
+    about = json.loads((config.out / "run.json").read_text())
+    assert about["config"]["steps"] == 4 and about["config"]["out"] == str(config.out)
+    (start,) = about["starts"]
+    assert start["step"] == 0 and start["command"] == sys.argv and start["versions"]["torch"] == torch.__version__
+    assert not list(config.out.glob("*.partial"))
+
+
+def test_log_goes_on_after_the_last_checkpoint(config):
+    """Rows of steps that are done again are dropped, and so is an evaluation that no checkpoint knows of."""
+    log = RunLog(config.out, config, rank=0)
+    for step in range(4):
+        write_rows(log, range(step, step + 1))
+        log.write(step, AP=0.1 * step)
+    log.close()
+    with open(config.out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # a killed run's last line
+    log = RunLog(config.out, config, rank=0, start_step=3, scored=2)
+    write_rows(log, range(3, 5))
+    log.close()
+    found = log.rows()
+    assert [row["step"] for row in found if "loss" in row] == [0, 1, 2, 3, 4]
+    assert [row["step"] for row in found if "AP" in row] == [0, 1]
+    assert [start["step"] for start in json.loads((config.out / "run.json").read_text())["starts"]] == [0, 3]
+    RunLog(config.out, config, rank=0).close()  # from the start again: nothing of the other run stays
+    assert log.rows() == [] and len(json.loads((config.out / "run.json").read_text())["starts"]) == 1
+
+
+def test_log_of_other_ranks_writes_nothing(config):
+    log = RunLog(config.out, config, rank=1)
+    log.write(0, loss=1.0)
+    log.close()
+    assert not config.out.exists()
+
+
+def test_log_writes_tensorboard(config):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = RunLog(config.out, config, rank=0)
+    write_rows(log, range(3), note="text")
+    log.close()
+    events = accumulator.EventAccumulator(str(config.out / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert [event.step for event in events.Scalars("loss")] == [0, 1, 2]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([1, 1 / 2, 1 / 3])
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"config": {', b"\xff\x00", b"[]", b'{"config": {}}'])
+def test_a_damaged_log_is_reported_and_does_not_stop_a_run(config, damage, caplog):
+    log = RunLog(config.out, config, rank=0)
+    write_rows(log, range(3))
+    log.close()
+    (config.out / "run.json").write_bytes(damage)
+    content = (config.out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (config.out / "metrics.jsonl").write_bytes(content[0] + damage + b"\n" + content[2])
+    log = RunLog(config.out, config, rank=0, start_step=3)
+    log.close()
+    assert f"{config.out / 'run.json'} is damaged" in caplog.text
+    assert [start["step"] for start in json.loads((config.out / "run.json").read_text())["starts"]] == [3]
+    assert [row["step"] for row in log.rows()] == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
+def test_a_log_that_cannot_be_written_stays_as_it_was(config, name, monkeypatch):
+    """As with a full disk, in the middle of the file."""
+    log = RunLog(config.out, config, rank=0)
+    write_rows(log, range(3))
+    log.close()
+    before = (config.out / name).read_bytes()
+    real = run_folder.os.fsync
+
+    def fsync(descriptor):
+        if Path(f"/proc/self/fd/{descriptor}").resolve().name == name + ".partial":
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(run_folder.os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        RunLog(config.out, config, rank=0, start_step=2)
+    assert (config.out / name).read_bytes() == before
+    assert not (config.out / (name + ".partial")).exists()
+
+
+def test_a_checkpoint_replaces_that_of_the_same_step(tmp_path):
+    for step, value in ((2, 0.0), (4, 1.0), (4, 2.0), (4, 3.0)):
+        save_checkpoint(tmp_path, step, {"value": value})
+    assert [path.name[:8] for path in list_checkpoints(tmp_path)] == ["00000002", "00000004"]
+    assert load_checkpoint(tmp_path) == {"value": 3.0}
+
+
+def test_steps_are_saved_before_an_evaluation_that_fails(config, tiny_coco):
+    """The same command repeats the evaluation and no step, and ends as an undisturbed run."""
+    undisturbed = dataclasses.replace(config, out=config.out.with_name("undisturbed"))
+    expected = train_coco.main(undisturbed)
+    photo = tiny_coco / "val" / "1.png"
+    content = photo.read_bytes()
+    photo.write_bytes(b"not a picture")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="1.png"):
+            train_coco.main(config)
+        progress = load_checkpoint(config.out / "checkpoints")["progress"]
+        assert (progress["step"], progress["scored"]) == (2, 0)
+    photo.write_bytes(content)
+    assert train_coco.main(config) == expected
+    ours, theirs = (rows(run.out) for run in (config, undisturbed))
+    assert [row.get("loss") for row in ours] == [row.get("loss") for row in theirs]
+    assert [row["step"] for row in ours if "AP" in row] == [1, 3]
+    for name in ("best", "last"):
+        found, wanted = (FCOS.from_pretrained(run.out / name).state_dict() for run in (config, undisturbed))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert train_coco.main(config) == expected and len(rows(config.out)) == 6  # nothing is left to do
+
+
+def test_a_checkpoint_of_version_0_1_goes_on(config, monkeypatch):
+    """It was written after the evaluation of its step, and does not say so."""
+    train_coco.main(config)
+    folder = config.out / "checkpoints"
+    state = load_checkpoint(folder)
+    del state["progress"]["scored"]
+    save_checkpoint(folder, 4, state)
+    monkeypatch.setattr(train_coco, "score_dataset", None)
+    assert train_coco.main(config)["AP"] == state["progress"]["metrics"]["AP"]
