@@ -14,7 +14,7 @@ from runtime import barrier, ignore_stop_signals
 from vovnet_zoo import FCOS, create_detector
 from vovnet_zoo.data import CocoDataset, TrainSampler, collate, find_split, train_transforms
 from vovnet_zoo.kernels.osa import fuse_for_training
-from vovnet_zoo.kernels.winograd import use_winograd
+from vovnet_zoo.kernels.winograd import has_amx, use_winograd
 
 
 def build_datasets(config: TrainConfig, rank: int, world_size: int) -> tuple[CocoDataset, CocoDataset]:
@@ -82,8 +82,9 @@ def prepare_for_training(model: FCOS, config: TrainConfig, device: torch.device)
     """
     model.to(device, memory_format=torch.channels_last).train()
     fuse_for_training(model)
-    if config.winograd:
-        use_winograd(model)
+    if config.winograd and device.type == "cpu" and config.precision != "fp16":
+        if config.precision == "float32" or not has_amx():
+            use_winograd(model)
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
 

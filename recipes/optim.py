@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+from collections.abc import Callable
 
+import timm.optim.muon
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class
 from torch import nn
@@ -29,13 +32,43 @@ def create_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
         if config.layer_decay is not None and name.startswith("backbone."):
             lr_factor *= config.layer_decay ** depth[name.split(".")[1]]
         groups.setdefault((0.0 if undecayed else config.weight_decay, lr_factor), []).append(parameter)
-    return create_optimizer_v2(
+    optimizer = create_optimizer_v2(
         [{"params": p, "weight_decay": decay, "lr_factor": factor} for (decay, factor), p in groups.items()],
         opt=config.optimizer,
         lr=config.lr,
         weight_decay=config.weight_decay,
         **({"fused": True} if takes_fused else {}),
     )
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if type(optimizer) is timm.optim.Muon and on_cpu and not multiplies_bfloat16():
+        optimizer.__class__ = Float32Muon
+    return optimizer
+
+
+class Float32Muon(timm.optim.Muon):
+    """timm's Muon, but it orthogonalizes its updates in float32 instead of bfloat16.
+
+    timm's function for this takes a dtype, but its optimizer has no way to pass one.
+    """
+
+    def step(self, closure: Callable | None = None):
+        original = timm.optim.muon.zeropower_via_newtonschulz
+        timm.optim.muon.zeropower_via_newtonschulz = functools.partial(original, dtype=torch.float32)
+        try:
+            return super().step(closure)
+        finally:
+            timm.optim.muon.zeropower_via_newtonschulz = original
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether torch multiplies bfloat16 matrices on this CPU with instructions made for it.
+
+    Without them a product of bfloat16 matrices takes tens of times longer than one of float32.
+    """
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2") and "avx2" in torch.cpu.get_capabilities():
+        return False  # torch uses no more than AVX2 of this x86-64 CPU, and bfloat16 needs more
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # the last is Arm's
 
 
 def depth_below_top(backbone: nn.Module) -> dict[str, int]:

@@ -58,6 +58,7 @@ def predict(
                 padded = pad(resized, (0, -w % 32, 0, -h % 32))[None]  # uint8 [1,3,H,W]
                 sizes = torch.tensor([[h, w]], device=device)
                 inputs = normalize(padded, sizes, config["image_mean"], config["image_std"]).to(dtype)
+                inputs = inputs.contiguous(memory_format=torch.channels_last)  # faster, on a CPU and on a GPU
                 (found,) = postprocess(model(inputs), sizes, plus_one=plus_one, **options)
                 found = {key: value.cpu() for key, value in found.items()}
                 found["boxes"] *= torch.tensor([width / w, height / h]).repeat(2)
