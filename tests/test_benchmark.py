@@ -1,5 +1,6 @@
 """The benchmarks run, and measure what they say; times are theirs to tell."""
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -118,7 +119,7 @@ def test_runtime_that_would_crash_is_left_out(monkeypatch):
     assert benchmark_runtimes.why_left_out("ncnn", batch=1) is None
 
 
-def test_runtimes_are_contestants(tmp_path, monkeypatch, capsys):
+def test_runtimes_are_contestants(tiny, tmp_path, monkeypatch, capsys):
     def load(network, images, threads):
         return lambda: [output.numpy() for output in network(images)]
 
@@ -128,9 +129,10 @@ def test_runtimes_are_contestants(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr(benchmark, "inference_contestants", lambda *args: [])  # test_benchmark runs those
     monkeypatch.setattr(benchmark, "measure_peak", lambda *args: {"matrix product": 100.0})
+    monkeypatch.setattr(benchmark, "create_detector", lambda name, num_classes: copy.deepcopy(tiny[0].model))
     config = benchmark.BenchmarkConfig(
-        model="fcos_vovnet27_slim_fpn", size=(64, 96), batches=(1, 2), what=("inference",), precisions=("float32",),
-        rounds=1, others=False, device="cpu", out=tmp_path,
+        size=(64, 96), batches=(1, 2), what=("inference",), precisions=("float32",), rounds=1, device="cpu",
+        out=tmp_path,
     )  # fmt: skip
     rows = benchmark.main(config)
     alone = ["ours, eager", "OpenVINO", "ONNX Runtime", "ncnn", "ours, eager", "OpenVINO", "ONNX Runtime"]
