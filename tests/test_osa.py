@@ -13,7 +13,9 @@ import vovnet_zoo  # noqa: F401  (registers the backbones)
 from vovnet_zoo.kernels import osa
 from vovnet_zoo.kernels.freeze import freeze
 from vovnet_zoo.kernels.osa import FrozenOsaBlock, aggregate, fuse_for_training
-from vovnet_zoo.kernels.winograd import use_winograd
+from vovnet_zoo.kernels.winograd import use_winograd, why_not
+
+needs_winograd = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 
 def frozen(name):
@@ -109,6 +111,7 @@ def aggregate_arguments(batch, channels, height, width, layer, layers, outputs, 
     return x, weights, [normal(len(w), scale=0.1) for w in weights]
 
 
+@needs_winograd
 @pytest.mark.parametrize("shape", [(1, 32, 9, 13, 48, 1, 40), (2, 40, 8, 8, 32, 3, 33), (1, 128, 70, 61, 64, 5, 96)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_aggregate(shape, dtype):
@@ -130,6 +133,7 @@ def test_aggregate(shape, dtype):
         assert error < (max(1.1 * theirs, 2e-3 if i else 1e-5) if dtype == torch.float32 else 1.1 * theirs)
 
 
+@needs_winograd
 def test_operators():
     x, weights, shifts = aggregate_arguments(1, 32, 6, 5, 16, 2, 24)
     given = [t.requires_grad_() for t in (x, *weights)]
@@ -139,6 +143,7 @@ def test_operators():
     torch.library.opcheck(osa._aggregate_backward, (*given, [w.detach() for w in weights]))
 
 
+@needs_winograd
 @pytest.mark.parametrize("precision, outputs, tolerance", [("float32", 1e-5, 0.02), ("bf16", 0.05, 0.5)])
 def test_one_memory(precision, outputs, tolerance):
     """With Winograd convolutions and frozen norms a block is one operator, and what is kept are its maps.
@@ -160,6 +165,7 @@ def test_one_memory(precision, outputs, tolerance):
     assert widths.count(5 * 64) == widths.count(5 * 80) == 1 and widths.count(80) == 0
 
 
+@needs_winograd
 @pytest.mark.parametrize("name, blocks", [("vovnet39", 6), ("ese_vovnet39b", 6), ("ese_vovnet19b_dw", 0)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_inference_in_one_memory(name, blocks, dtype, tolerance, monkeypatch):
