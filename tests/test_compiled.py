@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from train_coco import assign_part, compare_part
+from step import compute_losses, find_targets
 from vovnet_zoo import FCOSLoss, compile_detector, create_detector, postprocess
 from vovnet_zoo.compiled import Detections
 from vovnet_zoo.data import normalize
@@ -84,8 +84,8 @@ def test_training_step_is_one_graph(model, size):
     criterion = FCOSLoss()
 
     def step(images, sizes, boxes, labels):
-        targets, normalizers = assign_part(model, criterion, boxes, labels, *size)
-        return compare_part(model, criterion, images, sizes, targets, normalizers, "float32")
+        targets, normalizers = find_targets(model, criterion, boxes, labels, *size)
+        return compute_losses(model, criterion, images, sizes, targets, normalizers, "float32")
 
     # "aot_eager" traces the backward pass too, which takes a while
     compiled = torch.compile(step, backend="aot_eager" if size == SIZES[0] else "eager", fullgraph=True)
@@ -111,7 +111,7 @@ def test_multi_scale_training_compiles_few_times():
     """Sizes of a 1x multi-scale epoch: the first one, then one graph for all, in either part of the step."""
     model = create_detector("fcos", backbone="resnet10t", num_classes=3, channels=64, num_convs=1).train()
     criterion = FCOSLoss()
-    assign, compare = (torch.compile(f, backend="eager", fullgraph=True) for f in (assign_part, compare_part))
+    assign, compare = (torch.compile(f, backend="eager", fullgraph=True) for f in (find_targets, compute_losses))
     sizes = [(640, 864), (864, 640), (704, 1056), (1344, 800), (672, 672), (768, 1152)]
     for i, size in enumerate(sizes):
         images, unpadded = images_and_sizes(1, size)
@@ -189,9 +189,9 @@ def test_inductor(frozen_norm):
     criterion = FCOSLoss()
     boxes, labels = torch.tensor([[10.0, 12, 50, 40]]).expand(2, 1, 4), torch.tensor([[1], [2]])
     results = []
-    for compare in (compare_part, torch.compile(compare_part, fullgraph=True)):
+    for compare in (compute_losses, torch.compile(compute_losses, fullgraph=True)):
         model.train().zero_grad()
-        targets, normalizers = assign_part(model, criterion, boxes, labels, 128, 160)
+        targets, normalizers = find_targets(model, criterion, boxes, labels, 128, 160)
         losses = compare(model, criterion, images, sizes, targets, normalizers, "float32")
         sum(losses.values()).backward()
         results.append((losses, {name: p.grad.clone() for name, p in model.named_parameters()}))
@@ -228,10 +228,10 @@ def test_training_on_a_gpu():
     model, criterion = create_detector("fcos_vovnet39_fpn", num_classes=4, frozen_norm=True).cuda().train(), FCOSLoss()
     images, sizes = (x.cuda() for x in images_and_sizes(2, (320, 416)))
     boxes = torch.tensor([[10.0, 12, 150, 140]], device="cuda").expand(2, 1, 4)
-    targets, normalizers = assign_part(model, criterion, boxes, torch.ones(2, 1).long().cuda(), 320, 416)
-    exact = compare_part(model, criterion, images, sizes, targets, normalizers, "float32")
+    targets, normalizers = find_targets(model, criterion, boxes, torch.ones(2, 1).long().cuda(), 320, 416)
+    exact = compute_losses(model, criterion, images, sizes, targets, normalizers, "float32")
     for precision in ("bf16", "fp16"):
-        losses = torch.compile(compare_part, fullgraph=True)(
+        losses = torch.compile(compute_losses, fullgraph=True)(
             model, criterion, images, sizes, targets, normalizers, precision
         )
         sum(losses.values()).backward()
