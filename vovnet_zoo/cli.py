@@ -16,6 +16,8 @@ from .detectors import DETECTORS, create_detector
 from .draw import draw_detections
 from .fcos import FCOS
 
+DEFAULTS = inference.Thresholds()
+
 
 @dataclass(frozen=True)
 class Predict:
@@ -29,6 +31,10 @@ class Predict:
     """Folder for the results."""
     score: float = 0.3
     """Leave out detections that score less."""
+    nms_threshold: float = DEFAULTS.nms_threshold
+    """Leave out a box whose IoU with a better box of its class is higher."""
+    max_detections: int = DEFAULTS.max_detections
+    """Detections per image, at most."""
     device: str = "cpu"
     """torch device."""
 
@@ -108,7 +114,13 @@ def run_predict(command: Predict) -> None:
     for path in command.images:
         image = inference.to_rgb(path)
         # a score is the root of class probability times centerness, so a lower class probability cannot reach it
-        (found,) = inference.predict(model, [image], score_threshold=command.score**2)
+        (found,) = inference.predict(
+            model,
+            [image],
+            score_threshold=command.score**2,
+            nms_threshold=command.nms_threshold,
+            max_detections=command.max_detections,
+        )
         found = {key: value[found["scores"] >= command.score] for key, value in found.items()}
         picture = command.out / f"{unique(path.stem, taken)}.png"
         draw_detections(image, found, names, command.score).save(picture)

@@ -6,14 +6,14 @@ import copy
 import logging
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .data import normalize
 from .fcos import FCOS, level_sizes
-from .inference import decode, postprocess, sizes_of
+from .inference import ThresholdOptions, Thresholds, decode, sizes_of
 from .kernels.freeze import freeze
 from .kernels.surgery import restore
 from .kernels.winograd import has_amx, why_not
@@ -39,7 +39,7 @@ def compile_detector(
     winograd: bool | None = None,
     mode: str = "default",
     backend: str = "inductor",
-    **options,
+    **options: Unpack[ThresholdOptions],
 ) -> Callable[..., Detections]:
     """A fast copy of `model` for images of one size: normalising, network, decoding and NMS as a single graph.
 
@@ -58,7 +58,7 @@ def compile_detector(
         mode: of torch.compile; "reduce-overhead" replays CUDA graphs, "max-autotune" also tries out kernels. With
             either, results are overwritten by the next call: copy what is to be kept.
         backend: of torch.compile; "eager" checks that there is one graph, and compiles nothing.
-        options: `score_threshold`, `nms_threshold`, `topk`, `max_detections`, `plus_one` of `postprocess`.
+        options: fields of `Thresholds`: `score_threshold`, `nms_threshold`, `topk`, `max_detections`.
 
     Returns:
         A function of images, uint8 [B,3,H,W] (RGB), and optionally of their sizes, int [B,2] or B pairs, (h, w) without
@@ -73,9 +73,7 @@ def compile_detector(
         raise ValueError(f"size={tuple(size)}: (height, width) must be multiples of 32; pad the images to one")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype}: torch.float32, torch.bfloat16 or torch.float16")
-    if unknown := options.keys() - postprocess.__kwdefaults__.keys():
-        raise TypeError(f"compile_detector has no option {sorted(unknown)}")
-    options = postprocess.__kwdefaults__ | options
+    thresholds = Thresholds(**options)
     device = next(model.parameters()).device
     winograd = decide_winograd(winograd, device, dtype)
     fast = freeze(restore(copy.deepcopy(model)).eval().requires_grad_(False), winograd)
@@ -83,7 +81,7 @@ def compile_detector(
 
     def graph(images: Tensor, sizes: Tensor) -> Detections:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return detect(fast, images, sizes, **options)
+            return detect(fast, images, sizes, thresholds)
 
     how = {"backend": backend}
     if backend == "inductor":  # weights become constants of the graph
@@ -126,24 +124,15 @@ def decide_winograd(wanted: bool | None, device: torch.device, dtype: torch.dtyp
     return not reason
 
 
-def detect(
-    model: FCOS,
-    images: Tensor,
-    sizes: Tensor,
-    *,
-    score_threshold: float,
-    nms_threshold: float,
-    topk: int,
-    max_detections: int,
-    plus_one: bool,
-) -> Detections:
+def detect(model: FCOS, images: Tensor, sizes: Tensor, thresholds: Thresholds) -> Detections:
     """`postprocess` of `model`'s predictions for uint8 images [B,3,H,W] of `sizes` [B,2], without a shape that depends
     on a value. 32 divides H and W."""
     inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
     preds = model(inputs.contiguous(memory_format=torch.channels_last))
+    plus_one = model.config["plus_one"]
     locations = [math.prod(size) for size in level_sizes(*images.shape[-2:], model.strides)]
-    boxes, scores, labels = decode(preds, sizes, score_threshold, topk, plus_one, locations)
-    keep = nms_fixed(boxes, scores, labels, nms_threshold, max_detections, plus_one)  # [B,D]
+    boxes, scores, labels = decode(preds, sizes, thresholds, plus_one, locations)
+    keep = nms_fixed(boxes, scores, labels, thresholds.nms_threshold, thresholds.max_detections, plus_one)  # [B,D]
     found = keep >= 0
     keep = keep.clamp(min=0)
     return Detections(

@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -67,6 +68,11 @@ class StrictHubMixin(PyTorchModelHubMixin):
         load_strict(model, read_safetensors(weights_file), source=str(weights_file))
         return model.to(map_location).eval()
 
+    @classmethod
+    def complete_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Add to a configuration what files of earlier versions lack and the defaults of `__init__` do not say."""
+        return config
+
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> str | None:
         """Save as the mixin does, but so that every file in `save_directory` is whole at any time."""
         if kwargs.get("push_to_hub"):
@@ -92,13 +98,13 @@ class StrictHubMixin(PyTorchModelHubMixin):
         return model_card({**known, **facts}, info.model_card_data)
 
 
-def read_config(path: Path, cls: type) -> dict:
+def read_config(path: Path, cls: type[StrictHubMixin]) -> dict:
     """Read the arguments of a class from a JSON file.
 
     Raises:
         ValueError: the class does not know an argument, or needs one that is not in the file.
     """
-    config = read_json(path)
+    config = cls.complete_config(read_json(path))
     known = inspect.signature(cls).parameters
     if unknown := config.keys() - known.keys():
         raise ValueError(f"{path}: {cls.__name__} has no {sorted(unknown)}; was it saved by a newer vovnet_zoo?")
