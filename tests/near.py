@@ -24,7 +24,7 @@ def assert_near(
         found, wanted: of any floating point dtype; compared in float64.
         roundings: a count, which a comment or `sum_roundings` should explain.
         size: a number, or a tensor that broadcasts to `wanted`; None takes the largest absolute value of `wanted`.
-            `wanted.abs()` bounds each value by its own size.
+            With `wanted` itself, each value is bounded by its own size.
         dtype: the format whose roundings are counted.
 
     Raises:
@@ -34,7 +34,7 @@ def assert_near(
     if not wanted.numel():
         return
     found, wanted = found.detach().double(), wanted.detach().double()
-    size = wanted.abs().max() if size is None else torch.as_tensor(size, dtype=torch.float64)
+    size = wanted.abs().max() if size is None else torch.as_tensor(size, dtype=torch.float64).abs()
     error, unit = (found - wanted).abs(), (size * UNIT[dtype]).expand_as(wanted)
     wrong = ~(error <= roundings * unit)  # so that NaN is wrong
     if wrong.any():

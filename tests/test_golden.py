@@ -51,8 +51,10 @@ TRAINED = [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow)
 
 detectors = pytest.mark.parametrize("name", DETECTORS)
 classifiers = pytest.mark.parametrize("name", CLASSIFIERS)
-CENTERNESS = 4  # roundings: two quotients, of which a product, and its root
-FLIPS = 2e-3  # in float32, a sum near 0 may have either sign, and its ReLU a gradient or none
+CENTERNESS = 4  # roundings of a centerness target: two quotients, their product, its root
+FLIPS = (
+    2e-3  # relative difference of gradients in float32, where a sum near 0 may have either sign, and ReLU passes one
+)
 
 
 def companion(kind, name):
@@ -66,7 +68,7 @@ def has(name, key):
 
 
 def meta_file(name):
-    """None where there is none."""
+    """The file of facts that belongs to a fixture, or None."""
     file = companion("meta", name)
     return file if file.exists() else None
 
@@ -128,14 +130,14 @@ def images_of(name):
 
 
 def map_roundings(model):
-    """{map of a detector: how many roundings its values are away from the published ones}."""
+    """For each map of a detector, how many roundings its values may be away from the published ones."""
     parts = list(model.backbone.children())
     stages = {f"C{i}": sum_roundings(*parts[: i + 2]) for i in range(2, 6)}  # three parts of the stem, then stage 2
     return stages | {f"P{i}": sum_roundings(model.backbone, model.fpn) for i in range(3, 8)}
 
 
 def check_map(x, arrays, key, roundings):
-    """Statistics over the whole map, and its first and last corner."""
+    """The map has the published statistics, and the published values in its first and last corner."""
     assert list(x.shape) == arrays[f"{key}/shape"].tolist()
     flat, wanted = x.double().flatten(), arrays[f"{key}/stats"]
     place = torch.arange(len(flat), dtype=torch.float64).cos()
@@ -165,9 +167,11 @@ def check_head(head, arrays, image, roundings):
 
 
 def check_detections(ours, theirs, key, roundings=(0.0, 0.0)):
-    """As many, of the same classes, with the same boxes and scores.
+    """Our detections are the published ones: as many, of the same classes, with the same boxes and scores.
 
-    `roundings` are those of the exponents of distances, and of the arguments of scores (`detection_roundings`).
+    Args:
+        roundings: how many the logarithms of distances are away, and how many the arguments of scores, because a
+            network gave them (`detection_roundings`).
     """
     boxes, scores, labels = (theirs[f"{key}/{part}"] for part in ("boxes", "scores", "labels"))
     assert len(ours["boxes"]) == len(boxes), key
@@ -190,13 +194,13 @@ def check_detections(ours, theirs, key, roundings=(0.0, 0.0)):
 
 
 def detection_roundings(name, preds):
-    """For `check_detections`, where the predictions are those of a network."""
+    """The `roundings` of `check_detections` for predictions that our network gave."""
     roundings = sum_roundings(detector(name))
     return roundings, roundings * (preds.logits.abs().max() + preds.centerness.abs().max()).item()
 
 
 def as_corners(boxes):
-    """[N,4] x, y, width, height -> x1, y1, x2, y2."""
+    """Boxes [N,4] given as x, y, width, height become x1, y1, x2, y2."""
     return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
 
 
@@ -343,7 +347,7 @@ def check_targets(targets, arrays, key, counts):
 
 
 def loss_roundings(name):
-    """A loss sums up a hundred terms and more that matter, whose errors have random signs."""
+    """A loss is a sum of more than a hundred terms that matter, so errors of random signs partly cancel."""
     return sum_roundings(detector(name)) / 100**0.5
 
 
@@ -369,10 +373,10 @@ def test_targets_and_losses(name):
 
 
 def near_in_float64(name, found, wanted):
-    """Within 1e-8, which is how exactly the converted weights undo the frozen norm's eps (`test_fold_is_exact`).
+    """Results agree within 1e-8, as exactly as converted weights undo the frozen norm's eps (`test_fold_is_exact`).
 
-    torch draws the weights by formulas whose last bit depends on the CPU: with AVX2 it is the published one. Without,
-    the same holds as for float32.
+    On a CPU without AVX2, torch draws weights whose last bits differ from the published ones. The results then agree
+    as far as float32 goes.
     """
     weights, arrays = golden(name).published.values(), golden(name).arrays
     sums = torch.stack([w.double().sum() for w in weights])
@@ -456,7 +460,7 @@ def test_gradients_without_positives(name):
 
 @pytest.mark.parametrize("name", [name for name in DETECTORS if meta_file(name)])
 def test_parameters_and_groups(name):
-    """Which are trained, and how fast: the published optimizer has a group per parameter."""
+    """The same parameters are trained, as fast and with the same decay, as in the published optimizer's groups."""
     model, facts = detector(name), json.loads(meta_file(name).read_text())
     assert sum(p.numel() for p in model.parameters()) == facts["num_params_trainable"]
     optimizer, groups = create_optimizer(model, PRESETS["v39_1x"][1]), {}
@@ -508,7 +512,7 @@ def test_postprocess(ops, case, options):
 
 @pytest.mark.parametrize("percent", [60, 50, 30])
 def test_nms(ops, percent):
-    """All boxes of one class, with overlaps that are equal to the thresholds."""
+    """All boxes are of one class; some overlaps are equal to the thresholds."""
     boxes, scores = ops["nms/in/boxes"], ops["nms/in/scores"]
     labels = torch.zeros(len(boxes), dtype=torch.int64)
     keep = class_nms(boxes, scores, labels, percent / 100, max_detections=len(boxes), plus_one=True)
