@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -94,7 +95,12 @@ def main() -> None:
         description="VoVNet backbones and FCOS detectors.",
     )
     try:
-        run = {Predict: run_predict, CheckData: run_check_data, Convert: run_convert, Publish: run_publish}
+        run: dict[type, Callable[[Any], None]] = {
+            Predict: run_predict,
+            CheckData: run_check_data,
+            Convert: run_convert,
+            Publish: run_publish,
+        }
         run[type(command)](command)
     except (ValueError, OSError) as error:
         print(f"vovnet-zoo: {error}", file=sys.stderr)
@@ -110,7 +116,8 @@ def run_predict(command: Predict) -> None:
     names = model.config["class_names"]
 
     command.out.mkdir(parents=True, exist_ok=True)
-    rows, taken = [], set()
+    rows: list[dict[str, Any]] = []
+    taken: set[str] = set()
     for path in command.images:
         image = inference.to_rgb(path)
         # a score is the root of class probability times centerness, so a lower class probability cannot reach it

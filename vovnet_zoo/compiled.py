@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Detections(NamedTuple):
     boxes: Tensor  # float32 [B,D,4] xyxy in pixels of the network input; 0 where empty
     scores: Tensor  # float32 [B,D]; 0 where empty
     labels: Tensor  # int64 [B,D] 0..K-1; -1 where empty
-    count: Tensor  # int64 [B]
+    count: Tensor  # type: ignore[assignment]  # int64 [B]; a tuple's method has this name too
 
 
 def compile_detector(
@@ -76,14 +76,15 @@ def compile_detector(
     thresholds = Thresholds(**options)
     device = next(model.parameters()).device
     winograd = decide_winograd(winograd, device, dtype)
-    fast = freeze(restore(copy.deepcopy(model)).eval().requires_grad_(False), winograd)
-    fast = fast.to(memory_format=torch.channels_last)
+    fast = copy.deepcopy(model)
+    freeze(restore(fast).eval().requires_grad_(False), winograd)
+    fast.to(memory_format=torch.channels_last)
 
     def graph(images: Tensor, sizes: Tensor) -> Detections:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return detect(fast, images, sizes, thresholds)
 
-    how = {"backend": backend}
+    how: dict[str, Any] = {"backend": backend}
     if backend == "inductor":  # weights become constants of the graph
         how = {"options": {**torch._inductor.list_mode_options(mode), "freezing": True}}
     compiled = torch.compile(graph, fullgraph=True, dynamic=False, **how)
@@ -130,7 +131,8 @@ def detect(model: FCOS, images: Tensor, sizes: Tensor, thresholds: Thresholds) -
     inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
     preds = model(inputs.contiguous(memory_format=torch.channels_last))
     plus_one = model.config["plus_one"]
-    locations = [math.prod(size) for size in level_sizes(*images.shape[-2:], model.strides)]
+    height, width = images.shape[-2:]
+    locations = [math.prod(size) for size in level_sizes(height, width, model.strides)]
     boxes, scores, labels = decode(preds, sizes, thresholds, plus_one, locations)
     keep = nms_fixed(boxes, scores, labels, thresholds.nms_threshold, thresholds.max_detections, plus_one)  # [B,D]
     found = keep >= 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
@@ -106,9 +107,8 @@ def list_detectors(*, pretrained: bool = False) -> list[str]:
 
 def build_converted(converted: Converted, **kwargs: Unpack[DetectorOptions]) -> FCOS:
     """Build the detector of a published checkpoint, with its weights loaded; `kwargs` are arguments of `FCOS`."""
-    class_names = coco_class_names()
-    if len(class_names) != converted.config["num_classes"]:
-        class_names = None
+    names = coco_class_names()
+    class_names = names if len(names) == converted.config["num_classes"] else None
     model = FCOS(**{**VARIANTS["published"], "class_names": class_names, **converted.config, **kwargs})
     hub.load_strict(model, converted.state_dict, "the checkpoint")
     return model.eval()
@@ -124,7 +124,7 @@ def coco_class_names() -> list[str]:
     return [x for x in FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if x not in ("__background__", "N/A")]
 
 
-def _load(name: str, variant: str | None, num_classes: int | None, kwargs: dict) -> FCOS:
+def _load(name: str, variant: VariantName | None, num_classes: int | None, kwargs: DetectorOptions) -> FCOS:
     key, repo_id = find(name, WEIGHTS, HOW_TO_MAKE)
     if repo_id is None:
         converted = convert(read_checkpoint(fetch(WEIGHTS[key].url, WEIGHTS[key].sha1)), archs())
@@ -133,9 +133,10 @@ def _load(name: str, variant: str | None, num_classes: int | None, kwargs: dict)
         model = build_converted(converted, **kwargs)
     else:
         model = FCOS.from_pretrained(repo_id, **kwargs)
-    wanted = {**DETECTORS[key.split(".")[0]], **(VARIANTS[variant] if variant else {})}
+    wanted: dict[str, object] = {**DETECTORS[key.split(".")[0]], **(VARIANTS[variant] if variant else {})}
+    config: Mapping[str, object] = model.config
     if num_classes is not None:
         wanted["num_classes"] = num_classes
-    if wrong := [f"{k}={model.config[k]!r}, not {v!r}" for k, v in wanted.items() if model.config[k] != v]:
+    if wrong := [f"{k}={config[k]!r}, not {v!r}" for k, v in wanted.items() if config[k] != v]:
         raise ValueError(f"the weights {key} were trained with {', '.join(wrong)}; leave it out, or train your own")
     return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from .backbone import backbone_maps, create_backbone, probe_channels
+from .backbone import Backbone, backbone_maps, create_backbone, probe_channels
 from .config import DEFAULTS, VARIANTS, BoxLoss, CenternessOn, DetectorConfig, Distance
 from .hub import StrictHubMixin
 
@@ -108,11 +108,12 @@ class FCOS(
             box_loss=box_loss,
             add_images=add_images,
         )
-        self._hub_mixin_config = self.config  # the mixin's own lacks the mean and std that came from the backbone
+        # the mixin's own lacks the mean and std that came from the backbone
+        self._hub_mixin_config = cast(dict, self.config)
 
         in_channels = probe_channels(body, backbone)
         self.strides = [8, 16, 32, 64, 128]
-        self.backbone = freeze_batch_norm_2d(body) if frozen_norm else body
+        self.backbone: Backbone = freeze_batch_norm_2d(body) if frozen_norm else body
         self.fpn = FeaturePyramidNetwork(in_channels, channels, extra_blocks=LastLevelP6P7(channels, channels))
         self.head = FCOSHead(channels, num_classes, num_convs, self.strides, distance, centerness_on, prior)
 
@@ -212,8 +213,8 @@ class FCOSHead(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
-        nn.init.constant_(self.cls_logits.bias, -math.log((1 - prior) / prior))
+                nn.init.zeros_(module.get_parameter("bias"))
+        nn.init.constant_(self.cls_logits.get_parameter("bias"), -math.log((1 - prior) / prior))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         cls, reg, ctr = [], [], []
@@ -252,7 +253,9 @@ def level_sizes(height: int, width: int, strides: Sequence[int]) -> list[tuple[i
     return [(-(-height // stride), -(-width // stride)) for stride in strides]
 
 
-def make_points(sizes: Sequence[Sequence[int]], strides: Sequence[int], device) -> tuple[Tensor, Tensor]:
+def make_points(
+    sizes: Sequence[Sequence[int]], strides: Sequence[int], device: torch.device | str
+) -> tuple[Tensor, Tensor]:
     """Compute the locations of the cells of all pyramid maps.
 
     The cell (ix, iy) of a map is at x = `ix * stride + stride // 2`, likewise y (arXiv 1904.01355, section 3.1).

@@ -63,16 +63,13 @@ def predict(
     Raises:
         ValueError: an image cannot be read, or has an unusable type or shape.
     """
-    single = isinstance(images, (str, PathLike, Image.Image, np.ndarray)) or (
-        isinstance(images, Tensor) and images.ndim < 4
-    )
     device, dtype = next((p.device, p.dtype) for p in model.parameters())
     config, was_training = model.config, model.training
     model.eval()
     detections = []
     try:
         with torch.inference_mode():
-            for item in [images] if single else images:
+            for item in as_sequence(images):
                 image = to_rgb(item)
                 height, width = image.shape[-2:]
                 h, w = resize_size(height, width, config["min_size"], config["max_size"])
@@ -181,6 +178,13 @@ def decode(
         found.append((box, torch.where(candidate, score.clamp(min=0).sqrt(), -1.0), label))
     boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     return boxes, scores, labels
+
+
+def as_sequence(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
+    """Turn the `images` of `predict` into a sequence; a tensor [B,3,H,W] is one of B images."""
+    if isinstance(images, Tensor):
+        return [images] if images.ndim < 4 else list(images)
+    return [images] if isinstance(images, (str, PathLike, Image.Image, np.ndarray)) else images
 
 
 def to_rgb(image: ImageLike) -> Tensor:
