@@ -347,8 +347,8 @@ def check_targets(targets, arrays, key, counts):
 
 
 def loss_roundings(name):
-    """A loss is a sum of more than a hundred terms that matter, so errors of random signs partly cancel."""
-    return sum_roundings(detector(name)) / 100**0.5
+    """A loss is a mean in which at least 25 terms matter, so errors of random signs cancel but for their root."""
+    return sum_roundings(detector(name)) / 25**0.5
 
 
 def total(losses):

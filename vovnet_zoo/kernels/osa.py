@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.flop_counter import register_flop_formula
 
+from .convolution import Float32Conv2d, use_fast_layout
 from .surgery import become
 from .winograd import (
-    Float32Conv2d,
     FrozenWinogradConv2d,
     WinogradConv2d,
     convolve_into,
@@ -42,9 +42,10 @@ ROWS = 4096  # pixels that a CPU multiplies at a time, in float32
 def fuse_for_training(model: nn.Module) -> int:
     """Turn, in place, the blocks of timm's VoVNets in `model` into the ones here; returns how many aggregate.
 
-    Parameters, state dict and hooks of blocks stay as they are; results too, but for rounding. `surgery.restore`
-    undoes it.
+    Convolutions become those of `convolution.py`. Parameters, state dict and hooks stay as they are; results too, but
+    for rounding. `surgery.restore` undoes it.
     """
+    use_fast_layout(model)
     for block in model.modules():
         if type(block) is ConvNormAct and type(block.bn) is FrozenBatchNormAct2d and isinstance(block.conv, nn.Conv2d):
             if block.conv.bias is None and block.aa is None:

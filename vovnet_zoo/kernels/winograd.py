@@ -22,28 +22,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from . import library
+from .convolution import CpuConv2d, Float32Conv2d
 from .surgery import become
 
 log = logging.getLogger("vovnet_zoo")
 
 DTYPES = (torch.float32, torch.bfloat16)  # of maps
 TRAINING_TILES, FROZEN_TILES = 48, 9  # from which Winograd gains: with a weight to transform, and without
-
-
-class Float32Conv2d(nn.Conv2d):
-    """An nn.Conv2d whose arithmetic is float32 on a CPU under autocast too; only its output is rounded.
-
-    A CPU without AMX multiplies bfloat16 at half the rate of float32. Made by `use_winograd`.
-    """
-
-    stands_for = nn.Conv2d
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-            return super()._conv_forward(x, weight, bias)
-        with torch.autocast("cpu", enabled=False):
-            y = super()._conv_forward(x.float(), weight, bias)
-        return y.to(torch.get_autocast_dtype("cpu"))
 
 
 class WinogradConv2d(Float32Conv2d):
@@ -97,7 +82,7 @@ def use_winograd(model: nn.Module) -> int:
         return 0
     count = 0
     for conv in model.modules():
-        if type(conv) is nn.Conv2d:
+        if type(conv) in (nn.Conv2d, CpuConv2d):
             become(conv, WinogradConv2d if is_eligible(conv) else Float32Conv2d)
             count += is_eligible(conv)
     return count
