@@ -41,12 +41,10 @@ def compile_detector(
     backend: str = "inductor",
     **options: Unpack[ThresholdOptions],
 ) -> Callable[..., Detections]:
-    """A fast copy of `model` for images of one size: normalising, network, decoding and NMS as a single graph.
+    """Compile normalising, network, decoding and NMS to a single graph, for images of one size.
 
-    Batch norms are folded into convolutions and weights are made constants of the graph, so later changes of `model`
-    are not seen. It is compiled in the first call, and again for each other number of images. On a CPU with Winograd
-    convolutions (`kernels/winograd.py`) VoVNet's blocks concatenate nothing (`kernels/osa.py`); under bfloat16 they
-    store bfloat16 maps, and multiply in float32.
+    The graph is compiled in the first call, and again for each other number of images. It has its own copy of the
+    weights, with batch norms folded into convolutions, so that later changes of `model` have no effect.
 
     Args:
         model: a detector, on the device it shall run on.
@@ -54,7 +52,7 @@ def compile_detector(
         dtype: of the network's convolutions: float32, or bfloat16 or float16 by autocast.
         winograd: on a CPU, compute 3x3 convolutions by Winograd, and VoVNet blocks in one memory. None does so where
             the kernels can be used and gain, else uses torch's convolutions and logs one line that says why. True
-            demands the kernels, False declines them.
+            demands the kernels, False declines them. Under bfloat16 they store bfloat16 maps, and multiply in float32.
         mode: of torch.compile; "reduce-overhead" replays CUDA graphs, "max-autotune" also tries out kernels. With
             either, results are overwritten by the next call: copy what is to be kept.
         backend: of torch.compile; "eager" checks that there is one graph, and compiles nothing.
@@ -75,28 +73,16 @@ def compile_detector(
         raise ValueError(f"dtype={dtype}: torch.float32, torch.bfloat16 or torch.float16")
     thresholds = Thresholds(**options)
     device = next(model.parameters()).device
-    winograd = decide_winograd(winograd, device, dtype)
-    fast = copy.deepcopy(model)
-    freeze(restore(fast).eval().requires_grad_(False), winograd)
-    fast.to(memory_format=torch.channels_last)
+    fast = fast_copy(model, decide_winograd(winograd, device, dtype))
 
     def graph(images: Tensor, sizes: Tensor) -> Detections:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return detect(fast, images, sizes, thresholds)
 
-    how: dict[str, Any] = {"backend": backend}
-    if backend == "inductor":  # weights become constants of the graph
-        how = {"options": {**torch._inductor.list_mode_options(mode), "freezing": True}}
-    compiled = torch.compile(graph, fullgraph=True, dynamic=False, **how)
+    compiled = torch.compile(graph, fullgraph=True, dynamic=False, **compile_options(mode, backend))
 
     def run(images: Tensor, sizes: Tensor | None = None) -> Detections:
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, height, width):
-            raise ValueError(
-                f"images must be uint8 [B,3,{height},{width}], got {images.dtype} {list(images.shape)}; "
-                "this graph was compiled for that size"
-            )
-        if images.device != device:
-            raise ValueError(f"images are on {images.device}, the detector is on {device}; move them there")
+        check_images(images, height, width, device)
         if sizes is None:
             sizes = torch.tensor([[height, width]], device=device).expand(len(images), 2).contiguous()
         sizes = sizes_of(len(images), sizes, device)
@@ -104,6 +90,31 @@ def compile_detector(
             return compiled(images, sizes)
 
     return run
+
+
+def fast_copy(model: FCOS, winograd: bool) -> FCOS:
+    """Copy a detector for inference: batch norms become part of convolutions, and weights lie channels last."""
+    fast = copy.deepcopy(model)
+    freeze(restore(fast).eval().requires_grad_(False), winograd)
+    return fast.to(memory_format=torch.channels_last)
+
+
+def compile_options(mode: str, backend: str) -> dict[str, Any]:
+    """Choose the arguments of torch.compile; with "inductor" the weights become constants of the graph."""
+    if backend != "inductor":
+        return {"backend": backend}
+    return {"options": {**torch._inductor.list_mode_options(mode), "freezing": True}}
+
+
+def check_images(images: Tensor, height: int, width: int, device: torch.device) -> None:
+    """Raise `ValueError` unless images are uint8 [B,3,height,width] on the device."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, height, width):
+        raise ValueError(
+            f"images must be uint8 [B,3,{height},{width}], got {images.dtype} {list(images.shape)}; "
+            "this graph was compiled for that size"
+        )
+    if images.device != device:
+        raise ValueError(f"images are on {images.device}, the detector is on {device}; move them there")
 
 
 def decide_winograd(wanted: bool | None, device: torch.device, dtype: torch.dtype) -> bool:

@@ -60,22 +60,22 @@ class LossOptions(TypedDict, total=False):
 class DetectorOptions(TypedDict, total=False):
     """These arguments of `FCOS` can be given to `create_detector`, beside the number of classes."""
 
+    add_images: bool
     backbone: str
-    class_names: Sequence[str] | None
-    channels: int
-    num_convs: int
-    distance: Distance
+    box_loss: BoxLoss
+    center_radius: float | None
     centerness_on: CenternessOn
+    channels: int
+    class_names: Sequence[str] | None
+    distance: Distance
     frozen_norm: bool
-    prior: float
     image_mean: Sequence[float] | None
     image_std: Sequence[float] | None
-    min_size: int
     max_size: int
+    min_size: int
+    num_convs: int
     plus_one: bool
-    center_radius: float | None
-    box_loss: BoxLoss
-    add_images: bool
+    prior: float
 
 
 class DetectorConfig(TypedDict):
