@@ -35,10 +35,11 @@ from benchmark_runtimes import RUNTIMES, Network, RuntimeName, compare_outputs, 
 from memory import kept_by
 from runtime import environment, log, process_group, synchronize
 from step import compiled, compute_losses, find_targets
-from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector, postprocess
+from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector
 from vovnet_zoo.compiled import detect
 from vovnet_zoo.data import normalize
 from vovnet_zoo.fcos import backbone_maps
+from vovnet_zoo.inference import Thresholds
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import use_winograd
 
@@ -164,7 +165,7 @@ def inference_contestants(
     ours = copy.deepcopy(ours).to(memory_format=torch.channels_last)
 
     def eager() -> object:
-        return detect(ours, images, sizes, **postprocess.__kwdefaults__)
+        return detect(ours, images, sizes, Thresholds())
 
     for precision in precisions:
         found.append(("inference", "ours, eager", precision, within(precision, device, eager), eager))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,24 +13,49 @@ from presets import TrainConfig
 from quickstart_data import make_shapes
 from runtime import barrier, ignore_stop_signals
 from vovnet_zoo import FCOS, create_detector
+from vovnet_zoo.config import VARIANTS, DetectorOptions
 from vovnet_zoo.data import CocoDataset, TrainSampler, collate, find_split, train_transforms
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import has_amx, use_winograd
 
 
-def build_datasets(config: TrainConfig, rank: int, world_size: int) -> tuple[CocoDataset, CocoDataset]:
-    """Open the training and the validation set; `ValueError` where they do not fit each other or the configuration."""
+def load_start(config: TrainConfig) -> FCOS | None:
+    """Load the detector that the training starts from, which `config.init` names; None where it names none.
+
+    Raises:
+        ValueError: `config.variant` contradicts the conventions of that detector.
+    """
+    if config.init is None:
+        return None
+    start = FCOS.from_pretrained(config.init)
+    config_of_start: dict[str, Any] = {**start.config}
+    wanted: dict[str, Any] = {**VARIANTS[config.variant]} if config.variant else {}
+    wanted.pop("frozen_norm", None)  # an option of its own
+    if wrong := [f"{k}={config_of_start[k]!r}, not {v!r}" for k, v in wanted.items() if config_of_start[k] != v]:
+        raise ValueError(
+            f"--variant {config.variant} does not fit --init {config.init}, which has {', '.join(wrong)}; "
+            "a detector keeps its conventions: leave --variant out, or give --variant None where the preset sets it"
+        )
+    return start
+
+
+def build_datasets(config: TrainConfig, plus_one: bool, rank: int, world_size: int) -> tuple[CocoDataset, CocoDataset]:
+    """Open the training and the validation set; `ValueError` where they do not fit each other or the configuration.
+
+    Boxes follow the published pixel convention with `plus_one`.
+    """
     if config.draw_shapes:
         if rank == 0:
             make_shapes(config.data)
         barrier()
     train_set = CocoDataset(
         *find_split(config.data, "train"),
-        transforms=train_transforms(config.min_size, config.max_size, config.augment),
+        transforms=train_transforms(config.min_size, config.max_size, config.augment, plus_one=plus_one),
         drop_empty=config.drop_empty,
+        plus_one=plus_one,
         skip_bad_images=config.skip_bad_images,
     )
-    val_set = CocoDataset(*find_split(config.data, "val"))
+    val_set = CocoDataset(*find_split(config.data, "val"), plus_one=plus_one)
     check_config(config, train_set, val_set, world_size)
     return train_set, val_set
 
@@ -49,25 +75,24 @@ def check_config(config: TrainConfig, train_set: CocoDataset, val_set: CocoDatas
         raise ValueError(f"steps is {config.steps}; training needs at least 1")
 
 
-def build_model(config: TrainConfig, class_names: list[str]) -> FCOS:
-    """Create the detector that is to learn these classes: a new one, or one that starts from `config.init`."""
-    kwargs = dict(
-        num_classes=len(class_names), class_names=class_names, min_size=config.test_size, max_size=config.max_size
-    )
-    if config.init is None:
+def build_model(config: TrainConfig, class_names: list[str], start: FCOS | None) -> FCOS:
+    """Create the detector that is to learn these classes: a new one, or one that begins with the weights of `start`."""
+    num_classes = len(class_names)
+    options: DetectorOptions = dict(class_names=class_names, min_size=config.test_size, max_size=config.max_size)
+    if start is None:
         if config.backbone is not None:
-            kwargs["backbone"] = config.backbone
+            options["backbone"] = config.backbone
         return create_detector(
             config.model,
             variant=config.variant,
             pretrained_backbone=config.pretrained_backbone,
+            num_classes=num_classes,
             frozen_norm=config.frozen_norm,
             channels=config.channels,
             num_convs=config.num_convs,
-            **kwargs,
+            **options,
         )
-    start = FCOS.from_pretrained(config.init)
-    model = FCOS(**{**start.config, **kwargs})
+    model = FCOS(**{**start.config, "num_classes": num_classes, **options})
     weights = start.state_dict()
     if start.config["class_names"] != class_names:  # other classes need a new class layer
         weights |= {k: v for k, v in model.state_dict().items() if k.startswith("head.cls_logits.")}

@@ -36,8 +36,6 @@ class EvalConfig:
     """Data loading processes per process."""
     device: str | None = None
     """torch device; default: the GPU where there is one."""
-    plus_one: bool = False
-    """Use the published pixel convention; for the published weights."""
     engine: Literal["pycocotools", "faster"] = "pycocotools"
     """The package that computes the scores; "faster" gives the same numbers and needs faster-coco-eval installed."""
 
@@ -57,7 +55,6 @@ def main(config: EvalConfig) -> dict | None:
             rank,
             world_size,
             workers=config.workers,
-            plus_one=config.plus_one,
             engine=config.engine,
         )
         if rank == 0:

@@ -8,6 +8,8 @@ from typing import Literal
 
 import tyro
 
+from vovnet_zoo.config import VARIANTS, VariantName
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -24,8 +26,9 @@ class TrainConfig:
     """A name of list_detectors(), or "fcos" with --backbone."""
     backbone: str | None = None
     """Any timm model with feature maps at strides 8, 16, 32; use it with --model fcos."""
-    variant: Literal["improved", "published"] = "improved"
-    """Variant of model and loss: "improved" is the default, "published" is that of the 2019 detectors."""
+    variant: VariantName | None = None
+    """Conventions of data, model, loss and evaluation: "improved" (the default), or "published" for the conventions of
+    the 2019 detectors. With --init the detector keeps its own conventions."""
     channels: int = 256
     """Channels of FPN and head."""
     num_convs: int = 4
@@ -111,7 +114,7 @@ _PUBLISHED = dict(
     data=tyro.MISSING,
     variant="published",
     pretrained_backbone=True,
-    frozen_norm=True,
+    frozen_norm=VARIANTS["published"]["frozen_norm"],
     drop_empty=True,
     bias_lr_factor=2.0,
     eval_every=15_000,
@@ -136,17 +139,17 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             data=Path("runs/shapes"),
             out=Path("runs/quickstart"),
             draw_shapes=True,
+            batch_size=16,
+            steps=360,
+            warmup_steps=20,
+            ema=0.99,
+            eval_every=180,
             model="fcos_vovnet27_slim_fpn",
             channels=64,
             num_convs=2,
             min_size=(128, 128),
             max_size=128,
             test_size=128,
-            batch_size=16,
-            steps=360,
-            warmup_steps=20,
-            ema=0.99,
-            eval_every=180,
             **_FROM_SCRATCH,
         ),
     ),

@@ -18,7 +18,6 @@ def score_dataset(
     world_size: int = 1,
     *,
     workers: int = 2,
-    plus_one: bool = False,
     engine: str = "pycocotools",
 ) -> tuple[list[dict], dict] | tuple[None, None]:
     """Run the detector on a dataset without transforms; returns COCO result rows and `coco_eval.evaluate`'s metrics.
@@ -29,8 +28,8 @@ def score_dataset(
     loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers)
     rows, image_ids = [], []
     for image, target in tqdm(loader, desc="evaluate", unit="image", disable=rank > 0, leave=False):
-        detections = predict(model, image.as_subclass(torch.Tensor), plus_one=plus_one)
-        rows += to_coco_results(detections, [target["image_id"]], dataset.category_ids, plus_one=plus_one)
+        detections = predict(model, image.as_subclass(torch.Tensor))
+        rows += to_coco_results(detections, [target["image_id"]], dataset.category_ids, model.config["plus_one"])
         image_ids.append(target["image_id"])
     results = gather_results(rows, image_ids)
     if rank > 0:

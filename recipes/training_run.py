@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from timm.utils import ModelEmaV3
 
-from build import build_datasets, build_model, prepare_for_training
+from build import build_datasets, build_model, load_start, prepare_for_training
 from gradients import GradientSum
 from optim import create_optimizer
 from presets import TrainConfig
 from run_folder import describe_run, load_checkpoint, refuse_changes, save_checkpoint
 from runtime import broadcast_weights, log
 from vovnet_zoo import FCOS, FCOSLoss
+from vovnet_zoo.config import DEFAULT_VARIANT, VARIANTS
 from vovnet_zoo.data import CocoDataset
 
 
@@ -63,9 +64,12 @@ class Run:
 
 def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device) -> Run:
     """Build a run. If `config.out` has a checkpoint, the run goes on from there."""
-    train_set, val_set = build_datasets(config, rank, world_size)
     torch.manual_seed(config.seed)
-    model = build_model(config, train_set.class_names)
+    start = load_start(config)
+    plus_one = (start.config if start else VARIANTS[config.variant or DEFAULT_VARIANT])["plus_one"]
+    train_set, val_set = build_datasets(config, plus_one, rank, world_size)
+    model = build_model(config, train_set.class_names, start)
+    assert model.config["plus_one"] == plus_one
     prepare_for_training(model, config, device)
     log.info("%d images, %d classes: %s", len(train_set), len(train_set.class_names), ", ".join(train_set.class_names))
     run = Run(
@@ -77,7 +81,7 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
         val_set,
         model,
         ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None,
-        FCOSLoss(config.variant),
+        FCOSLoss.of(model),
         GradientSum(model),
         create_optimizer(model, config),
         torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),

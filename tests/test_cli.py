@@ -68,6 +68,8 @@ def test_predict(run, folder, images, tmp_path):
     for row in rows:
         assert len(row["boxes"]) == len(row["scores"]) == len(row["labels"]) == len(row["names"]) > 0
         assert min(row["scores"]) >= 0.3 and set(row["names"]) <= {"cat", "dog"}
+    assert run("predict", images[0], "--model", folder, "--out", tmp_path / "one", "--max-detections", "1")[0] == 0
+    assert len(json.loads((tmp_path / "one" / "detections.json").read_text())[0]["boxes"]) == 1 < len(rows[0]["boxes"])
     assert run("predict", images[0], "--model", folder, "--out", tmp_path / "none", "--score", "0.999")[0] == 0
     assert json.loads((tmp_path / "none" / "detections.json").read_text())[0]["boxes"] == []
 

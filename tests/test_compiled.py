@@ -52,7 +52,7 @@ def assert_same(found: Detections, model, images, sizes, tolerance=1e-4, **optio
     """`found` is what postprocess finds. Scores that are equal but for rounding may change places."""
     with torch.no_grad():
         inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
-        wanted = postprocess(model(inputs), sizes, **options)
+        wanted = postprocess(model(inputs), sizes, plus_one=model.config["plus_one"], **options)
     assert found.count.tolist() == [len(want["scores"]) for want in wanted]
     for b, want in enumerate(wanted):
         n = len(want["scores"])
@@ -123,12 +123,18 @@ def test_multi_scale_training_compiles_few_times():
 
 
 def test_options_and_bad_input():
-    model = busy(create_detector("fcos", backbone="resnet10t", num_classes=4, channels=64, num_convs=1))
+    kwargs = dict(backbone="resnet10t", num_classes=4, channels=64, num_convs=1)
+    model, published = (busy(create_detector("fcos", plus_one=plus_one, **kwargs)) for plus_one in (False, True))
+    published.load_state_dict(model.state_dict())
     images, sizes = images_and_sizes(3, (64, 96))
-    options = dict(score_threshold=0.3, nms_threshold=0.4, topk=50, max_detections=7, plus_one=True)
-    found = compile_detector(model, (64, 96), backend="eager", **options)(images, sizes)
-    assert found.scores.shape == (3, 7)
-    assert_same(found, model, images, sizes, **options)
+    options = dict(score_threshold=0.3, nms_threshold=0.4, topk=50, max_detections=7)
+    largest = []
+    for detector in (model, published):
+        found = compile_detector(detector, (64, 96), backend="eager", **options)(images, sizes)
+        assert found.scores.shape == (3, 7)
+        assert_same(found, detector, images, sizes, **options)
+        largest.append(found.boxes.amax().item())
+    assert largest == [96, 95]  # the convention of the published detectors ends boxes at the last pixel
 
     run = compile_detector(model, (64, 96), backend="eager", score_threshold=0.9999)
     assert run(images).count.tolist() == [0, 0, 0]

@@ -1,9 +1,15 @@
+import inspect
+import json
+
 import pytest
 import torch
 from torch import nn
 
-from vovnet_zoo import FCOS, FCOSLoss, Predictions, create_detector
+from vovnet_zoo import FCOS, FCOSLoss, Predictions, create_detector, detectors
+from vovnet_zoo.config import VARIANTS, DetectorConfig, DetectorOptions
 from vovnet_zoo.fcos import make_points
+
+PUBLISHED_HEAD = {"distance": "exp", "centerness_on": "cls"}
 
 
 def test_parameter_count_of_the_published_detector():
@@ -108,6 +114,36 @@ def test_config_rebuilds_the_model():
     again = FCOS(**model.config)
     assert again.config == model.config
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+def test_config_has_every_argument():
+    arguments = inspect.signature(FCOS).parameters
+    assert tiny().config.keys() == arguments.keys() == DetectorConfig.__annotations__.keys()
+    assert DetectorOptions.__annotations__.keys() == arguments.keys() - {"num_classes"}
+    for name, value in VARIANTS["improved"].items():
+        assert arguments[name].default == value
+    assert VARIANTS is detectors.VARIANTS and VARIANTS["published"]["plus_one"]
+    published = create_detector("fcos", backbone="resnet10t", channels=64, num_convs=1, variant="published").config
+    assert published.items() >= VARIANTS["published"].items()
+
+
+@pytest.mark.parametrize(
+    "kwargs, wanted",
+    [
+        ({}, {"plus_one": False, "center_radius": 1.5, "box_loss": "giou", "add_images": False}),
+        (PUBLISHED_HEAD, {"plus_one": False, "center_radius": None, "box_loss": "iou", "add_images": True}),
+        (
+            {**PUBLISHED_HEAD, "image_std": [1 / 255] * 3},  # converted from the published weights
+            {"plus_one": True, "center_radius": None, "box_loss": "iou", "add_images": True},
+        ),
+    ],
+)
+def test_config_files_without_conventions(kwargs, wanted, tmp_path):
+    """The files of earlier versions mean what their weights were trained with."""
+    tiny(**kwargs).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in wanted}))
+    assert FCOS.from_pretrained(tmp_path).config == config | wanted
 
 
 def tiny(**kwargs) -> FCOS:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The rooms of the library, which are its modules and its folders, from the ground up.
 # A room may import rooms of the lines before its own only.
 LAYERS = [
-    {"backbone", "convert", "draw", "files", "kernels", "version"},
+    {"backbone", "config", "convert", "draw", "files", "kernels", "version"},
     {"data", "hub", "nms"},
     {"fcos", "weights"},
     {"inference", "loss", "vovnet"},
@@ -27,9 +27,9 @@ ONLY = {  # rooms that may import even less
     "data": {"files"},
     "hub": {"files"},
     "nms": {"kernels"},
-    "fcos": {"backbone", "hub"},
+    "fcos": {"backbone", "config", "hub"},
     "weights": {"files"},
-    "loss": {"fcos"},
+    "loss": {"config", "fcos"},
     "inference": {"data", "fcos", "nms"},
     "vovnet": {"convert", "files", "hub", "weights"},
     "evaluation": {"data", "fcos", "files", "inference"},

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torchvision.ops import batched_nms
 
-from vovnet_zoo import Predictions, create_detector, postprocess, predict
+from vovnet_zoo import FCOS, Predictions, create_detector, postprocess, predict
 from vovnet_zoo.fcos import make_points
 
 STRIDES = [8, 16, 32, 64, 128]
@@ -102,6 +102,22 @@ def test_predict_is_in_original_pixels(model):
     assert (found["boxes"][:, 2] <= 300 + 1e-3).all() and (found["boxes"][:, 3] <= 100 + 1e-3).all()
     assert found["boxes"][:, 2].max() > 200  # beyond the 128 pixels the network saw
     assert (found["scores"].diff() <= 0).all()
+
+
+def test_predict_follows_the_pixel_convention_of_the_model(model):
+    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)  # the network sees it in this size
+    for plus_one, right_bottom in ((False, [96, 64]), (True, [95, 63])):
+        detector = FCOS(**{**model.config, "plus_one": plus_one})
+        torch.nn.init.constant_(detector.head.box_distances.bias, 20.0)  # all boxes are larger than the image
+        (found,) = predict(detector, image, score_threshold=0.01)
+        assert found["boxes"].amax(0).tolist() == [0, 0, *right_bottom]
+
+
+def test_a_misspelt_option_is_an_error(model):
+    with pytest.raises(TypeError, match="score_treshold"):
+        predict(model, torch.zeros(3, 64, 64, dtype=torch.uint8), score_treshold=0.5)
+    with pytest.raises(TypeError, match="score_treshold"):
+        postprocess(blank(1, 64, 64, 3), [(64, 64)], score_treshold=0.5)
 
 
 def test_predict_does_not_depend_on_neighbours(model):

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 import os
 import subprocess
+from collections import defaultdict
 
 import pytest
 import safetensors.torch
@@ -14,11 +16,13 @@ from hub_server import HubServer, Repo, serve
 from launch import command, losses, rows
 
 import build
+import scoring
 import train_coco
 from presets import PRESETS
 from quickstart_data import CLASSES, make_shapes
-from vovnet_zoo import FCOS
-from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo import FCOS, inference, loss
+from vovnet_zoo.config import VARIANTS
+from vovnet_zoo.data import CocoDataset, annotations, find_split
 
 SMALL = functools.partial(make_shapes, num_train=24, num_val=6)
 
@@ -61,6 +65,40 @@ def test_existing_data_are_kept(tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("variant", ["published", "improved"])
+def test_plus_one_reaches_data_loss_and_evaluation(tiny_coco, tmp_path, monkeypatch, variant):
+    """Two steps of `v39_1x` and their evaluation call every function that knows the pixel convention with the same."""
+    seen = defaultdict(set)
+
+    def spy(module, name):
+        function = getattr(module, name)
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            bound = inspect.signature(function).bind(*args, **kwargs)
+            bound.apply_defaults()
+            seen[name].add(bound.arguments["plus_one"])
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    spy(annotations, "coco_to_xyxy")
+    spy(build, "train_transforms")
+    spy(loss, "assign_targets")
+    spy(inference, "postprocess")
+    spy(inference, "class_nms")
+    spy(scoring, "to_coco_results")
+    config = dataclasses.replace(
+        PRESETS["v39_1x"][1], data=tiny_coco, out=tmp_path / "run", variant=variant, pretrained_backbone=False,
+        channels=64, num_convs=1, min_size=(64, 96), max_size=128, test_size=64, batch_size=2, workers=0, steps=2,
+        device="cpu",
+    )  # fmt: skip
+    train_coco.main(config)
+    functions = ("coco_to_xyxy", "train_transforms", "assign_targets", "postprocess", "class_nms", "to_coco_results")
+    assert seen == {name: {variant == "published"} for name in functions}
+    assert FCOS.from_pretrained(config.out / "last").config["plus_one"] is (variant == "published")
+
+
 def test_published_preset_starts_from_imagenet_weights(tiny_coco, tmp_path):
     """`v39_1x` as a command, two steps of small images; the backbone's weights come from a Hub on loopback."""
     torch.manual_seed(0)
@@ -89,7 +127,7 @@ def test_published_preset_starts_from_imagenet_weights(tiny_coco, tmp_path):
     assert len(curve) == 2 and all(0 < loss < 100 for loss in curve)
     assert rows(out)[0]["lr"] == pytest.approx(0.01 / 3) and "AP" in rows(out)[-1]
     model = FCOS.from_pretrained(out / "last")
-    assert model.config["distance"] == "exp" and model.config["frozen_norm"]
+    assert model.config.items() >= VARIANTS["published"].items()
     trained = model.backbone.state_dict()
     for name, x in trained.items():
         start = imagenet[name.replace("stem_", "stem.").replace("stages_", "stages.")]

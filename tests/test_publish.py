@@ -11,7 +11,7 @@ from launch import run_python
 
 import vovnet_zoo
 from vovnet_zoo import cli, convert, hub, publish
-from vovnet_zoo.detectors import coco_class_names
+from vovnet_zoo.detectors import VARIANTS, coco_class_names
 from vovnet_zoo.files import hash_file, write_safetensors
 
 REPO = "someone/fcos-tiny"
@@ -27,6 +27,7 @@ def test_convert_file(kind, tmp_path):
     if kind == "authors_detector":
         model = vovnet_zoo.FCOS.from_pretrained(tmp_path / "out")
         assert model.config["class_names"] == coco_class_names() and len(coco_class_names()) == 80
+        assert model.config.items() >= VARIANTS["published"].items() and model.config["plus_one"]
     else:
         model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
         assert json.loads((tmp_path / "out" / hub.CONFIG).read_text())["pretrained_cfg"]["label_offset"] == 0

@@ -1,5 +1,6 @@
 """The training recipe, run as users run it: `python recipes/train_coco.py` or torchrun, on a few tiny images."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -11,11 +12,13 @@ import torch
 from launch import command, losses, rows, train, train_here
 
 import train_coco
-from build import build_model
+from build import build_model, load_start
 from optim import create_optimizer, lr_factor, set_lr
 from presets import PRESETS, TrainConfig
 from run_folder import list_checkpoints, load_checkpoint
+from training_run import set_up
 from vovnet_zoo import FCOS, create_detector
+from vovnet_zoo.config import VARIANTS
 
 
 def test_a_run_leaves_everything(tiny_coco, tmp_path, capsys):
@@ -121,12 +124,30 @@ def test_init_keeps_the_head_for_the_same_classes(tiny_coco, tmp_path):
     torch.nn.init.normal_(start.head.cls_logits.bias)
     start.save_pretrained(tmp_path / "start")
     config = TrainConfig(data=tiny_coco, out=tmp_path, init=str(tmp_path / "start"), test_size=96)
-    same = build_model(config, ["a", "b"])
+    same = build_model(config, ["a", "b"], load_start(config))
     assert same.config["min_size"] == 96
     torch.testing.assert_close(same.state_dict(), start.state_dict())
-    other = build_model(config, ["a", "b", "c"])
+    other = build_model(config, ["a", "b", "c"], load_start(config))
     assert other.head.cls_logits.out_channels == 3
     torch.testing.assert_close(other.head.box_distances.weight, start.head.box_distances.weight)
+
+
+def test_init_keeps_the_conventions_of_the_detector(tiny_coco, tmp_path):
+    """Data, loss and the saved model follow the published conventions, and another --variant is refused."""
+    kwargs = dict(backbone="resnet10t", channels=64, num_convs=1, num_classes=2, class_names=["red", "green"])
+    create_detector("fcos", variant="published", **kwargs).save_pretrained(tmp_path / "start")
+    changes = dict(data=tiny_coco, init=str(tmp_path / "start"), test_size=64, workers=0, steps=2, device="cpu")
+    config = TrainConfig(out=tmp_path / "run", **changes)
+    run = set_up(config, 0, 1, torch.device("cpu"))
+    assert run.model.config.items() >= VARIANTS["published"].items()
+    assert run.criterion.plus_one and run.criterion.box_loss == "iou" and run.criterion.center_radius is None
+    for dataset in (run.train_set, run.val_set):
+        assert (dataset._boxes[:, 2] - dataset._boxes[:, 0] == 19).all()  # 20 pixels wide
+
+    wrong = dataclasses.replace(config, variant="improved")
+    with pytest.raises(ValueError, match="--variant improved does not fit --init .* plus_one=True, not False.*leave"):
+        train_coco.main(wrong)
+    load_start(dataclasses.replace(config, variant="published"))  # says what the detector is
 
 
 def test_published_schedules():

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 import timm
 import torch
 from timm.layers.format import Format
-from torch import Tensor, nn
+from torch import Tensor
 
 STRIDES = (8, 16, 32)
+Backbone = Any  # a module that timm builds with features_only=True; timm does not declare the attributes of all kinds
 
 
-def create_backbone(name: str, pretrained: bool = False) -> nn.Module:
+def create_backbone(name: str, pretrained: bool = False) -> Backbone:
     """Build the feature extractor of a timm model.
 
     Raises:
@@ -22,7 +24,7 @@ def create_backbone(name: str, pretrained: bool = False) -> nn.Module:
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
     try:
-        body = timm.create_model(name, pretrained=pretrained, features_only=True)
+        body: Backbone = timm.create_model(name, pretrained=pretrained, features_only=True)
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         if pretrained:
             raise
@@ -38,7 +40,7 @@ def create_backbone(name: str, pretrained: bool = False) -> nn.Module:
     return body
 
 
-def backbone_maps(body: nn.Module, images: Tensor) -> list[Tensor]:
+def backbone_maps(body: Backbone, images: Tensor) -> list[Tensor]:
     """Run a feature extractor on images [B,3,H,W], and return its deepest map [B,C,h,w] at each of `STRIDES`."""
     reductions, maps = body.feature_info.reduction(), body(images)
     maps = [maps[len(reductions) - 1 - reductions[::-1].index(stride)] for stride in STRIDES]
@@ -47,7 +49,7 @@ def backbone_maps(body: nn.Module, images: Tensor) -> list[Tensor]:
     return maps
 
 
-def probe_channels(body: nn.Module, name: str) -> list[int]:
+def probe_channels(body: Backbone, name: str) -> list[int]:
     """Count the channels of the three maps by running a small image, and leave the backbone in training mode.
 
     timm's feature_info tells the channels too, but not that a model takes images of one fixed size only.

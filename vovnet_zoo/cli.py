@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -15,6 +16,8 @@ from .data import check
 from .detectors import DETECTORS, create_detector
 from .draw import draw_detections
 from .fcos import FCOS
+
+DEFAULTS = inference.Thresholds()
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class Predict:
     """Folder for the results."""
     score: float = 0.3
     """Leave out detections that score less."""
+    nms_threshold: float = DEFAULTS.nms_threshold
+    """Leave out a box whose IoU with a better box of its class is higher."""
+    max_detections: int = DEFAULTS.max_detections
+    """Detections per image, at most."""
     device: str = "cpu"
     """torch device."""
 
@@ -88,7 +95,12 @@ def main() -> None:
         description="VoVNet backbones and FCOS detectors.",
     )
     try:
-        run = {Predict: run_predict, CheckData: run_check_data, Convert: run_convert, Publish: run_publish}
+        run: dict[type, Callable[[Any], None]] = {
+            Predict: run_predict,
+            CheckData: run_check_data,
+            Convert: run_convert,
+            Publish: run_publish,
+        }
         run[type(command)](command)
     except (ValueError, OSError) as error:
         print(f"vovnet-zoo: {error}", file=sys.stderr)
@@ -104,11 +116,18 @@ def run_predict(command: Predict) -> None:
     names = model.config["class_names"]
 
     command.out.mkdir(parents=True, exist_ok=True)
-    rows, taken = [], set()
+    rows: list[dict[str, Any]] = []
+    taken: set[str] = set()
     for path in command.images:
         image = inference.to_rgb(path)
         # a score is the root of class probability times centerness, so a lower class probability cannot reach it
-        (found,) = inference.predict(model, [image], score_threshold=command.score**2)
+        (found,) = inference.predict(
+            model,
+            [image],
+            score_threshold=command.score**2,
+            nms_threshold=command.nms_threshold,
+            max_detections=command.max_detections,
+        )
         found = {key: value[found["scores"] >= command.score] for key, value in found.items()}
         picture = command.out / f"{unique(path.stem, taken)}.png"
         draw_detections(image, found, names, command.score).save(picture)

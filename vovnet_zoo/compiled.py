@@ -6,14 +6,14 @@ import copy
 import logging
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from .data import normalize
 from .fcos import FCOS, level_sizes
-from .inference import decode, postprocess, sizes_of
+from .inference import ThresholdOptions, Thresholds, decode, sizes_of
 from .kernels.freeze import freeze
 from .kernels.surgery import restore
 from .kernels.winograd import has_amx, why_not
@@ -28,7 +28,7 @@ class Detections(NamedTuple):
     boxes: Tensor  # float32 [B,D,4] xyxy in pixels of the network input; 0 where empty
     scores: Tensor  # float32 [B,D]; 0 where empty
     labels: Tensor  # int64 [B,D] 0..K-1; -1 where empty
-    count: Tensor  # int64 [B]
+    count: Tensor  # type: ignore[assignment]  # int64 [B]; a tuple's method has this name too
 
 
 def compile_detector(
@@ -39,14 +39,12 @@ def compile_detector(
     winograd: bool | None = None,
     mode: str = "default",
     backend: str = "inductor",
-    **options,
+    **options: Unpack[ThresholdOptions],
 ) -> Callable[..., Detections]:
-    """A fast copy of `model` for images of one size: normalising, network, decoding and NMS as a single graph.
+    """Compile normalising, network, decoding and NMS to a single graph, for images of one size.
 
-    Batch norms are folded into convolutions and weights are made constants of the graph, so later changes of `model`
-    are not seen. It is compiled in the first call, and again for each other number of images. On a CPU with Winograd
-    convolutions (`kernels/winograd.py`) VoVNet's blocks concatenate nothing (`kernels/osa.py`); under bfloat16 they
-    store bfloat16 maps, and multiply in float32.
+    The graph is compiled in the first call, and again for each other number of images. It has its own copy of the
+    weights, with batch norms folded into convolutions, so that later changes of `model` have no effect.
 
     Args:
         model: a detector, on the device it shall run on.
@@ -54,11 +52,11 @@ def compile_detector(
         dtype: of the network's convolutions: float32, or bfloat16 or float16 by autocast.
         winograd: on a CPU, compute 3x3 convolutions by Winograd, and VoVNet blocks in one memory. None does so where
             the kernels can be used and gain, else uses torch's convolutions and logs one line that says why. True
-            demands the kernels, False declines them.
+            demands the kernels, False declines them. Under bfloat16 they store bfloat16 maps, and multiply in float32.
         mode: of torch.compile; "reduce-overhead" replays CUDA graphs, "max-autotune" also tries out kernels. With
             either, results are overwritten by the next call: copy what is to be kept.
         backend: of torch.compile; "eager" checks that there is one graph, and compiles nothing.
-        options: `score_threshold`, `nms_threshold`, `topk`, `max_detections`, `plus_one` of `postprocess`.
+        options: fields of `Thresholds`: `score_threshold`, `nms_threshold`, `topk`, `max_detections`.
 
     Returns:
         A function of images, uint8 [B,3,H,W] (RGB), and optionally of their sizes, int [B,2] or B pairs, (h, w) without
@@ -73,31 +71,18 @@ def compile_detector(
         raise ValueError(f"size={tuple(size)}: (height, width) must be multiples of 32; pad the images to one")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype}: torch.float32, torch.bfloat16 or torch.float16")
-    if unknown := options.keys() - postprocess.__kwdefaults__.keys():
-        raise TypeError(f"compile_detector has no option {sorted(unknown)}")
-    options = postprocess.__kwdefaults__ | options
+    thresholds = Thresholds(**options)
     device = next(model.parameters()).device
-    winograd = decide_winograd(winograd, device, dtype)
-    fast = freeze(restore(copy.deepcopy(model)).eval().requires_grad_(False), winograd)
-    fast = fast.to(memory_format=torch.channels_last)
+    fast = fast_copy(model, decide_winograd(winograd, device, dtype))
 
     def graph(images: Tensor, sizes: Tensor) -> Detections:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return detect(fast, images, sizes, **options)
+            return detect(fast, images, sizes, thresholds)
 
-    how = {"backend": backend}
-    if backend == "inductor":  # weights become constants of the graph
-        how = {"options": {**torch._inductor.list_mode_options(mode), "freezing": True}}
-    compiled = torch.compile(graph, fullgraph=True, dynamic=False, **how)
+    compiled = torch.compile(graph, fullgraph=True, dynamic=False, **compile_options(mode, backend))
 
     def run(images: Tensor, sizes: Tensor | None = None) -> Detections:
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, height, width):
-            raise ValueError(
-                f"images must be uint8 [B,3,{height},{width}], got {images.dtype} {list(images.shape)}; "
-                "this graph was compiled for that size"
-            )
-        if images.device != device:
-            raise ValueError(f"images are on {images.device}, the detector is on {device}; move them there")
+        check_images(images, height, width, device)
         if sizes is None:
             sizes = torch.tensor([[height, width]], device=device).expand(len(images), 2).contiguous()
         sizes = sizes_of(len(images), sizes, device)
@@ -105,6 +90,31 @@ def compile_detector(
             return compiled(images, sizes)
 
     return run
+
+
+def fast_copy(model: FCOS, winograd: bool) -> FCOS:
+    """Copy a detector for inference: batch norms become part of convolutions, and weights lie channels last."""
+    fast = copy.deepcopy(model)
+    freeze(restore(fast).eval().requires_grad_(False), winograd)
+    return fast.to(memory_format=torch.channels_last)
+
+
+def compile_options(mode: str, backend: str) -> dict[str, Any]:
+    """Choose the arguments of torch.compile; with "inductor" the weights become constants of the graph."""
+    if backend != "inductor":
+        return {"backend": backend}
+    return {"options": {**torch._inductor.list_mode_options(mode), "freezing": True}}
+
+
+def check_images(images: Tensor, height: int, width: int, device: torch.device) -> None:
+    """Raise `ValueError` unless images are uint8 [B,3,height,width] on the device."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, height, width):
+        raise ValueError(
+            f"images must be uint8 [B,3,{height},{width}], got {images.dtype} {list(images.shape)}; "
+            "this graph was compiled for that size"
+        )
+    if images.device != device:
+        raise ValueError(f"images are on {images.device}, the detector is on {device}; move them there")
 
 
 def decide_winograd(wanted: bool | None, device: torch.device, dtype: torch.dtype) -> bool:
@@ -126,24 +136,16 @@ def decide_winograd(wanted: bool | None, device: torch.device, dtype: torch.dtyp
     return not reason
 
 
-def detect(
-    model: FCOS,
-    images: Tensor,
-    sizes: Tensor,
-    *,
-    score_threshold: float,
-    nms_threshold: float,
-    topk: int,
-    max_detections: int,
-    plus_one: bool,
-) -> Detections:
+def detect(model: FCOS, images: Tensor, sizes: Tensor, thresholds: Thresholds) -> Detections:
     """`postprocess` of `model`'s predictions for uint8 images [B,3,H,W] of `sizes` [B,2], without a shape that depends
     on a value. 32 divides H and W."""
     inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
     preds = model(inputs.contiguous(memory_format=torch.channels_last))
-    locations = [math.prod(size) for size in level_sizes(*images.shape[-2:], model.strides)]
-    boxes, scores, labels = decode(preds, sizes, score_threshold, topk, plus_one, locations)
-    keep = nms_fixed(boxes, scores, labels, nms_threshold, max_detections, plus_one)  # [B,D]
+    plus_one = model.config["plus_one"]
+    height, width = images.shape[-2:]
+    locations = [math.prod(size) for size in level_sizes(height, width, model.strides)]
+    boxes, scores, labels = decode(preds, sizes, thresholds, plus_one, locations)
+    keep = nms_fixed(boxes, scores, labels, thresholds.nms_threshold, thresholds.max_detections, plus_one)  # [B,D]
     found = keep >= 0
     keep = keep.clamp(min=0)
     return Detections(

@@ -114,7 +114,7 @@ def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
     return weights
 
 
-def _holds_tensors(value) -> bool:
+def _holds_tensors(value: object) -> bool:
     if isinstance(value, Mapping):
         return any(_holds_tensors(item) for item in value.values())
     return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensors, value)))

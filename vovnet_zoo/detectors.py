@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from . import hub, vovnet
 from .backbone import create_backbone
+from .config import DEFAULT_VARIANT, VARIANTS, DetectorOptions, VariantName
 from .convert import BGR_MEAN, Converted, convert
 from .fcos import FCOS
 from .weights import Weights, available, fetch, find, read_checkpoint
 
-# The 2019 detectors differ from today's default in these arguments of FCOS, and in the loss, see loss.VARIANTS.
-VARIANTS = {
-    "improved": dict(distance="relu", centerness_on="box"),
-    "published": dict(distance="exp", centerness_on="cls", frozen_norm=True),
-}
-DEFAULT = dict(variant="improved", num_classes=80)
+NUM_CLASSES = 80  # as COCO has
 
 DETECTORS = {
     "fcos_vovnet27_slim_fpn": dict(backbone="vovnet27_slim"),
@@ -55,9 +53,9 @@ def create_detector(
     *,
     pretrained: bool = False,
     pretrained_backbone: bool = False,
-    variant: str | None = None,
+    variant: VariantName | None = None,
     num_classes: int | None = None,
-    **kwargs,
+    **kwargs: Unpack[DetectorOptions],
 ) -> FCOS:
     """Build a detector.
 
@@ -69,7 +67,7 @@ def create_detector(
         variant: "improved" or "published", see `VARIANTS`; None is "improved", or with `pretrained` whatever the
             weights are.
         num_classes: foreground classes; None is 80, or with `pretrained` the number that the weights have.
-        kwargs: further arguments of `FCOS`; they win over the arguments of the variant.
+        kwargs: further arguments of `FCOS`, see `DetectorOptions`; they win over the arguments of the variant.
 
     Raises:
         ValueError: the name or variant is unknown, or its weights are not published or do not fit the arguments.
@@ -92,8 +90,8 @@ def create_detector(
     if pretrained:
         return _load(name, variant, num_classes, kwargs)
 
-    settings = {"num_classes": DEFAULT["num_classes"] if num_classes is None else num_classes}
-    model = FCOS(**{**settings, **VARIANTS[variant or DEFAULT["variant"]], **arch, **kwargs})
+    settings: dict[str, Any] = {"num_classes": NUM_CLASSES if num_classes is None else num_classes}
+    model = FCOS(**{**settings, **VARIANTS[variant or DEFAULT_VARIANT], **arch, **kwargs})
     if pretrained_backbone:
         weights = create_backbone(model.config["backbone"], pretrained=True).state_dict()
         if model.config["frozen_norm"]:
@@ -107,11 +105,10 @@ def list_detectors(*, pretrained: bool = False) -> list[str]:
     return sorted(key for key in WEIGHTS if available(key, WEIGHTS)) if pretrained else sorted(DETECTORS)
 
 
-def build_converted(converted: Converted, **kwargs) -> FCOS:
+def build_converted(converted: Converted, **kwargs: Unpack[DetectorOptions]) -> FCOS:
     """Build the detector of a published checkpoint, with its weights loaded; `kwargs` are arguments of `FCOS`."""
-    class_names = coco_class_names()
-    if len(class_names) != converted.config["num_classes"]:
-        class_names = None
+    names = coco_class_names()
+    class_names = names if len(names) == converted.config["num_classes"] else None
     model = FCOS(**{**VARIANTS["published"], "class_names": class_names, **converted.config, **kwargs})
     hub.load_strict(model, converted.state_dict, "the checkpoint")
     return model.eval()
@@ -127,7 +124,7 @@ def coco_class_names() -> list[str]:
     return [x for x in FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if x not in ("__background__", "N/A")]
 
 
-def _load(name: str, variant: str | None, num_classes: int | None, kwargs: dict) -> FCOS:
+def _load(name: str, variant: VariantName | None, num_classes: int | None, kwargs: DetectorOptions) -> FCOS:
     key, repo_id = find(name, WEIGHTS, HOW_TO_MAKE)
     if repo_id is None:
         converted = convert(read_checkpoint(fetch(WEIGHTS[key].url, WEIGHTS[key].sha1)), archs())
@@ -136,9 +133,10 @@ def _load(name: str, variant: str | None, num_classes: int | None, kwargs: dict)
         model = build_converted(converted, **kwargs)
     else:
         model = FCOS.from_pretrained(repo_id, **kwargs)
-    wanted = {**DETECTORS[key.split(".")[0]], **(VARIANTS[variant] if variant else {})}
+    wanted: dict[str, object] = {**DETECTORS[key.split(".")[0]], **(VARIANTS[variant] if variant else {})}
+    config: Mapping[str, object] = model.config
     if num_classes is not None:
         wanted["num_classes"] = num_classes
-    if wrong := [f"{k}={model.config[k]!r}, not {v!r}" for k, v in wanted.items() if model.config[k] != v]:
+    if wrong := [f"{k}={config[k]!r}, not {v!r}" for k, v in wanted.items() if config[k] != v]:
         raise ValueError(f"the weights {key} were trained with {', '.join(wrong)}; leave it out, or train your own")
     return model

@@ -10,6 +10,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 
 def draw_detections(
     image: Tensor,
@@ -28,7 +30,7 @@ def draw_detections(
     """
     boxes, labels, scores = detection["boxes"].cpu(), detection["labels"].tolist(), detection.get("scores")
     texts = [class_names[label] if class_names else str(label) for label in labels]
-    chosen = range(len(labels))
+    chosen = list(range(len(labels)))
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist(), strict=True)]
         chosen = (scores >= score_threshold).nonzero()[:, 0].tolist()
@@ -51,7 +53,7 @@ def class_colour(label: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _write(picture: Image.Image, box: list[float], text: str, colour: tuple[int, int, int], font) -> None:
+def _write(picture: Image.Image, box: list[float], text: str, colour: tuple[int, int, int], font: Font) -> None:
     """Write a label above its box, or inside where there is no room.
 
     `draw_bounding_boxes` could write it, but on top of the object, beyond the picture's right edge, and only 10 pixels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from .backbone import backbone_maps, create_backbone, probe_channels
+from .backbone import Backbone, backbone_maps, create_backbone, probe_channels
+from .config import DEFAULTS, VARIANTS, BoxLoss, CenternessOn, DetectorConfig, Distance
 from .hub import StrictHubMixin
 
 
@@ -47,6 +48,9 @@ class FCOS(
         image_mean, image_std: per RGB channel, for pixels in 0..1; None takes the numbers of the backbone.
         min_size, max_size: `predict` resizes the shorter side of an image to `min_size` pixels, unless the longer side
             would exceed `max_size`.
+        plus_one: boxes follow the published pixel convention in data, loss, NMS and results: a box covers the pixels
+            x1..x2, so its width is x2 - x1 + 1.
+        center_radius, box_loss, add_images: `FCOSLoss.of(model)` measures the errors of this detector by them.
 
     Raises:
         ValueError: an argument is out of range, or the backbone is unknown or has no maps at strides 8, 16, 32.
@@ -60,14 +64,18 @@ class FCOS(
         class_names: Sequence[str] | None = None,
         channels: int = 256,
         num_convs: int = 4,
-        distance: Literal["relu", "exp"] = "relu",
-        centerness_on: Literal["box", "cls"] = "box",
+        distance: Distance = DEFAULTS["distance"],
+        centerness_on: CenternessOn = DEFAULTS["centerness_on"],
         frozen_norm: bool = False,
         prior: float = 0.01,
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
         min_size: int = 800,
         max_size: int = 1333,
+        plus_one: bool = DEFAULTS["plus_one"],
+        center_radius: float | None = DEFAULTS["center_radius"],
+        box_loss: BoxLoss = DEFAULTS["box_loss"],
+        add_images: bool = DEFAULTS["add_images"],
     ):
         super().__init__()
         if num_classes < 1:
@@ -81,26 +89,31 @@ class FCOS(
 
         body = create_backbone(backbone)
         mean, std = (image_mean or body.pretrained_cfg["mean"]), (image_std or body.pretrained_cfg["std"])
-        self.config = dict(
+        self.config: DetectorConfig = dict(
             backbone=backbone,
             num_classes=num_classes,
-            class_names=None if class_names is None else list(class_names),
             channels=channels,
             num_convs=num_convs,
             distance=distance,
+            class_names=None if class_names is None else list(class_names),
             centerness_on=centerness_on,
             frozen_norm=frozen_norm,
             prior=prior,
-            image_mean=list(mean),
-            image_std=list(std),
             min_size=min_size,
             max_size=max_size,
+            image_mean=list(mean),
+            image_std=list(std),
+            plus_one=plus_one,
+            center_radius=center_radius,
+            box_loss=box_loss,
+            add_images=add_images,
         )
-        self._hub_mixin_config = self.config  # the mixin's own lacks the mean and std that came from the backbone
+        # the mixin's own lacks the mean and std that came from the backbone
+        self._hub_mixin_config = cast(dict, self.config)
 
         in_channels = probe_channels(body, backbone)
         self.strides = [8, 16, 32, 64, 128]
-        self.backbone = freeze_batch_norm_2d(body) if frozen_norm else body
+        self.backbone: Backbone = freeze_batch_norm_2d(body) if frozen_norm else body
         self.fpn = FeaturePyramidNetwork(in_channels, channels, extra_blocks=LastLevelP6P7(channels, channels))
         self.head = FCOSHead(channels, num_classes, num_convs, self.strides, distance, centerness_on, prior)
 
@@ -126,6 +139,24 @@ class FCOS(
             raise ValueError(f"images must be [B,3,H,W], got {list(images.shape)}")
         maps = backbone_maps(self.backbone, images)
         return list(self.fpn(OrderedDict(zip(("c3", "c4", "c5"), maps, strict=True))).values())
+
+    if TYPE_CHECKING:  # nn.Module's own says that any arguments give any result
+
+        def __call__(self, images: Tensor) -> Predictions: ...
+
+    @classmethod
+    def complete_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Add the conventions to a configuration that was saved before they were arguments of `FCOS`.
+
+        A detector with the published head was trained with the published loss. Its boxes follow the published pixel
+        convention if it was converted, which the published pixel range 0..255 tells; trainings here did not use it.
+        """
+        published = VARIANTS["published"]
+        if any(config.get(key) != published[key] for key in ("distance", "centerness_on")):
+            return config
+        converted = config.get("image_std") == [1 / 255] * 3
+        loss = {key: published[key] for key in ("center_radius", "box_loss", "add_images")}
+        return {"plus_one": converted, **loss, **config}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only the inputs of the backbone's stages and of the head's towers for the backward pass.
@@ -182,8 +213,8 @@ class FCOSHead(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
-                nn.init.zeros_(module.bias)
-        nn.init.constant_(self.cls_logits.bias, -math.log((1 - prior) / prior))
+                nn.init.zeros_(module.get_parameter("bias"))
+        nn.init.constant_(self.cls_logits.get_parameter("bias"), -math.log((1 - prior) / prior))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         cls, reg, ctr = [], [], []
@@ -222,7 +253,9 @@ def level_sizes(height: int, width: int, strides: Sequence[int]) -> list[tuple[i
     return [(-(-height // stride), -(-width // stride)) for stride in strides]
 
 
-def make_points(sizes: Sequence[Sequence[int]], strides: Sequence[int], device) -> tuple[Tensor, Tensor]:
+def make_points(
+    sizes: Sequence[Sequence[int]], strides: Sequence[int], device: torch.device | str
+) -> tuple[Tensor, Tensor]:
     """Compute the locations of the cells of all pyramid maps.
 
     The cell (ix, iy) of a map is at x = `ix * stride + stride // 2`, likewise y (arXiv 1904.01355, section 3.1).

@@ -7,6 +7,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Self
 
 import huggingface_hub
 import torch
@@ -36,8 +37,8 @@ class StrictHubMixin(PyTorchModelHubMixin):
         local_files_only: bool = False,
         revision: str | None = None,
         map_location: str | torch.device = "cpu",
-        **model_kwargs,
-    ):
+        **model_kwargs: Any,
+    ) -> Self:
         """Load a model from a folder that `save_pretrained` wrote, or from a Hub repository, in evaluation mode.
 
         Args:
@@ -63,26 +64,31 @@ class StrictHubMixin(PyTorchModelHubMixin):
             config_file = download(source, CONFIG, revision=revision, **options)
             commit = config_file.parent.name  # a push in between must not mix two commits
             weights_file = download(source, WEIGHTS, revision=commit, **options)
-        model = cls(**{**read_config(config_file, cls), **model_kwargs})
+        model: Any = cls(**{**read_config(config_file, cls), **model_kwargs})  # a Module too
         load_strict(model, read_safetensors(weights_file), source=str(weights_file))
         return model.to(map_location).eval()
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs) -> str | None:
+    @classmethod
+    def complete_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Add to a configuration what files of earlier versions lack and the defaults of `__init__` do not say."""
+        return config
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Save as the mixin does, but so that every file in `save_directory` is whole at any time."""
         if kwargs.get("push_to_hub"):
             kwargs["repo_id"] = kwargs.get("repo_id") or Path(save_directory).resolve().name
         with staged(save_directory, keep=[CARD]) as folder:
             return super().save_pretrained(folder, **kwargs)
 
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def _save_pretrained(self: Any, save_directory: Path) -> None:
         write_safetensors(self.state_dict(), save_directory / WEIGHTS)
 
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Push as the mixin does, with `repo_id` in the example of the card."""
         kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
         return super().push_to_hub(repo_id, **kwargs)
 
-    def generate_model_card(self, **facts) -> ModelCard:
+    def generate_model_card(self: Any, **facts: str) -> ModelCard:
         """Make a model card of what the model knows of itself and further `facts`, see `model_card`."""
         info, config = self._hub_mixin_info, self._hub_mixin_config
         known = {
@@ -92,13 +98,13 @@ class StrictHubMixin(PyTorchModelHubMixin):
         return model_card({**known, **facts}, info.model_card_data)
 
 
-def read_config(path: Path, cls: type) -> dict:
+def read_config(path: Path, cls: type[StrictHubMixin]) -> dict:
     """Read the arguments of a class from a JSON file.
 
     Raises:
         ValueError: the class does not know an argument, or needs one that is not in the file.
     """
-    config = read_json(path)
+    config = cls.complete_config(read_json(path))
     known = inspect.signature(cls).parameters
     if unknown := config.keys() - known.keys():
         raise ValueError(f"{path}: {cls.__name__} has no {sorted(unknown)}; was it saved by a newer vovnet_zoo?")
@@ -130,7 +136,7 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
     model.load_state_dict(state_dict, strict=True)
 
 
-def download(repo_id: str, filename: str, **options) -> Path:
+def download(repo_id: str, filename: str, **options: Any) -> Path:
     """Get a file of a Hub repository from the cache or the Hub, and check its content against the Hub's hash.
 
     `options` are passed to `huggingface_hub.hf_hub_download`, which itself checks only the size.
@@ -180,13 +186,13 @@ def model_card(facts: Mapping[str, str], data: ModelCardData) -> ModelCard:
         facts: the rows of its table; `repo_id` goes into the title and the example, `license` into the header.
         data: the header; its `library_name` chooses the example.
     """
-    facts = {"repo_id": "organisation/name", "license": data.license, **facts}
-    repo_id = facts.pop("repo_id")
-    header = ModelCardData(**{**data.to_dict(), "license": facts["license"]})
-    rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
+    known: dict[str, Any] = {"repo_id": "organisation/name", "license": data.license, **facts}
+    repo_id = known.pop("repo_id")
+    header = ModelCardData(**{**data.to_dict(), "license": known["license"]})
+    rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in known.items())
     return ModelCard(
         f"---\n{header.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\n"
-        f"```python\n{USAGE[data.library_name].format(repo_id=repo_id)}```\n\n| | |\n|---|---|\n{rows}\n"
+        f"```python\n{USAGE[str(data.library_name)].format(repo_id=repo_id)}```\n\n| | |\n|---|---|\n{rows}\n"
     )
 
 

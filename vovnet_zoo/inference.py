@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -20,8 +21,30 @@ from .nms import class_nms
 ImageLike = str | PathLike | Image.Image | np.ndarray | Tensor
 
 
+class Thresholds(NamedTuple):
+    """These numbers decide which predictions become detections (arXiv 1904.01355, section 4)."""
+
+    score_threshold: float = 0.05
+    """A class at a location is a candidate if its probability, without centerness, is higher."""
+    nms_threshold: float = 0.6
+    """A box is dropped if its IoU with a better box of its class is higher."""
+    topk: int = 1000
+    """Candidates kept per level and image, the best by class probability times centerness."""
+    max_detections: int = 100
+    """Detections kept per image."""
+
+
+class ThresholdOptions(TypedDict, total=False):
+    """These options of `predict`, `postprocess` and `compile_detector` are the fields of `Thresholds`."""
+
+    score_threshold: float
+    nms_threshold: float
+    topk: int
+    max_detections: int
+
+
 def predict(
-    model: FCOS, images: ImageLike | Sequence[ImageLike], *, plus_one: bool = False, **options
+    model: FCOS, images: ImageLike | Sequence[ImageLike], **options: Unpack[ThresholdOptions]
 ) -> list[dict[str, Tensor]]:
     """Detect objects in one image or in several of any sizes.
 
@@ -31,8 +54,7 @@ def predict(
         model: a detector, on any device; afterwards it is in the same mode (train or eval) as before.
         images: a path, a PIL image, a uint8 array [H,W,3] or [H,W] (RGB or grey), a tensor [3,H,W] or [1,H,W] (uint8,
             or floating point in 0..1), or a sequence of these.
-        plus_one: the published pixel convention, see `postprocess`.
-        options: `score_threshold`, `nms_threshold`, `topk`, `max_detections` of `postprocess`.
+        options: fields of `Thresholds`: `score_threshold`, `nms_threshold`, `topk`, `max_detections`.
 
     Returns:
         One dict per image, on the CPU, best score first: `boxes` float32 [N,4] xyxy in pixels of the original image,
@@ -41,16 +63,13 @@ def predict(
     Raises:
         ValueError: an image cannot be read, or has an unusable type or shape.
     """
-    single = isinstance(images, (str, PathLike, Image.Image, np.ndarray)) or (
-        isinstance(images, Tensor) and images.ndim < 4
-    )
     device, dtype = next((p.device, p.dtype) for p in model.parameters())
     config, was_training = model.config, model.training
     model.eval()
     detections = []
     try:
         with torch.inference_mode():
-            for item in [images] if single else images:
+            for item in as_sequence(images):
                 image = to_rgb(item)
                 height, width = image.shape[-2:]
                 h, w = resize_size(height, width, config["min_size"], config["max_size"])
@@ -59,7 +78,7 @@ def predict(
                 sizes = torch.tensor([[h, w]], device=device)
                 inputs = normalize(padded, sizes, config["image_mean"], config["image_std"]).to(dtype)
                 inputs = inputs.contiguous(memory_format=torch.channels_last)  # faster, on a CPU and on a GPU
-                (found,) = postprocess(model(inputs), sizes, plus_one=plus_one, **options)
+                (found,) = postprocess(model(inputs), sizes, plus_one=config["plus_one"], **options)
                 found = {key: value.cpu() for key, value in found.items()}
                 found["boxes"] *= torch.tensor([width / w, height / h]).repeat(2)
                 detections.append(found)
@@ -72,11 +91,8 @@ def postprocess(
     preds: Predictions,
     image_sizes: Tensor | Sequence[tuple[int, int]],
     *,
-    score_threshold: float = 0.05,
-    nms_threshold: float = 0.6,
-    topk: int = 1000,
-    max_detections: int = 100,
     plus_one: bool = False,
+    **options: Unpack[ThresholdOptions],
 ) -> list[dict[str, Tensor]]:
     """Decode predictions, drop low scores, and suppress overlapping boxes of a class (arXiv 1904.01355, section 4).
 
@@ -84,12 +100,10 @@ def postprocess(
         preds: predictions of B images.
         image_sizes: [B,2] or B pairs, (h, w) of the images in the network input, without padding; boxes are clipped
             to this size.
-        score_threshold: a class at a location is a candidate if its probability, without centerness, is higher.
-        nms_threshold: a box is dropped if its IoU with a better box of its class is higher.
-        topk: candidates kept per level and image, the best by class probability times centerness.
-        max_detections: detections kept per image.
-        plus_one: the published pixel convention: a box covers the pixels x1..x2, so its width is x2 - x1 + 1; boxes
-            are clipped to w - 1 and h - 1, no box is dropped as empty, and an IoU equal to `nms_threshold` suppresses.
+        plus_one: the published pixel convention, `model.config["plus_one"]`: a box covers the pixels x1..x2, so its
+            width is x2 - x1 + 1; boxes are clipped to w - 1 and h - 1, no box is dropped as empty, and an IoU equal to
+            `nms_threshold` suppresses.
+        options: fields of `Thresholds`: `score_threshold`, `nms_threshold`, `topk`, `max_detections`.
 
     Returns:
         One dict per image, best score first: `boxes` [N,4] xyxy in pixels of the network input, `scores` [N], the
@@ -98,13 +112,13 @@ def postprocess(
     Raises:
         ValueError: there is not one size for each image.
     """
-    image_sizes = sizes_of(len(preds.logits), image_sizes)
-    boxes, scores, labels = decode(preds, image_sizes, score_threshold, topk, plus_one)
+    image_sizes, thresholds = sizes_of(len(preds.logits), image_sizes), Thresholds(**options)
+    boxes, scores, labels = decode(preds, image_sizes, thresholds, plus_one)
     detections = []
     for box, score, label in zip(boxes, scores, labels, strict=True):
         candidate = score >= 0
         box, score, label = box[candidate], score[candidate], label[candidate]
-        keep = class_nms(box, score, label, nms_threshold, max_detections, plus_one)
+        keep = class_nms(box, score, label, thresholds.nms_threshold, thresholds.max_detections, plus_one)
         detections.append({"boxes": box[keep], "scores": score[keep], "labels": label[keep]})
     return detections
 
@@ -120,15 +134,15 @@ def sizes_of(count: int, image_sizes: Tensor | Sequence[tuple[int, int]], device
 def decode(
     preds: Predictions,
     image_sizes: Tensor,
-    score_threshold: float,
-    topk: int,
+    thresholds: Thresholds,
     plus_one: bool = False,
     level_sizes: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the best candidates of each level, and compute their boxes.
 
     Args:
-        preds, score_threshold, topk, plus_one: see `postprocess`.
+        preds, plus_one: see `postprocess`.
+        thresholds: `score_threshold` and `topk` are used.
         image_sizes: [B,2] (h, w) of the images in the network input.
         level_sizes: number of locations of each level. None reads it from the predictions, which a compiled graph
             cannot do.
@@ -152,8 +166,8 @@ def decode(
     ):
         probability = logits.float().sigmoid()
         score = probability * centerness.float().sigmoid()[..., None]
-        score = torch.where(probability > score_threshold, score, -1.0).flatten(1)  # [B,n*K]
-        score, index = score.topk(min(topk, score.shape[1]))  # [B,k]
+        score = torch.where(probability > thresholds.score_threshold, score, -1.0).flatten(1)  # [B,n*K]
+        score, index = score.topk(min(thresholds.topk, score.shape[1]))  # [B,k]
         location, label = index // num_classes, index % num_classes
         left_top, right_bottom = distances.gather(1, location[..., None].expand(-1, -1, 4)).chunk(2, dim=-1)
         point = points[location]  # [B,k,2]
@@ -164,6 +178,13 @@ def decode(
         found.append((box, torch.where(candidate, score.clamp(min=0).sqrt(), -1.0), label))
     boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     return boxes, scores, labels
+
+
+def as_sequence(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
+    """Turn the `images` of `predict` into a sequence; a tensor [B,3,H,W] is one of B images."""
+    if isinstance(images, Tensor):
+        return [images] if images.ndim < 4 else list(images)
+    return [images] if isinstance(images, (str, PathLike, Image.Image, np.ndarray)) else images
 
 
 def to_rgb(image: ImageLike) -> Tensor:

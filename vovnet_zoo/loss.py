@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-from .fcos import Predictions
-
-VARIANTS = {
-    "improved": dict(center_radius=1.5, box_loss="giou", plus_one=False, add_images=False),
-    "published": dict(center_radius=None, box_loss="iou", plus_one=True, add_images=True),
-}
+from .config import DEFAULT_VARIANT, DEFAULTS, VARIANTS, LossOptions, VariantName
+from .fcos import FCOS, Predictions
 
 
 class FCOSLoss(nn.Module):
     """The loss has three parts: focal loss of classes, IoU loss of boxes weighted by centerness, and centerness loss.
 
     Args:
-        variant: "improved" (arXiv 2006.09214) or "published" (the 2019 detectors, arXiv 1904.01355); sets the
-            defaults of the four arguments below.
+        variant: "improved" (arXiv 2006.09214) or "published" (the 2019 detectors, arXiv 1904.01355), a key of
+            `VARIANTS`; it sets the defaults of the next four arguments.
         center_radius: only locations within this many strides of a box's centre learn the box; None lets all locations
             inside the box learn it.
         box_loss: "giou" (arXiv 1902.09630) or "iou": `-log((intersection + 1) / (union + 1))`.
@@ -31,18 +27,38 @@ class FCOSLoss(nn.Module):
         alpha, gamma: parameters of the focal loss (arXiv 1708.02002).
     """
 
-    def __init__(self, variant: str = "improved", *, alpha: float = 0.25, gamma: float = 2.0, **overrides):
+    def __init__(
+        self,
+        variant: VariantName = DEFAULT_VARIANT,
+        *,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        **overrides: Unpack[LossOptions],
+    ):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}: one of {sorted(VARIANTS)}")
-        if unknown := overrides.keys() - VARIANTS[variant].keys():
-            raise ValueError(f"unknown {sorted(unknown)}: a variant has {sorted(VARIANTS[variant])}")
-        options = VARIANTS[variant] | overrides
-        if options["box_loss"] not in ("giou", "iou"):
-            raise ValueError(f"box_loss={options['box_loss']!r}: 'giou' or 'iou'")
-        self.center_radius, self.plus_one = options["center_radius"], options["plus_one"]
-        self.box_loss, self.add_images = options["box_loss"], options["add_images"]
+        if unknown := overrides.keys() - LossOptions.__annotations__.keys():
+            raise ValueError(f"unknown {sorted(unknown)}: FCOSLoss has {sorted(LossOptions.__annotations__)}")
+        default = VARIANTS[variant]
+        self.center_radius = overrides.get("center_radius", default["center_radius"])
+        self.plus_one = overrides.get("plus_one", default["plus_one"])
+        self.box_loss = overrides.get("box_loss", default["box_loss"])
+        self.add_images = overrides.get("add_images", default["add_images"])
         self.alpha, self.gamma = alpha, gamma
+        if self.box_loss not in ("giou", "iou"):
+            raise ValueError(f"box_loss={self.box_loss!r}: 'giou' or 'iou'")
+
+    @classmethod
+    def of(cls, model: FCOS) -> FCOSLoss:
+        """Create the loss that a detector's configuration asks for."""
+        config = model.config
+        return cls(
+            plus_one=config["plus_one"],
+            center_radius=config["center_radius"],
+            box_loss=config["box_loss"],
+            add_images=config["add_images"],
+        )
 
     def forward(
         self, preds: Predictions, boxes: Tensor, labels: Tensor, normalizers: Tensor | None = None
@@ -62,6 +78,12 @@ class FCOSLoss(nn.Module):
         """
         targets = self.assign(preds.points, preds.strides, boxes, labels)
         return self.compare(preds, targets, self.normalizers(targets) if normalizers is None else normalizers)
+
+    if TYPE_CHECKING:  # nn.Module's own says that any arguments give any result
+
+        def __call__(
+            self, preds: Predictions, boxes: Tensor, labels: Tensor, normalizers: Tensor | None = None
+        ) -> dict[str, Tensor]: ...
 
     def compare(self, preds: Predictions, targets: Targets, normalizers: Tensor) -> dict[str, Tensor]:
         """Compute the losses of predictions from targets that are assigned already; see `forward`."""
@@ -116,8 +138,8 @@ def assign_targets(
     boxes: Tensor,
     labels: Tensor,
     *,
-    center_radius: float | None = 1.5,
-    plus_one: bool = False,
+    center_radius: float | None = DEFAULTS["center_radius"],
+    plus_one: bool = DEFAULTS["plus_one"],
 ) -> Targets:
     """Give each location the smallest of the boxes that have the size of its level and that it lies strictly inside of.
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import timm
 import torch
 from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
-from timm.models.vovnet import VovNet
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import detectors, hub, vovnet
@@ -84,9 +85,11 @@ def convert_file(file: str | Path, out: str | Path) -> None:
         if weights.sha1 == sha1:
             source |= {"known_as": name, "published_score": weights.score, "license": weights.license}
     with staged(out, keep=[hub.CARD]) as folder:
+        model: nn.Module
+        config: Mapping[str, object]
         if converted.config:
-            model = detectors.build_converted(converted)
-            config = model.config
+            model = detector = detectors.build_converted(converted)
+            config = detector.config
         else:
             model, config = build_for_timm(converted.arch, converted.state_dict)
         (folder / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -95,7 +98,7 @@ def convert_file(file: str | Path, out: str | Path) -> None:
         (folder / hub.CARD).write_text(str(card), encoding="utf-8")
 
 
-def build_for_timm(name: str, state_dict: dict[str, Tensor]) -> tuple[VovNet, dict]:
+def build_for_timm(name: str, state_dict: dict[str, Tensor]) -> tuple[nn.Module, dict]:
     """Build a backbone from timm's own classes, and the `config.json` with which timm builds it without this package.
 
     Args:
@@ -129,6 +132,7 @@ def checked_card(folder: str | Path, **facts: str) -> ModelCard:
         raise ValueError(f"{folder} has no {hub.CONFIG}: is it the folder of a saved model?")
     config = read_json(folder / hub.CONFIG)
     architecture = config.get("architecture")
+    model: Any  # FCOS.generate_model_card below is no method of a classifier
     if architecture is None:
         model = FCOS.from_pretrained(folder)
         size = [-(-side // 32) * 32 for side in (model.config["min_size"], model.config["max_size"])]
@@ -197,7 +201,7 @@ def push(
     """
     api = huggingface_hub.HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    files = {
+    files: dict[str, Path | bytes] = {
         hub.CONFIG: Path(folder) / hub.CONFIG,
         hub.WEIGHTS: Path(folder) / hub.WEIGHTS,
         hub.CARD: str(card).encode(),

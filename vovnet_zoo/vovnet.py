@@ -5,6 +5,9 @@ weights load there and give wrong outputs. The models here are the published mod
 aggregation blocks of a stage add their input after the aggregation's ReLU.
 """
 
+from pathlib import Path
+from typing import Any
+
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.vovnet import VovNet
 
@@ -12,7 +15,7 @@ from . import hub
 from .convert import convert
 from .weights import Weights, fetch, find
 
-__all__ = []  # register_model adds each entry point
+__all__: list[str] = []  # register_model adds each entry point
 
 
 def _arch(stage_conv_chs: list[int], stage_out_chs: list[int], block_per_stage: list[int]) -> dict:
@@ -100,7 +103,7 @@ def timm_cfg(weights: Weights) -> dict:
 default_cfgs = generate_default_cfgs({name: timm_cfg(weights) for name, weights in WEIGHTS.items()})
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> VovNet:
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> VovNet:
     if pretrained:
         kwargs["pretrained_cfg_overlay"] = _locate(variant, **kwargs)
     return build_model_with_cfg(
@@ -122,13 +125,20 @@ def checkpoint_filter_fn(state_dict: dict, model: VovNet) -> dict:
     Raises:
         ValueError: the weights are not all the weights of a classifier with as many blocks as `model`.
     """
-    converted = convert(state_dict, {"of this depth": [len(stage.blocks) for stage in model.stages]})
+    stages: Any = model.stages
+    converted = convert(state_dict, {"of this depth": [len(stage.blocks) for stage in stages]})
     if converted.config:
         raise ValueError("these are weights of a detector, not of a classifier: vovnet-zoo convert FILE FOLDER")
     return converted.state_dict
 
 
-def _locate(variant: str, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **_) -> dict:
+def _locate(
+    variant: str,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict | None = None,
+    cache_dir: str | Path | None = None,
+    **_: Any,
+) -> dict:
     """Download and check the weights that timm is about to load, and name the local file in timm's overlay.
 
     Weights that are already a file, a state dict, or on the Hub are left to timm.
@@ -139,9 +149,10 @@ def _locate(variant: str, pretrained_cfg=None, pretrained_cfg_overlay=None, cach
         return overlay
     name = f"{variant}.{cfg.tag}"
     explicit = overlay.get("url") or (pretrained_cfg and not isinstance(pretrained_cfg, str))
-    if cfg.url and (explicit or name not in WEIGHTS or cfg.url != WEIGHTS[name].url):  # a url that the caller gave
+    url = cfg.url if isinstance(cfg.url, str) else ""
+    if url and (explicit or name not in WEIGHTS or url != WEIGHTS[name].url):  # a url that the caller gave
         known = {weights.url: weights.sha1 for weights in WEIGHTS.values()}
-        return {**overlay, "file": str(fetch(cfg.url, known.get(cfg.url, ""), cache_dir))}
+        return {**overlay, "file": str(fetch(url, known.get(url, ""), cache_dir))}
     key, repo_id = find(name, WEIGHTS, HOW_TO_MAKE)
     if repo_id is None:
         return {**overlay, "file": str(fetch(WEIGHTS[key].url, WEIGHTS[key].sha1, cache_dir))}
@@ -149,30 +160,30 @@ def _locate(variant: str, pretrained_cfg=None, pretrained_cfg_overlay=None, cach
 
 
 @register_model
-def vovnet27_slim(pretrained: bool = False, **kwargs) -> VovNet:
+def vovnet27_slim(pretrained: bool = False, **kwargs: Any) -> VovNet:
     """VoVNet-27-slim: 3.5 M parameters, 2.2 GMACs at 224x224."""
     return _create("vovnet27_slim", pretrained, **kwargs)
 
 
 @register_model
-def vovnet39(pretrained: bool = False, **kwargs) -> VovNet:
+def vovnet39(pretrained: bool = False, **kwargs: Any) -> VovNet:
     """VoVNet-39: 22.6 M parameters, 7.1 GMACs at 224x224."""
     return _create("vovnet39", pretrained, **kwargs)
 
 
 @register_model
-def vovnet57(pretrained: bool = False, **kwargs) -> VovNet:
+def vovnet57(pretrained: bool = False, **kwargs: Any) -> VovNet:
     """VoVNet-57: 36.6 M parameters, 8.9 GMACs at 224x224."""
     return _create("vovnet57", pretrained, **kwargs)
 
 
 @register_model
-def vovnet75(pretrained: bool = False, **kwargs) -> VovNet:
+def vovnet75(pretrained: bool = False, **kwargs: Any) -> VovNet:
     """VoVNet-75: 46.9 M parameters, 12.3 GMACs at 224x224."""
     return _create("vovnet75", pretrained, **kwargs)
 
 
 @register_model
-def vovnet93(pretrained: bool = False, **kwargs) -> VovNet:
+def vovnet93(pretrained: bool = False, **kwargs: Any) -> VovNet:
     """VoVNet-93: blocks per stage 1, 3, 8, 3."""
     return _create("vovnet93", pretrained, **kwargs)

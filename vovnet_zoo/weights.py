@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 from urllib.request import Request, urlopen
 
@@ -129,7 +130,7 @@ def _http_get(url: str, path: Path) -> None:
         )
 
 
-def read_checkpoint(path: str | Path, source: str | None = None):
+def read_checkpoint(path: str | Path, source: str | None = None) -> Any:
     """Read a file that `torch.save` wrote, or the only file in a zip, without running any code in it.
 
     Raises:

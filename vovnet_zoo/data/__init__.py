@@ -17,7 +17,7 @@ from .annotations import (
     repeated,
     usable_boxes,
 )
-from .batches import TrainSampler, collate, normalize
+from .batches import Batch, TrainSampler, collate, normalize
 from .dataset import CocoDataset, Skipped, find_split, split_candidates
 from .images import (
     FORMATS,
@@ -39,6 +39,7 @@ from .transforms import (
 )
 
 __all__ = [
+    "Batch",
     "CocoDataset",
     "FORMATS",
     "ImageError",

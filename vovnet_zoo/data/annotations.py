@@ -7,8 +7,10 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..files import read_bytes
 
@@ -53,7 +55,7 @@ def entries_by_id(entries: list, key: str, text: str, path: str | Path) -> list[
     return sorted(entries, key=lambda entry: entry["id"])
 
 
-def entry_problem(entry, text: str) -> str | None:
+def entry_problem(entry: Any, text: str) -> str | None:
     """Say why the id or the `text` of a JSON image or category cannot be used; None if both can."""
     if not isinstance(entry, dict) or type(entry.get("id")) is not int or abs(entry["id"]) >= 2**63:
         return "has no integer 'id'"
@@ -64,7 +66,8 @@ def entry_problem(entry, text: str) -> str | None:
 
 def image_problem(image: dict) -> str | None:
     """Say why the file name or the size of a JSON image cannot be used; None if both can."""
-    name, size = image["file_name"], (image.get("height"), image.get("width"))
+    name: str = image["file_name"]
+    size: list[Any] = [image.get("height"), image.get("width")]
     if len(name) > 4096 or "\0" in name:
         return f"image {image['id']} has a 'file_name' of {len(name)} characters that is no path: {name[:50]!r}"
     if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
@@ -93,17 +96,17 @@ def usable_boxes(
         problems: positions in `annotations` that were left out or changed, by kind of problem.
     """
     problems = defaultdict(list)
-    owners, labels, rows, positions = [], [], [], []
+    owner_list, label_list, rows, position_list = [], [], [], []
     for i, annotation in enumerate(annotations):
         if problem := annotation_problem(annotation, image_index, label_of):
             problems[problem].append(i)
         elif not is_crowd(annotation):
-            owners.append(image_index[annotation["image_id"]])
-            labels.append(label_of[annotation["category_id"]])
+            owner_list.append(image_index[annotation["image_id"]])
+            label_list.append(label_of[annotation["category_id"]])
             rows.append(annotation["bbox"])
-            positions.append(i)
-    owners, labels = np.array(owners, dtype=np.int64), np.array(labels, dtype=np.int64)
-    positions, xywh = np.array(positions, dtype=np.int64), np.array(rows, dtype=np.float64).reshape(-1, 4)
+            position_list.append(i)
+    owners, labels, positions = (np.array(x, dtype=np.int64) for x in (owner_list, label_list, position_list))
+    xywh = np.array(rows, dtype=np.float64).reshape(-1, 4)
     limit = sizes[owners][:, ::-1]  # [A, 2] width, height
     boxes, keep = coco_to_xyxy(xywh, limit[:, 1], limit[:, 0], plus_one)
 
@@ -116,7 +119,7 @@ def usable_boxes(
     return owners[keep], labels[keep], boxes[keep], {kind: where for kind, where in problems.items() if where}
 
 
-def annotation_problem(annotation, image_ids: Container[int], category_ids: Container[int]) -> str | None:
+def annotation_problem(annotation: Any, image_ids: Container[int], category_ids: Container[int]) -> str | None:
     """Say why a JSON annotation cannot be used, apart from the size of its image; None if it can."""
     if not isinstance(annotation, dict):
         return "not an object"
@@ -134,7 +137,9 @@ def is_crowd(annotation: dict) -> bool:
     return annotation.get("iscrowd") in (1, "1")
 
 
-def coco_to_xyxy(xywh, height, width, plus_one: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def coco_to_xyxy(
+    xywh: ArrayLike, height: ArrayLike, width: ArrayLike, plus_one: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Turn COCO boxes into corners that are clipped to the image.
 
     Args:
@@ -153,7 +158,7 @@ def coco_to_xyxy(xywh, height, width, plus_one: bool = False) -> tuple[np.ndarra
     start, extent = xywh[:, :2], xywh[:, 2:]
     end = start + (np.maximum(extent - 1, 0) if plus_one else extent)
     boxes = np.concatenate([np.clip(start, 0, limit), np.clip(end, 0, limit)], axis=1).astype(np.float32)
-    return boxes, (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+    return boxes, np.all(boxes[:, 2:] > boxes[:, :2], axis=1)
 
 
 def are_fractions(boxes: np.ndarray, sizes: np.ndarray) -> bool:

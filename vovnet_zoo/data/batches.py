@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -65,7 +66,8 @@ class TrainSampler:
             yield batch[mine]
 
     def _global_batches(self) -> Iterator[list[tuple[int, int]]]:
-        groups, waiting = self.groups.tolist(), ([], [])
+        groups = self.groups.tolist()
+        waiting: tuple[list, list] = ([], [])
         for epoch in itertools.count():
             rng = np.random.default_rng((self.seed, epoch))
             order, seeds = rng.permutation(len(groups)).tolist(), rng.integers(2**63, size=len(groups)).tolist()
@@ -77,7 +79,19 @@ class TrainSampler:
                     group.clear()
 
 
-def collate(batch: list[tuple[Tensor, dict] | Skipped], size_divisor: int = 32) -> dict[str, Tensor]:
+class Batch(TypedDict):
+    """A batch of a `CocoDataset` has these tensors, see `collate`."""
+
+    images: Tensor
+    sizes: Tensor
+    orig_sizes: Tensor
+    boxes: Tensor
+    labels: Tensor
+    image_ids: Tensor
+    skipped: NotRequired[list[Skipped]]
+
+
+def collate(batch: list[tuple[Tensor, dict] | Skipped], size_divisor: int = 32) -> Batch:
     """Pad the samples of a `CocoDataset` to one batch.
 
     If all samples are `Skipped`, the batch is one blank 32x32 image (id -1) without boxes, so that no step is missing.
@@ -99,7 +113,7 @@ def collate(batch: list[tuple[Tensor, dict] | Skipped], size_divisor: int = 32) 
     sizes = torch.tensor([image.shape[-2:] for image in images])
     height, width = (-(-sizes.amax(0) // size_divisor) * size_divisor).tolist()
     most = max(1, *(len(target["labels"]) for target in targets))
-    out = {
+    out: Batch = {
         # channels last in memory, as decoding and resizing leave the images, so that no image is transposed
         "images": torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
         "sizes": sizes,
@@ -112,7 +126,9 @@ def collate(batch: list[tuple[Tensor, dict] | Skipped], size_divisor: int = 32) 
         out["images"][i, :, : image.shape[-2], : image.shape[-1]] = image
         out["boxes"][i, : len(target["boxes"])] = target["boxes"]
         out["labels"][i, : len(target["labels"])] = target["labels"]
-    return out | ({"skipped": skipped} if skipped else {})
+    if skipped:
+        out["skipped"] = skipped
+    return out
 
 
 def _blank_sample() -> tuple[Tensor, dict]:

@@ -10,11 +10,11 @@ import tempfile
 import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def check_dataset(
     The report holds every problem of the data; none of them is raised as an error.
     """
     root = Path(root)
-    notes = defaultdict(list)  # (split, kind): examples
+    notes: dict[tuple[str, str], list[str]] = defaultdict(list)  # (split, kind): examples
     splits = []
     for name in ("train", "val"):
         if found := _find(root, name, notes):
@@ -170,7 +170,7 @@ class Report:
                 cell.rjust(w) if i == 3 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             ]
             lines.append("  ".join(cells).rstrip())
-        sums = Counter()
+        sums: Counter[str] = Counter()
         for finding in self.findings:
             sums[finding.severity] += finding.count
         found = [", ".join(f"{n} {unit}" for unit, n in counts.items()) for counts in self.splits.values()]
@@ -265,7 +265,8 @@ def _check_annotations(name: str, folder: Path, file: Path, notes: dict) -> _Spl
 
 def _entries(entries: list, what: str, text: str, split: str, notes: dict) -> tuple[list[dict], set[int]]:
     """Collect the usable images or categories in the order of their ids, and the ids of the others."""
-    good, bad = {}, set()
+    good: dict[int, dict] = {}
+    bad: set[int] = set()
     for i, entry in enumerate(entries):
         problem = entry_problem(entry, text)
         entry_id = _id(entry.get("id")) if isinstance(entry, dict) else None
@@ -273,21 +274,22 @@ def _entries(entries: list, what: str, text: str, split: str, notes: dict) -> tu
             problem = f"{'images' if what == 'image' else 'categories'}[{i}] {problem}"
         elif what == "image":
             problem = image_problem(entry)
-        if problem:
+        if problem or entry_id is None:
             notes[split, f"{what} entry"].append(problem)
-            bad.add(entry_id)
+            if entry_id is not None:
+                bad.add(entry_id)
         elif entry_id in good:
             notes[split, f"repeated {what} id"].append(f"{entry_id}: {good[entry_id][text]}, {entry[text]}")
         else:
             good[entry_id] = entry
     if not entries:
         notes[split, f"{what} entry"].append("there is none")
-    return [good[i] for i in sorted(good)], bad - good.keys() - {None}
+    return [good[i] for i in sorted(good)], bad - good.keys()
 
 
 def _check_training_size(split: _Split, min_size: int, max_size: int, notes: dict) -> None:
-    resized = [resize_size(height, width, min_size, max_size) for height, width in split.sizes.tolist()]
-    resized = np.array(resized, dtype=np.int64).reshape(-1, 2)
+    sides = [resize_size(height, width, min_size, max_size) for height, width in split.sizes.tolist()]
+    resized = np.array(sides, dtype=np.int64).reshape(-1, 2)
     scale = (resized / split.sizes)[split.owners][:, ::-1]  # [A, 2] in x, y
     gone = ((split.boxes[:, 2:] - split.boxes[:, :2]) * scale < 1).any(axis=1)  # as v2.SanitizeBoundingBoxes
     for i in np.flatnonzero(gone):
@@ -326,7 +328,7 @@ def _check_images(splits: list[_Split], workers: int, progress: bool, notes: dic
     bar = tqdm(results, desc="images", total=len(jobs), unit="image", disable=not progress, dynamic_ncols=True)
     found = {jobs[i]: result for i, result in bar}
 
-    same = defaultdict(dict)  # content: {path: split}
+    same: dict[bytes, dict[str, str]] = defaultdict(dict)  # content: {path: split}
     for split in splits:
         for path, size in zip(paths[split.name], split.sizes.tolist(), strict=True):
             if (seen := found[path]) is None:
@@ -377,14 +379,14 @@ def inspect_image(path: str) -> Inspection:
         try:
             data = read_image_bytes(path)
             with _c_stderr() as written:
-                size = tuple(decode_image(data, path).shape[-2:])
+                height, width = decode_image(data, path).shape[-2:]
         except ImageError as error:
             return Inspection(problem=str(error), kind=error.kind)
         with open_image(data) as image:
             format = "JPEG" if image.format == "MPO" else image.format
             digest, orientation = hashlib.blake2b(data, digest_size=16).digest(), _orientation(image)
         complaint = next((line for line in written if "JPEG" in line), "")  # lines about TIFF concern metadata
-        return Inspection(digest, size, format, orientation, complaint=complaint)
+        return Inspection(digest, (height, width), format or "", orientation, complaint=complaint)
 
 
 @contextlib.contextmanager
@@ -393,7 +395,8 @@ def _c_stderr() -> Iterator[list[str]]:
 
     The list is empty until the context ends.
     """
-    lines, stderr = [], os.dup(2)
+    lines: list[str] = []
+    stderr = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)
         try:
@@ -423,7 +426,7 @@ def run_parallel(function: Callable, jobs: list, workers: int) -> Iterator[tuple
         return
     todo = deque(range(start, min(start + CHUNK, len(jobs))) for start in range(0, len(jobs), CHUNK))
     while todo:
-        running = {}
+        running: dict[Future, range] = {}
         try:
             with _pool(min(workers, len(todo))) as pool:
                 while todo or running:
@@ -474,7 +477,7 @@ def _printable(text: str, width: int | None = None) -> str:
     return text if width is None or len(text) <= width else text[: width - 3] + "..."
 
 
-def _xyxy(box) -> str:
+def _xyxy(box: np.ndarray) -> str:
     return "box " + ", ".join(f"{v:.6g}" for v in box)
 
 
@@ -482,13 +485,13 @@ def _list(classes: set[tuple[int, str]]) -> str:
     return ", ".join(f"{name} ({i})" for i, name in sorted(classes)) or "none"
 
 
-def _is_crowd(annotation) -> bool:
+def _is_crowd(annotation: Any) -> bool:
     return isinstance(annotation, dict) and is_crowd(annotation)
 
 
-def _file_name(entry) -> str | None:
+def _file_name(entry: Any) -> str | None:
     return name if isinstance(entry, dict) and isinstance(name := entry.get("file_name"), str) else None
 
 
-def _id(value) -> int | None:
+def _id(value: Any) -> int | None:
     return value if type(value) is int else None

@@ -80,10 +80,10 @@ class CocoDataset(torch.utils.data.Dataset):
         )
         self.problems = {kind: len(positions) for kind, positions in problems.items()}
         if self.problems:
-            counts = ", ".join(f"{kind}: {n}" for kind, n in self.problems.items())
+            what = ", ".join(f"{kind}: {n}" for kind, n in self.problems.items())
             if len(boxes) == 0:
-                raise ValueError(f"{annotation_file}: none of its annotations can be used ({counts})")
-            logger.warning("%s: annotations dropped or changed (%s)", annotation_file, counts)
+                raise ValueError(f"{annotation_file}: none of its annotations can be used ({what})")
+            logger.warning("%s: annotations dropped or changed (%s)", annotation_file, what)
 
         if are_fractions(boxes, self.sizes):
             raise ValueError(f"{annotation_file}: all boxes lie in the first pixel: are they fractions? write pixels")

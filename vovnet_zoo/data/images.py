@@ -18,7 +18,7 @@ except ImportError:
 
 Image.init()
 # Pillow knows more formats, but some would take a text file for an image, and EPS runs an interpreter.
-FORMATS = [
+FORMATS: list[str] = [
     name for name in ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM") if name in Image.OPEN
 ]
 MAX_IMAGE_BYTES = 2**31 - 1  # a larger file is no image, and would not fit into memory

@@ -3,6 +3,8 @@
 Each transform takes and returns `(image, target)`, as samples of `CocoDataset` are.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -69,9 +71,10 @@ class RandomShortestSide(v2.Transform):
         self.min_sizes, self.max_size = _int_range(min_sizes), max_size
 
     def make_params(self, flat_inputs: list) -> dict:
-        return {"size": resize_size(*v2.query_size(flat_inputs), _randint(*self.min_sizes), self.max_size)}
+        height, width = v2.query_size(flat_inputs)
+        return {"size": resize_size(height, width, _randint(*self.min_sizes), self.max_size)}
 
-    def transform(self, inpt, params: dict):
+    def transform(self, inpt: Any, params: dict) -> Any:
         return F.resize(inpt, list(params["size"]), antialias=True)
 
 
@@ -103,14 +106,14 @@ class RandomScaleCrop(v2.Transform):
             "size": [max(1, round(side * min(zoom, 1))) for side in target],
         }
 
-    def transform(self, inpt, params: dict):
+    def transform(self, inpt: Any, params: dict) -> Any:
         return F.resized_crop(inpt, **params, antialias=True)
 
 
 class _RandomPlusOneFlip(v2.RandomHorizontalFlip):
     """Mirror the image, and its boxes in the published convention."""
 
-    def transform(self, inpt, params: dict):
+    def transform(self, inpt: Any, params: dict) -> Any:
         if isinstance(inpt, tv_tensors.BoundingBoxes):
             boxes = hflip_boxes(inpt.as_subclass(Tensor), inpt.canvas_size[1], plus_one=True)
             return tv_tensors.wrap(boxes, like=inpt)

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -156,7 +157,7 @@ def gather_results(
     own = (results, [int(image_id) for image_id in image_ids])
     if not (dist.is_available() and dist.is_initialized()):
         return _merge([own])
-    parts = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
+    parts: list[Any] | None = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
     dist.gather_object(own, parts, dst=0, group=group)
     return None if parts is None else _merge(parts)
 
@@ -174,7 +175,7 @@ def _summary(run: COCOeval, class_names: list[str]) -> dict:
     """Average an engine's results. COCOeval.summarize would know no other limit than 100 detections."""
     precision = run.eval["precision"][..., -1]  # [IoU, recall, class, area], areas: all, small, medium, large
     recall = run.eval["recall"]  # [IoU, class, area, limit]
-    metrics = {
+    metrics: dict[str, Any] = {
         "AP": _mean(precision[:, :, :, 0]),
         "AP50": _mean(precision[0, :, :, 0]),
         "AP75": _mean(precision[5, :, :, 0]),
@@ -242,7 +243,7 @@ def _without_gc():
 
 
 def _area(row: dict) -> float:
-    area = row.get("area")
+    area: Any = row.get("area")
     # engines silently ignore a ground truth whose area is beyond these limits
     return area if type(area) in (int, float) and 0 <= area <= 1e10 else _box_area(row)
 

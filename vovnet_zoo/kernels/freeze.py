@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from .osa import FrozenOsaBlock, can_fold, fold
@@ -20,14 +22,14 @@ def freeze(model: nn.Module, winograd: bool) -> nn.Module:
     return model
 
 
-def _frozen(module: nn.Module, winograd: bool) -> nn.Module:
+def _frozen(module: Any, winograd: bool) -> nn.Module:
     """What takes the place of `module`."""
     if winograd and FrozenOsaBlock.suits(module):
         return FrozenOsaBlock.of(module)
     if can_fold(module):
         relu = type(module.bn.act) is nn.ReLU
-        conv, rest = fold(module), [] if relu and winograd and is_eligible(module.conv) else [module.bn.act]
-        conv = FrozenWinogradConv2d(conv, relu) if winograd and is_eligible(conv) else conv
+        folded, rest = fold(module), [] if relu and winograd and is_eligible(module.conv) else [module.bn.act]
+        conv = FrozenWinogradConv2d(folded, relu) if winograd and is_eligible(folded) else folded
         return nn.Sequential(conv, *rest, *([] if module.aa is None else [module.aa]))
     if winograd and type(module) is nn.Conv2d and is_eligible(module):
         return FrozenWinogradConv2d(module)

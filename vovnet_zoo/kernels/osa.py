@@ -15,6 +15,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +120,8 @@ class FrozenOsaBlock(nn.Module):
     @classmethod
     def of(cls, block: OsaBlock) -> FrozenOsaBlock:
         """The frozen form of a block that `suits`; batch norms are folded into the weights as they are now."""
-        layers = [FrozenWinogradConv2d(fold(layer), relu=True) for layer in block.conv_mid]
+        conv_mid: Any = block.conv_mid
+        layers = [FrozenWinogradConv2d(fold(layer), relu=True) for layer in conv_mid]
         return cls(layers, fold(block.conv_concat), block.attn, block.residual)
 
     @staticmethod
@@ -133,7 +135,8 @@ class FrozenOsaBlock(nn.Module):
         return all(is_eligible(layer.conv) for layer in block.conv_mid)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, layers = x, self.layers
+        layers: Any = self.layers
+        first = x
         if layers[0].gains(x):
             weights, shifts = (
                 [*(layer.transformed for layer in layers), self.last.weight],
@@ -150,7 +153,7 @@ class FrozenOsaBlock(nn.Module):
         return x + first if self.residual else x
 
 
-def can_fold(block: nn.Module) -> bool:
+def can_fold(block: nn.Module) -> TypeGuard[ConvNormAct]:
     """Whether `block` is a timm ConvNormAct whose norm is a batch norm with statistics."""
     return isinstance(block, ConvNormAct) and isinstance(block.conv, nn.Conv2d) and hasattr(block.bn, "running_var")
 
@@ -174,8 +177,7 @@ def _after_aggregation(block: OsaBlock, x: Tensor, first: Tensor) -> Tensor:
 
 def convolve_concatenated(maps: list[Tensor], block: ConvNormAct) -> Tensor:
     """`block(torch.cat(maps, dim=1))`, its convolution 1x1: n maps [B,C_i,H,W] -> [B,O,H,W]."""
-    folded = isinstance(block, FoldedConvNormAct)
-    weight, shift = block.fold() if folded else (block.conv.weight, block.conv.bias)
+    weight, shift = block.fold() if isinstance(block, FoldedConvNormAct) else (block.conv.weight, block.conv.bias)
     device = maps[0].device.type
     if not torch.is_autocast_enabled(device):
         x = _ConvolveConcatenated.apply(weight, *maps)
@@ -188,7 +190,7 @@ def convolve_concatenated(maps: list[Tensor], block: ConvNormAct) -> Tensor:
                 x = _ConvolveConcatenated.apply(weight.to(dtype), *(m.to(dtype) for m in maps))
     if shift is not None:
         x = x + shift.to(x.dtype)[:, None, None]
-    return block.bn.act(block.bn.drop(x)) if folded else block.bn(x)
+    return block.bn.act(block.bn.drop(x)) if isinstance(block, FoldedConvNormAct) else block.bn(x)
 
 
 class _ConvolveConcatenated(torch.autograd.Function):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
-def become(module: nn.Module, cls: type[nn.Module]) -> None:
+def become(module: nn.Module, cls: type[Any]) -> None:
     """Give `module` the class `cls`, which computes the same in another way; `restore` undoes it.
 
     Parameters, state dict and hooks stay as they are, and so do references to the module. `cls` derives from

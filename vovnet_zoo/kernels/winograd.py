@@ -53,6 +53,8 @@ class FrozenWinogradConv2d(nn.Module):
         if not is_eligible(conv):
             raise ValueError(f"{conv} is not 3x3 of stride 1, padding 1, dilation 1, one group, 32 channels or more")
         self.relu = relu
+        self.weight: Tensor
+        self.bias: Tensor | None
         self.out_channels = conv.out_channels
         self.register_buffer("weight", conv.weight.detach().clone(), persistent=False)  # for maps too small to gain
         self.register_buffer("bias", None if conv.bias is None else conv.bias.detach().clone(), persistent=False)
@@ -82,7 +84,7 @@ def use_winograd(model: nn.Module) -> int:
         return 0
     count = 0
     for conv in model.modules():
-        if type(conv) in (nn.Conv2d, CpuConv2d):
+        if isinstance(conv, nn.Conv2d) and type(conv) in (nn.Conv2d, CpuConv2d):
             become(conv, WinogradConv2d if is_eligible(conv) else Float32Conv2d)
             count += is_eligible(conv)
     return count

@@ -1,0 +1,100 @@
+"""A detector has these settings, and the table of variants says what "improved" and "published" mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NotRequired, TypedDict
+
+VariantName = Literal["improved", "published"]
+Distance = Literal["relu", "exp"]
+CenternessOn = Literal["box", "cls"]
+BoxLoss = Literal["giou", "iou"]
+
+
+class Variant(TypedDict):
+    """A variant consists of these arguments of `FCOS`; those from `plus_one` on are also arguments of `FCOSLoss`."""
+
+    distance: Distance
+    centerness_on: CenternessOn
+    frozen_norm: NotRequired[bool]
+    plus_one: bool
+    center_radius: float | None
+    box_loss: BoxLoss
+    add_images: bool
+
+
+VARIANTS: dict[VariantName, Variant] = {
+    # arXiv 2006.09214
+    "improved": dict(
+        distance="relu",
+        centerness_on="box",
+        plus_one=False,
+        center_radius=1.5,
+        box_loss="giou",
+        add_images=False,
+    ),
+    # the detectors that were published in 2019 (arXiv 1904.01355)
+    "published": dict(
+        distance="exp",
+        centerness_on="cls",
+        frozen_norm=True,
+        plus_one=True,
+        center_radius=None,
+        box_loss="iou",
+        add_images=True,
+    ),
+}
+DEFAULT_VARIANT: VariantName = "improved"
+DEFAULTS = VARIANTS[DEFAULT_VARIANT]
+
+
+class LossOptions(TypedDict, total=False):
+    """These arguments of `FCOSLoss` are also in a detector's configuration."""
+
+    plus_one: bool
+    center_radius: float | None
+    box_loss: BoxLoss
+    add_images: bool
+
+
+class DetectorOptions(TypedDict, total=False):
+    """These arguments of `FCOS` can be given to `create_detector`, beside the number of classes."""
+
+    add_images: bool
+    backbone: str
+    box_loss: BoxLoss
+    center_radius: float | None
+    centerness_on: CenternessOn
+    channels: int
+    class_names: Sequence[str] | None
+    distance: Distance
+    frozen_norm: bool
+    image_mean: Sequence[float] | None
+    image_std: Sequence[float] | None
+    max_size: int
+    min_size: int
+    num_convs: int
+    plus_one: bool
+    prior: float
+
+
+class DetectorConfig(TypedDict):
+    """The configuration of a detector holds the value of every argument of `FCOS`, as `config.json` does."""
+
+    backbone: str
+    num_classes: int
+    class_names: list[str] | None
+    channels: int
+    num_convs: int
+    distance: Distance
+    centerness_on: CenternessOn
+    frozen_norm: bool
+    prior: float
+    image_mean: list[float]
+    image_std: list[float]
+    min_size: int
+    max_size: int
+    plus_one: bool
+    center_radius: float | None
+    box_loss: BoxLoss
+    add_images: bool
