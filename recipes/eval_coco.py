@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from runtime import log, process_group
+from runtime import StopSignal, log, process_group
 from scoring import score_dataset
 from vovnet_zoo import FCOS
 from vovnet_zoo.coco_eval import format_table, load_engine
@@ -51,15 +51,17 @@ def main(config: EvalConfig) -> dict | None:
             model.config["min_size"] = config.size
         dataset = CocoDataset(*find_split(config.data, config.split))
         check_classes(model, dataset)
-        results, metrics = score_dataset(
-            model,
-            dataset,
-            rank,
-            world_size,
-            workers=config.workers,
-            plus_one=config.plus_one,
-            engine=config.engine,
-        )
+        with StopSignal() as stop:
+            results, metrics = score_dataset(
+                model,
+                dataset,
+                rank,
+                world_size,
+                stop=stop,
+                workers=config.workers,
+                plus_one=config.plus_one,
+                engine=config.engine,
+            )
         if rank == 0:
             print(format_table(metrics))
             if config.out is not None:

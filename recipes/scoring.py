@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from runtime import Stopped, StopSignal, all_reduce, ignore_stop_signals
 from vovnet_zoo import FCOS, predict
 from vovnet_zoo.coco_eval import evaluate, gather_results, to_coco_results
 from vovnet_zoo.data import CocoDataset
+
+LOOK_EVERY = 4  # images; so often do several processes tell each other of stop signals
 
 
 def score_dataset(
@@ -17,6 +22,7 @@ def score_dataset(
     rank: int = 0,
     world_size: int = 1,
     *,
+    stop: StopSignal | None = None,
     workers: int = 2,
     plus_one: bool = False,
     engine: str = "pycocotools",
@@ -24,15 +30,30 @@ def score_dataset(
     """Run the detector on a dataset without transforms; returns COCO result rows and `coco_eval.evaluate`'s metrics.
 
     The images are shared out over the processes. Rank 0 gathers the results; the others return (None, None).
+    `Stopped` is raised, in all processes, a few images after one of them received a stop signal.
     """
+    device = next(model.parameters()).device
     mine = range(rank, len(dataset), world_size)
-    loader = DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers)
+    share = len(range(0, len(dataset), world_size))  # of rank 0; other ranks may have one image less
+    # the workers ignore stop signals only where `stop` takes care of them, see `StopSignal.__exit__`
+    start_worker = ignore_stop_signals if stop else None
+    samples = iter(DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers, worker_init_fn=start_worker))
     rows, image_ids = [], []
-    for image, target in tqdm(loader, desc="evaluate", unit="image", disable=rank > 0, leave=False):
-        detections = predict(model, image.as_subclass(torch.Tensor), plus_one=plus_one)
-        rows += to_coco_results(detections, [target["image_id"]], dataset.category_ids, plus_one=plus_one)
-        image_ids.append(target["image_id"])
-    results = gather_results(rows, image_ids)
-    if rank > 0:
-        return None, None
-    return results, evaluate(dataset.annotation_file, results, engine=engine)
+    for i in tqdm(range(share), desc="evaluate", unit="image", disable=rank > 0, leave=False):
+        if stop and (world_size == 1 or i % LOOK_EVERY == 0) and (number := stop.agreed(device)):
+            raise Stopped(128 + number)
+        if i < len(mine):
+            image, target = next(samples)
+            detections = predict(model, image.as_subclass(torch.Tensor), plus_one=plus_one)
+            rows += to_coco_results(detections, [target["image_id"]], dataset.category_ids, plus_one=plus_one)
+            image_ids.append(target["image_id"])
+    results, metrics, stopped = gather_results(rows, image_ids), None, 0
+    if rank == 0:
+        try:
+            with stop.at_once() if stop else contextlib.nullcontext():
+                metrics = evaluate(dataset.annotation_file, results, engine=engine)
+        except Stopped as error:
+            stopped = error.code
+    if stop and (code := int(all_reduce(torch.tensor(stopped, device=device), torch.distributed.ReduceOp.MAX))):
+        raise Stopped(code)  # in all processes
+    return results, metrics

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections.abc import Iterator
 
@@ -24,7 +23,7 @@ from memory import peak_memory
 from optim import set_lr
 from presets import PRESETS, TrainConfig
 from run_folder import RunLog, note_not_finite, note_skipped
-from runtime import StopSignal, all_reduce, log, process_group
+from runtime import Stopped, StopSignal, all_reduce, log, process_group
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
 from training_run import Run, is_due, save, set_up
@@ -46,7 +45,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     """Do the steps that are left of a run, with the checkpoints and evaluations that are due."""
     config, model, criterion, progress = run.config, run.model, run.criterion, run.progress
     find, compute = (compiled(f) if config.compile else f for f in (find_targets, compute_losses))
-    score_if_due(run, run_log)  # the run may have been stopped between a checkpoint and its evaluation
+    score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     batches = iter(build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device))
     steps = range(progress.step, config.steps)
     bar = tqdm(steps, total=config.steps, initial=progress.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
@@ -95,10 +94,10 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         if stopping:
             bar.close()
             log.warning("stopped by a signal after step %d, saved; the same command goes on from there", step + 1)
-            sys.exit(128 + stopping)
+            raise Stopped(128 + stopping)
 
         # Score, and save the best model.
-        score_if_due(run, run_log)
+        score_if_due(run, run_log, stop)
         began = time.perf_counter()
 
 
@@ -177,12 +176,18 @@ def log_step(
     bar.set_postfix_str(f"loss {loss:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s")
 
 
-def score_if_due(run: Run, run_log: RunLog) -> None:
+def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     """Score the model if this is due and was not done yet; write `last/`, and `best/` if there was no better one."""
     config, progress = run.config, run.progress
     if progress.scored == progress.step or not is_due(config.eval_every, run):
         return
-    _, metrics = score_dataset(run.averaged, run.val_set, run.rank, run.world_size, workers=config.workers)
+    try:
+        _, metrics = score_dataset(
+            run.averaged, run.val_set, run.rank, run.world_size, stop=stop, workers=config.workers
+        )
+    except Stopped:
+        log.warning("stopped by a signal in the evaluation after step %d; the same command repeats it", progress.step)
+        raise
     progress.scored = progress.step
     if run.rank == 0:
         overall = {name: value for name, value in metrics.items() if name != "per_class"}

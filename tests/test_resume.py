@@ -54,6 +54,14 @@ def test_interrupted(tiny_coco, tmp_path, undisturbed, number):
     assert_same(out, undisturbed(tiny_coco, 1))
 
 
+@pytest.mark.slow
+def test_a_signal_doubled_by_torchrun(tiny_coco, tmp_path):
+    """torchrun forwards SIGTERM to two processes that received it with torchrun: the step is saved all the same."""
+    out = tmp_path / "run"
+    interrupt(tiny_coco, out, 2, 7, signal.SIGTERM)
+    assert load_checkpoint(out / "checkpoints")["progress"]["step"] == rows(out)[-1]["step"] + 1 >= 8
+
+
 def test_damaged_newest_checkpoint(tiny_coco, tmp_path, undisturbed):
     out = tmp_path / "run"
     interrupt(tiny_coco, out, 1, 9, signal.SIGKILL)
