@@ -29,7 +29,7 @@ def build_datasets(config: TrainConfig, rank: int, world_size: int) -> tuple[Coc
         drop_empty=config.drop_empty,
         skip_bad_images=config.skip_bad_images,
     )
-    val_set = CocoDataset(*find_split(config.data, "val"))
+    val_set = CocoDataset(*find_split(config.data, "val"), skip_bad_images=config.skip_bad_images)
     check_config(config, train_set, val_set, world_size)
     return train_set, val_set
 

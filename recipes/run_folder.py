@@ -115,7 +115,9 @@ def note_not_finite(
 # ---- is the run in the folder the same as the one that starts? ------------------------------------------------------
 
 # These fields of the configuration do not change the result of a run, apart from rounding.
+# `skip_bad_images` is among them, since without it a run ends at the first image that it would change.
 FREE = {"out", "data", "workers", "accum", "device", "compile", "checkpoint_every", "max_not_finite", "allow_changes"}
+FREE |= {"skip_bad_images"}
 
 
 def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset) -> dict[str, str]:
@@ -131,7 +133,7 @@ def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainCo
     changes = [
         f"{name}: was {saved.get(name)}, now {asked.get(name)}"
         for name in sorted(saved.keys() | asked.keys())
-        if saved.get(name) != asked.get(name)
+        if saved.get(name) != asked.get(name) and name not in FREE
     ]
     if not changes:
         return

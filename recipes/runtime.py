@@ -67,6 +67,15 @@ def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Te
     return x
 
 
+def gather(items: list) -> list:
+    """Join the lists of all processes, on all of them."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from runtime import Stopped, StopSignal, all_reduce, ignore_stop_signals
+from runtime import Stopped, StopSignal, all_reduce, gather, ignore_stop_signals
 from vovnet_zoo import FCOS, predict
 from vovnet_zoo.coco_eval import evaluate, gather_results, to_coco_results
-from vovnet_zoo.data import CocoDataset
+from vovnet_zoo.data import CocoDataset, Skipped
 
 LOOK_EVERY = 4  # images; so often do several processes tell each other of stop signals
 
@@ -23,6 +24,7 @@ def score_dataset(
     world_size: int = 1,
     *,
     stop: StopSignal | None = None,
+    note: Callable[[list[Skipped]], None] | None = None,
     workers: int = 2,
     plus_one: bool = False,
     engine: str = "pycocotools",
@@ -31,6 +33,9 @@ def score_dataset(
 
     The images are shared out over the processes. Rank 0 gathers the results; the others return (None, None).
     `Stopped` is raised, in all processes, a few images after one of them received a stop signal.
+
+    Where the dataset skips images that cannot be read, they are given to `note`, and the others are scored;
+    `ValueError` if there are no others.
     """
     device = next(model.parameters()).device
     mine = range(rank, len(dataset), world_size)
@@ -43,15 +48,22 @@ def score_dataset(
         if stop and (world_size == 1 or i % LOOK_EVERY == 0) and (number := stop.agreed(device)):
             raise Stopped(128 + number)
         if i < len(mine):
-            image, target = next(samples)
+            sample = next(samples)
+            if isinstance(sample, Skipped):
+                note([sample])
+                continue
+            image, target = sample
             detections = predict(model, image.as_subclass(torch.Tensor), plus_one=plus_one)
             rows += to_coco_results(detections, [target["image_id"]], dataset.category_ids, plus_one=plus_one)
             image_ids.append(target["image_id"])
-    results, metrics, stopped = gather_results(rows, image_ids), None, 0
+    results, scored, metrics, stopped = gather_results(rows, image_ids), gather(image_ids), None, 0
+    if not scored:
+        raise ValueError(f"{dataset.images_dir}: none of the {len(dataset)} images could be read, nothing to score")
     if rank == 0:
         try:
             with stop.at_once() if stop else contextlib.nullcontext():
-                metrics = evaluate(dataset.annotation_file, results, engine=engine)
+                chosen = scored if dataset.skip_bad_images else None
+                metrics = evaluate(dataset.annotation_file, results, image_ids=chosen, engine=engine)
         except Stopped as error:
             stopped = error.code
     if stop and (code := int(all_reduce(torch.tensor(stopped, device=device), torch.distributed.ReduceOp.MAX))):

@@ -8,6 +8,7 @@ command goes on with it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from run_folder import RunLog, note_not_finite, note_skipped
 from runtime import Stopped, StopSignal, all_reduce, log, process_group
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
-from training_run import Run, is_due, save, set_up
+from training_run import Run, is_due, put_back, save, save_finished, set_up
 from vovnet_zoo.coco_eval import format_table
 
 
@@ -35,7 +36,11 @@ def main(config: TrainConfig) -> dict | None:
     with process_group(config.device) as (rank, world_size, device), StopSignal() as stop:
         run = set_up(config, rank, world_size, device)
         with contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log:
-            train(run, run_log, stop)
+            try:
+                train(run, run_log, stop)
+            except Exception:
+                save_finished(run)
+                raise
             if rank == 0:
                 summarize(run, run_log)
         return run.progress.metrics
@@ -65,7 +70,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         # Forward and backward, part by part; autograd adds up the gradients of the parts. The seed for drop path and
         # the like depends on the step only, so that a resumed run draws the same numbers.
         torch.manual_seed(seed_of(config.seed, step, run.rank))
-        statistics = batch_statistics(model)  # as they are before the step
+        run.statistics = batch_statistics(model)  # as they are before the step
         totals = torch.zeros(3, device=run.device)
         for part, (targets, _) in zip(parts, assigned, strict=True):
             images = pad_images(part["images"], height, width)
@@ -81,11 +86,11 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
 
         # One update of the weights, unless a loss or the gradient is not finite: such a step changes nothing.
         lr = set_lr(run.optimizer, config, step)
-        grad_norm = update(run, step, parts, losses, statistics)
+        grad_norm = update(run, step, parts, losses)
 
         # Log: a row of numbers.
         seconds = time.perf_counter() - began
-        progress.step, progress.train_seconds = step + 1, progress.train_seconds + seconds
+        progress.train_seconds += seconds
         log_step(run, run_log, bar, step, losses, seconds, lr=lr, grad_norm=grad_norm, data_wait_s=data_wait)
 
         # Save. This comes before the evaluation, which takes long and can fail, so that no finished step is lost.
@@ -129,29 +134,28 @@ def batch_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return [(x, x.clone()) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for x in m.buffers()]
 
 
-def update(
-    run: Run, step: int, parts: list[dict], losses: dict[str, float], statistics: list[tuple[Tensor, Tensor]]
-) -> float:
+def update(run: Run, step: int, parts: list[dict], losses: dict[str, float]) -> float:
     """Change the weights by their gradients, and clear these; returns the gradient's norm.
 
-    A step whose loss or gradient is not finite is skipped instead, and `statistics` (buffers of batch norms, each with
-    its value before the step) are put back. With float16, a gradient that overflows is no such case: GradScaler leaves
-    out the change of the weights and lowers its scale.
+    A step whose loss or gradient is not finite is skipped instead, and the statistics of batch norms are put back. With
+    float16, a gradient that overflows is no such case: GradScaler leaves out the change of the weights and lowers its
+    scale.
     """
     run.scaler.unscale_(run.optimizer)
     max_norm = run.config.clip_grad or float("inf")
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm).item()
     if all(map(math.isfinite, losses.values())) and (run.scaler.is_enabled() or math.isfinite(grad_norm)):
+        run.updating = True
         run.scaler.step(run.optimizer)
         if run.ema:
             run.ema.update(run.model, step=step + 1)
         run.progress.not_finite = 0
     else:
-        for x, before in statistics:
-            x.copy_(before)
+        put_back(run)
         skip_step(run, step, parts, losses, grad_norm)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
+    run.progress.step, run.statistics, run.updating = step + 1, [], False  # the step is finished
     return grad_norm
 
 
@@ -181,9 +185,10 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     config, progress = run.config, run.progress
     if progress.scored == progress.step or not is_due(config.eval_every, run):
         return
+    note = functools.partial(note_skipped, config.out, progress.step)
     try:
         _, metrics = score_dataset(
-            run.averaged, run.val_set, run.rank, run.world_size, stop=stop, workers=config.workers
+            run.averaged, run.val_set, run.rank, run.world_size, stop=stop, note=note, workers=config.workers
         )
     except Stopped:
         log.warning("stopped by a signal in the evaluation after step %d; the same command repeats it", progress.step)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from timm.utils import ModelEmaV3
+from torch import Tensor
 
 from build import build_datasets, build_model, prepare_for_training
 from gradients import GradientSum
@@ -48,6 +49,10 @@ class Run:
     scaler: torch.amp.GradScaler
     identity: dict[str, str]  # a run goes on only from checkpoints with its own identity
     progress: Progress
+    # These say whether the run can be saved after an error in the middle of a step.
+    statistics: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # buffers that the step changes, and before
+    updating: bool = False  # the weights are about to change
+    saved: int = 0  # steps that were done at the last checkpoint
 
     @property
     def averaged(self) -> FCOS:
@@ -90,6 +95,7 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
             part.load_state_dict(saved[name])
         # checkpoints of version 0.1 do not say `scored`: they were written after the evaluation of their step
         run.progress = Progress(**{"scored": saved["progress"]["step"], **saved["progress"]})
+        run.saved = run.progress.step
         log.info("going on after step %d of %s", run.progress.step, config.out)
     else:
         broadcast_weights(model)
@@ -107,3 +113,31 @@ def save(run: Run) -> None:
         states = {name: part.state_dict() for name, part in run.stateful.items()}
         state = {"run": run.identity, "progress": dataclasses.asdict(run.progress), **states}
         save_checkpoint(run.config.out / "checkpoints", run.progress.step, state)
+    run.saved = run.progress.step
+
+
+def put_back(run: Run) -> None:
+    """Give the statistics of batch norms the values that they had before the step that is not finished."""
+    for x, before in run.statistics:
+        x.copy_(before)
+    run.statistics = []
+
+
+def save_finished(run: Run) -> None:
+    """After an error, save the finished steps that no checkpoint has, and say how to go on. Rank 0 does so alone.
+
+    A second error is logged, so that the first is the one that the user sees at the end.
+    """
+    if run.rank > 0:
+        return
+    put_back(run)
+    try:
+        if run.saved < run.progress.step and not run.updating:
+            save(run)
+    except Exception as error:
+        log.error("the finished steps could not be saved: %s", error)
+    log.error(
+        "stopped by an error after step %d, saved after step %d; when its cause is mended, the same command goes on",
+        run.progress.step,
+        run.saved,
+    )

@@ -14,9 +14,11 @@ import runtime
 import scoring
 import train_coco
 from presets import TrainConfig
-from run_folder import load_checkpoint
+from run_folder import list_checkpoints, load_checkpoint
 from runtime import StopSignal
 from vovnet_zoo import FCOS
+from vovnet_zoo.coco_eval import evaluate
+from vovnet_zoo.data import CocoDataset, find_split
 
 
 @pytest.fixture
@@ -94,3 +96,72 @@ def test_a_signal_while_the_scores_are_computed(config, monkeypatch):
         train_coco.main(config)
     assert error.value.code == 128 + signal.SIGINT
     assert load_checkpoint(config.out / "checkpoints")["progress"]["step"] == 2
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["compute_losses", "update", "log_step", "next_parts"])
+def test_an_error_in_a_step_loses_no_step(config, monkeypatch, capsys, where):
+    """Batch norm and EMA included: the finished steps are saved as if the run had been stopped after them."""
+    config = dataclasses.replace(config, accum=2, ema=0.5, eval_every=None, optimizer="muon")
+    undisturbed = dataclasses.replace(config, out=config.out.with_name("undisturbed"))
+    train_coco.main(undisturbed)
+    real, calls = getattr(train_coco, where), []
+
+    def fails(*arguments, **options):
+        calls.append(arguments)
+        result = None if where in ("update", "next_parts") and len(calls) == 3 else real(*arguments, **options)
+        if len(calls) == (6 if where == "compute_losses" else 3):  # two parts a step
+            raise RuntimeError("out of memory")
+        return result
+
+    monkeypatch.setattr(train_coco, where, fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train_coco.main(config)
+    done = 3 if where == "log_step" else 2
+    assert f"stopped by an error after step {done}, saved after step {done}" in capsys.readouterr().err
+    assert load_checkpoint(config.out / "checkpoints")["progress"]["step"] == done
+    monkeypatch.setattr(train_coco, where, real)
+    train_coco.main(config)
+    for name in ("best", "last"):
+        ours, theirs = (FCOS.from_pretrained(run.out / name).state_dict() for run in (config, undisturbed))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_an_error_while_the_weights_change_saves_nothing(config, monkeypatch, capsys):
+    """Half of the weights may be of one step and half of the next, so the checkpoint before stays the newest."""
+    config = dataclasses.replace(config, checkpoint_every=1, eval_every=None)
+
+    def step(optimizer, closure=None):
+        raise RuntimeError("device lost")
+
+    real = train_coco.set_lr
+
+    def set_lr(optimizer, config, at):
+        if at == 2:
+            monkeypatch.setattr(type(optimizer), "step", step)
+        return real(optimizer, config, at)
+
+    monkeypatch.setattr(train_coco, "set_lr", set_lr)
+    with pytest.raises(RuntimeError, match="device lost"):
+        train_coco.main(config)
+    assert "stopped by an error after step 2, saved after step 2" in capsys.readouterr().err
+    assert [path.name[:8] for path in list_checkpoints(config.out / "checkpoints")] == ["00000001", "00000002"]
+
+
+def test_a_bad_validation_image_is_skipped(config, tiny_coco):
+    """The run that it ended goes on with --skip-bad-images, and scores the other images."""
+    (tiny_coco / "val" / "1.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="1.png"):
+        train_coco.main(config)
+    metrics = train_coco.main(dataclasses.replace(config, skip_bad_images=True))
+    assert len(losses(config.out)) == 4 and [row["step"] for row in rows(config.out) if "AP" in row] == [1, 3]
+    assert (config.out / "skipped.txt").read_text().count("image 11: ") == 2  # at both evaluations
+    dataset = CocoDataset(*find_split(tiny_coco, "val"), skip_bad_images=True)
+    results, found = scoring.score_dataset(FCOS.from_pretrained(config.out / "last"), dataset, note=print, workers=0)
+    assert found == metrics == evaluate(dataset.annotation_file, results, image_ids=[10, 12])
+    for name in ("0.png", "2.png"):
+        (tiny_coco / "val" / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 3 images could be read"):
+        scoring.score_dataset(FCOS.from_pretrained(config.out / "last"), dataset, note=print, workers=0)
