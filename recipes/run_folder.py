@@ -17,6 +17,7 @@ from torch import Tensor
 from presets import TrainConfig
 from runtime import environment, log
 from vovnet_zoo.data import CocoDataset, Skipped
+from vovnet_zoo.files import hash_file
 
 # ---- the log --------------------------------------------------------------------------------------------------------
 
@@ -153,8 +154,9 @@ def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainCo
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
     """Write `state` (tensors, numbers, strings in dicts and lists) after `step` steps; keep the newest `keep` files.
 
-    The file's name carries the first digits of its SHA-256, so that a damaged file is noticed. A file of the same step
-    is replaced. `OSError` if the file cannot be written, on a full disk for instance; earlier ones are then untouched.
+    Only undamaged files count among those to keep; the others are removed. The file's name carries the first digits of
+    its SHA-256, so that a damaged file is noticed. A file of the same step is replaced. `OSError` if the file cannot be
+    written, on a full disk for instance; earlier ones are then untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
@@ -167,32 +169,58 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> Path
         newest = list_checkpoints(folder)
         intact = f"{newest[-1]} is intact" if newest else "there is no earlier one"
         raise OSError(error.errno, f"checkpoint of step {step} not saved ({error.strerror}); {intact}", path) from error
-    for old in list_checkpoints(folder):
-        if old != path and old.name[:8] == path.name[:8]:
+    whole = [path]
+    for old in reversed([other for other in list_checkpoints(folder) if other != path]):
+        if old.name[:8] != path.name[:8] and len(whole) < keep and is_whole(old):
+            whole.append(old)
+        else:
             old.unlink()
-    for old in list_checkpoints(folder)[:-keep]:
-        old.unlink()
     return path
 
 
 def load_checkpoint(folder: Path) -> dict | None:
-    """Load the newest undamaged checkpoint on the CPU; None if there is none. Rank 0 reads it and gives it to all."""
+    """Load the newest undamaged checkpoint on the CPU; None if there is none. Rank 0 reads it and gives it to all.
+
+    `ValueError`, in all processes, if all checkpoints are damaged.
+    """
     state = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        state = [read_newest(folder)]
+        try:
+            state = [read_newest(folder)]
+        except ValueError as error:
+            state = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(state, src=0)
+    if isinstance(state[0], ValueError):
+        raise state[0]
     return state[0]
 
 
 def read_newest(folder: Path) -> dict | None:
-    """Read the newest checkpoint whose content has the hash in its name; None if there is none."""
-    for path in reversed(list_checkpoints(folder)):
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest()[:16] == path.stem.partition("-")[2]:
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    """Read the newest checkpoint whose content has the hash in its name; None if there are no checkpoints.
+
+    `ValueError` if all are damaged: the run is not begun again without being asked, since that would overwrite its log.
+    """
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        if is_whole(path):
+            return torch.load(path, map_location="cpu", weights_only=True)
         log.warning("%s is damaged (its hash is not the one in its name); using the one before", path)
+    if paths:
+        raise ValueError(
+            f"{folder}: all checkpoints are damaged ({', '.join(path.name for path in paths)}); put back a copy of "
+            "one, or, to start the run over, remove this folder or give another --out"
+        )
     return None
+
+
+def is_whole(path: Path) -> bool:
+    """Say whether a checkpoint can be read, and its content has the hash in its name."""
+    try:
+        return hash_file(path)[:16] == path.stem.partition("-")[2]
+    except OSError as error:
+        log.warning("%s cannot be read: %s", path, error.strerror)
+        return False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
