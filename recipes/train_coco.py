@@ -27,7 +27,7 @@ from run_folder import RunLog, note_not_finite, note_skipped
 from runtime import Stopped, StopSignal, all_reduce, log, process_group
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
-from training_run import Run, is_due, put_back, save, save_finished, set_up
+from training_run import Run, are_finite, is_due, is_trusted, put_back, save, save_finished, set_up
 from vovnet_zoo.coco_eval import format_table
 
 
@@ -98,7 +98,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
             save(run)
         if stopping:
             bar.close()
-            log.warning("stopped by a signal after step %d, saved; the same command goes on from there", step + 1)
+            log.warning("stopped by a signal; %d steps are saved, and the same command goes on from there", run.saved)
             raise Stopped(128 + stopping)
 
         # Score, and save the best model.
@@ -160,10 +160,14 @@ def update(run: Run, step: int, parts: list[dict], losses: dict[str, float]) -> 
 
 
 def skip_step(run: Run, step: int, parts: list[dict], losses: dict[str, float], grad_norm: float) -> None:
-    """Note a step that is skipped, with its images; `RuntimeError` after too many in a row."""
+    """Note a step that is skipped, with its images.
+
+    `RuntimeError` after too many in a row, or if the weights themselves are not finite at the end of the run.
+    """
     run.progress.not_finite += 1
     path = note_not_finite(run.config.out, step, run.rank, parts, losses, grad_norm)
-    if run.progress.not_finite >= run.config.max_not_finite:
+    too_many = run.progress.not_finite >= run.config.max_not_finite
+    if too_many or (step + 1 == run.config.steps and not are_finite(run.averaged)):
         raise RuntimeError(
             f"{run.progress.not_finite} steps in a row were not finite, the last batch is in {path}; "
             "lower --lr, set --clip-grad, or look at the images and boxes named there"
@@ -183,7 +187,7 @@ def log_step(
 def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     """Score the model if this is due and was not done yet; write `last/`, and `best/` if there was no better one."""
     config, progress = run.config, run.progress
-    if progress.scored == progress.step or not is_due(config.eval_every, run):
+    if progress.scored == progress.step or not is_due(config.eval_every, run) or not is_trusted(run):
         return
     note = functools.partial(note_skipped, config.out, progress.step)
     try:

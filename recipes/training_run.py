@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import Tensor, nn
 
 from build import build_datasets, build_model, prepare_for_training
 from gradients import GradientSum
@@ -107,8 +107,23 @@ def is_due(every: int | None, run: Run) -> bool:
     return run.progress.step == run.config.steps or bool(every and run.progress.step % every == 0)
 
 
+def is_trusted(run: Run) -> bool:
+    """Say whether the weights may be saved: the last step was finite, or it was the run's last and they are finite."""
+    if run.progress.not_finite == 0:
+        return True
+    return run.progress.step == run.config.steps and are_finite(run.averaged)
+
+
+def are_finite(model: nn.Module) -> bool:
+    """Say whether all parameters and buffers of a model are finite."""
+    return all(x.isfinite().all().item() for x in model.state_dict().values())
+
+
 def save(run: Run) -> None:
-    """Write a checkpoint, on rank 0."""
+    """Write a checkpoint, on rank 0; not while steps are not finite, so that the good ones before it stay."""
+    if not is_trusted(run):
+        log.warning("not saved after step %d, since the last step was not finite", run.progress.step)
+        return
     if run.rank == 0:
         states = {name: part.state_dict() for name, part in run.stateful.items()}
         state = {"run": run.identity, "progress": dataclasses.asdict(run.progress), **states}
@@ -137,7 +152,7 @@ def save_finished(run: Run) -> None:
     except Exception as error:
         log.error("the finished steps could not be saved: %s", error)
     log.error(
-        "stopped by an error after step %d, saved after step %d; when its cause is mended, the same command goes on",
+        "stopped by an error after step %d; %d steps are saved, and the same command goes on from there",
         run.progress.step,
         run.saved,
     )

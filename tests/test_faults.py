@@ -120,7 +120,7 @@ def test_an_error_in_a_step_loses_no_step(config, monkeypatch, capsys, where):
     with pytest.raises(RuntimeError, match="out of memory"):
         train_coco.main(config)
     done = 3 if where == "log_step" else 2
-    assert f"stopped by an error after step {done}, saved after step {done}" in capsys.readouterr().err
+    assert f"after step {done}; {done} steps are saved" in capsys.readouterr().err
     assert load_checkpoint(config.out / "checkpoints")["progress"]["step"] == done
     monkeypatch.setattr(train_coco, where, real)
     train_coco.main(config)
@@ -146,7 +146,7 @@ def test_an_error_while_the_weights_change_saves_nothing(config, monkeypatch, ca
     monkeypatch.setattr(train_coco, "set_lr", set_lr)
     with pytest.raises(RuntimeError, match="device lost"):
         train_coco.main(config)
-    assert "stopped by an error after step 2, saved after step 2" in capsys.readouterr().err
+    assert "after step 2; 2 steps are saved" in capsys.readouterr().err
     assert [path.name[:8] for path in list_checkpoints(config.out / "checkpoints")] == ["00000001", "00000002"]
 
 
@@ -165,3 +165,48 @@ def test_a_bad_validation_image_is_skipped(config, tiny_coco):
         (tiny_coco / "val" / name).write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 3 images could be read"):
         scoring.score_dataset(FCOS.from_pretrained(config.out / "last"), dataset, note=print, workers=0)
+
+
+# ---- steps that are not finite --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [9, 4])  # stopped by --max-not-finite, or at the run's end before that
+def test_ruined_weights_are_not_saved(config, monkeypatch, steps):
+    """The checkpoints of the good steps stay, and so do `last` and `best`."""
+    config = dataclasses.replace(config, steps=steps, checkpoint_every=1, eval_every=1, max_not_finite=5)
+    real = train_coco.log_step
+
+    def log_step(run, run_log, bar, step, *arguments, **values):
+        real(run, run_log, bar, step, *arguments, **values)
+        if step == 1:
+            monkeypatch.setattr(train_coco, "next_parts", ruin(run))
+
+    def ruin(run):
+        def next_parts(*arguments):
+            with torch.no_grad():
+                run.model.head.cls_logits.weight.fill_(float("nan"))
+            return parts(*arguments)
+
+        return next_parts
+
+    parts = train_coco.next_parts
+    monkeypatch.setattr(train_coco, "log_step", log_step)
+    with pytest.raises(RuntimeError, match="steps in a row were not finite"):
+        train_coco.main(config)
+    assert [path.name[:8] for path in list_checkpoints(config.out / "checkpoints")] == ["00000001", "00000002"]
+    assert all(x.isfinite().all() for x in load_checkpoint(config.out / "checkpoints")["model"].values())
+    for name in ("best", "last"):
+        assert all(x.isfinite().all() for x in FCOS.from_pretrained(config.out / name).state_dict().values())
+    assert [row["step"] for row in rows(config.out) if "AP" in row] == [0, 1]
+
+
+def test_a_last_step_that_is_not_finite_ends_a_run_well(config, monkeypatch):
+    """It was skipped, so the weights are those of the step before."""
+    real = train_coco.update
+
+    def update(run, step, parts, losses):
+        return real(run, step, parts, losses | ({"loss_box": float("nan")} if step == 3 else {}))
+
+    monkeypatch.setattr(train_coco, "update", update)
+    assert train_coco.main(config)["AP"] >= 0
+    assert load_checkpoint(config.out / "checkpoints")["progress"]["scored"] == 4
