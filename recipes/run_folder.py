@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
 import os
+import platform
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -18,6 +23,56 @@ from presets import TrainConfig
 from runtime import environment, log
 from vovnet_zoo.data import CocoDataset, Skipped
 from vovnet_zoo.files import hash_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# ---- the lock -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: Path, rank: int = 0, wait: float = 10.0) -> Iterator[None]:
+    """Hold the lock of a run folder, on rank 0, so that two runs do not mix their files. The folder is made.
+
+    The operating system releases the lock when the process ends, however it ends; on a network file system that has
+    locks, the lock holds between machines too. A run that was killed a moment ago may not have ended yet, so the lock
+    is asked for `wait` seconds long. `ValueError` if another process holds it, naming that process.
+    """
+    if rank > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # A lock of lockf belongs to this process alone. One of flock would be shared by data loading workers, which may
+    # outlive it; and opening this file once more in this process and closing it would release the lock.
+    with open(folder / "lock", "a+") as file:
+        deadline = time.monotonic() + wait
+        while not try_lock(file):
+            file.seek(0)
+            other = file.read().strip() or "another process"
+            if time.monotonic() > deadline:
+                raise ValueError(f"{folder} is in use by {other}; wait for its end, or give another --out")
+            log.warning("%s is in use by %s; waiting %.0f s for its end", folder, other, wait)
+            time.sleep(wait / 5)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        yield
+
+
+def try_lock(file: IO) -> bool:
+    """Lock a file unless another process holds its lock. Where there are no locks, a warning says so."""
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOLCK, "this system has no such locks")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        log.warning("%s cannot be locked (%s); see that no other run uses this folder", file.name, error.strerror)
+    return True
+
 
 # ---- the log --------------------------------------------------------------------------------------------------------
 

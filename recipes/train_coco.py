@@ -23,7 +23,7 @@ from build import build_loader
 from memory import peak_memory
 from optim import set_lr
 from presets import PRESETS, TrainConfig
-from run_folder import RunLog, note_not_finite, note_skipped
+from run_folder import RunLog, locked, note_not_finite, note_skipped
 from runtime import Stopped, StopSignal, all_reduce, log, process_group
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
@@ -33,7 +33,11 @@ from vovnet_zoo.coco_eval import format_table
 
 def main(config: TrainConfig) -> dict | None:
     """Train as `config` says; returns the last evaluation on rank 0, None on the others."""
-    with process_group(config.device) as (rank, world_size, device), StopSignal() as stop:
+    with (
+        process_group(config.device) as (rank, world_size, device),
+        StopSignal() as stop,
+        locked(config.out, rank),
+    ):
         run = set_up(config, rank, world_size, device)
         with contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log:
             try:
