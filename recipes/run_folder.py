@@ -99,10 +99,12 @@ class RunLog:
         kept = [row for row in self.rows() if row["step"] < (scored if "AP" in row else start_step)]
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed by close)
-        with contextlib.suppress(ImportError):
+        try:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
+        except Exception as error:  # a tensorboard that does not fit the other packages raises anything
+            log.warning("no tensorboard files (%r); metrics.jsonl has all numbers", error)
 
     def write(self, step: int, **values) -> None:
         """Add a row of values for `step`, counted from 0."""
@@ -110,9 +112,9 @@ class RunLog:
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        if self.tensorboard is not None:
+        with self._optional():
             for name, value in values.items():
-                if isinstance(value, (int, float)):
+                if self.tensorboard is not None and isinstance(value, (int, float)):
                     self.tensorboard.add_scalar(name, value, step)
 
     def rows(self) -> list[dict]:
@@ -127,8 +129,18 @@ class RunLog:
     def close(self) -> None:
         if self.active:
             self.file.close()
-            if self.tensorboard is not None:
-                self.tensorboard.close()
+            with self._optional():
+                if self.tensorboard is not None:
+                    self.tensorboard.close()
+
+    @contextlib.contextmanager
+    def _optional(self) -> Iterator[None]:
+        """Go on without tensorboard after an error in it, such as a full disk."""
+        try:
+            yield
+        except Exception as error:
+            log.warning("no tensorboard files from now on (%r); metrics.jsonl has all numbers", error)
+            self.tensorboard = None
 
 
 def earlier_starts(path: Path) -> list[dict]:

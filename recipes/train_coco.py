@@ -12,6 +12,7 @@ import functools
 import math
 import time
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ def main(config: TrainConfig) -> dict | None:
         StopSignal() as stop,
         locked(config.out, rank),
     ):
+        pictures = import_pictures() if rank == 0 else None
         run = set_up(config, rank, world_size, device)
         with contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log:
             try:
@@ -46,7 +48,7 @@ def main(config: TrainConfig) -> dict | None:
                 save_finished(run)
                 raise
             if rank == 0:
-                summarize(run, run_log)
+                summarize(run, run_log, pictures)
         return run.progress.metrics
 
 
@@ -213,19 +215,32 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     save(run)
 
 
-def summarize(run: Run, run_log: RunLog) -> None:
-    """Draw `curves.png` and `detections.png`, and print the last evaluation and the speed."""
-    from pictures import draw_comparison, draw_curves  # here, since matplotlib takes a second to import
+def import_pictures() -> ModuleType | None:
+    """Import `pictures`; None, with a warning, where it cannot be imported, since a run does not need it."""
+    try:
+        import pictures  # it needs matplotlib
+    except Exception as error:  # a matplotlib that does not fit the other packages raises anything
+        log.warning("no curves.png and detections.png at the end of this run: %r", error)
+        return None
+    return pictures
 
+
+def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
+    """Print the last evaluation and the speed, and draw `curves.png` and `detections.png`."""
     config, seconds = run.config, run.progress.train_seconds
-    draw_curves(run_log.rows(), config.out / "curves.png")
-    draw_comparison(run.averaged, run.val_set, config.out / "detections.png")
     print(format_table(run.progress.metrics, per_class=True))
     rate = config.steps * config.batch_size / seconds
     log.info("trained %.0f s, %.2f images/s, peak %.2f GiB", seconds, rate, peak_memory(run.device))
     if config.compile:
         log_graphs()
-    log.info("best model: %s; pictures: curves.png and detections.png in %s", config.out / "best", config.out)
+    log.info("best model: %s", config.out / "best")
+    if pictures:
+        try:
+            pictures.draw_curves(run_log.rows(), config.out / "curves.png")
+            pictures.draw_comparison(run.averaged, run.val_set, config.out / "detections.png")
+            log.info("pictures: curves.png and detections.png in %s", config.out)
+        except Exception as error:
+            log.warning("the run is complete, but its pictures could not be drawn: %r", error)
 
 
 def log_graphs() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -210,3 +211,42 @@ def test_a_last_step_that_is_not_finite_ends_a_run_well(config, monkeypatch):
     monkeypatch.setattr(train_coco, "update", update)
     assert train_coco.main(config)["AP"] >= 0
     assert load_checkpoint(config.out / "checkpoints")["progress"]["scored"] == 4
+
+
+# ---- optional packages ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [ImportError("no such module"), AttributeError("module has no attribute 'x'")])
+@pytest.mark.parametrize("package", ["matplotlib", "tensorboard"])
+def test_a_missing_or_broken_optional_package(config, monkeypatch, capsys, package, error):
+    """The run says so at its start, in one line, and is complete otherwise."""
+
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == package:
+                raise error
+
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    for name in [n for n in sys.modules if n.split(".")[0] == package or n in ("pictures", "torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    train_coco.main(config)
+    printed = capsys.readouterr()
+    start, end = printed.err.split("step/s", 1)
+    missing = "no curves.png and detections.png" if package == "matplotlib" else "no tensorboard files"
+    assert start.count(missing) == 1 and missing not in end and repr(error) in start
+    assert "AP50" in printed.out and "best model" in end
+    assert (config.out / "curves.png").is_file() == (package != "matplotlib")
+
+
+def test_pictures_and_tensorboard_that_fail_later(config, monkeypatch, capsys):
+    import pictures
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pictures, "draw_curves", full)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+    train_coco.main(config)
+    printed = capsys.readouterr()
+    assert "AP50" in printed.out and "its pictures could not be drawn" in printed.err
+    assert printed.err.count("no tensorboard files from now on") == 1 and len(losses(config.out)) == 4
