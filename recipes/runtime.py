@@ -67,6 +67,15 @@ def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Te
     return x
 
 
+def average(tensors: list[Tensor]) -> None:
+    """Average floating-point tensors over all processes, in place and in one message; others stay as they are."""
+    tensors = [x for x in tensors if x.is_floating_point()]
+    if tensors and dist.is_initialized():
+        means = all_reduce(torch.cat([x.flatten() for x in tensors])) / dist.get_world_size()
+        for x, mean in zip(tensors, means.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(mean.view_as(x))
+
+
 def gather(items: list) -> list:
     """Join the lists of all processes, on all of them."""
     if not dist.is_initialized():

@@ -25,7 +25,7 @@ from memory import peak_memory
 from optim import set_lr
 from presets import PRESETS, TrainConfig
 from run_folder import RunLog, locked, note_not_finite, note_skipped
-from runtime import Stopped, StopSignal, all_reduce, log, process_group
+from runtime import Stopped, StopSignal, all_reduce, average, log, process_group
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
 from training_run import Run, are_finite, is_due, is_trusted, put_back, save, save_finished, set_up
@@ -86,8 +86,10 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
             run.scaler.scale(sum(losses.values())).backward()
             totals += torch.stack([x.detach() for x in losses.values()])
 
-        # One gradient everywhere: gradients are summed over the processes, and so are the losses for the log.
+        # One gradient everywhere: gradients are summed over the processes, and so are the losses for the log. The batch
+        # norms' statistics are averaged, so that every process has the model that rank 0 saves.
         run.gradients.finish()
+        average([x for x, _ in run.statistics])
         losses = dict(zip(losses, all_reduce(totals).tolist(), strict=True))
 
         # One update of the weights, unless a loss or the gradient is not finite: such a step changes nothing.

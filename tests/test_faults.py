@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from launch import losses, rows
 
 import runtime
@@ -250,3 +251,37 @@ def test_pictures_and_tensorboard_that_fail_later(config, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert "AP50" in printed.out and "its pictures could not be drawn" in printed.err
     assert printed.err.count("no tensorboard files from now on") == 1 and len(losses(config.out)) == 4
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def test_live_batch_norm_on_two_processes(config):
+    """Both have the same model and moving average at every checkpoint, and the logged scores are the saved model's."""
+    config = dataclasses.replace(config, steps=6, eval_every=3, ema=0.5)
+    port = 20_000 + os.getpid() % 20_000
+    mp.spawn(train_rank, (config, port), nprocs=2)
+    ours, theirs = (torch.load(config.out / f"rank{rank}.pt") for rank in (0, 1))
+    assert len(ours) == 4 and len(ours[0]) == 2  # saved before and after each evaluation
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    dataset = CocoDataset(*find_split(config.data, "val"))
+    _, found = scoring.score_dataset(FCOS.from_pretrained(config.out / "last"), dataset, workers=0)
+    logged = rows(config.out)[-1]
+    assert logged["AP"] > 0 and {name: found[name] for name in logged if name != "step"} == {
+        name: value for name, value in logged.items() if name != "step"
+    }
+
+
+def train_rank(rank: int, config: TrainConfig, port: int) -> None:
+    """Be one of two processes, and note both of its models' weights at every checkpoint."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    real, models = train_coco.save, []
+
+    def save(run):
+        models.append([{k: x.clone() for k, x in m.state_dict().items()} for m in (run.model, run.averaged)])
+        real(run)
+
+    train_coco.save = save
+    train_coco.main(config)
+    torch.save(models, config.out / f"rank{rank}.pt")
