@@ -49,11 +49,17 @@ def check_config(config: TrainConfig, train_set: CocoDataset, val_set: CocoDatas
         raise ValueError(f"steps is {config.steps}; training needs at least 1")
 
 
-def build_model(config: TrainConfig, class_names: list[str]) -> FCOS:
-    """Create the detector that is to learn these classes: a new one, or one that starts from `config.init`."""
+def build_model(config: TrainConfig, class_names: list[str], saved: dict | None = None) -> FCOS:
+    """Create the detector that is to learn these classes: a new one, or one that starts from `config.init`.
+
+    For a run that goes on, `saved` is the model's config in its checkpoint. The checkpoint holds the weights too, so
+    neither `config.init` nor pretrained weights are read again.
+    """
     kwargs = dict(
         num_classes=len(class_names), class_names=class_names, min_size=config.test_size, max_size=config.max_size
     )
+    if saved is not None:
+        return FCOS(**{**saved, **kwargs})
     if config.init is None:
         if config.backbone is not None:
             kwargs["backbone"] = config.backbone

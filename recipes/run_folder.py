@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import IO
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from presets import TrainConfig
 from runtime import environment, log
+from vovnet_zoo import FCOS
 from vovnet_zoo.data import CocoDataset, Skipped
 from vovnet_zoo.files import hash_file
 
@@ -180,12 +182,41 @@ def note_not_finite(
     return path
 
 
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def import_pictures() -> ModuleType | None:
+    """Import `pictures`; None, with a warning, where it cannot be imported, since a run does not need it."""
+    try:
+        import pictures  # it needs matplotlib
+    except Exception as error:  # a matplotlib that does not fit the other packages raises anything
+        log.warning("no curves.png and detections.png at the end of this run: %r", error)
+        return None
+    return pictures
+
+
+def draw_pictures(
+    pictures: ModuleType | None, folder: Path, rows: list[dict], model: FCOS, dataset: CocoDataset
+) -> None:
+    """Draw `curves.png` and `detections.png` at the end of a run; an error is logged, since the run is complete."""
+    if pictures is None:
+        return
+    try:
+        pictures.draw_curves(rows, folder / "curves.png")
+        pictures.draw_comparison(model, dataset, folder / "detections.png")
+        log.info("pictures: curves.png and detections.png in %s", folder)
+    except Exception as error:
+        log.warning("the run is complete, but its pictures could not be drawn: %r", error)
+
+
 # ---- is the run in the folder the same as the one that starts? ------------------------------------------------------
 
 # These fields of the configuration do not change the result of a run, apart from rounding.
 # `skip_bad_images` is among them, since without it a run ends at the first image that it would change.
 FREE = {"out", "data", "workers", "accum", "device", "compile", "checkpoint_every", "max_not_finite", "allow_changes"}
 FREE |= {"skip_bad_images"}
+# These decide the network and its first weights.
+FIXED = {"model", "backbone", "variant", "channels", "num_convs", "init", "pretrained_backbone", "frozen_norm"}
 
 
 def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset) -> dict[str, str]:
@@ -196,19 +227,26 @@ def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDatas
     return about
 
 
-def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainConfig) -> None:
-    """Raise a `ValueError` that names what differs between two runs' descriptions, unless `config.allow_changes`."""
-    changes = [
-        f"{name}: was {saved.get(name)}, now {asked.get(name)}"
-        for name in sorted(saved.keys() | asked.keys())
-        if saved.get(name) != asked.get(name) and name not in FREE
-    ]
-    if not changes:
-        return
-    what = "; ".join(changes)
+def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainConfig) -> list[str]:
+    """Raise a `ValueError` that names what differs between two runs' descriptions, unless `config.allow_changes`.
+
+    Returns the names of what differs. A field that is newer than the checkpoint had its default value. The network
+    cannot change while it is trained.
+    """
+    defaults = {field.name: repr(field.default) for field in dataclasses.fields(TrainConfig)}
+    saved = {name: saved.get(name, defaults.get(name)) for name in saved.keys() | asked.keys()}
+    changed = [name for name in sorted(saved) if saved[name] != asked.get(name) and name not in FREE]
+    if not changed:
+        return changed
+    what = "; ".join(f"{name}: was {saved[name]}, now {asked.get(name)}" for name in changed)
+    if fixed := FIXED.intersection(changed):
+        raise ValueError(
+            f"the checkpoints in {config.out} are of another network ({what}); {', '.join(sorted(fixed))} cannot "
+            "change in a run that goes on: give another --out, with --init to start from that network's weights"
+        )
     if config.allow_changes:
         log.warning("going on with changes: %s", what)
-        return
+        return changed
     raise ValueError(
         f"the checkpoints in {config.out} are of another run ({what}); "
         "give another --out, remove that folder, or go on all the same with --allow-changes"

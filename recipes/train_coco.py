@@ -24,11 +24,11 @@ from build import build_loader
 from memory import peak_memory
 from optim import set_lr
 from presets import PRESETS, TrainConfig
-from run_folder import RunLog, locked, note_not_finite, note_skipped
+from run_folder import RunLog, draw_pictures, import_pictures, locked, note_not_finite, note_skipped
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
-from training_run import Run, are_finite, is_due, is_trusted, put_back, save, save_finished, set_up
+from training_run import Run, are_finite, batch_statistics, is_due, is_trusted, put_back, save, save_finished, set_up
 from vovnet_zoo.coco_eval import format_table
 
 
@@ -137,11 +137,6 @@ def pad_images(images: Tensor, height: int, width: int) -> Tensor:
     return nn.functional.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
 
 
-def batch_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Return the buffers of all batch norms, each with a copy of its value."""
-    return [(x, x.clone()) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for x in m.buffers()]
-
-
 def update(run: Run, step: int, parts: list[dict], losses: dict[str, float]) -> float:
     """Change the weights by their gradients, and clear these; returns the gradient's norm.
 
@@ -217,16 +212,6 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     save(run)
 
 
-def import_pictures() -> ModuleType | None:
-    """Import `pictures`; None, with a warning, where it cannot be imported, since a run does not need it."""
-    try:
-        import pictures  # it needs matplotlib
-    except Exception as error:  # a matplotlib that does not fit the other packages raises anything
-        log.warning("no curves.png and detections.png at the end of this run: %r", error)
-        return None
-    return pictures
-
-
 def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
     """Print the last evaluation and the speed, and draw `curves.png` and `detections.png`."""
     config, seconds = run.config, run.progress.train_seconds
@@ -236,13 +221,7 @@ def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
     if config.compile:
         log_graphs()
     log.info("best model: %s", config.out / "best")
-    if pictures:
-        try:
-            pictures.draw_curves(run_log.rows(), config.out / "curves.png")
-            pictures.draw_comparison(run.averaged, run.val_set, config.out / "detections.png")
-            log.info("pictures: curves.png and detections.png in %s", config.out)
-        except Exception as error:
-            log.warning("the run is complete, but its pictures could not be drawn: %r", error)
+    draw_pictures(pictures, config.out, run_log.rows(), run.averaged, run.val_set)
 
 
 def log_graphs() -> None:

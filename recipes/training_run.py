@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from build import build_datasets, build_model, prepare_for_training
 from gradients import GradientSum
-from optim import create_optimizer
+from optim import create_optimizer, load_changed
 from presets import TrainConfig
 from run_folder import describe_run, load_checkpoint, refuse_changes, save_checkpoint
 from runtime import broadcast_weights, log
@@ -69,8 +69,12 @@ class Run:
 def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device) -> Run:
     """Build a run. If `config.out` has a checkpoint, the run goes on from there."""
     train_set, val_set = build_datasets(config, rank, world_size)
+    identity = describe_run(config, train_set, val_set)
+    saved = load_checkpoint(config.out / "checkpoints")
+    changed = refuse_changes(saved["run"], identity, config) if saved else []
     torch.manual_seed(config.seed)
-    model = build_model(config, train_set.class_names)
+    # checkpoints of version 0.2 and before do not hold the model's config
+    model = build_model(config, train_set.class_names, saved and saved.get("config"))
     prepare_for_training(model, config, device)
     log.info("%d images, %d classes: %s", len(train_set), len(train_set.class_names), ", ".join(train_set.class_names))
     run = Run(
@@ -86,13 +90,11 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
         GradientSum(model),
         create_optimizer(model, config),
         torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        describe_run(config, train_set, val_set),
+        identity,
         Progress(),
     )
-    if saved := load_checkpoint(config.out / "checkpoints"):
-        refuse_changes(saved["run"], run.identity, config)
-        for name, part in run.stateful.items():
-            part.load_state_dict(saved[name])
+    if saved:
+        load_states(run, saved, changed)
         # checkpoints of version 0.1 do not say `scored`: they were written after the evaluation of their step
         run.progress = Progress(**{"scored": saved["progress"]["step"], **saved["progress"]})
         run.saved = run.progress.step
@@ -100,6 +102,29 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     else:
         broadcast_weights(model)
     return run
+
+
+def load_states(run: Run, saved: dict, changed: list[str]) -> None:
+    """Load what a checkpoint holds. Where the configuration has changed, a part that is new to the run starts now."""
+    run.model.load_state_dict(saved["model"])
+    if run.ema:
+        if "ema" not in saved:
+            log.warning("the moving average of the weights starts now")
+        run.ema.module.load_state_dict(saved.get("ema", saved["model"]))
+    if saved["scaler"]:  # it is empty if the checkpoint was not of float16
+        run.scaler.load_state_dict(saved["scaler"])
+    if not changed:
+        run.optimizer.load_state_dict(saved["optimizer"])
+    elif "parameters" not in saved or "optimizer" in changed:
+        log.warning("the optimizer's state starts anew")
+    else:
+        load_changed(run.optimizer, parameter_names(run), saved["optimizer"], saved["parameters"])
+
+
+def parameter_names(run: Run) -> list[str]:
+    """Return the names of the optimizer's parameters, in the order of its state."""
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    return [names[parameter] for group in run.optimizer.param_groups for parameter in group["params"]]
 
 
 def is_due(every: int | None, run: Run) -> bool:
@@ -127,8 +152,14 @@ def save(run: Run) -> None:
     if run.rank == 0:
         states = {name: part.state_dict() for name, part in run.stateful.items()}
         state = {"run": run.identity, "progress": dataclasses.asdict(run.progress), **states}
+        state |= {"config": run.model.config, "parameters": parameter_names(run)}
         save_checkpoint(run.config.out / "checkpoints", run.progress.step, state)
     run.saved = run.progress.step
+
+
+def batch_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Return the buffers of all batch norms, each with a copy of its value."""
+    return [(x, x.clone()) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for x in m.buffers()]
 
 
 def put_back(run: Run) -> None:

@@ -1,8 +1,10 @@
 """What can go wrong in a training run, tried in this process: nothing is lost, and nothing is silent."""
 
+import copy
 import dataclasses
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -12,13 +14,15 @@ import torch
 import torch.multiprocessing as mp
 from launch import losses, rows
 
+import build
 import runtime
 import scoring
 import train_coco
+from optim import create_optimizer
 from presets import TrainConfig
-from run_folder import list_checkpoints, load_checkpoint
+from run_folder import list_checkpoints, load_checkpoint, save_checkpoint
 from runtime import StopSignal
-from vovnet_zoo import FCOS
+from vovnet_zoo import FCOS, create_detector
 from vovnet_zoo.coco_eval import evaluate
 from vovnet_zoo.data import CocoDataset, find_split
 
@@ -258,7 +262,7 @@ def test_pictures_and_tensorboard_that_fail_later(config, monkeypatch, capsys):
 
 def test_live_batch_norm_on_two_processes(config):
     """Both have the same model and moving average at every checkpoint, and the logged scores are the saved model's."""
-    config = dataclasses.replace(config, steps=6, eval_every=3, ema=0.5)
+    config = dataclasses.replace(config, steps=6, eval_every=3, ema=0.5, optimizer="muon")
     port = 20_000 + os.getpid() % 20_000
     mp.spawn(train_rank, (config, port), nprocs=2)
     ours, theirs = (torch.load(config.out / f"rank{rank}.pt") for rank in (0, 1))
@@ -285,3 +289,93 @@ def train_rank(rank: int, config: TrainConfig, port: int) -> None:
     train_coco.save = save
     train_coco.main(config)
     torch.save(models, config.out / f"rank{rank}.pt")
+
+
+# ---- going on with less, or with changes ----------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_without_what_it_started_from(config, tiny_coco, monkeypatch):
+    """The checkpoint holds all weights and the model's config: no folder of --init, no Hub."""
+    create_detector("fcos", backbone="test_resnet", channels=64, num_convs=1, num_classes=2).save_pretrained(
+        tiny_coco / "start"
+    )
+    config = dataclasses.replace(config, init=str(tiny_coco / "start"))
+    expected = train_coco.main(config)
+    shutil.rmtree(tiny_coco / "start")
+    assert train_coco.main(config) == expected
+    config = dataclasses.replace(config, init=None, pretrained_backbone=True, out=config.out.with_name("pretrained"))
+    real = build.create_detector
+    monkeypatch.setattr(build, "create_detector", lambda *a, **k: real(*a, **k | {"pretrained_backbone": False}))
+    expected = train_coco.main(config)
+    monkeypatch.setattr(build, "create_detector", None)
+    assert train_coco.main(config) == expected
+
+
+def stop_after(config: TrainConfig, step: int, monkeypatch) -> None:
+    """Run the first steps of a run."""
+    real = train_coco.log_step
+
+    def log_step(run, run_log, bar, at, *arguments, **values):
+        real(run, run_log, bar, at, *arguments, **values)
+        if at + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_coco, "log_step", log_step)
+        train_coco.main(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(weight_decay=0.5, bias_lr_factor=3.0),
+        dict(decay_norms=False, layer_decay=0.7),
+        dict(optimizer="adamw"),
+        dict(ema=0.5),
+        dict(precision="fp16"),
+        dict(test_size=96),
+    ],
+)
+def test_allowed_changes_take_effect(config, monkeypatch, capsys, changes):
+    config = dataclasses.replace(config, eval_every=None)
+    stop_after(config, 2, monkeypatch)
+    before = load_checkpoint(config.out / "checkpoints")
+    seen, real = [], train_coco.set_lr
+
+    def set_lr(optimizer, config, step):
+        seen.append((copy.deepcopy(optimizer.state_dict()), optimizer))
+        return real(optimizer, config, step)
+
+    monkeypatch.setattr(train_coco, "set_lr", set_lr)
+    changed = dataclasses.replace(config, allow_changes=True, **changes)
+    train_coco.main(changed)
+    assert "going on with changes" in capsys.readouterr().err and len(losses(config.out)) == 4
+    model = FCOS.from_pretrained(config.out / "last")
+    assert model.config["min_size"] == changed.test_size
+    state, optimizer = seen[0]
+    fresh = create_optimizer(model, changed).state_dict()["param_groups"]
+    for key in ("weight_decay", "lr_factor", "params"):
+        assert [group[key] for group in state["param_groups"]] == [group[key] for group in fresh]
+    assert bool(state["state"]) == ("optimizer" not in changes)
+    after = load_checkpoint(config.out / "checkpoints")
+    momenta = dict(zip(before["parameters"], (before["optimizer"]["state"][i] for i in range(1000)), strict=False))
+    for i, name in enumerate(after["parameters"] if state["state"] else []):
+        torch.testing.assert_close(state["state"][i], momenta[name])
+    assert ("ema" in after) == (changed.ema is not None)
+
+
+def test_the_network_cannot_change(config, monkeypatch):
+    stop_after(config, 1, monkeypatch)
+    with pytest.raises(ValueError, match="of another network.*channels: was 64, now 96.*--init"):
+        train_coco.main(dataclasses.replace(config, channels=96, allow_changes=True))
+
+
+def test_a_field_that_is_newer_than_the_checkpoint(config):
+    """It had its default value then, and has lost its meaning if it is gone today."""
+    expected = train_coco.main(config)
+    state = load_checkpoint(config.out / "checkpoints")
+    del state["run"]["grad_checkpointing"], state["run"]["clip_grad"]
+    save_checkpoint(config.out / "checkpoints", 4, state)
+    assert train_coco.main(config) == expected
+    with pytest.raises(ValueError, match="clip_grad: was None, now 3.0"):
+        train_coco.main(dataclasses.replace(config, clip_grad=3.0))
