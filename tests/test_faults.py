@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from launch import losses, rows
 
 import build
+import eval_coco
 import runtime
 import scoring
 import train_coco
@@ -24,7 +25,7 @@ from run_folder import list_checkpoints, load_checkpoint, save_checkpoint
 from runtime import StopSignal
 from vovnet_zoo import FCOS, create_detector
 from vovnet_zoo.coco_eval import evaluate
-from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.data import CocoDataset, find_split, images
 
 
 @pytest.fixture
@@ -379,3 +380,37 @@ def test_a_field_that_is_newer_than_the_checkpoint(config):
     assert train_coco.main(config) == expected
     with pytest.raises(ValueError, match="clip_grad: was None, now 3.0"):
         train_coco.main(dataclasses.replace(config, clip_grad=3.0))
+
+
+# ---- places and memory ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["folder", "file/detections.json", "sealed/detections.json"])
+def test_a_place_for_detections_that_cannot_be_written(config, tiny_detector, monkeypatch, place):
+    """It is found out before the first image."""
+    tiny_detector.save_pretrained(config.data / "model")
+    (config.data / "folder").mkdir()
+    (config.data / "file").touch()
+    real = eval_coco.tempfile.TemporaryFile
+
+    def temporary(dir):
+        if dir.name == "sealed":
+            raise PermissionError(13, "Permission denied")
+        return real(dir=dir)
+
+    monkeypatch.setattr(eval_coco.tempfile, "TemporaryFile", temporary)
+    monkeypatch.setattr(eval_coco, "score_dataset", None)
+    settings = eval_coco.EvalConfig(model=str(config.data / "model"), data=config.data, out=config.data / place)
+    with pytest.raises(ValueError, match=f"--out .*{place} (is a folder|cannot be written)"):
+        eval_coco.main(settings)
+
+
+def test_too_little_memory_is_no_damaged_image(config, monkeypatch):
+    """--skip-bad-images must not leave out every image of a machine that has too little memory."""
+
+    def decode(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(images, "_decode", decode)
+    with pytest.raises(MemoryError):
+        train_coco.main(dataclasses.replace(config, skip_bad_images=True))
