@@ -264,6 +264,8 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> Path
     written, on a full disk for instance; earlier ones are then untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("*.pt.partial"):  # of runs that were killed while they wrote
+        left.unlink()
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getbuffer()
@@ -349,5 +351,8 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name, too
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot do this for folders
+            raise
     finally:
         os.close(folder)

@@ -1,6 +1,8 @@
 """The run folder: a log that is whole whatever happens, checkpoints, and no finished step that is lost."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -186,3 +188,26 @@ def test_only_whole_checkpoints_count_in_the_rotation(tmp_path):
     assert load_checkpoint(tmp_path) == {"value": 2}
     save_checkpoint(tmp_path, 3, {"value": 3})
     assert [path.name[:8] for path in list_checkpoints(tmp_path)] == ["00000002", "00000003"]
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    left = tmp_path / "00000007-0123456789abcdef.pt.partial"
+    left.touch()
+    save_checkpoint(tmp_path, 8, {"value": 8})
+    assert not left.exists() and load_checkpoint(tmp_path) == {"value": 8}
+
+
+@pytest.mark.parametrize("number, is_error", [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch, number, is_error):
+    """CIFS, sshfs and others refuse it; the file is whole all the same."""
+    real = run_folder.os.fsync
+
+    def fsync(descriptor):
+        if Path(f"/proc/self/fd/{descriptor}").resolve().is_dir():
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(run_folder.os, "fsync", fsync)
+    with pytest.raises(OSError) if is_error else contextlib.nullcontext():
+        save_checkpoint(tmp_path, 8, {"value": 8})
+    assert load_checkpoint(tmp_path) == {"value": 8}
