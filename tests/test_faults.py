@@ -277,6 +277,29 @@ def test_live_batch_norm_on_two_processes(config):
     }
 
 
+def test_a_signal_to_one_of_two_processes_in_an_evaluation(config):
+    """Both stop at the next image where they look, with the same exit code, and the step is saved."""
+    mp.spawn(stop_rank, (config, 20_000 + (os.getpid() + 1) % 20_000), nprocs=2)
+    progress = load_checkpoint(config.out / "checkpoints")["progress"]
+    assert (progress["step"], progress["scored"]) == (2, 0)
+    assert len(losses(config.out)) == 2 and not [row for row in rows(config.out) if "AP" in row]
+
+
+def stop_rank(rank: int, config: TrainConfig, port: int) -> None:
+    """Be one of two processes, of which the second receives a signal at the first image of the evaluation."""
+    real, scoring.LOOK_EVERY = scoring.predict, 1
+
+    def predict(*arguments, **options):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    scoring.predict = predict
+    with pytest.raises(SystemExit) as error:
+        train_rank(rank, config, port)
+    assert error.value.code == 128 + signal.SIGTERM
+
+
 def train_rank(rank: int, config: TrainConfig, port: int) -> None:
     """Be one of two processes, and note both of its models' weights at every checkpoint."""
     torch.set_num_threads(1)
