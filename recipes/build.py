@@ -13,7 +13,7 @@ from presets import TrainConfig
 from quickstart_data import make_shapes
 from runtime import barrier, ignore_stop_signals
 from vovnet_zoo import FCOS, create_detector
-from vovnet_zoo.config import VARIANTS, DetectorOptions
+from vovnet_zoo.config import VARIANTS, DetectorConfig, DetectorOptions
 from vovnet_zoo.data import CocoDataset, TrainSampler, collate, find_split, train_transforms
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import has_amx, use_winograd
@@ -55,7 +55,7 @@ def build_datasets(config: TrainConfig, plus_one: bool, rank: int, world_size: i
         plus_one=plus_one,
         skip_bad_images=config.skip_bad_images,
     )
-    val_set = CocoDataset(*find_split(config.data, "val"), plus_one=plus_one)
+    val_set = CocoDataset(*find_split(config.data, "val"), plus_one=plus_one, skip_bad_images=config.skip_bad_images)
     check_config(config, train_set, val_set, world_size)
     return train_set, val_set
 
@@ -75,10 +75,18 @@ def check_config(config: TrainConfig, train_set: CocoDataset, val_set: CocoDatas
         raise ValueError(f"steps is {config.steps}; training needs at least 1")
 
 
-def build_model(config: TrainConfig, class_names: list[str], start: FCOS | None) -> FCOS:
-    """Create the detector that is to learn these classes: a new one, or one that begins with the weights of `start`."""
+def build_model(
+    config: TrainConfig, class_names: list[str], start: FCOS | None, saved: DetectorConfig | None = None
+) -> FCOS:
+    """Create the detector that is to learn these classes: a new one, or one that begins with the weights of `start`.
+
+    For a run that goes on, `saved` is the model's config in its checkpoint. The checkpoint holds the weights too, so
+    neither `start` nor pretrained weights are needed again.
+    """
     num_classes = len(class_names)
     options: DetectorOptions = dict(class_names=class_names, min_size=config.test_size, max_size=config.max_size)
+    if saved is not None:
+        return FCOS(**{**saved, "num_classes": num_classes, **options})
     if start is None:
         if config.backbone is not None:
             options["backbone"] = config.backbone

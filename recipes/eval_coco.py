@@ -6,13 +6,15 @@ Under torchrun the images are shared out over the processes.
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from runtime import log, process_group
+from run_folder import write_whole
+from runtime import StopSignal, log, process_group
 from scoring import score_dataset
 from vovnet_zoo import FCOS
 from vovnet_zoo.coco_eval import format_table, load_engine
@@ -44,26 +46,41 @@ def main(config: EvalConfig) -> dict | None:
     """Score the detector; returns the metrics on rank 0, None on the others."""
     load_engine(config.engine)  # an engine that is not installed is reported now, not after the last image
     with process_group(config.device) as (rank, world_size, device):
+        if rank == 0 and config.out is not None:
+            check_out(config.out)  # so is a place that cannot be written
         model = FCOS.from_pretrained(config.model).to(device)
         if config.size is not None:
             model.config["min_size"] = config.size
         dataset = CocoDataset(*find_split(config.data, config.split))
         check_classes(model, dataset)
-        results, metrics = score_dataset(
-            model,
-            dataset,
-            rank,
-            world_size,
-            workers=config.workers,
-            engine=config.engine,
-        )
+        with StopSignal() as stop:
+            results, metrics = score_dataset(
+                model,
+                dataset,
+                rank,
+                world_size,
+                stop=stop,
+                workers=config.workers,
+                engine=config.engine,
+            )
         if rank == 0:
             print(format_table(metrics))
             if config.out is not None:
-                config.out.parent.mkdir(parents=True, exist_ok=True)
-                config.out.write_text(json.dumps(results))
+                write_whole(config.out, json.dumps(results).encode())
                 log.info("%d detections in %s", len(results), config.out)
         return metrics
+
+
+def check_out(path: Path) -> None:
+    """Make the folder of the file that is to be written; `ValueError` unless the file can be written there."""
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder; give the name of a file, such as {path / 'detections.json'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {path} cannot be written: {error.strerror}; give another place") from error
 
 
 def check_classes(model: FCOS, dataset: CocoDataset) -> None:

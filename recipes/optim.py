@@ -45,6 +45,18 @@ def create_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
     return optimizer
 
 
+def load_changed(optimizer: torch.optim.Optimizer, names: list[str], saved: dict, saved_names: list[str]) -> None:
+    """Load the state that each parameter has in `saved`, a state dict of the same kind of optimizer whose groups may be
+    others. The groups, with weight decay and learning rate, stay as they are.
+
+    Args:
+        names, saved_names: of the parameters, in the order of the groups.
+    """
+    states = {name: saved["state"][i] for i, name in enumerate(saved_names) if i in saved["state"]}
+    state = {i: states[name] for i, name in enumerate(names) if name in states}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 class Float32Muon(timm.optim.Muon):
     """timm's Muon, but it orthogonalizes its updates in float32 instead of bfloat16.
 

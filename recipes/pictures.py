@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import resize
 
 from vovnet_zoo import FCOS, predict
-from vovnet_zoo.data import CocoDataset
+from vovnet_zoo.data import CocoDataset, Skipped
 from vovnet_zoo.draw import draw_detections
 
 matplotlib.use("Agg")
@@ -44,13 +44,14 @@ def draw_comparison(
 ) -> None:
     """Draw the predictions of `count` images beside the truth, each `height` pixels high.
 
-    The dataset has no transforms. Boxes with a score below `score_threshold` are not drawn.
+    The dataset has no transforms. Boxes with a score below `score_threshold` are not drawn, and neither are images that
+    the dataset skips.
     """
     indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
     font, captions = ImageFont.load_default(size=13), (f"prediction (score >= {score_threshold})", "truth")
     pairs = []
-    for index in indices:
-        image, truth = dataset[index]
+    samples = (dataset[index] for index in indices)
+    for image, truth in (sample for sample in samples if not isinstance(sample, Skipped)):
         (detection,) = predict(model, image.as_subclass(torch.Tensor))
         scale = height / image.shape[-2]
         large = resize(

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
 import os
+import platform
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -16,7 +22,59 @@ from torch import Tensor
 
 from presets import TrainConfig
 from runtime import environment, log
+from vovnet_zoo import FCOS
 from vovnet_zoo.data import CocoDataset, Skipped
+from vovnet_zoo.files import hash_file
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# ---- the lock -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder: Path, rank: int = 0, wait: float = 10.0) -> Iterator[None]:
+    """Hold the lock of a run folder, on rank 0, so that two runs do not mix their files. The folder is made.
+
+    The operating system releases the lock when the process ends, however it ends; on a network file system that has
+    locks, the lock holds between machines too. A run that was killed a moment ago may not have ended yet, so the lock
+    is asked for `wait` seconds long. `ValueError` if another process holds it, naming that process.
+    """
+    if rank > 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # A lock of lockf belongs to this process alone. One of flock would be shared by data loading workers, which may
+    # outlive it; and opening this file once more in this process and closing it would release the lock.
+    with open(folder / "lock", "a+") as file:
+        deadline = time.monotonic() + wait
+        while not try_lock(file):
+            file.seek(0)
+            other = file.read().strip() or "another process"
+            if time.monotonic() > deadline:
+                raise ValueError(f"{folder} is in use by {other}; wait for its end, or give another --out")
+            log.warning("%s is in use by %s; waiting %.0f s for its end", folder, other, wait)
+            time.sleep(wait / 5)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        yield
+
+
+def try_lock(file: IO) -> bool:
+    """Lock a file unless another process holds its lock. Where there are no locks, a warning says so."""
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOLCK, "this system has no such locks")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        log.warning("%s cannot be locked (%s); see that no other run uses this folder", file.name, error.strerror)
+    return True
+
 
 # ---- the log --------------------------------------------------------------------------------------------------------
 
@@ -43,10 +101,12 @@ class RunLog:
         kept = [row for row in self.rows() if row["step"] < (scored if "AP" in row else start_step)]
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed by close)
-        with contextlib.suppress(ImportError):
+        try:
             from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
+        except Exception as error:  # a tensorboard that does not fit the other packages raises anything
+            log.warning("no tensorboard files (%r); metrics.jsonl has all numbers", error)
 
     def write(self, step: int, **values) -> None:
         """Add a row of values for `step`, counted from 0."""
@@ -54,9 +114,9 @@ class RunLog:
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        if self.tensorboard is not None:
+        with self._optional():
             for name, value in values.items():
-                if isinstance(value, (int, float)):
+                if self.tensorboard is not None and isinstance(value, (int, float)):
                     self.tensorboard.add_scalar(name, value, step)
 
     def rows(self) -> list[dict]:
@@ -71,8 +131,18 @@ class RunLog:
     def close(self) -> None:
         if self.active:
             self.file.close()
-            if self.tensorboard is not None:
-                self.tensorboard.close()
+            with self._optional():
+                if self.tensorboard is not None:
+                    self.tensorboard.close()
+
+    @contextlib.contextmanager
+    def _optional(self) -> Iterator[None]:
+        """Go on without tensorboard after an error in it, such as a full disk."""
+        try:
+            yield
+        except Exception as error:
+            log.warning("no tensorboard files from now on (%r); metrics.jsonl has all numbers", error)
+            self.tensorboard = None
 
 
 def earlier_starts(path: Path) -> list[dict]:
@@ -112,10 +182,41 @@ def note_not_finite(
     return path
 
 
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def import_pictures() -> ModuleType | None:
+    """Import `pictures`; None, with a warning, where it cannot be imported, since a run does not need it."""
+    try:
+        import pictures  # it needs matplotlib
+    except Exception as error:  # a matplotlib that does not fit the other packages raises anything
+        log.warning("no curves.png and detections.png at the end of this run: %r", error)
+        return None
+    return pictures
+
+
+def draw_pictures(
+    pictures: ModuleType | None, folder: Path, rows: list[dict], model: FCOS, dataset: CocoDataset
+) -> None:
+    """Draw `curves.png` and `detections.png` at the end of a run; an error is logged, since the run is complete."""
+    if pictures is None:
+        return
+    try:
+        pictures.draw_curves(rows, folder / "curves.png")
+        pictures.draw_comparison(model, dataset, folder / "detections.png")
+        log.info("pictures: curves.png and detections.png in %s", folder)
+    except Exception as error:
+        log.warning("the run is complete, but its pictures could not be drawn: %r", error)
+
+
 # ---- is the run in the folder the same as the one that starts? ------------------------------------------------------
 
 # These fields of the configuration do not change the result of a run, apart from rounding.
+# `skip_bad_images` is among them, since without it a run ends at the first image that it would change.
 FREE = {"out", "data", "workers", "accum", "device", "compile", "checkpoint_every", "max_not_finite", "allow_changes"}
+FREE |= {"skip_bad_images"}
+# These decide the network and its first weights.
+FIXED = {"model", "backbone", "variant", "channels", "num_convs", "init", "pretrained_backbone", "frozen_norm"}
 
 
 def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset) -> dict[str, str]:
@@ -126,19 +227,26 @@ def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDatas
     return about
 
 
-def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainConfig) -> None:
-    """Raise a `ValueError` that names what differs between two runs' descriptions, unless `config.allow_changes`."""
-    changes = [
-        f"{name}: was {saved.get(name)}, now {asked.get(name)}"
-        for name in sorted(saved.keys() | asked.keys())
-        if saved.get(name) != asked.get(name)
-    ]
-    if not changes:
-        return
-    what = "; ".join(changes)
+def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainConfig) -> list[str]:
+    """Raise a `ValueError` that names what differs between two runs' descriptions, unless `config.allow_changes`.
+
+    Returns the names of what differs. A field that is newer than the checkpoint had its default value. The network
+    cannot change while it is trained.
+    """
+    defaults = {field.name: repr(field.default) for field in dataclasses.fields(TrainConfig)}
+    saved = {name: saved.get(name, defaults.get(name)) for name in saved.keys() | asked.keys()}
+    changed = [name for name in sorted(saved) if saved[name] != asked.get(name) and name not in FREE]
+    if not changed:
+        return changed
+    what = "; ".join(f"{name}: was {saved[name]}, now {asked.get(name)}" for name in changed)
+    if fixed := FIXED.intersection(changed):
+        raise ValueError(
+            f"the checkpoints in {config.out} are of another network ({what}); {', '.join(sorted(fixed))} cannot "
+            "change in a run that goes on: give another --out, with --init to start from that network's weights"
+        )
     if config.allow_changes:
         log.warning("going on with changes: %s", what)
-        return
+        return changed
     raise ValueError(
         f"the checkpoints in {config.out} are of another run ({what}); "
         "give another --out, remove that folder, or go on all the same with --allow-changes"
@@ -151,10 +259,13 @@ def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainCo
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
     """Write `state` (tensors, numbers, strings in dicts and lists) after `step` steps; keep the newest `keep` files.
 
-    The file's name carries the first digits of its SHA-256, so that a damaged file is noticed. A file of the same step
-    is replaced. `OSError` if the file cannot be written, on a full disk for instance; earlier ones are then untouched.
+    Only undamaged files count among those to keep; the others are removed. The file's name carries the first digits of
+    its SHA-256, so that a damaged file is noticed. A file of the same step is replaced. `OSError` if the file cannot be
+    written, on a full disk for instance; earlier ones are then untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("*.pt.partial"):  # of runs that were killed while they wrote
+        left.unlink()
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getbuffer()
@@ -165,32 +276,58 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> Path
         newest = list_checkpoints(folder)
         intact = f"{newest[-1]} is intact" if newest else "there is no earlier one"
         raise OSError(error.errno, f"checkpoint of step {step} not saved ({error.strerror}); {intact}", path) from error
-    for old in list_checkpoints(folder):
-        if old != path and old.name[:8] == path.name[:8]:
+    whole = [path]
+    for old in reversed([other for other in list_checkpoints(folder) if other != path]):
+        if old.name[:8] != path.name[:8] and len(whole) < keep and is_whole(old):
+            whole.append(old)
+        else:
             old.unlink()
-    for old in list_checkpoints(folder)[:-keep]:
-        old.unlink()
     return path
 
 
 def load_checkpoint(folder: Path) -> dict | None:
-    """Load the newest undamaged checkpoint on the CPU; None if there is none. Rank 0 reads it and gives it to all."""
+    """Load the newest undamaged checkpoint on the CPU; None if there is none. Rank 0 reads it and gives it to all.
+
+    `ValueError`, in all processes, if all checkpoints are damaged.
+    """
     state = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
-        state = [read_newest(folder)]
+        try:
+            state = [read_newest(folder)]
+        except ValueError as error:
+            state = [error]
     if dist.is_initialized():
         dist.broadcast_object_list(state, src=0)
+    if isinstance(state[0], ValueError):
+        raise state[0]
     return state[0]
 
 
 def read_newest(folder: Path) -> dict | None:
-    """Read the newest checkpoint whose content has the hash in its name; None if there is none."""
-    for path in reversed(list_checkpoints(folder)):
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest()[:16] == path.stem.partition("-")[2]:
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    """Read the newest checkpoint whose content has the hash in its name; None if there are no checkpoints.
+
+    `ValueError` if all are damaged: the run is not begun again without being asked, since that would overwrite its log.
+    """
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        if is_whole(path):
+            return torch.load(path, map_location="cpu", weights_only=True)
         log.warning("%s is damaged (its hash is not the one in its name); using the one before", path)
+    if paths:
+        raise ValueError(
+            f"{folder}: all checkpoints are damaged ({', '.join(path.name for path in paths)}); put back a copy of "
+            "one, or, to start the run over, remove this folder or give another --out"
+        )
     return None
+
+
+def is_whole(path: Path) -> bool:
+    """Say whether a checkpoint can be read, and its content has the hash in its name."""
+    try:
+        return hash_file(path)[:16] == path.stem.partition("-")[2]
+    except OSError as error:
+        log.warning("%s cannot be read: %s", path, error.strerror)
+        return False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -214,5 +351,8 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name, too
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot do this for folders
+            raise
     finally:
         os.close(folder)

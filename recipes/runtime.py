@@ -67,6 +67,24 @@ def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Te
     return x
 
 
+def average(tensors: list[Tensor]) -> None:
+    """Average floating-point tensors over all processes, in place and in one message; others stay as they are."""
+    tensors = [x for x in tensors if x.is_floating_point()]
+    if tensors and dist.is_initialized():
+        means = all_reduce(torch.cat([x.flatten() for x in tensors])) / dist.get_world_size()
+        for x, mean in zip(tensors, means.split([x.numel() for x in tensors]), strict=True):
+            x.copy_(mean.view_as(x))
+
+
+def gather(items: list) -> list:
+    """Join the lists of all processes, on all of them."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
 def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized():
@@ -86,21 +104,51 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+REPEAT_S = 5.0
+
+
+class Stopped(SystemExit):
+    """A stop signal ended what the process did; the exit code is 128 + its number, as shells have it."""
+
+
 class StopSignal:
     """While this context is open, SIGTERM and SIGINT (Ctrl-C) do not end the process: the number of the signal is kept
-    in `received`, so that the training loop can finish its step, save, and stop. A second signal ends the process."""
+    in `received`, so that the training loop can finish its step, save, and stop.
+
+    A second signal ends the process if it comes more than `REPEAT_S` seconds after the first. Before, it is taken for
+    the same one: where a job is stopped as a whole, torchrun forwards the signal to processes that have it already.
+    """
 
     received = 0  # no signal yet
+    _at_once = False
 
     def __enter__(self) -> StopSignal:
         self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _remember(self, number: int, frame) -> None:
-        if self.received:
+        if self.received and time.monotonic() > self._first + REPEAT_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = number
+        if not self.received:
+            self.received, self._first = number, time.monotonic()
+        if self._at_once:
+            raise Stopped(128 + self.received)
+
+    def agreed(self, device: torch.device) -> int:
+        """Return the number of the signal that a process received, or 0. All processes call this together."""
+        return int(all_reduce(torch.tensor(self.received, device=device), dist.ReduceOp.MAX))
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within this context, a signal raises `Stopped`. It is for work that takes long and leaves nothing behind."""
+        self._at_once = True
+        try:
+            if self.received:
+                raise Stopped(128 + self.received)
+            yield
+        finally:
+            self._at_once = False
 
     def __exit__(self, *error) -> None:
         """Kill the data loading workers too: they ignore the SIGTERM that Python sends them at its exit, and Python

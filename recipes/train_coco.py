@@ -8,10 +8,11 @@ command goes on with it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-import sys
 import time
 from collections.abc import Iterator
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -23,22 +24,31 @@ from build import build_loader
 from memory import peak_memory
 from optim import set_lr
 from presets import PRESETS, TrainConfig
-from run_folder import RunLog, note_not_finite, note_skipped
-from runtime import StopSignal, all_reduce, log, process_group
+from run_folder import RunLog, draw_pictures, import_pictures, locked, note_not_finite, note_skipped
+from runtime import Stopped, StopSignal, all_reduce, average, log, process_group
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
-from training_run import Run, is_due, save, set_up
+from training_run import Run, are_finite, batch_statistics, is_due, is_trusted, put_back, save, save_finished, set_up
 from vovnet_zoo.coco_eval import format_table
 
 
 def main(config: TrainConfig) -> dict | None:
     """Train as `config` says; returns the last evaluation on rank 0, None on the others."""
-    with process_group(config.device) as (rank, world_size, device), StopSignal() as stop:
+    with (
+        process_group(config.device) as (rank, world_size, device),
+        StopSignal() as stop,
+        locked(config.out, rank),
+    ):
+        pictures = import_pictures() if rank == 0 else None
         run = set_up(config, rank, world_size, device)
         with contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log:
-            train(run, run_log, stop)
+            try:
+                train(run, run_log, stop)
+            except Exception:
+                save_finished(run)
+                raise
             if rank == 0:
-                summarize(run, run_log)
+                summarize(run, run_log, pictures)
         return run.progress.metrics
 
 
@@ -46,7 +56,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     """Do the steps that are left of a run, with the checkpoints and evaluations that are due."""
     config, model, criterion, progress = run.config, run.model, run.criterion, run.progress
     find, compute = (compiled(f) if config.compile else f for f in (find_targets, compute_losses))
-    score_if_due(run, run_log)  # the run may have been stopped between a checkpoint and its evaluation
+    score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     batches = iter(build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device))
     steps = range(progress.step, config.steps)
     bar = tqdm(steps, total=config.steps, initial=progress.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
@@ -66,7 +76,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         # Forward and backward, part by part; autograd adds up the gradients of the parts. The seed for drop path and
         # the like depends on the step only, so that a resumed run draws the same numbers.
         torch.manual_seed(seed_of(config.seed, step, run.rank))
-        statistics = batch_statistics(model)  # as they are before the step
+        run.statistics = batch_statistics(model)  # as they are before the step
         totals = torch.zeros(3, device=run.device)
         for part, (targets, _) in zip(parts, assigned, strict=True):
             images = pad_images(part["images"], height, width)
@@ -76,17 +86,19 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
             run.scaler.scale(sum(losses.values())).backward()
             totals += torch.stack([x.detach() for x in losses.values()])
 
-        # One gradient everywhere: gradients are summed over the processes, and so are the losses for the log.
+        # One gradient everywhere: gradients are summed over the processes, and so are the losses for the log. The batch
+        # norms' statistics are averaged, so that every process has the model that rank 0 saves.
         run.gradients.finish()
+        average([x for x, _ in run.statistics])
         losses = dict(zip(losses, all_reduce(totals).tolist(), strict=True))
 
         # One update of the weights, unless a loss or the gradient is not finite: such a step changes nothing.
         lr = set_lr(run.optimizer, config, step)
-        grad_norm = update(run, step, parts, losses, statistics)
+        grad_norm = update(run, step, parts, losses)
 
         # Log: a row of numbers.
         seconds = time.perf_counter() - began
-        progress.step, progress.train_seconds = step + 1, progress.train_seconds + seconds
+        progress.train_seconds += seconds
         log_step(run, run_log, bar, step, losses, seconds, lr=lr, grad_norm=grad_norm, data_wait_s=data_wait)
 
         # Save. This comes before the evaluation, which takes long and can fail, so that no finished step is lost.
@@ -94,11 +106,11 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
             save(run)
         if stopping:
             bar.close()
-            log.warning("stopped by a signal after step %d, saved; the same command goes on from there", step + 1)
-            sys.exit(128 + stopping)
+            log.warning("stopped by a signal; %d steps are saved, and the same command goes on from there", run.saved)
+            raise Stopped(128 + stopping)
 
         # Score, and save the best model.
-        score_if_due(run, run_log)
+        score_if_due(run, run_log, stop)
         began = time.perf_counter()
 
 
@@ -125,42 +137,40 @@ def pad_images(images: Tensor, height: int, width: int) -> Tensor:
     return nn.functional.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
 
 
-def batch_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Return the buffers of all batch norms, each with a copy of its value."""
-    return [(x, x.clone()) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for x in m.buffers()]
-
-
-def update(
-    run: Run, step: int, parts: list[dict], losses: dict[str, float], statistics: list[tuple[Tensor, Tensor]]
-) -> float:
+def update(run: Run, step: int, parts: list[dict], losses: dict[str, float]) -> float:
     """Change the weights by their gradients, and clear these; returns the gradient's norm.
 
-    A step whose loss or gradient is not finite is skipped instead, and `statistics` (buffers of batch norms, each with
-    its value before the step) are put back. With float16, a gradient that overflows is no such case: GradScaler leaves
-    out the change of the weights and lowers its scale.
+    A step whose loss or gradient is not finite is skipped instead, and the statistics of batch norms are put back. With
+    float16, a gradient that overflows is no such case: GradScaler leaves out the change of the weights and lowers its
+    scale.
     """
     run.scaler.unscale_(run.optimizer)
     max_norm = run.config.clip_grad or float("inf")
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm).item()
     if all(map(math.isfinite, losses.values())) and (run.scaler.is_enabled() or math.isfinite(grad_norm)):
+        run.updating = True
         run.scaler.step(run.optimizer)
         if run.ema:
             run.ema.update(run.model, step=step + 1)
         run.progress.not_finite = 0
     else:
-        for x, before in statistics:
-            x.copy_(before)
+        put_back(run)
         skip_step(run, step, parts, losses, grad_norm)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
+    run.progress.step, run.statistics, run.updating = step + 1, [], False  # the step is finished
     return grad_norm
 
 
 def skip_step(run: Run, step: int, parts: list[dict], losses: dict[str, float], grad_norm: float) -> None:
-    """Note a step that is skipped, with its images; `RuntimeError` after too many in a row."""
+    """Note a step that is skipped, with its images.
+
+    `RuntimeError` after too many in a row, or if the weights themselves are not finite at the end of the run.
+    """
     run.progress.not_finite += 1
     path = note_not_finite(run.config.out, step, run.rank, parts, losses, grad_norm)
-    if run.progress.not_finite >= run.config.max_not_finite:
+    too_many = run.progress.not_finite >= run.config.max_not_finite
+    if too_many or (step + 1 == run.config.steps and not are_finite(run.averaged)):
         raise RuntimeError(
             f"{run.progress.not_finite} steps in a row were not finite, the last batch is in {path}; "
             "lower --lr, set --clip-grad, or look at the images and boxes named there"
@@ -177,12 +187,19 @@ def log_step(
     bar.set_postfix_str(f"loss {loss:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s")
 
 
-def score_if_due(run: Run, run_log: RunLog) -> None:
+def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     """Score the model if this is due and was not done yet; write `last/`, and `best/` if there was no better one."""
     config, progress = run.config, run.progress
-    if progress.scored == progress.step or not is_due(config.eval_every, run):
+    if progress.scored == progress.step or not is_due(config.eval_every, run) or not is_trusted(run):
         return
-    _, metrics = score_dataset(run.averaged, run.val_set, run.rank, run.world_size, workers=config.workers)
+    note = functools.partial(note_skipped, config.out, progress.step)
+    try:
+        _, metrics = score_dataset(
+            run.averaged, run.val_set, run.rank, run.world_size, stop=stop, note=note, workers=config.workers
+        )
+    except Stopped:
+        log.warning("stopped by a signal in the evaluation after step %d; the same command repeats it", progress.step)
+        raise
     progress.scored = progress.step
     if run.rank == 0:
         overall = {name: value for name, value in metrics.items() if name != "per_class"}
@@ -195,19 +212,16 @@ def score_if_due(run: Run, run_log: RunLog) -> None:
     save(run)
 
 
-def summarize(run: Run, run_log: RunLog) -> None:
-    """Draw `curves.png` and `detections.png`, and print the last evaluation and the speed."""
-    from pictures import draw_comparison, draw_curves  # here, since matplotlib takes a second to import
-
+def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
+    """Print the last evaluation and the speed, and draw `curves.png` and `detections.png`."""
     config, seconds = run.config, run.progress.train_seconds
-    draw_curves(run_log.rows(), config.out / "curves.png")
-    draw_comparison(run.averaged, run.val_set, config.out / "detections.png")
     print(format_table(run.progress.metrics, per_class=True))
     rate = config.steps * config.batch_size / seconds
     log.info("trained %.0f s, %.2f images/s, peak %.2f GiB", seconds, rate, peak_memory(run.device))
     if config.compile:
         log_graphs()
-    log.info("best model: %s; pictures: curves.png and detections.png in %s", config.out / "best", config.out)
+    log.info("best model: %s", config.out / "best")
+    draw_pictures(pictures, config.out, run_log.rows(), run.averaged, run.val_set)
 
 
 def log_graphs() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
 from build import build_datasets, build_model, load_start, prepare_for_training
 from gradients import GradientSum
-from optim import create_optimizer
+from optim import create_optimizer, load_changed
 from presets import TrainConfig
 from run_folder import describe_run, load_checkpoint, refuse_changes, save_checkpoint
 from runtime import broadcast_weights, log
@@ -49,6 +50,10 @@ class Run:
     scaler: torch.amp.GradScaler
     identity: dict[str, str]  # a run goes on only from checkpoints with its own identity
     progress: Progress
+    # These say whether the run can be saved after an error in the middle of a step.
+    statistics: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # buffers that the step changes, and before
+    updating: bool = False  # the weights are about to change
+    saved: int = 0  # steps that were done at the last checkpoint
 
     @property
     def averaged(self) -> FCOS:
@@ -64,11 +69,15 @@ class Run:
 
 def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device) -> Run:
     """Build a run. If `config.out` has a checkpoint, the run goes on from there."""
+    saved = load_checkpoint(config.out / "checkpoints")
+    known = saved.get("config") if saved else None  # checkpoints of version 0.2 and before do not hold it
     torch.manual_seed(config.seed)
-    start = load_start(config)
-    plus_one = (start.config if start else VARIANTS[config.variant or DEFAULT_VARIANT])["plus_one"]
+    start = None if known else load_start(config)
+    plus_one = (known or (start.config if start else VARIANTS[config.variant or DEFAULT_VARIANT]))["plus_one"]
     train_set, val_set = build_datasets(config, plus_one, rank, world_size)
-    model = build_model(config, train_set.class_names, start)
+    identity = describe_run(config, train_set, val_set)
+    changed = refuse_changes(saved["run"], identity, config) if saved else []
+    model = build_model(config, train_set.class_names, start, known)
     assert model.config["plus_one"] == plus_one
     prepare_for_training(model, config, device)
     log.info("%d images, %d classes: %s", len(train_set), len(train_set.class_names), ", ".join(train_set.class_names))
@@ -85,19 +94,41 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
         GradientSum(model),
         create_optimizer(model, config),
         torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        describe_run(config, train_set, val_set),
+        identity,
         Progress(),
     )
-    if saved := load_checkpoint(config.out / "checkpoints"):
-        refuse_changes(saved["run"], run.identity, config)
-        for name, part in run.stateful.items():
-            part.load_state_dict(saved[name])
+    if saved:
+        load_states(run, saved, changed)
         # checkpoints of version 0.1 do not say `scored`: they were written after the evaluation of their step
         run.progress = Progress(**{"scored": saved["progress"]["step"], **saved["progress"]})
+        run.saved = run.progress.step
         log.info("going on after step %d of %s", run.progress.step, config.out)
     else:
         broadcast_weights(model)
     return run
+
+
+def load_states(run: Run, saved: dict, changed: list[str]) -> None:
+    """Load what a checkpoint holds. Where the configuration has changed, a part that is new to the run starts now."""
+    run.model.load_state_dict(saved["model"])
+    if run.ema:
+        if "ema" not in saved:
+            log.warning("the moving average of the weights starts now")
+        run.ema.module.load_state_dict(saved.get("ema", saved["model"]))
+    if saved["scaler"]:  # it is empty if the checkpoint was not of float16
+        run.scaler.load_state_dict(saved["scaler"])
+    if not changed:
+        run.optimizer.load_state_dict(saved["optimizer"])
+    elif "parameters" not in saved or "optimizer" in changed:
+        log.warning("the optimizer's state starts anew")
+    else:
+        load_changed(run.optimizer, parameter_names(run), saved["optimizer"], saved["parameters"])
+
+
+def parameter_names(run: Run) -> list[str]:
+    """Return the names of the optimizer's parameters, in the order of its state."""
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    return [names[parameter] for group in run.optimizer.param_groups for parameter in group["params"]]
 
 
 def is_due(every: int | None, run: Run) -> bool:
@@ -105,9 +136,58 @@ def is_due(every: int | None, run: Run) -> bool:
     return run.progress.step == run.config.steps or bool(every and run.progress.step % every == 0)
 
 
+def is_trusted(run: Run) -> bool:
+    """Say whether the weights may be saved: the last step was finite, or it was the run's last and they are finite."""
+    if run.progress.not_finite == 0:
+        return True
+    return run.progress.step == run.config.steps and are_finite(run.averaged)
+
+
+def are_finite(model: nn.Module) -> bool:
+    """Say whether all parameters and buffers of a model are finite."""
+    return all(x.isfinite().all().item() for x in model.state_dict().values())
+
+
 def save(run: Run) -> None:
-    """Write a checkpoint, on rank 0."""
+    """Write a checkpoint, on rank 0; not while steps are not finite, so that the good ones before it stay."""
+    if not is_trusted(run):
+        log.warning("not saved after step %d, since the last step was not finite", run.progress.step)
+        return
     if run.rank == 0:
         states = {name: part.state_dict() for name, part in run.stateful.items()}
         state = {"run": run.identity, "progress": dataclasses.asdict(run.progress), **states}
+        state |= {"config": run.model.config, "parameters": parameter_names(run)}
         save_checkpoint(run.config.out / "checkpoints", run.progress.step, state)
+    run.saved = run.progress.step
+
+
+def batch_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Return the buffers of all batch norms, each with a copy of its value."""
+    return [(x, x.clone()) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for x in m.buffers()]
+
+
+def put_back(run: Run) -> None:
+    """Give the statistics of batch norms the values that they had before the step that is not finished."""
+    for x, before in run.statistics:
+        x.copy_(before)
+    run.statistics = []
+
+
+def save_finished(run: Run) -> None:
+    """After an error, save the finished steps that no checkpoint has, and say how to go on. Rank 0 does so alone.
+
+    A second error is logged, so that the first is the one that the user sees at the end.
+    """
+    if run.rank > 0:
+        return
+    put_back(run)
+    try:
+        if run.saved < run.progress.step and not run.updating:
+            save(run)
+    except Exception as error:
+        log.error("the finished steps could not be saved: %s", error)
+    log.error(
+        "stopped by an error after step %d; %d steps are saved, and the same command goes on from there",
+        run.progress.step,
+        run.saved,
+    )

@@ -1,18 +1,21 @@
 """A run that is killed, interrupted, or finds its disk full, and is started again, ends as if nothing had happened."""
 
 import contextlib
+import errno
 import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from launch import STORE_PER_RESTART, losses, rows, train, train_command
+from launch import ROOT, STORE_PER_RESTART, losses, rows, train, train_command
 
-from run_folder import list_checkpoints, load_checkpoint, save_checkpoint
+import run_folder
+from run_folder import list_checkpoints, load_checkpoint, locked, save_checkpoint
 from vovnet_zoo import FCOS
 
 OPTIONS = "--steps 24 --workers 1 --checkpoint-every 2"  # batch norm live, EMA on, Muon: all that has a state
@@ -52,6 +55,14 @@ def test_interrupted(tiny_coco, tmp_path, undisturbed, number):
     assert saved == rows(out)[-1]["step"] + 1 >= 8
     train(tiny_coco, out, OPTIONS)
     assert_same(out, undisturbed(tiny_coco, 1))
+
+
+@pytest.mark.slow
+def test_a_signal_doubled_by_torchrun(tiny_coco, tmp_path):
+    """torchrun forwards SIGTERM to two processes that received it with torchrun: the step is saved all the same."""
+    out = tmp_path / "run"
+    interrupt(tiny_coco, out, 2, 7, signal.SIGTERM)
+    assert load_checkpoint(out / "checkpoints")["progress"]["step"] == rows(out)[-1]["step"] + 1 >= 8
 
 
 def test_damaged_newest_checkpoint(tiny_coco, tmp_path, undisturbed):
@@ -98,6 +109,40 @@ def test_full_disk(tiny_coco, tmp_path, undisturbed):
         assert_same(out, undisturbed(tiny_coco, 1))
     finally:
         subprocess.run(["umount", out], check=True)
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """The second is refused, naming the first; also when the first was killed and left a worker, it has the folder."""
+    code = (
+        "import os, sys, time; sys.path.insert(0, 'RECIPES'); from pathlib import Path; from run_folder import locked\n"
+        "with locked(Path(sys.argv[1]), wait=0.1):\n"
+        "    worker = os.fork()\n"
+        "    print(os.getpid() if worker else 'worker', flush=True); time.sleep(100)"
+    ).replace("RECIPES", str(ROOT / "recipes"))
+    line = [sys.executable, "-c", code, tmp_path / "run"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True) as first:
+        try:
+            assert {first.stdout.readline() for _ in range(2)} == {f"{first.pid}\n", "worker\n"}
+            with pytest.raises(ValueError, match=rf"run is in use by process {first.pid} on .*, since 20.*--out"):
+                with locked(tmp_path / "run", wait=0.1):
+                    raise AssertionError("the folder has two owners")
+            with locked(tmp_path / "run", rank=1, wait=0.1), locked(tmp_path / "other", wait=0.1):
+                pass
+            os.kill(first.pid, signal.SIGKILL)
+            first.wait()
+            with locked(tmp_path / "run", wait=0.1):
+                assert f"process {os.getpid()} on" in (tmp_path / "run" / "lock").read_text()
+        finally:
+            os.killpg(first.pid, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def lockf(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_folder.fcntl, "lockf", lockf)
+    with locked(tmp_path):
+        assert "cannot be locked (No locks available)" in caplog.text
 
 
 @pytest.mark.slow

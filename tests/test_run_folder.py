@@ -1,7 +1,10 @@
 """The run folder: a log that is whole whatever happens, checkpoints, and no finished step that is lost."""
 
+import contextlib
 import dataclasses
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -158,3 +161,53 @@ def test_a_checkpoint_of_version_0_1_goes_on(config, monkeypatch):
     save_checkpoint(folder, 4, state)
     monkeypatch.setattr(train_coco, "score_dataset", None)
     assert train_coco.main(config)["AP"] == state["progress"]["metrics"]["AP"]
+
+
+def test_all_checkpoints_damaged(config):
+    """The run does not start over by itself, since that would overwrite its log."""
+    train_coco.main(dataclasses.replace(config, checkpoint_every=1))
+    before = (config.out / "metrics.jsonl").read_bytes()
+    paths = list_checkpoints(config.out / "checkpoints")
+    assert len(paths) == 2
+    for path in paths:
+        os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(ValueError, match=rf"all checkpoints are damaged.*{paths[0].name}.*start the run over"):
+        train_coco.main(config)
+    assert (config.out / "metrics.jsonl").read_bytes() == before
+    for path in paths:
+        path.unlink()
+    train_coco.main(config)
+
+
+def test_only_whole_checkpoints_count_in_the_rotation(tmp_path):
+    """With damaged files of later steps too, as after going back to the one before them."""
+    for step in (2, 4, 6):
+        save_checkpoint(tmp_path, step, {"value": step}, keep=3)
+    for path in list_checkpoints(tmp_path)[1:]:
+        path.write_bytes(path.read_bytes()[:-1])
+    assert load_checkpoint(tmp_path) == {"value": 2}
+    save_checkpoint(tmp_path, 3, {"value": 3})
+    assert [path.name[:8] for path in list_checkpoints(tmp_path)] == ["00000002", "00000003"]
+
+
+def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+    left = tmp_path / "00000007-0123456789abcdef.pt.partial"
+    left.touch()
+    save_checkpoint(tmp_path, 8, {"value": 8})
+    assert not left.exists() and load_checkpoint(tmp_path) == {"value": 8}
+
+
+@pytest.mark.parametrize("number, is_error", [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch, number, is_error):
+    """CIFS, sshfs and others refuse it; the file is whole all the same."""
+    real = run_folder.os.fsync
+
+    def fsync(descriptor):
+        if Path(f"/proc/self/fd/{descriptor}").resolve().is_dir():
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(run_folder.os, "fsync", fsync)
+    with pytest.raises(OSError) if is_error else contextlib.nullcontext():
+        save_checkpoint(tmp_path, 8, {"value": 8})
+    assert load_checkpoint(tmp_path) == {"value": 8}
