@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -49,7 +51,8 @@ class FCOS(
             would exceed `max_size`.
 
     Raises:
-        ValueError: an argument is out of range, or the backbone is unknown or has no maps at strides 8, 16, 32.
+        ValueError: an argument has another type or is out of range (see `RANGES`), or the backbone is unknown or has no
+            maps at strides 8, 16, 32.
     """
 
     def __init__(
@@ -70,32 +73,26 @@ class FCOS(
         max_size: int = 1333,
     ):
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes}: a detector needs at least one foreground class")
-        if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(f"{len(class_names)} class_names for num_classes={num_classes}")
-        if channels < 64 or channels % 32:
-            raise ValueError(
-                f"channels={channels}: the head's GroupNorm has 32 groups of at least 2 channels; give 64, 96 .."
-            )
-
-        body = create_backbone(backbone)
-        mean, std = (image_mean or body.pretrained_cfg["mean"]), (image_std or body.pretrained_cfg["std"])
         self.config = dict(
             backbone=backbone,
             num_classes=num_classes,
-            class_names=None if class_names is None else list(class_names),
+            class_names=class_names,
             channels=channels,
             num_convs=num_convs,
             distance=distance,
             centerness_on=centerness_on,
             frozen_norm=frozen_norm,
             prior=prior,
-            image_mean=list(mean),
-            image_std=list(std),
+            image_mean=image_mean,
+            image_std=image_std,
             min_size=min_size,
             max_size=max_size,
         )
+        check_config(self.config)
+        body = create_backbone(backbone)
+        for key in ("mean", "std"):
+            if self.config[f"image_{key}"] is None:
+                self.config[f"image_{key}"] = list(body.pretrained_cfg[key])
         self._hub_mixin_config = self.config  # the mixin's own lacks the mean and std that came from the backbone
 
         in_channels = probe_channels(body, backbone)
@@ -150,6 +147,57 @@ class FCOS(
             centerness logits [B,1,h,w].
         """
         return self.head(features)
+
+
+# Least and largest whole number; the largest are far beyond use, and keep a damaged file from taking memory.
+RANGES = {
+    "num_classes": (1, 100_000, "; a detector needs at least one foreground class"),
+    "channels": (64, 8192, "; the head's GroupNorm has 32 groups of at least 2 channels"),
+    "num_convs": (0, 64, ""),
+    "min_size": (1, 65_535, ""),
+    "max_size": (1, 65_535, ""),
+}
+
+
+def check_config(config: dict) -> None:
+    """Check the arguments of `FCOS`, and turn sequences and numbers into lists and numbers that JSON knows.
+
+    Raises:
+        ValueError: an argument has another type than documented or is out of range; the message names it.
+    """
+    if not isinstance(config["backbone"], str):
+        raise ValueError(f"backbone={reprlib.repr(config['backbone'])}: give the name of a timm model")
+    for name, (least, most, why) in RANGES.items():
+        if not _is_number(config[name], least, most, Integral):
+            raise ValueError(f"{name}={reprlib.repr(config[name])}: give a whole number from {least} to {most}{why}")
+        config[name] = int(config[name])
+    if config["channels"] % 32:
+        raise ValueError(f"channels={config['channels']}: the head's GroupNorm has 32 groups; give 64, 96 ..")
+    for name in config.keys() & {"frozen_norm", "plus_one"}:
+        if not isinstance(config[name], bool):
+            raise ValueError(f"{name}={reprlib.repr(config[name])}: give True or False")
+    if not _is_number(config["prior"], 1e-12, 1 - 1e-12, Real):
+        raise ValueError(f"prior={reprlib.repr(config['prior'])}: give a probability above 0 and below 1")
+    config["prior"] = float(config["prior"])
+    for name, least in (("image_mean", -1000), ("image_std", 1e-6)):
+        value = config[name]
+        if value is not None:
+            if isinstance(value, str | Mapping) or not isinstance(value, Iterable) or len(value := list(value)) != 3:
+                raise ValueError(f"{name}={reprlib.repr(value)}: give 3 numbers, for red, green and blue")
+            if not all(_is_number(number, least, 1000, Real) for number in value):
+                raise ValueError(f"{name}={reprlib.repr(value)}: give 3 numbers from {least} to 1000")
+            config[name] = [float(number) for number in value]
+    names = config["class_names"]
+    if names is not None:
+        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(x, str) for x in names):
+            raise ValueError(f"class_names={reprlib.repr(names)}: give a list of names")
+        if len(names) != config["num_classes"]:
+            raise ValueError(f"{len(names)} class_names for num_classes={config['num_classes']}")
+        config["class_names"] = list(names)
+
+
+def _is_number(value, least: float, most: float, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= value <= most)  # NaN is not
 
 
 class FCOSHead(nn.Module):

@@ -42,6 +42,15 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def read_shapes(path: str | Path) -> dict[str, list[int]]:
+    """Read the shape of each tensor of a safetensors file, without the tensors. Raises ValueError as above."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); download or save it again") from error
+
+
 def write_safetensors(state_dict: Mapping[str, Tensor], path: str | Path, **metadata: str) -> None:
     """Write a state dict, and a checksum of it among the metadata."""
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
@@ -64,11 +73,16 @@ def hash_file(path: Path, algorithm: str = "sha256") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def read_json(path: Path) -> dict:
-    """Read the object in a JSON file. Raises ValueError, naming the file, if it holds anything else."""
+def read_json(path: Path, limit: int | None = None) -> dict:
+    """Read the object in a JSON file of at most `limit` bytes.
+
+    Raises:
+        ValueError: the file cannot be read, is no JSON, or holds something else than an object; the message names it.
+    """
+    data = read_bytes(path, "JSON file", limit)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file ({error}); download or save it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, not settings")

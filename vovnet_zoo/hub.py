@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -13,9 +14,10 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, constants
 from torch import Tensor, nn
 
-from .files import hash_file, read_json, read_safetensors, staged, write_safetensors
+from .files import hash_file, read_json, read_safetensors, read_shapes, staged, write_safetensors
 
 CONFIG, WEIGHTS, CARD = constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, "README.md"
+MAX_CONFIG_BYTES = 16 << 20
 
 
 class StrictHubMixin(PyTorchModelHubMixin):
@@ -46,6 +48,9 @@ class StrictHubMixin(PyTorchModelHubMixin):
             map_location: the device.
             model_kwargs: arguments of `__init__`, which win over the saved ones.
 
+        The files need not be trusted: no code in them runs, nothing else is downloaded, and the names and shapes of
+        all tensors are compared before the model takes memory.
+
         Raises:
             ValueError: a file is missing or damaged, or does not fit the class; the message names each wrong tensor.
             OSError: the Hub cannot be reached, refuses, or has no such repository or file.
@@ -63,7 +68,14 @@ class StrictHubMixin(PyTorchModelHubMixin):
             config_file = download(source, CONFIG, revision=revision, **options)
             commit = config_file.parent.name  # a push in between must not mix two commits
             weights_file = download(source, WEIGHTS, revision=commit, **options)
-        model = cls(**{**read_config(config_file, cls), **model_kwargs})
+        config = {**read_config(config_file, cls, known=model_kwargs), **model_kwargs}
+        try:
+            with torch.device("meta"):
+                skeleton = cls(**config)
+        except ValueError as error:
+            raise ValueError(f"{config_file}: {error}") from error
+        check_fit(skeleton, read_shapes(weights_file), source=str(weights_file))
+        model = cls(**config)
         load_strict(model, read_safetensors(weights_file), source=str(weights_file))
         return model.to(map_location).eval()
 
@@ -92,19 +104,27 @@ class StrictHubMixin(PyTorchModelHubMixin):
         return model_card({**known, **facts}, info.model_card_data)
 
 
-def read_config(path: Path, cls: type) -> dict:
-    """Read the arguments of a class from a JSON file.
+def read_config(path: Path, cls: type, known: Collection[str] = ()) -> dict:
+    """Read the arguments of a class from a JSON file, except the arguments that are `known`.
 
     Raises:
-        ValueError: the class does not know an argument, or needs one that is not in the file.
+        ValueError: the class does not know an argument, or needs one that is not in the file, or the backbone is not
+            a plain name, but tells timm to look into another repository or folder.
     """
-    config = read_json(path)
-    known = inspect.signature(cls).parameters
-    if unknown := config.keys() - known.keys():
+    config = read_json(path, MAX_CONFIG_BYTES)
+    parameters = inspect.signature(cls).parameters
+    if unknown := config.keys() - parameters.keys():
         raise ValueError(f"{path}: {cls.__name__} has no {sorted(unknown)}; was it saved by a newer vovnet_zoo?")
-    required = {name for name, parameter in known.items() if parameter.default is parameter.empty}
-    if missing := required - config.keys():
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    if missing := required - config.keys() - set(known):
         raise ValueError(f"{path} has no {sorted(missing)}: is it the config of a {cls.__name__}?")
+    config = {name: value for name, value in config.items() if name not in known}
+    backbone = config.get("backbone", "")
+    if isinstance(backbone, str) and not re.fullmatch(r"[\w.-]*", backbone):
+        raise ValueError(
+            f"{path} asks for the backbone {backbone!r:.200}, which is no name of timm's registry: refused. "
+            "If you trust it, give it yourself: from_pretrained(..., backbone=...)"
+        )
     return config
 
 
@@ -114,20 +134,36 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
     Raises:
         ValueError: a name, shape or dtype differs; the message lists the differences, and nothing was copied.
     """
+    check_fit(model, {key: list(tensor.shape) for key, tensor in state_dict.items()}, source)
     own = model.state_dict()
-    problems = [f"missing: {key}" for key in own.keys() - state_dict.keys()]
-    problems += [f"unexpected: {key}" for key in state_dict.keys() - own.keys()]
-    for key in own.keys() & state_dict.keys():
-        ours, theirs = own[key], state_dict[key]
-        if ours.shape != theirs.shape:
-            problems.append(f"shape: {key} is {list(theirs.shape)}, the model has {list(ours.shape)}")
-        elif ours.dtype != theirs.dtype:
-            problems.append(f"dtype: {key} is {theirs.dtype}, the model has {ours.dtype}")
+    _refuse(
+        model,
+        source,
+        [
+            f"dtype: {key} is {theirs.dtype}, the model has {own[key].dtype}"
+            for key, theirs in state_dict.items()
+            if theirs.dtype != own[key].dtype
+        ],
+    )
+    model.load_state_dict(state_dict, strict=True)
+
+
+def check_fit(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: str) -> None:
+    """Compare the names and shapes of tensors with a model's. Raises ValueError, with a list, if they differ."""
+    own = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    problems = [f"missing: {key}" for key in own.keys() - shapes.keys()]
+    problems += [f"unexpected: {key:.200}" for key in shapes.keys() - own.keys()]
+    for key in own.keys() & shapes.keys():
+        if own[key] != shapes[key]:
+            problems.append(f"shape: {key} is {shapes[key]}, the model has {own[key]}")
+    _refuse(model, source, problems)
+
+
+def _refuse(model: nn.Module, source: str, problems: list[str]) -> None:
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{source} does not fit {type(model).__name__}; nothing was loaded:\n  {shown}{more}")
-    model.load_state_dict(state_dict, strict=True)
 
 
 def download(repo_id: str, filename: str, **options) -> Path:

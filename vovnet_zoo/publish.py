@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import detectors, hub, vovnet
 from .convert import FORMS, convert
 from .fcos import FCOS
-from .files import hash_file, read_json, read_metadata, read_safetensors, staged, write_safetensors
+from .files import hash_file, read_json, read_metadata, read_safetensors, read_shapes, staged, write_safetensors
 from .weights import Weights, read_checkpoint, unwrapped
 
+TIMM_NAME = "vovnet39a"  # timm's own name of the class that every published backbone is built from
 BACKBONE_CARD = ModelCardData(
     library_name="timm", pipeline_tag="image-classification", tags=["timm", "vovnet"], license="apache-2.0"
 )
@@ -104,18 +105,40 @@ def build_for_timm(name: str, state_dict: dict[str, Tensor]) -> tuple[VovNet, di
     """
     num_classes = len(state_dict["head.fc.bias"]) if "head.fc.bias" in state_dict else 0
     args = vovnet.model_cfgs[name]
-    model = timm.create_model("vovnet39a", num_classes=num_classes, **args)
+    model = timm.create_model(TIMM_NAME, num_classes=num_classes, **args)
     hub.load_strict(model, state_dict, "the checkpoint")
     cfg = {**vovnet.timm_cfg(Weights("hub", license="other")), "num_classes": num_classes, "tag": name}
     del cfg["url"], cfg["license"], cfg["notes"]
     config = {
-        "architecture": "vovnet39a",
+        "architecture": TIMM_NAME,
         "num_classes": num_classes,
         "num_features": args["stage_out_chs"][-1],
         "model_args": args,
         "pretrained_cfg": cfg,
     }
     return model.eval(), config
+
+
+def load_for_timm(folder: Path) -> tuple[VovNet, str]:
+    """Load the backbone in a folder that `convert_file` made, and tell its name among `vovnet.model_cfgs`.
+
+    timm's "local-dir:" loads it too, but in older releases reads no safetensors, and does whatever `model_args` say.
+
+    Raises:
+        ValueError: the config is none that `build_for_timm` makes, or a tensor does not fit.
+    """
+    config, weights = read_json(folder / hub.CONFIG, hub.MAX_CONFIG_BYTES), folder / hub.WEIGHTS
+    num_classes = config.get("num_classes")
+    for name, args in vovnet.model_cfgs.items():
+        same = config.get("model_args") == json.loads(json.dumps(args)) and config["architecture"] == TIMM_NAME
+        if same and type(num_classes) is int and 0 <= num_classes <= 100_000:
+            with torch.device("meta"):
+                skeleton = timm.create_model(TIMM_NAME, num_classes=num_classes, **args)
+            hub.check_fit(skeleton, read_shapes(weights), str(weights))
+            model = timm.create_model(TIMM_NAME, num_classes=num_classes, **args).eval()
+            hub.load_strict(model, read_safetensors(weights), str(weights))
+            return model, name
+    raise ValueError(f"{folder / hub.CONFIG} is none that `vovnet-zoo convert` writes: convert the checkpoint again")
 
 
 def checked_card(folder: str | Path, **facts: str) -> ModelCard:
@@ -127,15 +150,13 @@ def checked_card(folder: str | Path, **facts: str) -> ModelCard:
     folder = Path(folder)
     if not (folder / hub.CONFIG).is_file():
         raise ValueError(f"{folder} has no {hub.CONFIG}: is it the folder of a saved model?")
-    config = read_json(folder / hub.CONFIG)
-    architecture = config.get("architecture")
+    architecture = read_json(folder / hub.CONFIG, hub.MAX_CONFIG_BYTES).get("architecture")
     if architecture is None:
-        model = FCOS.from_pretrained(folder)
+        model, name = FCOS.from_pretrained(folder), ""
         size = [-(-side // 32) * 32 for side in (model.config["min_size"], model.config["max_size"])]
-    else:  # as timm's "local-dir:" does it, which in older releases reads no safetensors
-        model = timm.create_model(architecture, num_classes=config["num_classes"], **config["model_args"]).eval()
-        hub.load_strict(model, read_safetensors(folder / hub.WEIGHTS), str(folder / hub.WEIGHTS))
-        size = config["pretrained_cfg"]["input_size"][-2:]
+    else:
+        model, name = load_for_timm(folder)
+        size = Weights("hub").size
     with torch.inference_mode():
         outputs = model(torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
         if not all(x.isfinite().all() for x in (outputs if architecture is None else [outputs])):
@@ -152,7 +173,6 @@ def checked_card(folder: str | Path, **facts: str) -> ModelCard:
     }
     if architecture is None:
         return model.generate_model_card(**known)
-    name = config["pretrained_cfg"]["tag"]
     known["architecture"] = f"{name}: timm's {architecture} with the model_args of config.json"
     return hub.model_card(known, BACKBONE_CARD)
 
