@@ -9,7 +9,7 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors
@@ -104,6 +104,45 @@ def read_bytes(path: str | Path, kind: str, limit: int | None = None) -> bytes:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: the path has, for example, a null character in it
         raise ValueError(f"{path}: cannot read the {kind}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def free_to_write(targets: Iterable[Path], inputs: Iterable[Path], overwrite: bool) -> None:
+    """Refuse outputs that would destroy a file of the user.
+
+    Args:
+        targets: the files to be written.
+        inputs: the files that are read; none of them is ever written over.
+        overwrite: other files may be written over.
+
+    Raises:
+        ValueError: a target is an input or a folder, or is there and `overwrite` is False; the message names it.
+    """
+    known = {(status.st_dev, status.st_ino): path for path in inputs if (status := _status(path))}
+    for target in targets:
+        status = _status(target)
+        if status and (source := known.get((status.st_dev, status.st_ino))):
+            raise ValueError(f"{target}: the result would be written over the input {source}; choose another folder")
+        if target.is_dir():
+            raise ValueError(f"{target} is a folder, and the result is a file; choose another folder")
+        if not overwrite and os.path.lexists(target):
+            raise ValueError(f"{target} is there already; choose another folder, or write over it with --overwrite")
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except (OSError, ValueError):
+        return None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole, or as it was before. A link at `path` is replaced, not followed."""
+    with temporary(path) as part:
+        with open(part, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import detectors, hub, vovnet
 from .convert import FORMS, convert
 from .fcos import FCOS
-from .files import hash_file, read_json, read_metadata, read_safetensors, read_shapes, staged, write_safetensors
+from .files import (
+    free_to_write,
+    hash_file,
+    read_json,
+    read_metadata,
+    read_safetensors,
+    read_shapes,
+    staged,
+    write_safetensors,
+)
 from .weights import Weights, read_checkpoint, unwrapped
 
 TIMM_NAME = "vovnet39a"  # timm's own name of the class that every published backbone is built from
@@ -62,17 +71,19 @@ def publish_model(
         return push(repo_id, folder, card, private=private, token=token, branch=branch, create_pr=create_pr)
 
 
-def convert_file(file: str | Path, out: str | Path) -> None:
+def convert_file(file: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
     """Convert a published checkpoint to a folder of `model.safetensors`, `config.json` and `README.md`.
 
     `FCOS.from_pretrained` opens the folder of a detector. `timm.create_model("local-dir:FOLDER", pretrained=True)`
     opens the folder of a classifier, also where this package is not installed. The folder appears only after
-    `checked_card` has loaded and run the model in it.
+    `checked_card` has loaded and run the model in it. A README.md that is there stays.
 
     Raises:
-        ValueError: the file is damaged, wants to run code, or is none of `FORMS`, or a tensor does not fit.
+        ValueError: the file is damaged, wants to run code, or is none of `FORMS`, or a tensor does not fit, or a model
+            is in `out` already and `overwrite` is False.
     """
     file, out = Path(file), Path(out)
+    free_to_write([out / hub.CONFIG, out / hub.WEIGHTS], [file], overwrite)
     with unwrapped(file, str(file)) as checkpoint_file:
         checkpoint = read_checkpoint(checkpoint_file, str(file))
         sha1, sha256 = hash_file(checkpoint_file, "sha1"), hash_file(checkpoint_file)
