@@ -49,8 +49,8 @@ def predict(
     model.eval()
     detections = []
     try:
-        with torch.inference_mode():
-            for item in [images] if single else images:
+        for item in [images] if single else images:
+            with torch.inference_mode():
                 image = to_rgb(item)
                 height, width = image.shape[-2:]
                 h, w = resize_size(height, width, config["min_size"], config["max_size"])
@@ -60,9 +60,10 @@ def predict(
                 inputs = normalize(padded, sizes, config["image_mean"], config["image_std"]).to(dtype)
                 inputs = inputs.contiguous(memory_format=torch.channels_last)  # faster, on a CPU and on a GPU
                 (found,) = postprocess(model(inputs), sizes, plus_one=plus_one, **options)
-                found = {key: value.cpu() for key, value in found.items()}
+            with torch.inference_mode(False):  # a tensor of the inference mode could not be changed in place later
+                found = {key: value.cpu().clone() for key, value in found.items()}
                 found["boxes"] *= torch.tensor([width / w, height / h]).repeat(2)
-                detections.append(found)
+            detections.append(found)
     finally:
         model.train(was_training)
     return detections
