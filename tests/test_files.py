@@ -17,6 +17,18 @@ def test_safetensors_come_back(tmp_path):
     assert metadata == {"format": "pt", "license": "mit", "sha256": files.fingerprint(weights)}
 
 
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_saved_files_have_the_mode_of_the_umask(tiny_detector, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        tiny_detector.save_pretrained(tmp_path / "model")
+        files.write_whole(tmp_path / "model" / "detections.json", b"[]")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 4 and set(modes.values()) == {mode}, modes
+
+
 def test_any_changed_tensor_changes_the_fingerprint():
     weights = {"a": torch.zeros(2), "b": torch.zeros(2)}
     others = [

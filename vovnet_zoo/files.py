@@ -52,10 +52,13 @@ def read_shapes(path: str | Path) -> dict[str, list[int]]:
 
 
 def write_safetensors(state_dict: Mapping[str, Tensor], path: str | Path, **metadata: str) -> None:
-    """Write a state dict, and a checksum of it among the metadata."""
+    """Write a state dict, and a checksum of it among the metadata, with the permissions of any new file."""
     state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     metadata = {"format": "pt", **metadata, "sha256": fingerprint(state_dict)}
+    Path(path).touch()
+    mode = stat.S_IMODE(os.stat(path).st_mode)  # the library makes a file that only its owner can read
     safetensors.torch.save_file(state_dict, path, metadata=metadata)
+    os.chmod(path, mode)
 
 
 def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
