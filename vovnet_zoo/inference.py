@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as tvf
 
-from .data import normalize, read_image, resize_size
+from .data import normalize, pil_to_rgb, read_image, resize_size
 from .fcos import FCOS, Predictions
 from .nms import class_nms
 
@@ -168,11 +168,18 @@ def decode(
 
 
 def to_rgb(image: ImageLike) -> Tensor:
-    """Turn any kind of image that `predict` takes into uint8 [3,H,W] RGB."""
+    """Turn any kind of image that `predict` takes into uint8 [3,H,W] RGB.
+
+    A PIL image becomes what its file would become: turned as its EXIF orientation says, 16 bits cut to the upper 8.
+    """
     if isinstance(image, (str, PathLike)):
         return read_image(Path(image))
     if isinstance(image, Image.Image):
-        image = np.array(image.convert("RGB"))
+        try:
+            return pil_to_rgb(image)
+        except Exception as error:  # a damaged file raises anything when its pixels are first asked for
+            name = getattr(image, "filename", "") or "a PIL image"
+            raise ValueError(f"{name}: cannot use the image: {error or type(error).__name__}") from error
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise ValueError(f"an image array must be uint8 [H,W,3] or [H,W], got {image.dtype} {list(image.shape)}")
