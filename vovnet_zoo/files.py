@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,11 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
@@ -141,39 +147,82 @@ def _status(path: Path) -> os.stat_result | None:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole, or as it was before. A link at `path` is replaced, not followed."""
     with temporary(path) as part:
-        with open(part, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        part.write_bytes(data)
+        sync(part)
         os.replace(part, path)
 
 
 @contextlib.contextmanager
 def staged(target: str | Path, keep: Collection[str] = ()) -> Iterator[Path]:
-    """Give a new folder to write into, and move its files to `target` at the end.
+    """Give a new folder to write into, and move its files to `target` at the end, when they are on the disk.
 
     A `target` that does not exist appears at once, with all its files. In a `target` that exists, each file is
     replaced as a whole, except that a file named in `keep` stays as it is. After an error `target` is unchanged.
     """
     target = Path(target).resolve()
-    with temporary(target) as folder:
-        folder.mkdir(parents=True)
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+    # a folder that exists may be on another disk than its parent, so its files are first written in it
+    with temporary(target / "staged" if target.exists() else target) as folder:
+        folder.mkdir()
         yield folder
+        for path in [*folder.iterdir(), folder]:
+            sync(path)
         if not target.exists():
             os.rename(folder, target)
+            sync(target.parent)
             return
         for file in folder.iterdir():
             if file.name not in keep or not (target / file.name).exists():
                 os.replace(file, target / file.name)
+        sync(target)
 
 
 @contextlib.contextmanager
 def temporary(target: Path) -> Iterator[Path]:
-    """Give an unused path beside `target`, and remove the file or folder that is there at the end."""
-    path = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+    """Give an unused path on the disk of `target`, and remove the file or folder that is there at the end.
+
+    The path is in a folder beside `target`, which is locked as long as this process lives. Such folders of processes
+    that were killed while they wrote `target` are removed first.
+    """
+    mine = f".vovnet_zoo.{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]}."  # short, whatever the name is
+    for folder in target.parent.glob(f"{mine}*.partial"):
+        if _is_left_over(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    folder = target.parent / f"{mine}{uuid.uuid4().hex}.partial"
+    folder.mkdir()
     try:
-        yield path
+        with open(folder / "new_lock", "wb") as lock:
+            if fcntl is not None:
+                with contextlib.suppress(OSError):  # some network disks have no locks: then left-overs stay
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.rename(lock.name, folder / "lock")  # from here on, an unlocked folder is a left-over
+            yield folder / "content"
     finally:
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def _is_left_over(folder: Path) -> bool:
+    if fcntl is None:
+        return False
+    try:
+        with open(folder / "lock", "rb+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # it is locked, or not yet locked, or gone
+        return False
+    return True
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk. A disk that can do that for files only is no failure."""
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
