@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
@@ -36,7 +37,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         expected = read_metadata(path).get("sha256")
         state_dict = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); download or save it again") from error
+        raise _not_safetensors(path, error) from error
     if expected is not None and expected != fingerprint(state_dict):
         raise ValueError(f"{path} is damaged: its tensors are not those saved; download or save it again")
     return state_dict
@@ -54,7 +55,28 @@ def read_shapes(path: str | Path) -> dict[str, list[int]]:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); download or save it again") from error
+        raise _not_safetensors(path, error) from error
+
+
+def _not_safetensors(path: str | Path, error: Exception) -> ValueError:
+    reason = known_mistake(path) or error
+    return ValueError(f"{path} is not a whole safetensors file ({reason}); download or save it again")
+
+
+def known_mistake(path: str | Path) -> str:
+    """Say what a file is that should hold something else, if its first bytes tell; "" otherwise."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+    except OSError:
+        return ""
+    if not start:
+        return "it is empty"
+    if re.match(rb"\s*<(!doctype|html|head|body|\?xml)", start, re.IGNORECASE):
+        return "it is a web page, as a download link gives that wants a login or a click"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs, not the file; run `git lfs pull`"
+    return ""
 
 
 def write_safetensors(state_dict: Mapping[str, Tensor], path: str | Path, **metadata: str) -> None:
@@ -92,7 +114,8 @@ def read_json(path: Path, limit: int | None = None) -> dict:
     try:
         content = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file ({error}); download or save it again") from error
+        reason = known_mistake(path) or error
+        raise ValueError(f"{path} is not a JSON file ({reason}); download or save it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, not settings")
     return content
