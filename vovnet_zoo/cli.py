@@ -74,7 +74,7 @@ class Publish:
     license: str | None = None
     """License of the weights, as the Hub abbreviates it; default: the license that is known, if any."""
     private: bool = False
-    """Make a private repository."""
+    """Push to a private repository, and refuse one that is public."""
     token: str | None = None
     """Access token; default: the token of `hf auth login` or HF_TOKEN."""
     branch: str | None = None

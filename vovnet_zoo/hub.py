@@ -90,7 +90,13 @@ class StrictHubMixin(PyTorchModelHubMixin):
         write_safetensors(self.state_dict(), save_directory / WEIGHTS)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Push as the mixin does, with `repo_id` in the example of the card."""
+        """Push as the mixin does, with `repo_id` in the example of the card.
+
+        Raises:
+            ValueError: `private` is asked for, but the repository is there and public.
+        """
+        if kwargs.get("private"):
+            create_private(repo_id, kwargs.get("token"))
         kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
         return super().push_to_hub(repo_id, **kwargs)
 
@@ -209,6 +215,24 @@ def download(repo_id: str, filename: str, **options) -> Path:
     return path
 
 
+def create_private(repo_id: str, token: str | None) -> str:
+    """Make a private repository, or see that the one that is there is private, and return its full name.
+
+    The Hub itself ignores `private` for a repository that is there.
+
+    Raises:
+        ValueError: the repository is public.
+    """
+    api = huggingface_hub.HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=True, exist_ok=True).repo_id
+    if not api.model_info(repo_id).private:
+        raise ValueError(
+            f"{repo_id} is there already and public, so nothing was pushed; make it private in its settings, choose "
+            "another name, or leave the wish for a private repository out"
+        )
+    return repo_id
+
+
 def model_card(facts: Mapping[str, str], data: ModelCardData) -> ModelCard:
     """Make the README.md of a model.
 
@@ -217,13 +241,19 @@ def model_card(facts: Mapping[str, str], data: ModelCardData) -> ModelCard:
         data: the header; its `library_name` chooses the example.
     """
     facts = {"repo_id": "organisation/name", "license": data.license, **facts}
-    repo_id = facts.pop("repo_id")
+    repo_id = re.sub(r"[^\w./-]", "-", facts.pop("repo_id"))
     header = ModelCardData(**{**data.to_dict(), "license": facts["license"]})
-    rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())
+    rows = "\n".join(f"| {_as_text(key).replace('_', ' ')} | {_as_text(value)} |" for key, value in facts.items())
     return ModelCard(
         f"---\n{header.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\n"
         f"```python\n{USAGE[data.library_name].format(repo_id=repo_id)}```\n\n| | |\n|---|---|\n{rows}\n"
     )
+
+
+def _as_text(value) -> str:
+    """Write a value so that a page of Markdown shows it as it is, in one line."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    return re.sub(r"[|`*<>\[\]\\&$~]", lambda match: f"&#{ord(match[0])};", text)
 
 
 USAGE = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import tempfile
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from .files import (
 )
 from .weights import Weights, read_checkpoint, unwrapped
 
+SECRET = re.compile("token|password|passwd|secret|credential|api.?key", re.IGNORECASE)  # in the name of an option
 TIMM_NAME = "vovnet39a"  # timm's own name of the class that every published backbone is built from
 BACKBONE_CARD = ModelCardData(
     library_name="timm", pipeline_tag="image-classification", tags=["timm", "vovnet"], license="apache-2.0"
@@ -189,21 +192,61 @@ def checked_card(folder: str | Path, **facts: str) -> ModelCard:
 
 
 def training_facts(run: Path, model: str) -> dict[str, str]:
-    """Read what a run folder of recipes/train_coco.py tells of its model "best" or "last"; {} for any other folder."""
+    """Read what a run folder of recipes/train_coco.py tells of its model "best" or "last"; {} for any other folder.
+
+    Raises:
+        ValueError: `run.json` is damaged.
+    """
     if not (run / "run.json").is_file():
         return {}
-    start = json.loads((run / "run.json").read_text(encoding="utf-8"))["starts"][-1]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    scored = [row for row in rows if "AP" in row]
+    try:
+        start = read_json(run / "run.json")["starts"][-1]
+        facts = {
+            "training_command": public_command(start["command"]),
+            "training_versions": ", ".join(f"{name} {version}" for name, version in start["versions"].items()),
+            "training_machine": str(start["machine"]),
+        }
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{run / 'run.json'} does not describe a training ({error!r}); give another run") from error
+    scored = _scores(run / "metrics.jsonl")
     if model != "last":
         scored.sort(key=lambda row: row["AP"])
-    scores = scored[-1] if scored else {}
-    return {
-        "measured": ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if key.startswith("AP")),
-        "training_command": " ".join([Path(start["command"][0]).name, *start["command"][1:]]),
-        "training_versions": ", ".join(f"{name} {version}" for name, version in start["versions"].items()),
-        "training_machine": str(start["machine"]),
-    }
+    measured = ", ".join(f"{key} {value:.3f}" for key, value in scored[-1].items()) if scored else "not scored"
+    return {"measured": measured, **facts}
+
+
+def _scores(log: Path) -> list[dict[str, float]]:
+    """Read the scores in a training's log, whose lines may be cut by a crash."""
+    scored = []
+    for line in log.read_bytes().splitlines() if log.is_file() else []:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            scores = {
+                key: value for key, value in row.items() if key.startswith("AP") and isinstance(value, int | float)
+            }
+            scored += [scores] if "AP" in scores else []
+    return scored
+
+
+def public_command(command: list[str]) -> str:
+    """Write a command line without what is nobody else's business: paths and addresses, names and passwords in them."""
+    words, secret = [Path(command[0]).name], False
+    for word in map(str, command[1:]):
+        option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        if secret and not word.startswith("-"):
+            value = "SECRET"
+        elif re.search(r"\bhf_\w+|://[^/]*@", value) or (equals and SECRET.search(option)):
+            value = "SECRET"
+        elif "://" in value:
+            value = "URL"
+        elif re.search(r"[/\\@]", value):
+            value = "PATH"
+        secret = word.startswith("-") and not equals and bool(SECRET.search(word))
+        words.append(option + equals + value)
+    return shlex.join(words)
 
 
 def push(
@@ -211,7 +254,7 @@ def push(
     folder: str | Path,
     card: ModelCard,
     *,
-    private: bool | None = None,
+    private: bool = False,
     token: str | None = None,
     branch: str | None = None,
     create_pr: bool = False,
@@ -221,13 +264,19 @@ def push(
     Args:
         repo_id: "organisation/name"; the repository is made if it does not exist.
         folder: the folder with `config.json` and `model.safetensors`.
-        private: make a new repository private.
+        private: push to a private repository only; otherwise a new one is as the organisation wants it, or public.
         token: access token; None takes the one of `hf auth login` or `HF_TOKEN`.
         branch: branch to push to; None is main.
         create_pr: open a pull request instead.
+
+    Raises:
+        ValueError: `private` is asked for, but the repository is there and public.
     """
     api = huggingface_hub.HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private:
+        repo_id = hub.create_private(repo_id, token)
+    else:
+        repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
     files = {
         hub.CONFIG: Path(folder) / hub.CONFIG,
         hub.WEIGHTS: Path(folder) / hub.WEIGHTS,
