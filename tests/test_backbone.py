@@ -40,6 +40,7 @@ def test_any_backbone_trains(backbone):
         ("vit_tiny_patch16_224", "strides"),
         ("inception_v3", "turns a 96x160 image into maps"),
         ("maxvit_tiny_tf_224", "images of any size"),
+        ("coat_lite_tiny", "cannot extract feature maps"),
         ("resnet1888", "did you mean"),
     ],
 )

@@ -74,6 +74,43 @@ def test_predict(run, folder, images, tmp_path):
     assert json.loads((tmp_path / "none" / "detections.json").read_text())[0]["boxes"] == []
 
 
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_predict_writes_over_nothing_of_the_user(run, folder, images, tmp_path):
+    """Neither an input is replaced, however it is spelled, nor another file, unless --overwrite allows the latter."""
+    work = tmp_path / "work"
+    work.mkdir()
+    images[0].rename(work / "photo.png")
+    Image.new("RGB", (64, 64), "red").save(work / "cat.jpg")
+    (work / "other.png").hardlink_to(work / "photo.png")
+    for name in ("cat.png", "detections.json"):
+        (work / name).write_text("mine")
+    before = content(work)
+    again = work / ".." / "work"
+    for image, options, message in [
+        ("photo.png", [], "photo.png: the result would be written over the input"),
+        ("photo.png", ["--overwrite"], "photo.png: the result would be written over the input"),
+        ("other.png", ["--overwrite"], "other.png: the result would be written over the input"),
+        ("cat.jpg", [], "cat.png is there already"),
+    ]:
+        status, _, err = run("predict", again / image, "--model", folder, "--out", work, *options)
+        assert status == 2 and message in err and content(work) == before
+    (work / "cat.png").unlink()
+    status, _, err = run("predict", work / "cat.jpg", "--model", folder, "--out", work)
+    assert status == 2 and "detections.json is there already" in err
+    (work / "cat.png").symlink_to("photo.png")
+    assert run("predict", work / "cat.jpg", "--model", folder, "--out", work, "--overwrite")[0] == 0
+    assert (work / "photo.png").read_bytes() == before["photo.png"] and not (work / "cat.png").is_symlink()
+    assert json.loads((work / "detections.json").read_text())[0]["picture"] == "cat.png"
+
+
+def test_pictures_differ_on_any_file_system():
+    taken = set()
+    assert [cli.unique(stem, taken) for stem in ("a", "A", "a_2", "b")] == ["a", "A_2", "a_2_2", "b"]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -102,6 +139,14 @@ def test_convert(run, tmp_path):
     status, out, err = run("convert", tmp_path / "w.pth", tmp_path / "out")
     assert status == 0 and "out" in out, err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {hub.CONFIG, hub.WEIGHTS, hub.CARD}
+    before = content(tmp_path / "out")
+    torch.save({**net.state_dict(), "head.fc.bias": torch.ones(3)}, tmp_path / "w.pth")
+    status, out, err = run("convert", tmp_path / "w.pth", tmp_path / "out")
+    assert status == 2 and "config.json is there already" in err and content(tmp_path / "out") == before
+    status, out, err = run("convert", tmp_path / "out" / hub.WEIGHTS, tmp_path / "out", "--overwrite")
+    assert status == 2 and "over the input" in err and content(tmp_path / "out") == before
+    assert run("convert", tmp_path / "w.pth", tmp_path / "out", "--overwrite")[0] == 0
+    assert content(tmp_path / "out")[hub.WEIGHTS] != before[hub.WEIGHTS]
 
 
 def test_check_data(tiny_coco, tmp_path, monkeypatch, capsys):
@@ -116,3 +161,9 @@ def test_check_data(tiny_coco, tmp_path, monkeypatch, capsys):
             cli.main()
         assert stop.value.code == status and json.loads(report.read_text())["ok"] is (not damage)
     assert "2.png" in capsys.readouterr().out
+    annotations = tiny_coco / "annotations" / "instances_train.json"
+    before = annotations.read_bytes()
+    monkeypatch.setattr(sys, "argv", ["vovnet-zoo", "check-data", str(tiny_coco), "--json", str(annotations)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and annotations.read_bytes() == before

@@ -1,6 +1,8 @@
 """Image files of every kind are read if whole, and refused if broken."""
 
+import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -10,7 +12,9 @@ from PIL import Image
 from samples import PICTURE, RGB, X, Y, encode
 
 from vovnet_zoo.data import images
+from vovnet_zoo.data.check import inspect_image
 from vovnet_zoo.data.images import read_image
+from vovnet_zoo.inference import to_rgb
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*TorchCodec:DeprecationWarning")
 ALPHA = np.full_like(PICTURE[..., :1], 7)
@@ -108,6 +112,55 @@ def test_read_image_exif_orientation(format, orientation):
     image = read_image(content).permute(1, 2, 0).numpy()
     assert image.shape == PICTURE.shape
     assert np.abs(image.astype(int) - PICTURE).max() <= 6
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_pillow_image_has_the_pixels_of_its_file(name):
+    content, _, _ = IMAGES[name]
+    assert torch.equal(to_rgb(Image.open(io.BytesIO(content))), read_image(content))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_pillow_image_is_turned_as_its_file(format):
+    content = encode(RGB, format, 6)
+    image = Image.open(io.BytesIO(content))
+    for _ in range(2):  # the image itself stays as it is
+        assert torch.equal(to_rgb(image), read_image(content)) and to_rgb(image).shape == (3, *RGB.size)
+
+
+@pytest.mark.parametrize("pixels", [X.astype(np.float32), X.astype(np.int32) << 20], ids=["F", "I"])
+def test_pixels_without_a_range_are_refused(pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "x.tif")
+    for source in (Image.fromarray(pixels), Image.open(tmp_path / "x.tif"), tmp_path / "x.tif"):
+        with pytest.raises(ValueError, match="8 bit"):
+            to_rgb(source)
+    (tmp_path / "cut.png").write_bytes(encode(NOISE, "PNG")[:9000])
+    with pytest.raises(ValueError, match="cut.png"):
+        to_rgb(Image.open(tmp_path / "cut.png"))
+
+
+@pytest.mark.parametrize("kind", ["grey png", "grey tiff", "rgb png"])
+def test_twelve_bits_in_sixteen_are_told(kind, tmp_path):
+    """An image of 12 bits warns, by its name; an image of 16 bits, or one that is all black, does not."""
+
+    def write(array):
+        if kind == "rgb png":
+            (tmp_path / "x.png").write_bytes(png16(np.repeat(array[..., None], 3, axis=-1)))
+        else:
+            Image.fromarray(array).save(tmp_path / "x.png", kind.split()[1].upper())
+        return tmp_path / "x.png"
+
+    twelve = (np.arange(32 * 128, dtype=np.uint16)).reshape(32, 128)
+    for read in (read_image, lambda path: to_rgb(Image.open(path))):
+        with pytest.warns(images.ImageWarning, match="x.png: its 16-bit pixels are all below 4096"):
+            assert read(write(twelve)).max() == 15
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", images.ImageWarning)
+            assert read(write(twelve * 16)).max() == 255 and read(write(twelve * 0)).max() == 0
+    write(twelve)
+    assert "below 4096" in inspect_image(str(tmp_path / "x.png")).complaint
+    write(twelve * 16)
+    assert inspect_image(str(tmp_path / "x.png")).complaint == ""
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))

@@ -1,9 +1,13 @@
 """Files are whole or refused, and folders appear at once."""
 
+import contextlib
+import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from launch import run_python
 
 from vovnet_zoo import files
 
@@ -15,6 +19,18 @@ def test_safetensors_come_back(tmp_path):
     assert found.keys() == weights.keys() and all(torch.equal(found[key], weights[key]) for key in weights)
     metadata = files.read_metadata(tmp_path / "w.safetensors")
     assert metadata == {"format": "pt", "license": "mit", "sha256": files.fingerprint(weights)}
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_saved_files_have_the_mode_of_the_umask(tiny_detector, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        tiny_detector.save_pretrained(tmp_path / "model")
+        files.write_whole(tmp_path / "model" / "detections.json", b"[]")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 4 and set(modes.values()) == {mode}, modes
 
 
 def test_any_changed_tensor_changes_the_fingerprint():
@@ -66,6 +82,93 @@ def test_staged_folder_of_a_failure_leaves_nothing(tmp_path):
             (folder / "a").write_text("half")
             raise OSError("no space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["old"] and (tmp_path / "old" / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize("content", [None, "old"])
+def test_staged_into_a_mount_point(tmp_path, monkeypatch, content):
+    """A folder that exists may be a disk of its own, as `docker run -v out:/out` makes it."""
+    mount = tmp_path / "out"
+    mount.mkdir()
+    if content:
+        (mount / "a").write_text(content)
+
+    def on_one_disk(move):
+        def checked(source, target):
+            if (mount in Path(source).parents) != (mount in Path(target).parents):
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            return move(source, target)
+
+        return checked
+
+    monkeypatch.setattr(os, "replace", on_one_disk(os.replace))
+    monkeypatch.setattr(os, "rename", on_one_disk(os.rename))
+    with files.staged(mount) as folder:
+        (folder / "a").write_text("new")
+        assert content is None or (mount / "a").read_text() == content
+    assert (mount / "a").read_text() == "new" and [path.name for path in mount.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["x" * 230, "\u5199" * 80, "x" * 255])
+def test_long_names(tmp_path, name):
+    for text in ("1", "2"):
+        with files.staged(tmp_path / name) as folder:
+            (folder / name).write_text(text)
+        files.write_whole(tmp_path / name / f"y{name[1:]}", text.encode())
+    assert {path.name: path.read_text() for path in (tmp_path / name).iterdir()} == {name: "2", f"y{name[1:]}": "2"}
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from vovnet_zoo import files
+with files.{call} as path:
+    {write}
+    print("ready", flush=True)
+    os.kill(os.getpid(), signal.{signal})
+"""
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_left_overs_of_killed_processes_are_removed(tmp_path, existing):
+    """Only the next one who writes the same target removes them, and only when their process has died."""
+    target = tmp_path / "model"
+    if existing:
+        target.mkdir()
+    code = KILLED.format(call=f"staged({str(target)!r})", write="(path / 'a').write_text('half')", signal="SIGKILL")
+    assert "ready" in run_python(code).stdout
+    assert len(list(tmp_path.rglob("*.partial"))) == 1
+    with files.staged(tmp_path / "other") as folder:
+        (folder / "a").write_text("1")
+    assert len(list(tmp_path.rglob("*.partial"))) == 1
+    with files.staged(target) as first, files.staged(target) as second:  # the first is alive
+        (first / "a").write_text("1")
+        (second / "a").write_text("2")
+        assert len(list(tmp_path.rglob("*.partial"))) == 2
+    assert (target / "a").read_text() == "1" and not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_sync(tmp_path, monkeypatch, number):
+    """Files and folders are synced; EINVAL for a folder (CIFS, sshfs, Ceph) is no failure, but EIO is one."""
+    synced, whole = [], os.fsync
+
+    def fsync(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced.append(path)
+        if os.path.isdir(path):
+            raise OSError(number, os.strerror(number))
+        whole(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with contextlib.nullcontext() if number == errno.EINVAL else pytest.raises(OSError, match="Input/output"):
+        with files.staged(tmp_path / "new") as folder:
+            (folder / "a").write_text("1")
+        assert (tmp_path / "new" / "a").read_text() == "1" and str(tmp_path) in synced
+    assert any(path.endswith("/a") for path in synced)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EINVAL, "file")))
+    with pytest.raises(OSError, match="file"):
+        files.write_whole(tmp_path / "x", b"1")
+    assert not (tmp_path / "x").exists()
 
 
 def test_read_bytes(tmp_path):

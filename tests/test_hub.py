@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
+import torch
 from checkpoints import same
 from hub_server import TOKEN
 from launch import run_python
@@ -222,3 +223,122 @@ def test_weights_of_ones_own_organisation(tiny_detector, hub_on_loopback, monkey
     (tmp_path / hub.CONFIG).write_text("{}")
     publish.push("someone/vovnet27_slim.pytorchcv_in1k", tmp_path, huggingface_hub.ModelCard(""), token=TOKEN)
     assert same(timm.create_model("vovnet27_slim", pretrained=True), net)
+
+
+# ---- files that nobody vouches for
+
+
+def hostile(tiny_detector, folder, **changes):
+    """Save a detector, and change its config."""
+    tiny_detector.save_pretrained(folder)
+    (folder / hub.CONFIG).write_text(json.dumps({**tiny_detector.config, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize("backbone", ["hf-hub:evil/model", "hf_hub:evil/model", "local-dir:/tmp", "HF-HUB:evil/model"])
+def test_a_config_leads_to_no_second_repository(tiny_detector, hub_on_loopback, tmp_path, backbone):
+    hostile(tiny_detector, tmp_path / "m", backbone=backbone)
+    with pytest.raises(ValueError, match="no name of timm's registry"):
+        vovnet_zoo.FCOS.from_pretrained(tmp_path / "m", token=TOKEN)
+    assert hub_on_loopback.log == []
+    own = vovnet_zoo.FCOS.from_pretrained(tmp_path / "m", backbone=tiny_detector.config["backbone"])
+    assert same(own, tiny_detector)
+
+
+LARGE = {
+    "shape: fpn.inner_blocks.0.0.weight": dict(channels=8192),
+    "missing: head.box_tower": dict(num_convs=64),
+    "num_convs=1000000: give a whole number from 0 to 64": dict(num_convs=10**6),
+    "channels=32000000: give a whole number": dict(channels=10**6 * 32),
+    "num_classes=1000000000: give": dict(num_classes=10**9, class_names=None),
+    "shape: head.cls_logits": dict(num_classes=100_000, class_names=None),
+    "missing: backbone": dict(backbone="convnextv2_huge"),
+}
+
+
+def test_a_large_config_takes_no_memory(tiny_detector, tmp_path):
+    folders = [str(hostile(tiny_detector, tmp_path / str(i), **changes)) for i, changes in enumerate(LARGE.values())]
+    code = f"""
+import resource, vovnet_zoo
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for folder in {folders}:
+    try:
+        vovnet_zoo.FCOS.from_pretrained(folder)
+    except ValueError as error:
+        print("refused", error)
+print("MiB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    result = run_python(code)
+    mib = int(result.stdout.split("MiB")[-1])
+    refusals = result.stdout.split("refused ")[1:]
+    for message, refusal in zip(LARGE, refusals, strict=True):
+        assert message in refusal
+    assert mib < 200
+
+
+ODD = [
+    None, True, -1, 0, 0.5, 7, 1e308, float("nan"), float("inf"), -float("inf"), 10**400, "", "x", "a\0b", "\ud800",
+    [], [None], [1, 2], [0.5] * 3, [float("nan")] * 3, [1e308] * 3, ["a", "b"], ["a", 1], [[]], {}, {"a": 1}, {"a": {}},
+]  # fmt: skip
+
+
+def test_odd_configs_are_refused_or_right(tiny_detector, tmp_path, monkeypatch):
+    """Any value of any argument gives a model with this argument, or a ValueError that names it."""
+    monkeypatch.setattr(hub, "check_fit", lambda *args, **options: None)  # the skeleton alone, without weights
+    monkeypatch.setattr(hub, "load_strict", lambda *args, **options: None)
+    hostile(tiny_detector, tmp_path)
+    for name in tiny_detector.config:
+        for value in ODD:
+            (tmp_path / hub.CONFIG).write_text(json.dumps({**tiny_detector.config, name: value}))
+            try:
+                with torch.device("meta"):
+                    model = vovnet_zoo.FCOS.from_pretrained(tmp_path, map_location="meta")
+            except ValueError as error:
+                assert name in str(error) or name == "backbone", (name, value, error)
+            else:
+                assert model.config[name] == value or value is None, (name, value)
+                assert not isinstance(value, bool) or name == "frozen_norm", (name, value)
+
+
+@pytest.mark.parametrize("name", ["image_mean", "image_std", "class_names", "min_size", "prior", "frozen_norm"])
+def test_settings_that_loaded_silently(tiny_detector, tmp_path, name):
+    wrong = dict(
+        image_mean=[float("nan")] * 3, image_std=[0.2, 0.0, 0.2], class_names="ab", min_size=0, prior=1, frozen_norm=0
+    )
+    with pytest.raises(ValueError, match=f"config.json: {name}="):
+        vovnet_zoo.FCOS.from_pretrained(hostile(tiny_detector, tmp_path, **{name: wrong[name]}))
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 99999, '{"a":' * 99999, "\xff", '{"num_classes": ' + "9" * 5000 + "}", "NaN"]
+)
+def test_odd_json(tiny_detector, tmp_path, content):
+    hostile(tiny_detector, tmp_path)
+    (tmp_path / hub.CONFIG).write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=hub.CONFIG):
+        vovnet_zoo.FCOS.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(architecture="hf-hub:evil/model"),
+        dict(architecture="resnet18"),
+        dict(architecture=["vovnet39a"]),
+        dict(model_args={"checkpoint_path": "evil.pth"}),
+        dict(model_args=None),
+        dict(num_classes=10**9),
+        dict(num_classes="7"),
+        dict(num_classes=8),
+    ],
+)
+def test_an_untrusted_backbone_is_not_published(tmp_path, hub_on_loopback, changes):
+    net = timm.create_model("vovnet27_slim", num_classes=7)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    publish.convert_file(tmp_path / "net.pth", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / hub.CONFIG).read_text())
+    assert "vovnet27_slim" in str(publish.checked_card(tmp_path / "out"))
+    (tmp_path / "out" / hub.CONFIG).write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match="out"):
+        publish.checked_card(tmp_path / "out")
+    assert hub_on_loopback.log == []

@@ -120,6 +120,21 @@ def test_a_misspelt_option_is_an_error(model):
         postprocess(blank(1, 64, 64, 3), [(64, 64)], score_treshold=0.5)
 
 
+def test_detections_are_ordinary_tensors(model):
+    """The user may change them in place, under autograd too, also if `predict` was called in the inference mode."""
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        (other,) = predict(model, image)
+    for found in (predict(model, image)[0], other):
+        assert not any(value.is_inference() or value.requires_grad for value in found.values())
+        boxes = found["boxes"].clone()
+        found["boxes"][:, 2:] -= found["boxes"][:, :2]
+        assert len(boxes) > 0 and torch.equal(found["boxes"][:, 2:], boxes[:, 2:] - boxes[:, :2])
+        weight = torch.ones(1, requires_grad=True)
+        (weight * found["scores"]).sum().backward()
+        assert weight.grad.item() == pytest.approx(found["scores"].sum().item())
+
+
 def test_predict_does_not_depend_on_neighbours(model):
     images = [torch.randint(0, 256, (3, h, w), dtype=torch.uint8) for h, w in ((64, 64), (40, 120), (200, 90))]
     together, alone = predict(model, images), [predict(model, image)[0] for image in images]

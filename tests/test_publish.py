@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from checkpoints import published, same
-from hub_server import TOKEN
+from hub_server import TOKEN, Repo
 from launch import run_python
 
 import vovnet_zoo
@@ -52,6 +52,78 @@ def test_training_facts(tmp_path):
     assert publish.training_facts(tmp_path, "last")["measured"] == "AP 0.125, AP50 0.600"
     facts = publish.training_facts(tmp_path, "best")
     assert facts["measured"] == "AP 0.250, AP50 0.500" and facts["training_command"] == "train_coco.py finetune"
+
+
+COMMANDS = {
+    "/home/jane/train_coco.py finetune --data /home/jane/x --lr 0.01": "train_coco.py finetune --data PATH --lr 0.01",
+    "train_coco.py scratch --data=../coco --note x": "train_coco.py scratch --data=PATH --note x",
+    "train_coco.py --init https://jane:pa55@host/w.pth": "train_coco.py --init SECRET",
+    "train_coco.py --init=ftp://host/w.pth": "train_coco.py --init=URL",
+    "train_coco.py --out C:\\Users\\jane\\run": "train_coco.py --out PATH",
+    "train_coco.py --token abc --password=abc --hub-token hf_abc --x hf_abc": (
+        "train_coco.py --token SECRET --password=SECRET --hub-token SECRET --x SECRET"
+    ),
+    "train_coco.py --token --ema 0.5": "train_coco.py --token --ema 0.5",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_cards_command_tells_no_paths_and_no_passwords(command):
+    assert publish.public_command(command.split(" ")) == COMMANDS[command]
+
+
+def test_a_card_shows_texts_as_they_are(tiny_detector):
+    hostile = {"a|b": "x|y\n\n# title\n<img src=//evil/x> [a](b) `c` ![d](e)\x1b[31m", "repo_id": 'me/a"\n```'}
+    card = str(tiny_detector.generate_model_card(**hostile))
+    (row,) = (line for line in card.splitlines() if "title" in line)
+    assert row.count("|") == 3 and not set(row) & set("<>[]`\x1b") and "x&#124;y # title" in row
+    assert 'from_pretrained("me/a-----")' in card and card.count("```") == 2
+
+
+@pytest.mark.parametrize("how", ["publish", "push_to_hub", "save_pretrained"])
+def test_private_never_becomes_public(tiny_detector, hub_on_loopback, tmp_path, how):
+    hub_on_loopback.repos[REPO] = Repo(private=False)
+    tiny_detector.save_pretrained(tmp_path / "model")
+    options = dict(private=True, token=TOKEN)
+    push = {
+        "publish": lambda: publish.publish_model(tmp_path / "model", REPO, **options),
+        "push_to_hub": lambda: tiny_detector.push_to_hub(REPO, **options),
+        "save_pretrained": lambda: tiny_detector.save_pretrained(
+            tmp_path / "model", push_to_hub=True, repo_id=REPO, **options
+        ),
+    }[how]
+    with pytest.raises(ValueError, match=f"{REPO} is there already and public"):
+        push()
+    assert not hub_on_loopback.repos[REPO].commits
+    del hub_on_loopback.repos[REPO]
+    push(), push()
+    assert hub_on_loopback.repos[REPO].private and len(hub_on_loopback.repos[REPO].commits) == 2
+
+
+def test_the_organisation_decides_if_nobody_else_does(tiny_detector, hub_on_loopback, tmp_path, monkeypatch):
+    """The Hub would take `private=False` for the wish to override the rule that new repositories are private."""
+    asked = []
+    monkeypatch.setattr(
+        publish.huggingface_hub.HfApi, "create_repo", lambda self, *args, **options: asked.append(options) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        publish.push(REPO, tmp_path, "card", token=TOKEN)
+    assert asked[0].get("private") is None
+
+
+def test_a_damaged_log_is_no_obstacle(tmp_path):
+    """Lines that a crash cut are left out, and a run folder that is something else gives an error that names it."""
+    start = dict(command=["train_coco.py"], versions={"torch": "2.15"}, machine="x86")
+    (tmp_path / "run.json").write_text(json.dumps({"starts": [start]}))
+    assert publish.training_facts(tmp_path, "best")["measured"] == "not scored"
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1, "AP": 0.25}\n[1]\n\xff\n' + b'{"step": 2, "AP": null}\n{"AP": 0.'
+    )
+    assert publish.training_facts(tmp_path, "best")["measured"] == "AP 0.250"
+    for content in ("{", "[]", "{}", '{"starts": []}', '{"starts": [{}]}', '{"starts": [{"command": 1}]}'):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(ValueError, match="run.json"):
+            publish.training_facts(tmp_path, "best")
 
 
 def test_published_backbone_loads_in_stock_timm(hub_on_loopback, tmp_path):

@@ -278,6 +278,35 @@ def test_plain_pickle_that_wants_code_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+MISTAKEN = {
+    "web page": (b"<!DOCTYPE html><html><title>Sign in</title></html>", "it is a web page"),
+    "web page with spaces": (b"\n\n <html lang=en>" + bytes(9), "it is a web page"),
+    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+    "empty": (b"", "it is empty"),
+    "start of an old checkpoint": (
+        saved({"a": torch.zeros(9)}, _use_new_zipfile_serialization=False)[:40],
+        "it is damaged",
+    ),
+    "text": (b"key: value\n" * 9, "torch.save did not write it"),
+    "whole model": (saved(torch.nn.Linear(1, 1)), "would run torch.nn.modules.linear.Linear"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKEN)
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_the_message_for_a_mistaken_file(tmp_path, name, suffix):
+    """It says what the file is, and never relays torch's advice to run the code in it."""
+    content, reason = MISTAKEN[name]
+    (tmp_path / f"w.{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=f"w.{suffix}") as error:
+        published.read_checkpoint(tmp_path / f"w.{suffix}")
+    message = str(error.value)
+    assert reason in message or (
+        suffix == "safetensors" and name in ("start of an old checkpoint", "text", "whole model")
+    )
+    assert "weights_only" not in message and "PyTorch 2.6" not in message and len(message.splitlines()) == 1
+
+
 @pytest.mark.parametrize("name", ["../w.pth", "/tmp/w.pth", "a/w.pth", "..\\w.pth", "C:w.pth", ".."])
 def test_path_in_a_zip_is_refused(server, tmp_path, cache, name):
     content = zipped(**{name: saved({"a": torch.zeros(1)})})

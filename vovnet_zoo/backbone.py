@@ -23,12 +23,7 @@ def create_backbone(name: str, pretrained: bool = False) -> Backbone:
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
-    try:
-        body: Backbone = timm.create_model(name, pretrained=pretrained, features_only=True)
-    except (AttributeError, NotImplementedError, RuntimeError) as error:
-        if pretrained:
-            raise
-        raise ValueError(f"timm cannot extract feature maps from {name!r} ({error}); FCOS needs them") from error
+    body = _features(name, pretrained)
     reductions = body.feature_info.reduction()
     if missing := [stride for stride in STRIDES if stride not in reductions]:
         raise ValueError(
@@ -36,8 +31,17 @@ def create_backbone(name: str, pretrained: bool = False) -> Backbone:
         )
     # timm's window transformers fix the input size unless told otherwise
     if any(getattr(module, "strict_img_size", False) for module in body.modules()):
-        body = timm.create_model(name, pretrained=pretrained, features_only=True, strict_img_size=False)
+        body = _features(name, pretrained, strict_img_size=False)
     return body
+
+
+def _features(name: str, pretrained: bool, **options: Any) -> Backbone:
+    try:
+        return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+    except Exception as error:  # timm's models refuse in many ways
+        if pretrained or isinstance(error, MemoryError):
+            raise
+        raise ValueError(f"timm cannot extract feature maps from {name!r} ({error}); FCOS needs them") from error
 
 
 def backbone_maps(body: Backbone, images: Tensor) -> list[Tensor]:

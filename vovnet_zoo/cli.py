@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from .data import check
 from .detectors import DETECTORS, create_detector
 from .draw import draw_detections
 from .fcos import FCOS
+from .files import free_to_write, read_json, write_whole
 
 DEFAULTS = inference.Thresholds()
 
@@ -38,6 +40,8 @@ class Predict:
     """Detections per image, at most."""
     device: str = "cpu"
     """torch device."""
+    overwrite: bool = False
+    """Write over files that are in OUT already; never over an image that is read."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class CheckData:
     workers: int | None = None
     """Processes that decode images; default: one per core."""
     json: Path | None = None
-    """Write the whole report there."""
+    """Write the whole report there, over an earlier report only."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Convert:
     """A detector or classifier of the authors, or a classifier of pytorchcv, also in a zip."""
     out: tyro.conf.Positional[Path]
     """Folder to make."""
+    overwrite: bool = False
+    """Write over a model that is in OUT already; never over FILE."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Publish:
     license: str | None = None
     """License of the weights, as the Hub abbreviates it; default: the license that is known, if any."""
     private: bool = False
-    """Make a private repository."""
+    """Push to a private repository, and refuse one that is public."""
     token: str | None = None
     """Access token; default: the token of `hf auth login` or HF_TOKEN."""
     branch: str | None = None
@@ -108,6 +114,9 @@ def main() -> None:
 
 
 def run_predict(command: Predict) -> None:
+    taken: set[str] = set()
+    pictures = [command.out / f"{unique(path.stem, taken)}.png" for path in command.images]
+    free_to_write([*pictures, command.out / "detections.json"], command.images, command.overwrite)
     if command.model.split(".")[0] in DETECTORS and not Path(command.model).is_dir():
         model = create_detector(command.model, pretrained=True)
     else:
@@ -117,8 +126,7 @@ def run_predict(command: Predict) -> None:
 
     command.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    taken: set[str] = set()
-    for path in command.images:
+    for path, picture in zip(command.images, pictures, strict=True):
         image = inference.to_rgb(path)
         # a score is the root of class probability times centerness, so a lower class probability cannot reach it
         (found,) = inference.predict(
@@ -129,30 +137,41 @@ def run_predict(command: Predict) -> None:
             max_detections=command.max_detections,
         )
         found = {key: value[found["scores"] >= command.score] for key, value in found.items()}
-        picture = command.out / f"{unique(path.stem, taken)}.png"
-        draw_detections(image, found, names, command.score).save(picture)
+        buffer = io.BytesIO()
+        draw_detections(image, found, names, command.score).save(buffer, "PNG")
+        write_whole(picture, buffer.getvalue())
         rows.append({"image": str(path), "picture": picture.name, **{key: x.tolist() for key, x in found.items()}})
         if names:
             rows[-1]["names"] = [names[label] for label in rows[-1]["labels"]]
         print(f"{path}: {len(found['scores'])} detections, {picture}")
-    (command.out / "detections.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_whole(command.out / "detections.json", (json.dumps(rows, indent=1) + "\n").encode())
 
 
 def unique(stem: str, taken: set[str]) -> str:
-    """Return `stem`, with a number behind it if it is taken, and add the result to the taken names."""
+    """Return `stem`, with a number behind it if it is taken, and add the result to the taken names.
+
+    Names that differ only in the case of letters are the same on some file systems.
+    """
     name, number = stem, 2
-    while name in taken:
+    while name.casefold() in taken:
         name, number = f"{stem}_{number}", number + 1
-    taken.add(name)
+    taken.add(name.casefold())
     return name
 
 
 def run_check_data(command: CheckData) -> None:
+    if command.json is not None and command.json.exists():
+        try:
+            ours = {"ok", "findings"} <= read_json(command.json).keys()
+        except ValueError:
+            ours = False
+        if not ours:
+            raise ValueError(f"{command.json} is there already, and no report of check-data; choose another file")
     sys.exit(check.main(command.root, workers=command.workers, json_out=command.json))
 
 
 def run_convert(command: Convert) -> None:
-    publish.convert_file(command.file, command.out)
+    publish.convert_file(command.file, command.out, overwrite=command.overwrite)
     print(f"{command.out}: converted, loaded and run; its card is {command.out / hub.CARD}")
 
 

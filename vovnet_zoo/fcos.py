@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -53,7 +55,8 @@ class FCOS(
         center_radius, box_loss, add_images: `FCOSLoss.of(model)` measures the errors of this detector by them.
 
     Raises:
-        ValueError: an argument is out of range, or the backbone is unknown or has no maps at strides 8, 16, 32.
+        ValueError: an argument has another type or is out of range (see `RANGES`), or the backbone is unknown or has no
+            maps at strides 8, 16, 32.
     """
 
     def __init__(
@@ -78,38 +81,32 @@ class FCOS(
         add_images: bool = DEFAULTS["add_images"],
     ):
         super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes}: a detector needs at least one foreground class")
-        if class_names is not None and len(class_names) != num_classes:
-            raise ValueError(f"{len(class_names)} class_names for num_classes={num_classes}")
-        if channels < 64 or channels % 32:
-            raise ValueError(
-                f"channels={channels}: the head's GroupNorm has 32 groups of at least 2 channels; give 64, 96 .."
-            )
-
-        body = create_backbone(backbone)
-        mean, std = (image_mean or body.pretrained_cfg["mean"]), (image_std or body.pretrained_cfg["std"])
-        self.config: DetectorConfig = dict(
+        config: dict[str, Any] = dict(
             backbone=backbone,
             num_classes=num_classes,
+            class_names=class_names,
             channels=channels,
             num_convs=num_convs,
             distance=distance,
-            class_names=None if class_names is None else list(class_names),
             centerness_on=centerness_on,
             frozen_norm=frozen_norm,
             prior=prior,
+            image_mean=image_mean,
+            image_std=image_std,
             min_size=min_size,
             max_size=max_size,
-            image_mean=list(mean),
-            image_std=list(std),
             plus_one=plus_one,
             center_radius=center_radius,
             box_loss=box_loss,
             add_images=add_images,
         )
-        # the mixin's own lacks the mean and std that came from the backbone
-        self._hub_mixin_config = cast(dict, self.config)
+        check_config(config)
+        body = create_backbone(backbone)
+        for key in ("mean", "std"):
+            if config[f"image_{key}"] is None:
+                config[f"image_{key}"] = list(body.pretrained_cfg[key])
+        self.config = cast(DetectorConfig, config)
+        self._hub_mixin_config = config  # the mixin's own lacks the mean and std that came from the backbone
 
         in_channels = probe_channels(body, backbone)
         self.strides = [8, 16, 32, 64, 128]
@@ -183,6 +180,63 @@ class FCOS(
         return self.head(features)
 
 
+# Least and largest whole number; the largest are far beyond use, and keep a damaged file from taking memory.
+RANGES = {
+    "num_classes": (1, 100_000, "; a detector needs at least one foreground class"),
+    "channels": (64, 8192, "; the head's GroupNorm has 32 groups of at least 2 channels"),
+    "num_convs": (0, 64, ""),
+    "min_size": (1, 65_535, ""),
+    "max_size": (1, 65_535, ""),
+}
+CHOICES = {"distance": ("relu", "exp"), "centerness_on": ("box", "cls"), "box_loss": ("giou", "iou")}
+
+
+def check_config(config: dict[str, Any]) -> None:
+    """Check the arguments of `FCOS`, and turn sequences and numbers into lists and numbers that JSON knows.
+
+    Raises:
+        ValueError: an argument has another type than documented or is out of range; the message names it.
+    """
+    if not isinstance(config["backbone"], str):
+        raise ValueError(f"backbone={reprlib.repr(config['backbone'])}: give the name of a timm model")
+    for name, (least, most, why) in RANGES.items():
+        if not _is_number(config[name], least, most, Integral):
+            raise ValueError(f"{name}={reprlib.repr(config[name])}: give a whole number from {least} to {most}{why}")
+        config[name] = int(config[name])
+    if config["channels"] % 32:
+        raise ValueError(f"channels={config['channels']}: the head's GroupNorm has 32 groups; give 64, 96 ..")
+    for name in ("frozen_norm", "plus_one", "add_images"):
+        if not isinstance(config[name], bool):
+            raise ValueError(f"{name}={reprlib.repr(config[name])}: give True or False")
+    for name, choices in CHOICES.items():
+        if config[name] not in choices:
+            raise ValueError(f"{name}={reprlib.repr(config[name])}: give {' or '.join(map(repr, choices))}")
+    if config["center_radius"] is not None and not _is_number(config["center_radius"], 1e-6, 1e6, Real):
+        raise ValueError(f"center_radius={reprlib.repr(config['center_radius'])}: give a number above 0, or None")
+    if not _is_number(config["prior"], 1e-12, 1 - 1e-12, Real):
+        raise ValueError(f"prior={reprlib.repr(config['prior'])}: give a probability above 0 and below 1")
+    config["prior"] = float(config["prior"])
+    for name, least in (("image_mean", -1000.0), ("image_std", 1e-6)):
+        value = config[name]
+        if value is not None:
+            if isinstance(value, str | Mapping) or not isinstance(value, Iterable) or len(value := list(value)) != 3:
+                raise ValueError(f"{name}={reprlib.repr(value)}: give 3 numbers, for red, green and blue")
+            if not all(_is_number(number, least, 1000, Real) for number in value):
+                raise ValueError(f"{name}={reprlib.repr(value)}: give 3 numbers from {least} to 1000")
+            config[name] = [float(number) for number in value]
+    names = config["class_names"]
+    if names is not None:
+        if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(x, str) for x in names):
+            raise ValueError(f"class_names={reprlib.repr(names)}: give a list of names")
+        if len(names) != config["num_classes"]:
+            raise ValueError(f"{len(names)} class_names for num_classes={config['num_classes']}")
+        config["class_names"] = list(names)
+
+
+def _is_number(value: Any, least: float, most: float, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= value <= most)  # NaN is not
+
+
 class FCOSHead(nn.Module):
     """The head has two towers of convolutions, which all levels share (arXiv 1904.01355, figure 2)."""
 
@@ -197,10 +251,6 @@ class FCOSHead(nn.Module):
         prior: float,
     ):
         super().__init__()
-        if distance not in ("relu", "exp"):
-            raise ValueError(f"distance={distance!r}: 'relu' or 'exp'")
-        if centerness_on not in ("box", "cls"):
-            raise ValueError(f"centerness_on={centerness_on!r}: 'box' or 'cls'")
         self.strides, self.distance, self.centerness_on = strides, distance, centerness_on
         self.grad_checkpointing = False
         self.cls_tower = _tower(channels, num_convs)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,9 +15,10 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, constants
 from torch import Tensor, nn
 
-from .files import hash_file, read_json, read_safetensors, staged, write_safetensors
+from .files import hash_file, read_json, read_safetensors, read_shapes, staged, write_safetensors
 
 CONFIG, WEIGHTS, CARD = constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, "README.md"
+MAX_CONFIG_BYTES = 16 << 20
 
 
 class StrictHubMixin(PyTorchModelHubMixin):
@@ -47,6 +49,9 @@ class StrictHubMixin(PyTorchModelHubMixin):
             map_location: the device.
             model_kwargs: arguments of `__init__`, which win over the saved ones.
 
+        The files need not be trusted: no code in them runs, nothing else is downloaded, and the names and shapes of
+        all tensors are compared before the model takes memory.
+
         Raises:
             ValueError: a file is missing or damaged, or does not fit the class; the message names each wrong tensor.
             OSError: the Hub cannot be reached, refuses, or has no such repository or file.
@@ -64,7 +69,14 @@ class StrictHubMixin(PyTorchModelHubMixin):
             config_file = download(source, CONFIG, revision=revision, **options)
             commit = config_file.parent.name  # a push in between must not mix two commits
             weights_file = download(source, WEIGHTS, revision=commit, **options)
-        model: Any = cls(**{**read_config(config_file, cls), **model_kwargs})  # a Module too
+        config = {**read_config(config_file, cls, known=model_kwargs), **model_kwargs}
+        try:
+            with torch.device("meta"):
+                skeleton: Any = cls(**config)  # a Module too
+        except ValueError as error:
+            raise ValueError(f"{config_file}: {error}") from error
+        check_fit(skeleton, read_shapes(weights_file), source=str(weights_file))
+        model: Any = cls(**config)
         load_strict(model, read_safetensors(weights_file), source=str(weights_file))
         return model.to(map_location).eval()
 
@@ -84,7 +96,13 @@ class StrictHubMixin(PyTorchModelHubMixin):
         write_safetensors(self.state_dict(), save_directory / WEIGHTS)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Push as the mixin does, with `repo_id` in the example of the card."""
+        """Push as the mixin does, with `repo_id` in the example of the card.
+
+        Raises:
+            ValueError: `private` is asked for, but the repository is there and public.
+        """
+        if kwargs.get("private"):
+            create_private(repo_id, kwargs.get("token"))
         kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
         return super().push_to_hub(repo_id, **kwargs)
 
@@ -98,19 +116,27 @@ class StrictHubMixin(PyTorchModelHubMixin):
         return model_card({**known, **facts}, info.model_card_data)
 
 
-def read_config(path: Path, cls: type[StrictHubMixin]) -> dict:
-    """Read the arguments of a class from a JSON file.
+def read_config(path: Path, cls: type[StrictHubMixin], known: Collection[str] = ()) -> dict[str, Any]:
+    """Read the arguments of a class from a JSON file, except the arguments that are `known`.
 
     Raises:
-        ValueError: the class does not know an argument, or needs one that is not in the file.
+        ValueError: the class does not know an argument, or needs one that is not in the file, or the backbone is not
+            a plain name, but tells timm to look into another repository or folder.
     """
-    config = cls.complete_config(read_json(path))
-    known = inspect.signature(cls).parameters
-    if unknown := config.keys() - known.keys():
+    config = cls.complete_config(read_json(path, MAX_CONFIG_BYTES))
+    parameters = inspect.signature(cls).parameters
+    if unknown := config.keys() - parameters.keys():
         raise ValueError(f"{path}: {cls.__name__} has no {sorted(unknown)}; was it saved by a newer vovnet_zoo?")
-    required = {name for name, parameter in known.items() if parameter.default is parameter.empty}
-    if missing := required - config.keys():
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    if missing := required - config.keys() - set(known):
         raise ValueError(f"{path} has no {sorted(missing)}: is it the config of a {cls.__name__}?")
+    config = {name: value for name, value in config.items() if name not in known}
+    backbone = config.get("backbone", "")
+    if isinstance(backbone, str) and not re.fullmatch(r"[\w.-]*", backbone):
+        raise ValueError(
+            f"{path} asks for the backbone {backbone!r:.200}, which is no name of timm's registry: refused. "
+            "If you trust it, give it yourself: from_pretrained(..., backbone=...)"
+        )
     return config
 
 
@@ -120,20 +146,36 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
     Raises:
         ValueError: a name, shape or dtype differs; the message lists the differences, and nothing was copied.
     """
+    check_fit(model, {key: list(tensor.shape) for key, tensor in state_dict.items()}, source)
     own = model.state_dict()
-    problems = [f"missing: {key}" for key in own.keys() - state_dict.keys()]
-    problems += [f"unexpected: {key}" for key in state_dict.keys() - own.keys()]
-    for key in own.keys() & state_dict.keys():
-        ours, theirs = own[key], state_dict[key]
-        if ours.shape != theirs.shape:
-            problems.append(f"shape: {key} is {list(theirs.shape)}, the model has {list(ours.shape)}")
-        elif ours.dtype != theirs.dtype:
-            problems.append(f"dtype: {key} is {theirs.dtype}, the model has {ours.dtype}")
+    _refuse(
+        model,
+        source,
+        [
+            f"dtype: {key} is {theirs.dtype}, the model has {own[key].dtype}"
+            for key, theirs in state_dict.items()
+            if theirs.dtype != own[key].dtype
+        ],
+    )
+    model.load_state_dict(state_dict, strict=True)
+
+
+def check_fit(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: str) -> None:
+    """Compare the names and shapes of tensors with a model's. Raises ValueError, with a list, if they differ."""
+    own = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
+    problems = [f"missing: {key}" for key in own.keys() - shapes.keys()]
+    problems += [f"unexpected: {key:.200}" for key in shapes.keys() - own.keys()]
+    for key in own.keys() & shapes.keys():
+        if own[key] != shapes[key]:
+            problems.append(f"shape: {key} is {shapes[key]}, the model has {own[key]}")
+    _refuse(model, source, problems)
+
+
+def _refuse(model: nn.Module, source: str, problems: list[str]) -> None:
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{source} does not fit {type(model).__name__}; nothing was loaded:\n  {shown}{more}")
-    model.load_state_dict(state_dict, strict=True)
 
 
 def download(repo_id: str, filename: str, **options: Any) -> Path:
@@ -179,6 +221,24 @@ def download(repo_id: str, filename: str, **options: Any) -> Path:
     return path
 
 
+def create_private(repo_id: str, token: str | None) -> str:
+    """Make a private repository, or see that the one that is there is private, and return its full name.
+
+    The Hub itself ignores `private` for a repository that is there.
+
+    Raises:
+        ValueError: the repository is public.
+    """
+    api = huggingface_hub.HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=True, exist_ok=True).repo_id
+    if not api.model_info(repo_id).private:
+        raise ValueError(
+            f"{repo_id} is there already and public, so nothing was pushed; make it private in its settings, choose "
+            "another name, or leave the wish for a private repository out"
+        )
+    return repo_id
+
+
 def model_card(facts: Mapping[str, str], data: ModelCardData) -> ModelCard:
     """Make the README.md of a model.
 
@@ -187,13 +247,19 @@ def model_card(facts: Mapping[str, str], data: ModelCardData) -> ModelCard:
         data: the header; its `library_name` chooses the example.
     """
     known: dict[str, Any] = {"repo_id": "organisation/name", "license": data.license, **facts}
-    repo_id = known.pop("repo_id")
+    repo_id = re.sub(r"[^\w./-]", "-", known.pop("repo_id"))
     header = ModelCardData(**{**data.to_dict(), "license": known["license"]})
-    rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in known.items())
+    rows = "\n".join(f"| {_as_text(key).replace('_', ' ')} | {_as_text(value)} |" for key, value in known.items())
     return ModelCard(
         f"---\n{header.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\n"
         f"```python\n{USAGE[str(data.library_name)].format(repo_id=repo_id)}```\n\n| | |\n|---|---|\n{rows}\n"
     )
+
+
+def _as_text(value: object) -> str:
+    """Write a value so that a page of Markdown shows it as it is, in one line."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    return re.sub(r"[|`*<>\[\]\\&$~]", lambda match: f"&#{ord(match[0])};", text)
 
 
 USAGE = {

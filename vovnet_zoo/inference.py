@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as tvf
 
-from .data import normalize, read_image, resize_size
+from .data import normalize, pil_to_rgb, read_image, resize_size
 from .fcos import FCOS, Predictions
 from .nms import class_nms
 
@@ -68,8 +68,8 @@ def predict(
     model.eval()
     detections = []
     try:
-        with torch.inference_mode():
-            for item in as_sequence(images):
+        for item in as_sequence(images):
+            with torch.inference_mode():
                 image = to_rgb(item)
                 height, width = image.shape[-2:]
                 h, w = resize_size(height, width, config["min_size"], config["max_size"])
@@ -79,9 +79,10 @@ def predict(
                 inputs = normalize(padded, sizes, config["image_mean"], config["image_std"]).to(dtype)
                 inputs = inputs.contiguous(memory_format=torch.channels_last)  # faster, on a CPU and on a GPU
                 (found,) = postprocess(model(inputs), sizes, plus_one=config["plus_one"], **options)
-                found = {key: value.cpu() for key, value in found.items()}
+            with torch.inference_mode(False):  # a tensor of the inference mode could not be changed in place later
+                found = {key: value.cpu().clone() for key, value in found.items()}
                 found["boxes"] *= torch.tensor([width / w, height / h]).repeat(2)
-                detections.append(found)
+            detections.append(found)
     finally:
         model.train(was_training)
     return detections
@@ -188,11 +189,18 @@ def as_sequence(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
 
 
 def to_rgb(image: ImageLike) -> Tensor:
-    """Turn any kind of image that `predict` takes into uint8 [3,H,W] RGB."""
+    """Turn any kind of image that `predict` takes into uint8 [3,H,W] RGB.
+
+    A PIL image becomes what its file would become: turned as its EXIF orientation says, 16 bits cut to the upper 8.
+    """
     if isinstance(image, (str, PathLike)):
         return read_image(Path(image))
     if isinstance(image, Image.Image):
-        image = np.array(image.convert("RGB"))
+        try:
+            return pil_to_rgb(image)
+        except Exception as error:  # a damaged file raises anything when its pixels are first asked for
+            name = getattr(image, "filename", "") or "a PIL image"
+            raise ValueError(f"{name}: cannot use the image: {error or type(error).__name__}") from error
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim not in (2, 3):
             raise ValueError(f"an image array must be uint8 [H,W,3] or [H,W], got {image.dtype} {list(image.shape)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +20,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import detectors, hub, vovnet
 from .convert import FORMS, convert
 from .fcos import FCOS
-from .files import hash_file, read_json, read_metadata, read_safetensors, staged, write_safetensors
+from .files import (
+    free_to_write,
+    hash_file,
+    read_json,
+    read_metadata,
+    read_safetensors,
+    read_shapes,
+    staged,
+    write_safetensors,
+)
 from .weights import Weights, read_checkpoint, unwrapped
 
+SECRET = re.compile("token|password|passwd|secret|credential|api.?key", re.IGNORECASE)  # in the name of an option
+TIMM_NAME = "vovnet39a"  # timm's own name of the class that every published backbone is built from
 BACKBONE_CARD = ModelCardData(
     library_name="timm", pipeline_tag="image-classification", tags=["timm", "vovnet"], license="apache-2.0"
 )
@@ -62,17 +75,19 @@ def publish_model(
         return push(repo_id, folder, card, private=private, token=token, branch=branch, create_pr=create_pr)
 
 
-def convert_file(file: str | Path, out: str | Path) -> None:
+def convert_file(file: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
     """Convert a published checkpoint to a folder of `model.safetensors`, `config.json` and `README.md`.
 
     `FCOS.from_pretrained` opens the folder of a detector. `timm.create_model("local-dir:FOLDER", pretrained=True)`
     opens the folder of a classifier, also where this package is not installed. The folder appears only after
-    `checked_card` has loaded and run the model in it.
+    `checked_card` has loaded and run the model in it. A README.md that is there stays.
 
     Raises:
-        ValueError: the file is damaged, wants to run code, or is none of `FORMS`, or a tensor does not fit.
+        ValueError: the file is damaged, wants to run code, or is none of `FORMS`, or a tensor does not fit, or a model
+            is in `out` already and `overwrite` is False.
     """
     file, out = Path(file), Path(out)
+    free_to_write([out / hub.CONFIG, out / hub.WEIGHTS], [file], overwrite)
     with unwrapped(file, str(file)) as checkpoint_file:
         checkpoint = read_checkpoint(checkpoint_file, str(file))
         sha1, sha256 = hash_file(checkpoint_file, "sha1"), hash_file(checkpoint_file)
@@ -107,18 +122,40 @@ def build_for_timm(name: str, state_dict: dict[str, Tensor]) -> tuple[nn.Module,
     """
     num_classes = len(state_dict["head.fc.bias"]) if "head.fc.bias" in state_dict else 0
     args = vovnet.model_cfgs[name]
-    model = timm.create_model("vovnet39a", num_classes=num_classes, **args)
+    model = timm.create_model(TIMM_NAME, num_classes=num_classes, **args)
     hub.load_strict(model, state_dict, "the checkpoint")
     cfg = {**vovnet.timm_cfg(Weights("hub", license="other")), "num_classes": num_classes, "tag": name}
     del cfg["url"], cfg["license"], cfg["notes"]
     config = {
-        "architecture": "vovnet39a",
+        "architecture": TIMM_NAME,
         "num_classes": num_classes,
         "num_features": args["stage_out_chs"][-1],
         "model_args": args,
         "pretrained_cfg": cfg,
     }
     return model.eval(), config
+
+
+def load_for_timm(folder: Path) -> tuple[nn.Module, str]:
+    """Load the backbone in a folder that `convert_file` made, and tell its name among `vovnet.model_cfgs`.
+
+    timm's "local-dir:" loads it too, but in older releases reads no safetensors, and does whatever `model_args` say.
+
+    Raises:
+        ValueError: the config is none that `build_for_timm` makes, or a tensor does not fit.
+    """
+    config, weights = read_json(folder / hub.CONFIG, hub.MAX_CONFIG_BYTES), folder / hub.WEIGHTS
+    num_classes = config.get("num_classes")
+    for name, args in vovnet.model_cfgs.items():
+        same = config.get("model_args") == json.loads(json.dumps(args)) and config["architecture"] == TIMM_NAME
+        if same and type(num_classes) is int and 0 <= num_classes <= 100_000:
+            with torch.device("meta"):
+                skeleton = timm.create_model(TIMM_NAME, num_classes=num_classes, **args)
+            hub.check_fit(skeleton, read_shapes(weights), str(weights))
+            model = timm.create_model(TIMM_NAME, num_classes=num_classes, **args).eval()
+            hub.load_strict(model, read_safetensors(weights), str(weights))
+            return model, name
+    raise ValueError(f"{folder / hub.CONFIG} is none that `vovnet-zoo convert` writes: convert the checkpoint again")
 
 
 def checked_card(folder: str | Path, **facts: str) -> ModelCard:
@@ -130,16 +167,14 @@ def checked_card(folder: str | Path, **facts: str) -> ModelCard:
     folder = Path(folder)
     if not (folder / hub.CONFIG).is_file():
         raise ValueError(f"{folder} has no {hub.CONFIG}: is it the folder of a saved model?")
-    config = read_json(folder / hub.CONFIG)
-    architecture = config.get("architecture")
+    architecture = read_json(folder / hub.CONFIG, hub.MAX_CONFIG_BYTES).get("architecture")
     model: Any  # FCOS.generate_model_card below is no method of a classifier
     if architecture is None:
-        model = FCOS.from_pretrained(folder)
+        model, name = FCOS.from_pretrained(folder), ""
         size = [-(-side // 32) * 32 for side in (model.config["min_size"], model.config["max_size"])]
-    else:  # as timm's "local-dir:" does it, which in older releases reads no safetensors
-        model = timm.create_model(architecture, num_classes=config["num_classes"], **config["model_args"]).eval()
-        hub.load_strict(model, read_safetensors(folder / hub.WEIGHTS), str(folder / hub.WEIGHTS))
-        size = config["pretrained_cfg"]["input_size"][-2:]
+    else:
+        model, name = load_for_timm(folder)
+        size = list(Weights("hub").size)
     with torch.inference_mode():
         outputs = model(torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
         if not all(x.isfinite().all() for x in (outputs if architecture is None else [outputs])):
@@ -156,27 +191,66 @@ def checked_card(folder: str | Path, **facts: str) -> ModelCard:
     }
     if architecture is None:
         return model.generate_model_card(**known)
-    name = config["pretrained_cfg"]["tag"]
     known["architecture"] = f"{name}: timm's {architecture} with the model_args of config.json"
     return hub.model_card(known, BACKBONE_CARD)
 
 
 def training_facts(run: Path, model: str) -> dict[str, str]:
-    """Read what a run folder of recipes/train_coco.py tells of its model "best" or "last"; {} for any other folder."""
+    """Read what a run folder of recipes/train_coco.py tells of its model "best" or "last"; {} for any other folder.
+
+    Raises:
+        ValueError: `run.json` is damaged.
+    """
     if not (run / "run.json").is_file():
         return {}
-    start = json.loads((run / "run.json").read_text(encoding="utf-8"))["starts"][-1]
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    scored = [row for row in rows if "AP" in row]
+    try:
+        start = read_json(run / "run.json")["starts"][-1]
+        facts = {
+            "training_command": public_command(start["command"]),
+            "training_versions": ", ".join(f"{name} {version}" for name, version in start["versions"].items()),
+            "training_machine": str(start["machine"]),
+        }
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{run / 'run.json'} does not describe a training ({error!r}); give another run") from error
+    scored = _scores(run / "metrics.jsonl")
     if model != "last":
         scored.sort(key=lambda row: row["AP"])
-    scores = scored[-1] if scored else {}
-    return {
-        "measured": ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if key.startswith("AP")),
-        "training_command": " ".join([Path(start["command"][0]).name, *start["command"][1:]]),
-        "training_versions": ", ".join(f"{name} {version}" for name, version in start["versions"].items()),
-        "training_machine": str(start["machine"]),
-    }
+    measured = ", ".join(f"{key} {value:.3f}" for key, value in scored[-1].items()) if scored else "not scored"
+    return {"measured": measured, **facts}
+
+
+def _scores(log: Path) -> list[dict[str, float]]:
+    """Read the scores in a training's log, whose lines may be cut by a crash."""
+    scored = []
+    for line in log.read_bytes().splitlines() if log.is_file() else []:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            scores = {
+                key: value for key, value in row.items() if key.startswith("AP") and isinstance(value, int | float)
+            }
+            scored += [scores] if "AP" in scores else []
+    return scored
+
+
+def public_command(command: list[str]) -> str:
+    """Write a command line without what is nobody else's business: paths and addresses, names and passwords in them."""
+    words, secret = [Path(command[0]).name], False
+    for word in map(str, command[1:]):
+        option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        if secret and not word.startswith("-"):
+            value = "SECRET"
+        elif re.search(r"\bhf_\w+|://[^/]*@", value) or (equals and SECRET.search(option)):
+            value = "SECRET"
+        elif "://" in value:
+            value = "URL"
+        elif re.search(r"[/\\@]", value):
+            value = "PATH"
+        secret = word.startswith("-") and not equals and bool(SECRET.search(word))
+        words.append(option + equals + value)
+    return shlex.join(words)
 
 
 def push(
@@ -184,7 +258,7 @@ def push(
     folder: str | Path,
     card: ModelCard,
     *,
-    private: bool | None = None,
+    private: bool = False,
     token: str | None = None,
     branch: str | None = None,
     create_pr: bool = False,
@@ -194,13 +268,19 @@ def push(
     Args:
         repo_id: "organisation/name"; the repository is made if it does not exist.
         folder: the folder with `config.json` and `model.safetensors`.
-        private: make a new repository private.
+        private: push to a private repository only; otherwise a new one is as the organisation wants it, or public.
         token: access token; None takes the one of `hf auth login` or `HF_TOKEN`.
         branch: branch to push to; None is main.
         create_pr: open a pull request instead.
+
+    Raises:
+        ValueError: `private` is asked for, but the repository is there and public.
     """
     api = huggingface_hub.HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private:
+        repo_id = hub.create_private(repo_id, token)
+    else:
+        repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
     files: dict[str, Path | bytes] = {
         hub.CONFIG: Path(folder) / hub.CONFIG,
         hub.WEIGHTS: Path(folder) / hub.WEIGHTS,

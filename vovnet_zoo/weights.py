@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 
 import torch
 
-from .files import hash_file, read_safetensors, temporary
+from .files import hash_file, known_mistake, read_safetensors, temporary
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError)
 
@@ -145,7 +145,8 @@ def read_checkpoint(path: str | Path, source: str | None = None) -> Any:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # on hostile bytes the unpickler raises anything
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            # torch's own message would advise to run the code in the file
+            reason = known_mistake(file) or "it is damaged, or torch.save did not write it"
             if wanted := re.search(r"GLOBAL (\S+)", str(error)):
                 reason = f"it holds more than tensors: reading it would run {wanted[1]}, which is refused"
             raise ValueError(f"{source} is not a whole checkpoint of tensors ({reason}); get it anew") from error

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .annotations import are_fractions, entry_problem, image_problem, is_crowd, read_annotations, repeated, usable_boxes
 from .dataset import find_split, split_candidates
-from .images import FORMATS, ImageError, check_size, decode_image, open_image, read_image_bytes
+from .images import FORMATS, ImageError, ImageWarning, check_size, decode_image, open_image, read_image_bytes
 from .transforms import resize_size
 
 # error: the training stops, or annotations refer to nothing; warning: the training runs, but maybe not as the user
@@ -374,8 +374,8 @@ class Inspection(NamedTuple):
 
 def inspect_image(path: str) -> Inspection:
     """Read and decode one file. This function runs in worker processes."""
-    with warnings.catch_warnings():  # most warnings are about metadata; missing pixels are errors
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as warned:  # most are about metadata; missing pixels are errors
+        warnings.simplefilter("always")
         try:
             data = read_image_bytes(path)
             with _c_stderr() as written:
@@ -385,7 +385,9 @@ def inspect_image(path: str) -> Inspection:
         with open_image(data) as image:
             format = "JPEG" if image.format == "MPO" else image.format
             digest, orientation = hashlib.blake2b(data, digest_size=16).digest(), _orientation(image)
-        complaint = next((line for line in written if "JPEG" in line), "")  # lines about TIFF concern metadata
+        complaints = [line for line in written if "JPEG" in line]  # lines about TIFF concern metadata
+        complaints += [str(x.message).removeprefix(f"{path}: ") for x in warned if x.category is ImageWarning]
+        complaint = next(iter(complaints), "")
         return Inspection(digest, (height, width), format or "", orientation, complaint=complaint)
 
 

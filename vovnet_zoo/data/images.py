@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def decode_image(data: bytes, name: str | Path) -> Tensor:
         raise ImageError(f"{name}: the image file is empty (0 bytes); replace or remove it", "empty image file")
     try:
         with open_image(data) as image:
-            return _decode(image, data)
+            return _decode(image, data, name)
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image of a known format; convert or remove it", "not an image") from error
     except MemoryError:  # of this machine, not of the image
@@ -72,7 +73,7 @@ def open_image(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
-def _decode(image: Image.Image, data: bytes) -> Tensor:
+def _decode(image: Image.Image, data: bytes, name: str | Path) -> Tensor:
     if image.format in ("JPEG", "MPO"):
         if not _jpeg_ends(data):
             raise ValueError("truncated, the JPEG end marker is missing")
@@ -80,6 +81,20 @@ def _decode(image: Image.Image, data: bytes) -> Tensor:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             return decode_jpeg(buffer, ImageReadMode.RGB, apply_exif_orientation=True)
     # Pillow decodes the other formats: torchvision ends the process on a damaged PNG, and ignores the EXIF of WebP
+    return pil_to_rgb(image, name)
+
+
+def pil_to_rgb(image: Image.Image, name: str | Path = "") -> Tensor:
+    """Turn a Pillow image, or the file that it stands for, into the pixels that `read_image` gives for the file.
+
+    A warning names an image of 16 bits that is nearly black, as an image of 12 bits in a file of 16 is.
+
+    Raises:
+        ValueError: the pixels are floating-point numbers, or have more than 16 bits.
+        Exception: a damaged file raises anything.
+    """
+    name = name or getattr(image, "filename", "") or "a Pillow image"
+    deep = image.mode.startswith("I") or any(";16" in str(tile) for tile in getattr(image, "tile", ()))
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range, convert it to 8 bit")
@@ -87,8 +102,19 @@ def _decode(image: Image.Image, data: bytes) -> Tensor:
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("pixel values beyond 16 bit, convert it to 8 bit")
-        return torch.from_numpy((grey >> 8).astype(np.uint8)).repeat(3, 1, 1)
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        dark = 0 < grey.max() < 4096
+        pixels = torch.from_numpy((grey >> 8).astype(np.uint8)).repeat(3, 1, 1)
+    else:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        dark = deep and 0 < pixels.max() < 16
+    if dark:
+        warnings.warn(
+            f"{name}: its 16-bit pixels are all below 4096, so it comes out black; if it is a 12-bit image, multiply "
+            "its pixels by 16",
+            ImageWarning,
+            stacklevel=2,
+        )
+    return pixels
 
 
 def _jpeg_ends(data: bytes) -> bool:
@@ -112,6 +138,10 @@ def check_size(path: str | Path, size: tuple[int, int], expected: tuple[int, int
             f"{expected[1]}x{expected[0]}{turned}; correct one of the two",
             "size unlike the JSON",
         )
+
+
+class ImageWarning(UserWarning):
+    """An image file can be read, but its pixels are hardly those that were meant."""
 
 
 class ImageError(ValueError):
