@@ -190,3 +190,68 @@ def test_convert_imports_only_torch():
         [sys.executable, "-c", code], cwd=Path(convert.__file__).parent, capture_output=True, text=True
     )
     assert result.stdout.strip() == "set()", result.stderr
+
+
+def nested(depth, wrap):
+    value = {"a": torch.zeros(1)}
+    for _ in range(depth):
+        value = wrap(value)
+    return value
+
+
+def in_itself():
+    value = {"a": torch.zeros(1)}
+    value["model"] = value
+    return value
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        nested(100_000, lambda value: {"model": value}),
+        in_itself(),
+        {"model": {"a": torch.zeros(1)}, "more": nested(100_000, lambda value: [value])},
+        {"model": {"a": torch.zeros(1)}, "more": nested(100, lambda value: [value, value])},
+        {"module." * 100_000 + "a": torch.zeros(1)},
+        {nested(500, lambda value: (1,) if isinstance(value, dict) else (value,)): torch.zeros(1)},
+    ],
+    ids=["checkpoints", "in itself", "lists", "laughs", "prefixes", "keys"],
+)
+def test_nesting_without_end(checkpoint):
+    with pytest.raises(ValueError) as error:
+        convert.convert(checkpoint, ARCHS)
+    assert len(str(error.value)) < 2000
+
+
+@pytest.mark.parametrize("form", ["authors"], indirect=True)
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda: torch.zeros(1).expand(10**12),
+        lambda: torch.zeros(10).as_strided((10**6, 10**6), (0, 0)),
+        lambda: torch.zeros(3, 3).to_sparse(),
+        lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+        lambda: torch.empty(10**12, device="meta"),
+        lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8),
+    ],
+    ids=["stride 0", "strides 0", "sparse", "nested", "meta", "quantised"],
+)
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_odd_tensors_are_not_touched(form, checkpoint, odd):
+    name = next(key for key in checkpoint if "conv" in key)
+    with pytest.raises(ValueError, match=f"not a plain tensor: {name}"):
+        convert.convert({**checkpoint, name: odd()}, ARCHS)
+
+
+@pytest.mark.parametrize("form", ["authors_detector"], indirect=True)
+@pytest.mark.parametrize("shape", [(), (2, 3), (20_000,), (0,)])
+def test_odd_shapes_of_a_detector(form, checkpoint, shape):
+    """No shape takes memory or raises anything else, before a model compares it."""
+    names = [key for key in checkpoint if ".stem_1/" in key] + ["rpn.head.cls_logits.bias", "rpn.head.scales.0.scale"]
+    assert len(names) == 7
+    for name in names:
+        with pytest.raises(ValueError):
+            build_converted(convert.convert({**checkpoint, name: torch.ones(shape)}, ARCHS))
+    together = {key: torch.ones(shape) for key in names if "norm" in key}
+    with pytest.raises(ValueError):
+        build_converted(convert.convert({**checkpoint, **together}, ARCHS))

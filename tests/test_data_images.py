@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from samples import PICTURE, RGB, X, Y, encode
 
-from vovnet_zoo.data import images
+from vovnet_zoo.data import CocoDataset, ImageError, images
 from vovnet_zoo.data.check import inspect_image
 from vovnet_zoo.data.images import read_image
 from vovnet_zoo.inference import to_rgb
@@ -213,3 +213,28 @@ def test_read_image_missing_or_folder(tmp_path):
         read_image(tmp_path)
     with pytest.raises(ValueError, match="<bytes>"):
         read_image(JPEG[:5000])
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "WEBP"])
+def test_an_image_of_another_size_is_not_decoded(write_coco, tmp_path, monkeypatch, format):
+    """A small file can hold an image that takes gigabytes: its header is compared with the JSON first."""
+    image = {"id": 1, "file_name": "odd.png", "width": RGB.width, "height": RGB.height}
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}
+    folder, file = write_coco({"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "a"}]})
+    dataset = CocoDataset(folder, file)
+    (folder / "odd.png").write_bytes(encode(RGB, format))
+    assert dataset[0][0].shape[1:] == (RGB.height, RGB.width)
+    (folder / "odd.png").write_bytes(encode(RGB.resize((RGB.height, RGB.width)), format))
+    with pytest.raises(ImageError, match="before its EXIF rotation"):
+        dataset[0]
+    (folder / "odd.png").write_bytes(encode(RGB.resize((300, 200)), format, *([6] if format != "BMP" else [])))
+    monkeypatch.setattr(images, "_decode", lambda *args: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match=("300x200" if format == "BMP" else "200x300") + r" .* says 60x40") as error:
+        dataset[0]
+    assert error.value.kind == "size unlike the JSON"
+
+
+def test_too_little_memory_is_no_damaged_image(monkeypatch):
+    monkeypatch.setattr(images, "_decode", lambda *args: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        read_image(PNG)

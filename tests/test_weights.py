@@ -1,14 +1,17 @@
 """Weights come from a URL, past faulty downloads and hostile files."""
 
+import contextlib
 import http.server
 import io
 import pickle
 import random
+import socket
 import sys
 import threading
 import urllib.error
 import zipfile
 from pathlib import Path
+from urllib.request import Request
 
 import pytest
 import pytorchcv.models.vovnet
@@ -26,7 +29,7 @@ from vovnet_zoo.weights import Weights
 class FileServer(http.server.ThreadingHTTPServer):
     """This server sends `files`, a map of paths to contents; each of `faults` spoils one answer.
 
-    A fault is "truncate", "refuse" or "corrupt".
+    A fault is "truncate", "refuse", "corrupt", "endless" or an address to redirect to.
     """
 
     daemon_threads = True
@@ -43,7 +46,16 @@ class FileHandler(http.server.BaseHTTPRequestHandler):
         fault = self.server.faults.pop(0) if self.server.faults else None
         if content is None or fault == "refuse":
             return self.send_error(404 if content is None else 403)
+        if fault and "://" in fault:
+            self.send_response(302)
+            self.send_header("Location", fault)
+            return self.end_headers()
         self.send_response(200)
+        if fault == "endless":
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(content[:1000])
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if fault == "corrupt":
@@ -208,6 +220,63 @@ def test_server_not_there(slim, server, cache, monkeypatch):
     with pytest.raises(ConnectionError, match="slim.pth.zip.*refused"):
         load_slim()
     assert not cache()
+
+
+@pytest.mark.parametrize("url", ["http://example.com/w.pth", "ftp://127.0.0.1/w.pth", "file:///etc/passwd", "w.pth"])
+def test_weights_come_through_https_only(slim, server, cache, url, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="https:// only"):
+        patch.setattr(socket, "create_connection", lambda *args, **options: pytest.fail("connected"))
+        published.fetch(url)
+    server.faults[:] = [url]
+    if "://" in url:
+        with pytest.raises((ValueError, ConnectionError), match="https:// only|Redirection to url 'file"):
+            published.fetch(f"{server.url}/slim.pth.zip")
+    assert not cache()
+
+
+def test_a_redirect_leads_to_no_server_of_ones_own():
+    """A public server cannot send the client to a server on its own machine."""
+    redirects = published._HttpsRedirects()
+    ask = Request("https://example.com/w.pth")
+    with pytest.raises(ValueError, match="not https"):
+        redirects.redirect_request(ask, None, 302, "", {}, "http://127.0.0.1/w.pth")
+    assert (
+        redirects.redirect_request(ask, None, 302, "", {}, "https://example.org/w").full_url == "https://example.org/w"
+    )
+
+
+@pytest.mark.parametrize(
+    "limits, fault, message",
+    [
+        (dict(MAX_BYTES=1000), None, "more than 1000"),
+        (dict(MAX_BYTES=10**6), "endless", "goes on after 1000000 bytes"),
+        (dict(MAX_SECONDS=0.1), "endless", "not here after 0.1 seconds"),
+    ],
+)
+def test_a_download_has_limits(slim, server, cache, monkeypatch, limits, fault, message):
+    for name, value in limits.items():
+        monkeypatch.setattr(published, name, value)
+    server.faults[:] = [fault]
+    with pytest.raises(ConnectionError, match=message):
+        load_slim()
+    assert not cache()
+
+
+@pytest.mark.parametrize("kind", ["zip", "pth"])
+def test_a_small_file_unpacks_to_no_large_one(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(published, "MAX_FREE_BYTES", 1 << 20)
+    content = saved({"a": torch.zeros(1 << 20)})
+    if kind == "pth":  # torch reads compressed parts too, although it writes none
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            content = zipped(**{name: archive.read(name) for name in archive.namelist()})
+    else:
+        content = zipped(**{"w.pth": content})
+    (tmp_path / "w.pth").write_bytes(content)
+    assert len(content) < 1 << 16
+    with pytest.raises(ValueError, match=r"w.pth: its \d+ bytes would unpack to 41"):
+        published.read_checkpoint(tmp_path / "w.pth")
+    monkeypatch.setattr(published, "MAX_FREE_BYTES", 1 << 23)
+    assert published.read_checkpoint(tmp_path / "w.pth")["a"].shape == (1 << 20,)
 
 
 def test_damage_in_the_cache_is_downloaded_again(slim, server, tmp_path, cache):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ FORMS = {
 LEVELS = 5  # P3..P7
 # The authors' detectors take BGR pixels in 0..255 less this mean (BGR order), divided by 1.
 BGR_MEAN = (102.9801, 115.9465, 122.7717)
+DEPTH = 8  # of checkpoints in checkpoints, and of prefixes
+MAX_CHANNELS = 16_384  # of a norm; the published ones have at most 1024
 FROZEN_EPS = 1e-5  # added to the variance by timm's frozen norm, not by the authors'
 
 
@@ -48,7 +51,8 @@ def convert(checkpoint: Mapping, archs: Mapping[str, Sequence[int]]) -> Converte
     form, arch = min(tables, key=lambda choice: len(weights.keys() ^ tables[choice].keys()))
     table = tables[form, arch]
     if not weights.keys() & table.keys():
-        raise ValueError(f"no known format: expected {', '.join(FORMS.values())}; the names begin {list(weights)[:3]}")
+        first = [_short(name) for name in itertools.islice(weights, 3)]
+        raise ValueError(f"no known format: expected {', '.join(FORMS.values())}; the names begin {first}")
 
     missing = table.keys() - weights.keys()
     for optional in ("head.fc.", "num_batches_tracked"):  # a checkpoint may lack all of these tensors, but not some
@@ -56,11 +60,12 @@ def convert(checkpoint: Mapping, archs: Mapping[str, Sequence[int]]) -> Converte
         if group <= missing:
             missing -= group
     problems = [f"missing: {name} (ours: {table[name]})" for name in missing]
-    problems += [f"unexpected: {name}" for name in weights.keys() - table.keys()]
+    problems += [f"unexpected: {name:.200}" for name in weights.keys() - table.keys()]
+    problems += [f"not a plain tensor: {name:.200}" for name, tensor in weights.items() if not _is_plain(tensor)]
     for name, tensor in weights.items():
         wanted = torch.int64 if name.endswith("num_batches_tracked") else torch.float32
         if tensor.dtype != wanted:
-            problems.append(f"dtype: {name} is {tensor.dtype}, expected {wanted}")
+            problems.append(f"dtype: {name:.200} is {tensor.dtype}, expected {wanted}")
     problems = problems or [f"not finite: {name}" for name, tensor in weights.items() if not tensor.isfinite().all()]
     if problems:
         shown = "\n  ".join(sorted(problems)[:20])
@@ -73,18 +78,25 @@ def convert(checkpoint: Mapping, archs: Mapping[str, Sequence[int]]) -> Converte
             ours.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
         return Converted(form, arch, ours, {})
 
+    try:
+        config = _fold_detector(ours)
+    except (IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(f"not the shapes of {FORMS[form]}: {error}") from error
+    return Converted(form, arch, ours, {"backbone": arch, **config})
+
+
+def _fold_detector(ours: dict[str, Tensor]) -> dict:
+    """Change a detector's tensors in place to RGB input, one tensor of scales and norms with eps; return the config."""
     ours["head.scales"] = torch.cat([ours.pop(f"head.scales.{level}") for level in range(LEVELS)])
     ours["backbone.stem_0.conv.weight"] = ours["backbone.stem_0.conv.weight"].flip(1)  # BGR -> RGB
     for name in [name for name in ours if name.endswith("running_var")]:
         scale = name.replace("running_var", "weight")
         ours[scale], ours[name] = fold_eps(ours[scale], ours[name], name)
-    config = dict(
-        backbone=arch,
+    return dict(
         num_classes=len(ours["head.cls_logits.bias"]),
         image_mean=[mean / 255 for mean in reversed(BGR_MEAN)],
         image_std=[1 / 255] * 3,
     )
-    return Converted(form, arch, ours, config)
 
 
 def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
@@ -94,30 +106,54 @@ def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
         ValueError: the checkpoint holds no state dict, or holds tensors elsewhere that are not the optimizer's or the
             scheduler's.
     """
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"a checkpoint is a dict of tensors, not a {type(checkpoint).__name__}")
     beside = ("optimizer", "scheduler", "lr_scheduler")
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint.get(key), Mapping):
-            others = [other for other in checkpoint if other != key and other not in beside]
-            if extra := [str(other) for other in others if _holds_tensors(checkpoint[other])]:
-                raise ValueError(f"tensors beside {key!r} that nothing uses: {', '.join(extra)}")
-            return unwrap(checkpoint[key])
-    if wrong := [str(key) for key, value in checkpoint.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"a state dict holds tensors only, but these are none: {', '.join(wrong[:20])}")
-    if wrong := [repr(key) for key in checkpoint if not isinstance(key, str)]:
+    for _ in range(DEPTH):
+        if not isinstance(checkpoint, Mapping):
+            raise ValueError(f"a checkpoint is a dict of tensors, not a {type(checkpoint).__name__}")
+        key = next((key for key in ("model", "state_dict") if isinstance(checkpoint.get(key), Mapping)), None)
+        if key is None:
+            break
+        others = [other for other in checkpoint if other != key and other not in beside]
+        if extra := [_short(other) for other in others if _holds_tensors(checkpoint[other])]:
+            raise ValueError(f"tensors beside {key!r} that nothing uses: {', '.join(extra[:20])}")
+        checkpoint = checkpoint[key]
+    else:
+        raise ValueError(f"more than {DEPTH} checkpoints, one in the other")
+    if wrong := [reprlib.repr(key) for key in checkpoint if not isinstance(key, str)]:
         raise ValueError(f"a state dict has names as keys, not {', '.join(wrong[:20])}")
+    if wrong := [_short(key) for key, value in checkpoint.items() if not isinstance(value, Tensor)]:
+        raise ValueError(f"a state dict holds tensors only, but these are none: {', '.join(wrong[:20])}")
     weights = dict(checkpoint)
-    for prefix in ("module.", "model."):
-        if weights and all(name.startswith(prefix) for name in weights):
-            return unwrap({name.removeprefix(prefix): tensor for name, tensor in weights.items()})
+    for _ in range(DEPTH):
+        for prefix in ("module.", "model."):
+            if weights and all(name.startswith(prefix) for name in weights):
+                weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     return weights
 
 
+def _short(key: object) -> str:
+    return key[:200] if isinstance(key, str) else reprlib.repr(key)
+
+
 def _holds_tensors(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return any(_holds_tensors(item) for item in value.values())
-    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensors, value)))
+    """Look for a tensor in nested dicts and lists, which may be nested in themselves."""
+    todo: list[Any] = [value]
+    seen: set[int] = set()
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Tensor):
+            return True
+        if isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            todo += value.values() if isinstance(value, Mapping) else value
+    return False
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Tell whether each number of a tensor is a number of the file, so that the file's size bounds the memory."""
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type != "cpu":
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def names(form: str, blocks: Sequence[int]) -> dict[str, str]:
@@ -196,6 +232,8 @@ def fold_eps(weight: Tensor, var: Tensor, name: str) -> tuple[Tensor, Tensor]:
     `var - eps`, the one whose weight changes least when rounded to float32. The scale is then right to about 1e-10,
     and training in float64 follows the published numbers.
     """
+    if var.ndim != 1 or var.shape != weight.shape or len(var) > MAX_CHANNELS:
+        raise ValueError(f"{name}: shape {list(var.shape)}, and {list(weight.shape)} of the weight, are no norm's")
     if (var <= 0).any():
         raise ValueError(f"{name}: a norm without eps needs variances above 0, the least is {var.min().item()}")
     near = (var.double() - FROZEN_EPS).clamp(min=FROZEN_EPS).float()

@@ -199,9 +199,11 @@ def check_config(config: dict[str, Any]) -> None:
     """
     if not isinstance(config["backbone"], str):
         raise ValueError(f"backbone={reprlib.repr(config['backbone'])}: give the name of a timm model")
-    for name, (least, most, why) in RANGES.items():
-        if not _is_number(config[name], least, most, Integral):
-            raise ValueError(f"{name}={reprlib.repr(config[name])}: give a whole number from {least} to {most}{why}")
+    for name, (lowest, highest, why) in RANGES.items():
+        if not _is_number(config[name], lowest, highest, Integral):
+            raise ValueError(
+                f"{name}={reprlib.repr(config[name])}: give a whole number from {lowest} to {highest}{why}"
+            )
         config[name] = int(config[name])
     if config["channels"] % 32:
         raise ValueError(f"channels={config['channels']}: the head's GroupNorm has 32 groups; give 64, 96 ..")
@@ -234,7 +236,8 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any, least: float, most: float, kind: type) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= value <= most)  # NaN is not
+    number: Any = value
+    return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= number <= most)  # NaN is not
 
 
 class FCOSHead(nn.Module):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
+import ipaddress
 import os
 import re
 import shutil
 import stat
 import struct
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -17,13 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
 
 from .files import hash_file, known_mistake, read_safetensors, temporary
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError)
+MAX_BYTES = 8 << 30  # of a checkpoint; the largest that is published has less than 1 GiB, its optimizer included
+MAX_SECONDS = 2 * 3600  # of a download
+MAX_FREE_BYTES, MAX_RATIO = 256 << 20, 20  # a zip may unpack to the former, or to the latter times its own size
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,9 @@ def fetch(url: str, sha1: str = "", cache_dir: str | Path | None = None) -> Path
         cache_dir: None is the cache of torch.hub.
 
     Raises:
-        ConnectionError: the server cannot be reached, refuses, or breaks off.
-        ValueError: the file is damaged, wants to run code, or has another `sha1`; nothing is kept.
+        ConnectionError: the server cannot be reached, refuses, breaks off, or sends too much or too slowly.
+        ValueError: the address is not https://, or the file is damaged, wants to run code, or has another `sha1`;
+            nothing is kept.
     """
     folder = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,16 +124,50 @@ def _check(path: Path, sha1: str, source: str) -> None:
 
 
 def _http_get(url: str, path: Path) -> None:
+    check_url(url)
     try:
         with urlopen(Request(url, headers={"User-Agent": "vovnet_zoo"}), timeout=60) as response, open(path, "wb") as f:
-            shutil.copyfileobj(response, f)
-            length = response.headers.get("Content-Length")
+            length = response.headers.get("Content-Length") or ""
+            if length.isdigit() and int(length) > MAX_BYTES:
+                raise ConnectionError(f"it has {length} bytes, more than {MAX_BYTES}")
+            end = time.monotonic() + MAX_SECONDS
+            while chunk := response.read1(1 << 20):
+                f.write(chunk)
+                if f.tell() > MAX_BYTES:
+                    raise ConnectionError(f"it goes on after {MAX_BYTES} bytes")
+                if time.monotonic() > end:
+                    raise ConnectionError(f"it is not here after {MAX_SECONDS} seconds, {f.tell()} bytes are")
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(f"{url}: {error}; nothing was kept, try again or get the file elsewhere") from error
-    if length is not None and int(length) != path.stat().st_size:
+    if length.isdigit() and int(length) != path.stat().st_size:
         raise ConnectionError(
             f"{url}: the server broke off after {path.stat().st_size} of {length} bytes; nothing was kept, try again"
         )
+
+
+def check_url(url: str) -> None:
+    """Refuse an address with ValueError unless it begins with https://, or with http:// on this machine itself."""
+    parts = urlparse(url)
+    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
+        raise ValueError(f"{url}: weights are downloaded through https:// only")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class _HttpsRedirects(HTTPRedirectHandler):
+    def redirect_request(self, request, *args):
+        check_url(address := args[-1])
+        if urlparse(address).scheme != "https" and not _is_loopback(urlparse(request.full_url).hostname or ""):
+            raise ValueError(f"{request.full_url}: the server leads to {address}, which is not https://: refused")
+        return super().redirect_request(request, *args)
+
+
+urlopen = build_opener(_HttpsRedirects).open
 
 
 def read_checkpoint(path: str | Path, source: str | None = None) -> Any:
@@ -174,17 +214,31 @@ def check_parts(path: Path, source: str) -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:
+            _check_unpacked(path, archive, source)
             broken = archive.testzip()
+    except UnpackedSizeError:
+        raise
     except (*ZIP_ERRORS, ValueError) as error:
         raise ValueError(f"{source} is not a whole PyTorch checkpoint ({error}); download or save it again") from error
     if broken:
         raise ValueError(f"{source}: its part {broken} is damaged; download or save it again")
 
 
+def _check_unpacked(path: Path, archive: zipfile.ZipFile, source: str) -> None:
+    packed, unpacked = path.stat().st_size, sum(member.file_size for member in archive.infolist())
+    if unpacked > min(MAX_BYTES, max(MAX_FREE_BYTES, MAX_RATIO * packed)):
+        raise UnpackedSizeError(f"{source}: its {packed} bytes would unpack to {unpacked}: refused")
+
+
+class UnpackedSizeError(ValueError):
+    """A zip file would unpack to far more than weights do."""
+
+
 def unzip(path: Path, target: Path, source: str) -> None:
     """Write the only file of a zip to `target`. Raises ValueError if there are more files, or its name is a path."""
     try:
         with zipfile.ZipFile(path) as archive:
+            _check_unpacked(path, archive, source)
             members = archive.infolist()
             if len(members) != 1:
                 raise ValueError(f"{source}: a zip of {len(members)} files; expected one checkpoint")
@@ -192,7 +246,7 @@ def unzip(path: Path, target: Path, source: str) -> None:
             if re.search(r"[/\\:\0]", name) or name in ("", ".", "..") or stat.S_ISLNK(mode):
                 raise ValueError(f"{source}: the zip's member {name!r} is a path or a link, not a plain file: refused")
             with archive.open(members[0]) as member, open(target, "wb") as file:
-                shutil.copyfileobj(member, file)  # the zip file compares its checksum at the end
+                shutil.copyfileobj(member, file)  # no more than the size it states; the checksum is compared at the end
     except ZIP_ERRORS as error:
         raise ValueError(f"{source} is not a whole zip file ({error}); download it again") from error
 

@@ -13,7 +13,7 @@ import torch
 from torchvision import tv_tensors
 
 from .annotations import are_fractions, entries_by_id, image_problem, read_annotations, usable_boxes
-from .images import ImageError, check_size, read_image
+from .images import ImageError, decode_image, read_image_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -139,10 +139,8 @@ class CocoDataset(torch.utils.data.Dataset):
         return self.sizes[:, 0] / self.sizes[:, 1]
 
     def _load(self, index: int) -> tuple[tv_tensors.Image, dict]:
-        path = self.images_dir / str(self.file_names[index])
-        image = tv_tensors.Image(read_image(path))
-        size = tuple(image.shape[-2:])
-        check_size(path, size, tuple(self.sizes[index].tolist()), self.annotation_file)
+        path, size = self.images_dir / str(self.file_names[index]), tuple(self.sizes[index].tolist())
+        image = tv_tensors.Image(decode_image(read_image_bytes(path), path, size, str(self.annotation_file)))
         rows = slice(self._offsets[index], self._offsets[index + 1])
         boxes = torch.from_numpy(self._boxes[rows].copy())
         target = {

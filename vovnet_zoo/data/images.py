@@ -52,13 +52,25 @@ def read_image_bytes(path: str | Path) -> bytes:
         raise ImageError(f"{error}{hint}", kind) from error.__cause__
 
 
-def decode_image(data: bytes, name: str | Path) -> Tensor:
-    """Decode the bytes of an image file as `read_image` does; `name` is the file's name, for the error messages."""
+def decode_image(data: bytes, name: str | Path, size: tuple[int, int] | None = None, wanted_by: str = "") -> Tensor:
+    """Decode the bytes of an image file as `read_image` does.
+
+    Args:
+        data: the content of the file.
+        name: the file's name, for the error messages.
+        size: (height, width) that the image must have, or None. An image of another size is refused before its pixels
+            take memory.
+        wanted_by: the file that says this size.
+    """
     if not data:
         raise ImageError(f"{name}: the image file is empty (0 bytes); replace or remove it", "empty image file")
     try:
         with open_image(data) as image:
-            return _decode(image, data, name)
+            if size is not None and sorted(image.size) != sorted(size):
+                check_size(name, _turned_size(image), size, wanted_by)
+            pixels = _decode(image, data, name)
+    except (ImageError, MemoryError):  # too little memory says nothing about the file
+        raise
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image of a known format; convert or remove it", "not an image") from error
     except MemoryError:  # of this machine, not of the image
@@ -66,6 +78,19 @@ def decode_image(data: bytes, name: str | Path) -> Tensor:
     except Exception as error:  # on hostile bytes the decoders raise anything from SyntaxError to struct.error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ImageError(f"{name}: cannot decode the image: {reason}; replace or remove it") from error
+    if size is not None:
+        height, width = pixels.shape[-2:]
+        check_size(name, (height, width), size, wanted_by)
+    return pixels
+
+
+def _turned_size(image: Image.Image) -> tuple[int, int]:
+    """Tell the (height, width) of an image as its EXIF orientation turns it, from its header."""
+    try:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except Exception:  # damaged metadata raises all kinds of errors
+        turned = False
+    return image.size if turned else image.size[::-1]
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -99,7 +124,7 @@ def pil_to_rgb(image: Image.Image, name: str | Path = "") -> Tensor:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range, convert it to 8 bit")
     if image.mode.startswith("I"):  # Pillow would clip 16 bits to 8
-        grey = np.asarray(image).astype(np.int64)
+        grey = np.asarray(image)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("pixel values beyond 16 bit, convert it to 8 bit")
         dark = 0 < grey.max() < 4096
