@@ -73,8 +73,6 @@ def decode_image(data: bytes, name: str | Path, size: tuple[int, int] | None = N
         raise
     except UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image of a known format; convert or remove it", "not an image") from error
-    except MemoryError:  # of this machine, not of the image
-        raise
     except Exception as error:  # on hostile bytes the decoders raise anything from SyntaxError to struct.error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ImageError(f"{name}: cannot decode the image: {reason}; replace or remove it") from error
