@@ -55,8 +55,8 @@ def compute_losses(
     """
     images = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    # Autocast keeps its casts of the weights for their next use, but the second run of a checkpointed tower does not find
-    # them there, and torch compares the operations of both runs.
+    # Autocast keeps its casts of the weights for their next use. The second run of a checkpointed tower does not find
+    # them there, while torch demands the same operations of both runs.
     keep_casts = not model.head.grad_checkpointing
     with torch.autocast(images.device.type, dtype, enabled=precision != "float32", cache_enabled=keep_casts):
         preds = model(images.contiguous(memory_format=torch.channels_last))
