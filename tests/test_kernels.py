@@ -51,6 +51,8 @@ def test_a_detector_works_without_the_kernels(fault, tmp_path):
     if fault == "broken compiler":
         environment, reason = {"CXX": broken_compiler(tmp_path)}, "could not build the kernels: error: this compiler"
     if fault == "no place for the cache":
+        if missing := library.load():
+            pytest.skip(missing)
         cache.write_text("a file where the folder should be")
         environment, reason = {}, "cannot be written"
     printed = run(DETECTOR, cache, **environment)
@@ -84,6 +86,7 @@ def test_each_instruction_set_has_a_library_of_its_own(tmp_path, monkeypatch):
     paths, commands = set(), []
     monkeypatch.setattr(library, "_build", lambda command, path: commands.append(command))
     monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(library.shutil, "which", lambda name: sys.executable)  # some file in place of a compiler
     for capability in ("DEFAULT", "AVX2", "AVX512"):
         monkeypatch.setattr(library, "capability", lambda capability=capability: capability)
         paths.add(library._built())
