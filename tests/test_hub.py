@@ -297,7 +297,7 @@ def test_odd_configs_are_refused_or_right(tiny_detector, tmp_path, monkeypatch):
                 assert name in str(error) or name == "backbone", (name, value, error)
             else:
                 assert model.config[name] == value or value is None, (name, value)
-                assert not isinstance(value, bool) or name == "frozen_norm", (name, value)
+                assert not isinstance(value, bool) or name in ("frozen_norm", "plus_one", "add_images"), (name, value)
 
 
 @pytest.mark.parametrize("name", ["image_mean", "image_std", "class_names", "min_size", "prior", "frozen_norm"])
