@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 import train_coco
-from presets import PRESETS
+from presets import PRESETS, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 STORE_PER_RESTART = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see the README
@@ -28,6 +28,14 @@ def train_command(data: Path, out: Path, options: str = "", processes: int = 1, 
     """The finetune preset with a tiny model."""
     line = ["finetune", "--data", data, "--out", out, *TINY.split(), "--batch-size", "4", "--device", "cpu"]
     return command("train_coco.py", [*line, *options.split()], processes, torchrun)
+
+
+def tiny_config(data: Path, out: Path) -> TrainConfig:
+    """Four steps of a tiny model, scored after the second and the fourth."""
+    return TrainConfig(
+        data=data, out=out, model="fcos", backbone="test_resnet", channels=64, num_convs=1, min_size=(64, 64),
+        max_size=96, test_size=64, batch_size=4, workers=0, steps=4, eval_every=2, device="cpu",
+    )  # fmt: skip
 
 
 def train_here(data: Path, out: Path, options: str = "") -> None:

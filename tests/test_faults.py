@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 import torch.multiprocessing as mp
-from launch import losses, rows
+from launch import losses, rows, tiny_config
 
 import build
 import eval_coco
@@ -30,10 +30,7 @@ from vovnet_zoo.data import CocoDataset, find_split, images
 
 @pytest.fixture
 def config(tiny_coco, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        data=tiny_coco, out=tmp_path / "run", model="fcos", backbone="test_resnet", channels=64, num_convs=1,
-        min_size=(64, 64), max_size=96, test_size=64, batch_size=4, workers=0, steps=4, eval_every=2, device="cpu",
-    )  # fmt: skip
+    return tiny_config(tiny_coco, tmp_path / "run")
 
 
 def assert_same(config: TrainConfig, other: TrainConfig) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import rows
+from launch import rows, tiny_config
 
 import run_folder
 import train_coco
@@ -21,10 +21,7 @@ from vovnet_zoo import FCOS
 
 @pytest.fixture
 def config(tiny_coco, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        data=tiny_coco, out=tmp_path / "run", model="fcos", backbone="test_resnet", channels=64, num_convs=1,
-        min_size=(64, 64), max_size=96, test_size=64, batch_size=4, workers=0, steps=4, eval_every=2, device="cpu",
-    )  # fmt: skip
+    return tiny_config(tiny_coco, tmp_path / "run")
 
 
 def write_rows(log: RunLog, steps: range, **values) -> None:

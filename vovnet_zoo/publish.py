@@ -8,7 +8,7 @@ import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import huggingface_hub
 import timm
@@ -39,16 +39,22 @@ BACKBONE_CARD = ModelCardData(
 )
 
 
+class PushOptions(TypedDict, total=False):
+    """Further arguments of `push`."""
+
+    private: bool
+    token: str | None
+    branch: str | None
+    create_pr: bool
+
+
 def publish_model(
     source: Path,
     repo_id: str,
     *,
     run: Path | None = None,
     license: str | None = None,
-    private: bool = False,
-    token: str | None = None,
-    branch: str | None = None,
-    create_pr: bool = False,
+    **options: Unpack[PushOptions],
 ) -> str:
     """Check a model, write its card, push both to the Hub, and return the address of the commit.
 
@@ -57,7 +63,7 @@ def publish_model(
         repo_id: "organisation/name"; the repository is made if it does not exist.
         run: folder of the training run, whose scores go into the card; None takes the folder around `source`.
         license: the license of the weights, as the Hub abbreviates it; None takes the one that is known, if any.
-        private, token, branch, create_pr: see `push`.
+        options: `private`, `token`, `branch`, `create_pr` of `push`.
 
     Raises:
         ValueError: the model cannot be loaded or converted, or gives outputs that are not finite.
@@ -72,7 +78,7 @@ def publish_model(
         if license:
             facts["license"] = license
         card = checked_card(folder, **facts)
-        return push(repo_id, folder, card, private=private, token=token, branch=branch, create_pr=create_pr)
+        return push(repo_id, folder, card, **options)
 
 
 def convert_file(file: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
