@@ -117,7 +117,8 @@ def test_two_runs_in_one_folder(tmp_path):
         "import os, sys, time; sys.path.insert(0, 'RECIPES'); from pathlib import Path; from run_folder import locked\n"
         "with locked(Path(sys.argv[1]), wait=0.1):\n"
         "    worker = os.fork()\n"
-        "    print(os.getpid() if worker else 'worker', flush=True); time.sleep(100)"
+        "    line = f'{os.getpid()}' if worker else 'worker'\n"
+        "    os.write(1, f'{line}\\n'.encode()); time.sleep(100)"  # at once, so that lines of two processes do not mix
     ).replace("RECIPES", str(ROOT / "recipes"))
     line = [sys.executable, "-c", code, tmp_path / "run"]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, start_new_session=True) as first:
