@@ -61,7 +61,7 @@ def draw_comparison(
         for i, objects in enumerate((detection, truth)):
             objects = {**objects, "boxes": objects["boxes"].as_subclass(torch.Tensor) * scale}
             x = i * (large.shape[-1] + 4)
-            pair.paste(draw_detections(large, objects, dataset.class_names, score_threshold), (x, 18))
+            pair.paste(draw_detections(large, objects, dataset.class_names, score_threshold, enlarge=1), (x, 18))
             ImageDraw.Draw(pair).text((x + 4, 1), captions[i], fill="black", font=font)
         pairs.append(pair)
 

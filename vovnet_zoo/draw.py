@@ -3,47 +3,82 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+import functools
+import importlib.util
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+READABLE = 384  # pixels; an image whose longer side is shorter is enlarged, or its labels could not be read
+MISSING = "\U0010ffff"  # no font has a picture of this character, so it shows the one that stands for all it lacks
+
+# The first of these fonts with all letters of a name writes it. Pillow looks for them where the system keeps fonts:
+# DejaVu (also a part of matplotlib) has Latin, Cyrillic, Greek, Arabic and Hebrew letters; the others Chinese, Japanese,
+# Korean and Indian ones on Linux, Windows and macOS.
+FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "NotoSansDevanagari-Regular.ttf"),
+    *("wqy-zenhei.ttc", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf", "unifont.otf"),
+    *("segoeui.ttf", "msyh.ttc", "meiryo.ttc", "malgun.ttf", "Nirmala.ttf"),
+    *("Arial Unicode.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc"),
+)
+log = logging.getLogger(__name__)
 
 
 def draw_detections(
     image: Tensor,
-    detection: dict[str, Tensor],
+    detection: Mapping[str, Tensor],
     class_names: Sequence[str] | None = None,
     score_threshold: float = 0.3,
+    enlarge: int | None = None,
 ) -> Image.Image:
     """Draw the detections, or the ground truth, of one image on a copy of the image.
+
+    Lines and letters grow with the image. A label lies where it covers least of the boxes and of other labels. Each
+    class has its own colour, the same in every picture.
 
     Args:
         image: uint8 [3,H,W] RGB.
         detection: `boxes` [N,4] xyxy in pixels of `image`, `labels` int64 [N], and `scores` [N]; ground truth has no
             scores.
-        class_names: names in label order; None writes the numbers.
+        class_names: names in label order; None writes the numbers. A name is written by its number if no font of this
+            machine has its letters.
         score_threshold: boxes with a lower score are left out.
+        enlarge: how many times larger than the image the picture is; None makes images of less than 384 pixels larger,
+            by a whole number, and others not.
     """
     boxes, labels, scores = detection["boxes"].cpu(), detection["labels"].tolist(), detection.get("scores")
-    texts = [class_names[label] if class_names else str(label) for label in labels]
+    texts = [_readable_name(class_names[label], label) if class_names else str(label) for label in labels]
     chosen = list(range(len(labels)))
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist(), strict=True)]
         chosen = (scores >= score_threshold).nonzero()[:, 0].tolist()
     order = list(reversed(chosen))  # the best score comes last, on top
-    boxes, texts, colours = boxes[order], [texts[i] for i in order], [class_colour(labels[i]) for i in order]
+    texts, colours = [texts[i] for i in order], [class_colour(labels[i]) for i in order]
 
-    image, side = image.cpu(), min(image.shape[-2:])
+    # Enlarge by whole pixels, so that the picture shows what the network saw.
+    times = enlarge or max(1, round(READABLE / max(image.shape[-2:])))
+    image = image.cpu().repeat_interleave(times, dim=-2).repeat_interleave(times, dim=-1)  # [3,H,W]
+    boxes, side = boxes[order] * times, min(image.shape[-2:])
+
     if order:
-        image = draw_bounding_boxes(image, boxes, colors=colours, width=max(1, round(side / 200)))
+        image = draw_bounding_boxes(image, boxes, colors=colours, width=max(1, round(side / 250)))
     picture = to_pil_image(image)
-    font = ImageFont.load_default(size=max(10, side / 40))
-    for box, text, colour in zip(boxes.tolist(), texts, colours, strict=True):
-        _write(picture, box, text, colour, font)
+    canvas, size = ImageDraw.Draw(picture), max(10, side / 45)
+    fonts = [_font(_font_of(text), size) for text in texts]
+    margin = max(1, round(size / 10))
+    extents = [canvas.textbbox((0, 0), text, font=font)[2:] for text, font in zip(texts, fonts, strict=True)]
+    sizes = [(width + 2 * margin, height + 2 * margin) for width, height in extents]
+    places = place_labels(boxes.numpy(), sizes, picture.size)
+    for (x, y), (w, h), text, colour, font in zip(places, sizes, texts, colours, fonts, strict=True):
+        canvas.rectangle([x, y, x + w - 1, y + h - 1], fill=colour)
+        canvas.text((x + margin, y + margin), text, fill="black", font=font)
     return picture
 
 
@@ -53,15 +88,82 @@ def class_colour(label: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _write(picture: Image.Image, box: list[float], text: str, colour: tuple[int, int, int], font: Font) -> None:
-    """Write a label above its box, or inside where there is no room.
+def place_labels(
+    boxes: np.ndarray, sizes: Sequence[tuple[float, float]], picture: tuple[int, int]
+) -> list[tuple[float, float]]:
+    """Choose for each label the place beside or in its box that covers the least.
 
-    `draw_bounding_boxes` could write it, but on top of the object, beyond the picture's right edge, and only 10 pixels
-    high unless a font file is given.
+    Args:
+        boxes: [N,4] xyxy in pixels, in the order in which labels are drawn; the last label is placed first.
+        sizes: (width, height) of each label.
+        picture: (width, height) of the picture; a label stays in it where it fits.
+
+    Returns:
+        (x, y) of each label's upper left corner.
     """
-    canvas = ImageDraw.Draw(picture)
-    _, _, right, bottom = canvas.textbbox((0, 0), text, font=font)
-    x = max(0, min(box[0], picture.width - right))
-    y = box[1] - bottom - 1 if box[1] > bottom else box[1]
-    canvas.rectangle([x, y, x + right + 2, y + bottom + 1], fill=colour)
-    canvas.text((x + 1, y), text, fill="black", font=font)
+    places: list[tuple[float, float]] = [(0, 0)] * len(boxes)
+    placed = np.zeros((0, 4))
+    for i in reversed(range(len(boxes))):
+        (x1, y1, x2, y2), (w, h) = boxes[i], sizes[i]
+        # above, below, right, left, inside; the first of equally good places is taken
+        corners = [(x1, y1 - h), (x2 - w, y1 - h), (x1, y2), (x2 - w, y2), (x2, y1), (x1 - w, y1), (x1, y1)]
+        corners = [(min(max(0, x), max(0, picture[0] - w)), min(max(0, y), max(0, picture[1] - h))) for x, y in corners]
+        rectangles = np.array([(x, y, x + w, y + h) for x, y in corners])  # [7,4]
+        # A pixel of a small box is worth more than a pixel of a large one, and another label most of all.
+        areas = np.maximum((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), 1)
+        covered = (_overlaps(rectangles, boxes) / areas).sum(1) + 3 * _overlaps(rectangles, placed).sum(1) / (w * h)
+        best = int((covered > covered.min() + 1e-6).argmin())
+        places[i] = corners[best]
+        placed = np.concatenate([placed, rectangles[best : best + 1]])
+    return places
+
+
+def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Compute the area [N,M] that each of the boxes `a` [N,4] shares with each of `b` [M,4], xyxy."""
+    sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
+    return np.clip(sides, 0, None).prod(2)
+
+
+@functools.cache
+def _readable_name(name: str, label: int) -> str:
+    """Return the name if a font has all of its letters, else the number of its class."""
+    name = " ".join(name.split())  # a line break would make the label two lines high
+    if _has_letters(_font_of(name), name):
+        return name
+    log.warning("no font here has all letters of the class name %r; it is written as 'class %d'", name, label)
+    return f"class {label}"
+
+
+@functools.cache
+def _font_of(text: str) -> str | None:
+    """Find the first font that has all letters of the text; None is Pillow's own, which has Latin letters."""
+    return next((font for font in _fonts() if _has_letters(font, text)), None)
+
+
+@functools.cache
+def _fonts() -> list[str]:
+    """List the files of FONTS that this machine has, those of the system and the one that comes with matplotlib."""
+    found = []
+    for name in FONTS:
+        try:
+            found.append(str(ImageFont.truetype(name).path))
+        except OSError:
+            continue
+    if spec := importlib.util.find_spec("matplotlib"):  # not imported: that takes a second
+        for folder in spec.submodule_search_locations or ():
+            file = Path(folder) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+            found += [str(file)] if file.is_file() else []
+    return found
+
+
+@functools.cache
+def _font(path: str | None, size: float) -> Font:
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+
+
+@functools.cache
+def _has_letters(path: str | None, text: str) -> bool:
+    """Say whether each character has a picture of its own, not the one that stands for missing ones."""
+    font = _font(path, 16)
+    missing = bytes(font.getmask(MISSING))
+    return all(bytes(font.getmask(c)) != missing for c in set(text) if not c.isspace())
