@@ -19,9 +19,9 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 READABLE = 384  # pixels; an image whose longer side is shorter is enlarged, or its labels could not be read
 MISSING = "\U0010ffff"  # no font has a picture of this character, so it shows the one that stands for all it lacks
 
-# The first of these fonts with all letters of a name writes it. Pillow looks for them where the system keeps fonts:
-# DejaVu (also a part of matplotlib) has Latin, Cyrillic, Greek, Arabic and Hebrew letters; the others Chinese, Japanese,
-# Korean and Indian ones on Linux, Windows and macOS.
+# The first of these fonts with all letters of a name writes it. Pillow looks for them where the system keeps fonts.
+# DejaVu (also a part of matplotlib) has Latin, Cyrillic, Greek, Arabic and Hebrew letters; the others have Chinese,
+# Japanese, Korean and Indian ones on Linux, Windows and macOS.
 FONTS = (
     *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "NotoSansDevanagari-Regular.ttf"),
     *("wqy-zenhei.ttc", "wqy-microhei.ttc", "DroidSansFallbackFull.ttf", "unifont.otf"),
