@@ -6,7 +6,6 @@ import math
 import reprlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from .arguments import check_choice, check_flag, check_number, check_tensor, is_number
 from .backbone import Backbone, backbone_maps, create_backbone, probe_channels
 from .config import DEFAULTS, VARIANTS, BoxLoss, CenternessOn, DetectorConfig, Distance
 from .hub import StrictHubMixin
@@ -132,8 +132,7 @@ class FCOS(
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
         """Compute the pyramid's maps P3..P7, [B,C,H/8,W/8] .. [B,C,H/128,W/128] (each size is rounded up)."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be [B,3,H,W], got {list(images.shape)}")
+        check_tensor("images", images, ("B", 3, "H", "W"))
         maps = backbone_maps(self.backbone, images)
         return list(self.fpn(OrderedDict(zip(("c3", "c4", "c5"), maps, strict=True))).values())
 
@@ -176,7 +175,14 @@ class FCOS(
             class logits [B,K,h,w].
             distances (left, top, right, bottom) [B,4,h,w] in pixels of the network input.
             centerness logits [B,1,h,w].
+
+        Raises:
+            ValueError: there are not as many maps as levels, or one is not [B,C,h,w].
         """
+        if not isinstance(features, list | tuple) or len(features) != len(self.strides):
+            raise ValueError(f"features must be the {len(self.strides)} maps that forward_features returns, as a list")
+        for features_of_level in features:
+            check_tensor("features", features_of_level, ("B", self.config["channels"], "h", "w"))
         return self.head(features)
 
 
@@ -200,22 +206,16 @@ def check_config(config: dict[str, Any]) -> None:
     if not isinstance(config["backbone"], str):
         raise ValueError(f"backbone={reprlib.repr(config['backbone'])}: give the name of a timm model")
     for name, (lowest, highest, why) in RANGES.items():
-        if not _is_number(config[name], lowest, highest, Integral):
-            raise ValueError(
-                f"{name}={reprlib.repr(config[name])}: give a whole number from {lowest} to {highest}{why}"
-            )
+        check_number(name, config[name], lowest, highest, whole=True, why=why)
         config[name] = int(config[name])
     if config["channels"] % 32:
         raise ValueError(f"channels={config['channels']}: the head's GroupNorm has 32 groups; give 64, 96 ..")
     for name in ("frozen_norm", "plus_one", "add_images"):
-        if not isinstance(config[name], bool):
-            raise ValueError(f"{name}={reprlib.repr(config[name])}: give True or False")
+        check_flag(name, config[name])
     for name, choices in CHOICES.items():
-        if config[name] not in choices:
-            raise ValueError(f"{name}={reprlib.repr(config[name])}: give {' or '.join(map(repr, choices))}")
-    if config["center_radius"] is not None and not _is_number(config["center_radius"], 1e-6, 1e6, Real):
-        raise ValueError(f"center_radius={reprlib.repr(config['center_radius'])}: give a number above 0, or None")
-    if not _is_number(config["prior"], 1e-12, 1 - 1e-12, Real):
+        check_choice(name, config[name], choices)
+    check_radius(config["center_radius"])
+    if not is_number(config["prior"], 1e-12, 1 - 1e-12):
         raise ValueError(f"prior={reprlib.repr(config['prior'])}: give a probability above 0 and below 1")
     config["prior"] = float(config["prior"])
     for name, least in (("image_mean", -1000.0), ("image_std", 1e-6)):
@@ -223,7 +223,7 @@ def check_config(config: dict[str, Any]) -> None:
         if value is not None:
             if isinstance(value, str | Mapping) or not isinstance(value, Iterable) or len(value := list(value)) != 3:
                 raise ValueError(f"{name}={reprlib.repr(value)}: give 3 numbers, for red, green and blue")
-            if not all(_is_number(number, least, 1000, Real) for number in value):
+            if not all(is_number(number, least, 1000) for number in value):
                 raise ValueError(f"{name}={reprlib.repr(value)}: give 3 numbers from {least} to 1000")
             config[name] = [float(number) for number in value]
     names = config["class_names"]
@@ -235,9 +235,10 @@ def check_config(config: dict[str, Any]) -> None:
         config["class_names"] = list(names)
 
 
-def _is_number(value: Any, least: float, most: float, kind: type) -> bool:
-    number: Any = value
-    return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= number <= most)  # NaN is not
+def check_radius(center_radius: float | None) -> None:
+    """Raise `ValueError` unless a centre's radius is a number above 0, or None."""
+    if center_radius is not None and not is_number(center_radius, 1e-6, 1e6):
+        raise ValueError(f"center_radius={reprlib.repr(center_radius)}: give a number above 0, or None")
 
 
 class FCOSHead(nn.Module):
@@ -299,6 +300,17 @@ class Predictions(NamedTuple):
     centerness: Tensor  # [B,P] logits
     points: Tensor  # [P,2] x, y in pixels of the network input
     strides: Tensor  # [P] stride of the point's level
+
+
+def check_predictions(preds: Predictions) -> None:
+    """Raise `ValueError` unless `preds` are predictions whose tensors have the documented shapes."""
+    if not isinstance(preds, Predictions):
+        raise ValueError(f"preds must be the Predictions that a detector returns, got {type(preds).__name__}")
+    check_tensor("preds.logits", preds.logits, ("B", "P", "K"))
+    check_tensor("preds.distances", preds.distances, (*preds.logits.shape[:2], 4))
+    check_tensor("preds.centerness", preds.centerness, (*preds.logits.shape[:2],))
+    check_tensor("preds.points", preds.points, (preds.logits.shape[1], 2))
+    check_tensor("preds.strides", preds.strides, (preds.logits.shape[1],), "")
 
 
 def level_sizes(height: int, width: int, strides: Sequence[int]) -> list[tuple[int, int]]:
