@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import functools
 import gc
 import json
 import statistics
@@ -33,7 +34,7 @@ from torchvision.models import detection as peers
 
 from benchmark_runtimes import RUNTIMES, Network, RuntimeName, compare_outputs, imported_versions, load_runtimes
 from memory import kept_by
-from runtime import environment, log, process_group, synchronize
+from runtime import environment, log, make_folder, process_group, run_command, synchronize
 from step import compiled, compute_losses, find_targets
 from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector
 from vovnet_zoo.compiled import detect
@@ -102,6 +103,7 @@ def main(config: BenchmarkConfig) -> list[Row]:
                 f"--runtimes run in float32 on the CPU, and this is {', '.join(precisions)} on {device.type}; "
                 "leave --runtimes out, or change --precisions or --device"
             )
+        make_folder(config.out, f"--out {config.out}")
         record = {
             "config": asdict(config),
             **environment(),
@@ -128,7 +130,6 @@ def main(config: BenchmarkConfig) -> list[Row]:
         record["rows"] = [asdict(row) for row in rows]
 
         print(*format_head(record), *format_parity(record["parity"]), *format_rows(rows), sep="\n")
-        config.out.mkdir(parents=True, exist_ok=True)
         (config.out / "benchmark.json").write_text(json.dumps(record, indent=2, default=str))
         draw_rows(rows, config.out / "benchmark.png")
         log.info("%s and benchmark.png beside it", config.out / "benchmark.json")
@@ -517,4 +518,4 @@ def draw_rows(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BenchmarkConfig, description=__doc__))
+    run_command(main, functools.partial(tyro.cli, BenchmarkConfig, description=__doc__))

@@ -29,6 +29,7 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
 
+from runtime import check_out, run_command
 from vovnet_zoo.data import CocoDataset, collate, find_split, train_transforms
 
 
@@ -48,6 +49,8 @@ class BenchmarkConfig:
 
 
 def main(config: BenchmarkConfig) -> dict:
+    if config.out is not None:
+        check_out(config.out)
     torch.set_num_threads(1)  # as in the worker
     folder, file = find_split(config.data, config.split)
     transforms = train_transforms((config.min_size, config.min_size), config.max_size, "flip")
@@ -94,7 +97,6 @@ def main(config: BenchmarkConfig) -> dict:
     }
     print(format_report(report))
     if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text(json.dumps(report, indent=2))
     return report
 
@@ -166,4 +168,4 @@ def format_report(report: dict) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BenchmarkConfig, description=__doc__))
+    run_command(main, functools.partial(tyro.cli, BenchmarkConfig, description=__doc__))

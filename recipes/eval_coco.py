@@ -5,8 +5,8 @@ Under torchrun the images are shared out over the processes.
 
 from __future__ import annotations
 
+import functools
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from typing import Literal
 import tyro
 
 from run_folder import write_whole
-from runtime import StopSignal, log, process_group
+from runtime import StopSignal, check_out, log, process_group, run_command
 from scoring import score_dataset
 from vovnet_zoo import FCOS
 from vovnet_zoo.coco_eval import format_table, load_engine
@@ -71,18 +71,6 @@ def main(config: EvalConfig) -> dict | None:
         return metrics
 
 
-def check_out(path: Path) -> None:
-    """Make the folder of the file that is to be written; `ValueError` unless the file can be written there."""
-    if path.is_dir():
-        raise ValueError(f"--out {path} is a folder; give the name of a file, such as {path / 'detections.json'}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {path} cannot be written: {error.strerror}; give another place") from error
-
-
 def check_classes(model: FCOS, dataset: CocoDataset) -> None:
     """Raise `ValueError` unless the model has the dataset's classes, in the same order."""
     names = model.config["class_names"]
@@ -98,4 +86,4 @@ def check_classes(model: FCOS, dataset: CocoDataset) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(EvalConfig, description=__doc__))
+    run_command(main, functools.partial(tyro.cli, EvalConfig, description=__doc__))

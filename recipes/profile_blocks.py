@@ -8,6 +8,7 @@ much memory is kept in between. `--help` lists the options.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 import statistics
@@ -25,7 +26,7 @@ from torch.profiler import profile
 
 import vovnet_zoo  # noqa: F401  (registers the backbones)
 from memory import kept_by
-from runtime import environment, log, process_group, synchronize
+from runtime import check_out, environment, log, process_group, run_command, synchronize
 from step import compiled
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import use_winograd
@@ -58,6 +59,7 @@ class ProfileConfig:
 
 def main(config: ProfileConfig) -> list[dict]:
     with process_group(config.device) as (_, _, device):
+        check_out(config.out)
         torch._inductor.config.cpp.enable_kernel_profile = True  # on a CPU kernels have names then
         timms = freeze_batch_norm_2d(timm.create_model(config.backbone, features_only=True))
         timms.to(device, memory_format=torch.channels_last).train()
@@ -78,7 +80,6 @@ def main(config: ProfileConfig) -> list[dict]:
             rows += measure(models, images, precision, config.rounds)
             log.info("%s: done", precision)
         print(format_rows(rows))
-        config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text(json.dumps({**environment(), "rows": rows}, indent=2))
         return rows
 
@@ -140,4 +141,4 @@ def format_rows(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ProfileConfig, description=__doc__))
+    run_command(main, functools.partial(tyro.cli, ProfileConfig, description=__doc__))

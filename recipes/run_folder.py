@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from presets import TrainConfig
-from runtime import environment, log
+from runtime import environment, log, make_folder
 from vovnet_zoo import FCOS
 from vovnet_zoo.data import CocoDataset, Skipped
 from vovnet_zoo.files import hash_file
@@ -40,12 +40,13 @@ def locked(folder: Path, rank: int = 0, wait: float = 10.0) -> Iterator[None]:
 
     The operating system releases the lock when the process ends, however it ends; on a network file system that has
     locks, the lock holds between machines too. A run that was killed a moment ago may not have ended yet, so the lock
-    is asked for `wait` seconds long. `ValueError` if another process holds it, naming that process.
+    is asked for `wait` seconds long. `ValueError` if another process holds it, naming that process, or if the folder
+    cannot be written.
     """
     if rank > 0:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, f"--out {folder}")
     # A lock of lockf belongs to this process alone. One of flock would be shared by data loading workers, which may
     # outlive it; and opening this file once more in this process and closing it would release the lock.
     with open(folder / "lock", "a+") as file:
@@ -348,6 +349,8 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+    if os.name == "nt":  # Windows opens no folders
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name, too

@@ -25,11 +25,12 @@ from memory import peak_memory
 from optim import set_lr
 from presets import PRESETS, TrainConfig
 from run_folder import RunLog, draw_pictures, import_pictures, locked, note_not_finite, note_skipped
-from runtime import Stopped, StopSignal, all_reduce, average, log, process_group
+from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
 from training_run import Run, are_finite, batch_statistics, is_due, is_trusted, put_back, save, save_finished, set_up
 from vovnet_zoo.coco_eval import format_table
+from vovnet_zoo.commands import CommandError
 
 
 def main(config: TrainConfig) -> dict | None:
@@ -165,13 +166,13 @@ def update(run: Run, step: int, parts: list[dict], losses: dict[str, float]) -> 
 def skip_step(run: Run, step: int, parts: list[dict], losses: dict[str, float], grad_norm: float) -> None:
     """Note a step that is skipped, with its images.
 
-    `RuntimeError` after too many in a row, or if the weights themselves are not finite at the end of the run.
+    `CommandError` after too many in a row, or if the weights themselves are not finite at the end of the run.
     """
     run.progress.not_finite += 1
     path = note_not_finite(run.config.out, step, run.rank, parts, losses, grad_norm)
     too_many = run.progress.not_finite >= run.config.max_not_finite
     if too_many or (step + 1 == run.config.steps and not are_finite(run.averaged)):
-        raise RuntimeError(
+        raise CommandError(
             f"{run.progress.not_finite} steps in a row were not finite, the last batch is in {path}; "
             "lower --lr, set --clip-grad, or look at the images and boxes named there"
         )
@@ -216,8 +217,9 @@ def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
     """Print the last evaluation and the speed, and draw `curves.png` and `detections.png`."""
     config, seconds = run.config, run.progress.train_seconds
     print(format_table(run.progress.metrics, per_class=True))
-    rate = config.steps * config.batch_size / seconds
-    log.info("trained %.0f s, %.2f images/s, peak %.2f GiB", seconds, rate, peak_memory(run.device))
+    rate, peak = config.steps * config.batch_size / seconds, peak_memory(run.device)
+    memory = f", peak {peak:.2f} GiB" if peak is not None else ""
+    log.info("trained %.0f s, %.2f images/s%s", seconds, rate, memory)
     if config.compile:
         log_graphs()
     log.info("best model: %s", config.out / "best")
@@ -237,4 +239,4 @@ def seed_of(*numbers: int) -> int:
 
 
 if __name__ == "__main__":
-    main(tyro.extras.overridable_config_cli(PRESETS, description=__doc__))
+    run_command(main, functools.partial(tyro.extras.overridable_config_cli, PRESETS, description=__doc__))

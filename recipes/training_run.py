@@ -77,6 +77,8 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     train_set, val_set = build_datasets(config, plus_one, rank, world_size)
     identity = describe_run(config, train_set, val_set)
     changed = refuse_changes(saved["run"], identity, config) if saved else []
+    if saved:
+        refuse_other_classes(saved["model"], known, train_set.class_names, config)
     model = build_model(config, train_set.class_names, start, known)
     assert model.config["plus_one"] == plus_one
     prepare_for_training(model, config, device)
@@ -106,6 +108,21 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     else:
         broadcast_weights(model)
     return run
+
+
+def refuse_other_classes(weights: dict, known: dict | None, class_names: list[str], config: TrainConfig) -> None:
+    """Raise a `ValueError` if the data have another number of classes than the checkpoint, whose network has one output
+    for each class; other names are logged."""
+    before, now = len(weights["head.cls_logits.bias"]), len(class_names)
+    names = known["class_names"] if known else None
+    if before != now:
+        raise ValueError(
+            f"the checkpoints in {config.out} are of a detector of {before} classes{f' ({names})' if names else ''}, "
+            f"{config.data} has {now} ({class_names}); a run that goes on keeps its classes: give another --out, with "
+            f"--init {config.out / 'last'} to start from these weights"
+        )
+    if names is not None and names != class_names:
+        log.warning("the classes were %s and are now %s", names, class_names)
 
 
 def load_states(run: Run, saved: dict, changed: list[str]) -> None:

@@ -411,14 +411,14 @@ def test_a_place_for_detections_that_cannot_be_written(config, tiny_detector, mo
     tiny_detector.save_pretrained(config.data / "model")
     (config.data / "folder").mkdir()
     (config.data / "file").touch()
-    real = eval_coco.tempfile.TemporaryFile
+    real = runtime.tempfile.TemporaryFile
 
     def temporary(dir):
         if dir.name == "sealed":
             raise PermissionError(13, "Permission denied")
         return real(dir=dir)
 
-    monkeypatch.setattr(eval_coco.tempfile, "TemporaryFile", temporary)
+    monkeypatch.setattr(runtime.tempfile, "TemporaryFile", temporary)
     monkeypatch.setattr(eval_coco, "score_dataset", None)
     settings = eval_coco.EvalConfig(model=str(config.data / "model"), data=config.data, out=config.data / place)
     with pytest.raises(ValueError, match=f"--out .*{place} (is a folder|cannot be written)"):

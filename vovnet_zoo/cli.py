@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from . import hub, inference, publish
+from .commands import find_device, run_reporting, take_debug
 from .data import check
 from .detectors import DETECTORS, create_detector
 from .draw import draw_detections
@@ -91,37 +92,36 @@ class Publish:
 
 
 def main() -> None:
-    """Run the command. An error of the user goes to stderr without a traceback, and the exit status is 2."""
+    """Run the command. An error of the user goes to stderr in one line, and the exit status is 2."""
+    arguments, debug = take_debug(sys.argv[1:])
     command = tyro.cli(
         Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[CheckData, tyro.conf.subcommand("check-data")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Publish, tyro.conf.subcommand("publish")],
         prog="vovnet-zoo",
-        description="VoVNet backbones and FCOS detectors.",
+        description="VoVNet backbones and FCOS detectors. With --debug an error shows its traceback.",
+        args=arguments,
     )
-    try:
-        run: dict[type, Callable[[Any], None]] = {
-            Predict: run_predict,
-            CheckData: run_check_data,
-            Convert: run_convert,
-            Publish: run_publish,
-        }
-        run[type(command)](command)
-    except (ValueError, OSError) as error:
-        print(f"vovnet-zoo: {error}", file=sys.stderr)
-        sys.exit(2)
+    run: dict[type, Callable[[Any], None]] = {
+        Predict: run_predict,
+        CheckData: run_check_data,
+        Convert: run_convert,
+        Publish: run_publish,
+    }
+    run_reporting("vovnet-zoo", lambda: run[type(command)](command), debug)
 
 
 def run_predict(command: Predict) -> None:
     taken: set[str] = set()
     pictures = [command.out / f"{unique(path.stem, taken)}.png" for path in command.images]
     free_to_write([*pictures, command.out / "detections.json"], command.images, command.overwrite)
+    device = find_device(command.device)
     if command.model.split(".")[0] in DETECTORS and not Path(command.model).is_dir():
         model = create_detector(command.model, pretrained=True)
     else:
         model = FCOS.from_pretrained(command.model)
-    model.to(command.device)
+    model.to(device)
     names = model.config["class_names"]
 
     command.out.mkdir(parents=True, exist_ok=True)
