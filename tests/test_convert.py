@@ -11,7 +11,7 @@ import torch
 from checkpoints import ARCHS, published
 
 import vovnet_zoo
-from vovnet_zoo import convert, hub
+from vovnet_zoo import convert, detectors, hub, publish
 from vovnet_zoo.detectors import build_converted
 from vovnet_zoo.files import write_safetensors
 from vovnet_zoo.vovnet import checkpoint_filter_fn
@@ -255,3 +255,27 @@ def test_odd_shapes_of_a_detector(form, checkpoint, shape):
     together = {key: torch.ones(shape) for key in names if "norm" in key}
     with pytest.raises(ValueError):
         build_converted(convert.convert({**checkpoint, **together}, ARCHS))
+
+
+@pytest.mark.parametrize("kind, name", [("authors_detector", "rpn.head.cls_logits"), ("authors", "classifier")])
+@pytest.mark.parametrize("bias", [torch.zeros(90_000), torch.tensor(0.0)])
+def test_a_model_takes_no_memory_before_the_shapes_fit(monkeypatch, kind, name, bias):
+    """A file of 360 KB could ask for a class layer of gigabytes."""
+    checkpoint, devices = {**published(kind), f"{name}.bias": bias}, []
+
+    def watched(real):
+        def build(*arguments, **options):
+            devices.append(torch.empty(0).device.type)
+            return real(*arguments, **options)
+
+        return build
+
+    monkeypatch.setattr(detectors, "FCOS", watched(detectors.FCOS))
+    monkeypatch.setattr(publish.timm, "create_model", watched(timm.create_model))
+    with pytest.raises(ValueError, match="shape"):
+        converted = convert.convert(checkpoint, ARCHS)
+        if kind == "authors_detector":
+            build_converted(converted)
+        else:
+            publish.build_for_timm(converted.arch, converted.state_dict)
+    assert set(devices) <= {"meta"}

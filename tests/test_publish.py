@@ -106,6 +106,7 @@ def test_the_organisation_decides_if_nobody_else_does(tiny_detector, hub_on_loop
     monkeypatch.setattr(
         publish.huggingface_hub.HfApi, "create_repo", lambda self, *args, **options: asked.append(options) or 1 / 0
     )
+    tiny_detector.save_pretrained(tmp_path)
     with pytest.raises(ZeroDivisionError):
         publish.push(REPO, tmp_path, "card", token=TOKEN)
     assert asked[0].get("private") is None

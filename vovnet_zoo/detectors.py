@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Unpack
 
+import torch
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from . import hub, vovnet
+from .arguments import check_choice, check_flag
 from .backbone import create_backbone
 from .config import DEFAULT_VARIANT, VARIANTS, DetectorOptions, VariantName
 from .convert import BGR_MEAN, Converted, convert
@@ -73,8 +76,14 @@ def create_detector(
         ValueError: the name or variant is unknown, or its weights are not published or do not fit the arguments.
         OSError: the weights' server cannot be reached, or refuses.
     """
-    if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r}: one of {sorted(VARIANTS)}")
+    if not isinstance(name, str):
+        raise ValueError(f"name={reprlib.repr(name)}: give a text, one of list_detectors()")
+    if variant is not None:
+        check_choice("variant", variant, VARIANTS)
+    check_flag("pretrained", pretrained)
+    check_flag("pretrained_backbone", pretrained_backbone)
+    if unknown := kwargs.keys() - DetectorOptions.__annotations__.keys():
+        raise ValueError(f"unknown {sorted(unknown)}: create_detector has {sorted(DetectorOptions.__annotations__)}")
     base, _, tag = name.partition(".")
     if base == "fcos" and not tag and not pretrained:
         if "backbone" not in kwargs:
@@ -102,6 +111,7 @@ def create_detector(
 
 def list_detectors(*, pretrained: bool = False) -> list[str]:
     """List the names of the detectors or, with `pretrained`, each `name.tag` whose weights can be downloaded."""
+    check_flag("pretrained", pretrained)
     return sorted(key for key in WEIGHTS if available(key, WEIGHTS)) if pretrained else sorted(DETECTORS)
 
 
@@ -109,7 +119,11 @@ def build_converted(converted: Converted, **kwargs: Unpack[DetectorOptions]) -> 
     """Build the detector of a published checkpoint, with its weights loaded; `kwargs` are arguments of `FCOS`."""
     names = coco_class_names()
     class_names = names if len(names) == converted.config["num_classes"] else None
-    model = FCOS(**{**VARIANTS["published"], "class_names": class_names, **converted.config, **kwargs})
+    settings = {**VARIANTS["published"], "class_names": class_names, **converted.config, **kwargs}
+    with torch.device("meta"):  # the checkpoint may ask for any number of classes
+        skeleton = FCOS(**settings)
+    hub.check_fit(skeleton, {key: list(x.shape) for key, x in converted.state_dict.items()}, "the checkpoint")
+    model = FCOS(**settings)
     hub.load_strict(model, converted.state_dict, "the checkpoint")
     return model.eval()
 

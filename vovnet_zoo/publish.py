@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import detectors, hub, vovnet
+from .arguments import check_flag, check_kind, check_path
 from .convert import FORMS, convert
 from .fcos import FCOS
 from .files import (
@@ -49,10 +50,10 @@ class PushOptions(TypedDict, total=False):
 
 
 def publish_model(
-    source: Path,
+    source: str | Path,
     repo_id: str,
     *,
-    run: Path | None = None,
+    run: str | Path | None = None,
     license: str | None = None,
     **options: Unpack[PushOptions],
 ) -> str:
@@ -69,12 +70,20 @@ def publish_model(
         ValueError: the model cannot be loaded or converted, or gives outputs that are not finite.
         OSError: the Hub cannot be reached, or refuses.
     """
+    check_path("source", source)
+    check_kind("repo_id", repo_id, str, "a text, 'organisation/name'")
+    if run is not None:
+        check_path("run", run)
+    if license is not None:
+        check_kind("license", license, str, "a text")
+    check_push(**options)
+    source = Path(source)
     with tempfile.TemporaryDirectory() as temporary:
         folder = source
         if not folder.is_dir():
             folder = Path(temporary) / "converted"
             convert_file(source, folder)
-        facts = {"repo_id": repo_id, **training_facts(run or source.resolve().parent, source.name)}
+        facts = {"repo_id": repo_id, **training_facts(Path(run or source.resolve().parent), source.name)}
         if license:
             facts["license"] = license
         card = checked_card(folder, **facts)
@@ -92,6 +101,9 @@ def convert_file(file: str | Path, out: str | Path, *, overwrite: bool = False) 
         ValueError: the file is damaged, wants to run code, or is none of `FORMS`, or a tensor does not fit, or a model
             is in `out` already and `overwrite` is False.
     """
+    check_path("file", file)
+    check_path("out", out)
+    check_flag("overwrite", overwrite)
     file, out = Path(file), Path(out)
     free_to_write([out / hub.CONFIG, out / hub.WEIGHTS], [file], overwrite)
     with unwrapped(file, str(file)) as checkpoint_file:
@@ -119,6 +131,17 @@ def convert_file(file: str | Path, out: str | Path, *, overwrite: bool = False) 
         (folder / hub.CARD).write_text(str(card), encoding="utf-8")
 
 
+def check_push(**options: Unpack[PushOptions]) -> None:
+    """Raise `ValueError` unless options of `push` have the types that it documents."""
+    if unknown := options.keys() - PushOptions.__annotations__.keys():
+        raise ValueError(f"unknown {sorted(unknown)}: there are {sorted(PushOptions.__annotations__)}")
+    for name, value in options.items():
+        if name in ("private", "create_pr"):
+            check_flag(name, value)
+        elif value is not None:
+            check_kind(name, value, str, "a text")
+
+
 def build_for_timm(name: str, state_dict: dict[str, Tensor]) -> tuple[nn.Module, dict]:
     """Build a backbone from timm's own classes, and the `config.json` with which timm builds it without this package.
 
@@ -126,8 +149,11 @@ def build_for_timm(name: str, state_dict: dict[str, Tensor]) -> tuple[nn.Module,
         name: one of `vovnet.model_cfgs`.
         state_dict: the tensors under timm's names; without a classifier the model gives features.
     """
-    num_classes = len(state_dict["head.fc.bias"]) if "head.fc.bias" in state_dict else 0
+    num_classes = state_dict["head.fc.bias"].numel() if "head.fc.bias" in state_dict else 0
     args = vovnet.model_cfgs[name]
+    with torch.device("meta"):  # the checkpoint may ask for any number of classes
+        skeleton = timm.create_model(TIMM_NAME, num_classes=num_classes, **args)
+    hub.check_fit(skeleton, {key: list(x.shape) for key, x in state_dict.items()}, "the checkpoint")
     model = timm.create_model(TIMM_NAME, num_classes=num_classes, **args)
     hub.load_strict(model, state_dict, "the checkpoint")
     cfg = {**vovnet.timm_cfg(Weights("hub", license="other")), "num_classes": num_classes, "tag": name}
@@ -170,10 +196,10 @@ def checked_card(folder: str | Path, **facts: str) -> ModelCard:
     Raises:
         ValueError: the model cannot be loaded, or one of its outputs is not finite.
     """
+    check_path("folder", folder)
     folder = Path(folder)
-    if not (folder / hub.CONFIG).is_file():
-        raise ValueError(f"{folder} has no {hub.CONFIG}: is it the folder of a saved model?")
-    architecture = read_json(folder / hub.CONFIG, hub.MAX_CONFIG_BYTES).get("architecture")
+    config_file, _ = hub.find_files(folder)
+    architecture = read_json(config_file, hub.MAX_CONFIG_BYTES).get("architecture")
     model: Any  # FCOS.generate_model_card below is no method of a classifier
     if architecture is None:
         model, name = FCOS.from_pretrained(folder), ""
@@ -262,7 +288,7 @@ def public_command(command: list[str]) -> str:
 def push(
     repo_id: str,
     folder: str | Path,
-    card: ModelCard,
+    card: ModelCard | str,
     *,
     private: bool = False,
     token: str | None = None,
@@ -282,6 +308,11 @@ def push(
     Raises:
         ValueError: `private` is asked for, but the repository is there and public.
     """
+    check_kind("repo_id", repo_id, str, "a text, 'organisation/name'")
+    check_path("folder", folder)
+    check_kind("card", card, (ModelCard, str), "a ModelCard, or its text")
+    check_push(private=private, token=token, branch=branch, create_pr=create_pr)
+    hub.find_files(folder)
     api = huggingface_hub.HfApi(token=token)
     if private:
         repo_id = hub.create_private(repo_id, token)
