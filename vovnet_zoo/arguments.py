@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Iterable
 from numbers import Integral, Real
@@ -11,20 +12,14 @@ import torch
 from torch import Tensor, nn
 
 
-def check_number(
-    name: str, value: Any, least: float, most: float, *, whole: bool = False, why: str = "", most_in: bool = True
-) -> None:
+def check_number(name: str, value: Any, least: float, most: float, *, whole: bool = False, why: str = "") -> None:
     """Raise `ValueError` unless `value` is a number from `least` to `most`, a `whole` one if so asked.
 
-    Args:
-        why: is added to the message, with its own "; ".
-        most_in: False excludes `most` itself.
+    `why` is added to the message, with its own "; ".
     """
-    if is_number(value, least, most, Integral if whole else Real) and (most_in or value < most):
-        return
-    wanted = "a whole number" if whole else "a number"
-    upto = f"to {most}" if most_in else f"to below {most}"
-    raise ValueError(f"{name}={reprlib.repr(value)}: give {wanted} from {least} {upto}{why}")
+    if not is_number(value, least, most, Integral if whole else Real):
+        wanted = "a whole number" if whole else "a number"
+        raise ValueError(f"{name}={reprlib.repr(value)}: give {wanted} from {least} to {most}{why}")
 
 
 def is_number(value: Any, least: float, most: float, kind: type = Real) -> bool:
@@ -40,9 +35,21 @@ def check_flag(name: str, value: Any) -> None:
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise `ValueError` unless `value` is one of some texts."""
-    choices = sorted(choices)
+    choices = list(choices)
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}={reprlib.repr(value)}: give {' or '.join(map(repr, choices))}")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is a path, as text or as a path object."""
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name}={reprlib.repr(value)}: give a path, not {type(value).__name__}")
+
+
+def check_kind(name: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> None:
+    """Raise `ValueError` unless `value` is of a type; `wanted` says in words of which."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be {wanted}, got {type(value).__name__}: {reprlib.repr(value)}")
 
 
 def check_tensor(name: str, value: Any, shape: tuple[str | int, ...], kind: str = "floating-point") -> None:

@@ -47,6 +47,11 @@ def convert(checkpoint: Mapping, archs: Mapping[str, Sequence[int]]) -> Converte
             of no known format. Shapes are left to the model that loads the result.
     """
     weights = unwrap(checkpoint)
+    if not isinstance(archs, Mapping) or not archs:
+        raise ValueError(f"archs must map names of backbones to their blocks per stage, got {reprlib.repr(archs)}")
+    for name, blocks in archs.items():
+        if not isinstance(blocks, list | tuple) or not all(type(n) is int and 0 < n < 100 for n in blocks):
+            raise ValueError(f"archs[{name!r}]={reprlib.repr(blocks)}: give the number of blocks of each stage")
     tables = {(form, arch): names(form, archs[arch]) for form, arch in itertools.product(FORMS, archs)}
     form, arch = min(tables, key=lambda choice: len(weights.keys() ^ tables[choice].keys()))
     table = tables[form, arch]

@@ -160,6 +160,7 @@ class FCOS(
         Raises:
             ValueError: the backbone has batch norms that are trained; they would count every batch twice.
         """
+        check_flag("enable", enable)
         if enable and any(isinstance(module, nn.BatchNorm2d) for module in self.backbone.modules()):
             raise ValueError(
                 "checkpointing runs a stage twice, so its batch norms would count every batch twice; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple, TypedDict, Unpack
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as tvf
 
+from .arguments import check_flag, check_model, check_number
 from .data import normalize, pil_to_rgb, read_image, resize_size
-from .fcos import FCOS, Predictions
+from .fcos import FCOS, Predictions, check_predictions
 from .nms import class_nms
 
 ImageLike = str | PathLike | Image.Image | np.ndarray | Tensor
@@ -61,8 +62,11 @@ def predict(
         `scores` float32 [N], `labels` int64 [N] (0..K-1; names in `model.config["class_names"]`).
 
     Raises:
-        ValueError: an image cannot be read, or has an unusable type or shape.
+        ValueError: an image cannot be read, or has an unusable type or shape; the model is in a wrapper; or an option
+            is out of range.
     """
+    check_model("model", model, FCOS)
+    check_thresholds(options)
     device, dtype = next((p.device, p.dtype) for p in model.parameters())
     config, was_training = model.config, model.training
     model.eval()
@@ -111,9 +115,11 @@ def postprocess(
         geometric mean of class probability and centerness, `labels` int64 [N].
 
     Raises:
-        ValueError: there is not one size for each image.
+        ValueError: there is not one size for each image, `preds` are no predictions, or an option is out of range.
     """
-    image_sizes, thresholds = sizes_of(len(preds.logits), image_sizes), Thresholds(**options)
+    check_predictions(preds)
+    check_flag("plus_one", plus_one)
+    image_sizes, thresholds = sizes_of(len(preds.logits), image_sizes), check_thresholds(options)
     boxes, scores, labels = decode(preds, image_sizes, thresholds, plus_one)
     detections = []
     for box, score, label in zip(boxes, scores, labels, strict=True):
@@ -124,10 +130,26 @@ def postprocess(
     return detections
 
 
+def check_thresholds(options: ThresholdOptions) -> Thresholds:
+    """Complete the options; `ValueError` if a number is out of range, `TypeError` if there is no such option."""
+    thresholds = Thresholds(**options)
+    for name in ("score_threshold", "nms_threshold"):
+        check_number(name, getattr(thresholds, name), 0, 1)
+    for name in ("topk", "max_detections"):
+        check_number(name, getattr(thresholds, name), 1, 1_000_000, whole=True)
+    return thresholds
+
+
 def sizes_of(count: int, image_sizes: Tensor | Sequence[tuple[int, int]], device: torch.device | None = None) -> Tensor:
     """Turn `image_sizes` into a tensor [count,2]. Raises ValueError unless there is one (h, w) for each image."""
-    sizes = torch.as_tensor(image_sizes, device=device)
-    if sizes.shape != (count, 2):
+    try:
+        sizes = torch.as_tensor(image_sizes, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"image_sizes must be [B,2], (h, w) of each of {count} images: {error}") from error
+    on_cpu = sizes.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look at numbers would wait
+    if sizes.shape == (count, 2) and on_cpu and (sizes < 1).any():
+        raise ValueError(f"image_sizes must be (h, w) of at least 1 pixel, got {sizes.tolist()}")
+    if sizes.shape != (count, 2) or sizes.dtype == torch.bool or sizes.is_complex():
         raise ValueError(f"image_sizes must be [B,2], (h, w) of each of {count} images, got {list(sizes.shape)}")
     return sizes
 
@@ -185,7 +207,11 @@ def as_sequence(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
     """Turn the `images` of `predict` into a sequence; a tensor [B,3,H,W] is one of B images."""
     if isinstance(images, Tensor):
         return [images] if images.ndim < 4 else list(images)
-    return [images] if isinstance(images, (str, PathLike, Image.Image, np.ndarray)) else images
+    if isinstance(images, (str, PathLike, Image.Image, np.ndarray)):
+        return [images]
+    if not isinstance(images, Iterable) or isinstance(images, Mapping | bytes):
+        raise ValueError(f"images must be an image or a sequence of images, not {type(images).__name__}")
+    return images
 
 
 def to_rgb(image: ImageLike) -> Tensor:
@@ -211,7 +237,7 @@ def to_rgb(image: ImageLike) -> Tensor:
     if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
         raise ValueError(f"an image must have 1 or 3 channels, [3,H,W] as tensor, got {list(image.shape)}")
     if image.is_floating_point():
-        if image.amin() < 0 or image.amax() > 1:
+        if not (image.amin() >= 0 and image.amax() <= 1):  # NaN neither
             raise ValueError("a floating point image must be in 0..1; give 0..255 as uint8")
         image = (image * 255).round().to(torch.uint8)
     if image.dtype != torch.uint8:

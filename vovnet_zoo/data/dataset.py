@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
+from ..arguments import check_flag, check_path
 from .annotations import are_fractions, entries_by_id, image_problem, read_annotations, usable_boxes
 from .images import ImageError, decode_image, read_image_bytes
 
@@ -53,6 +54,12 @@ class CocoDataset(torch.utils.data.Dataset):
         plus_one: bool = False,
         skip_bad_images: bool = False,
     ):
+        check_path("images_dir", images_dir)
+        check_path("annotation_file", annotation_file)
+        if transforms is not None and not callable(transforms):
+            raise ValueError(f"transforms must be a function of (image, target), got {type(transforms).__name__}")
+        for name, flag in (("drop_empty", drop_empty), ("plus_one", plus_one), ("skip_bad_images", skip_bad_images)):
+            check_flag(name, flag)
         self.images_dir, self.annotation_file = Path(images_dir), Path(annotation_file)
         self.transforms, self.skip_bad_images = transforms, skip_bad_images
         coco = read_annotations(annotation_file)

@@ -6,8 +6,11 @@ import gc
 import io
 import logging
 import math
+import os
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from ..arguments import check_flag, check_kind, check_number, check_tensor
 from ..data import annotation_problem, entries_by_id, is_crowd, read_annotations
 
 logger = logging.getLogger(__name__)
@@ -53,6 +57,11 @@ def coco_metrics(
             the file.
     """
     make_index, make_run = load_engine(engine)
+    check_kind("annotations", annotations, (str, os.PathLike, COCO), "a path or a COCO object")
+    check_number("max_dets", max_dets, 1, 1_000_000, whole=True)
+    check_rows(results)
+    if image_ids is not None:
+        check_ids("image_ids", image_ids)
     if isinstance(annotations, COCO):
         name, coco = "the COCO object", annotations.dataset
     else:
@@ -93,7 +102,7 @@ def load_engine(name: str) -> tuple[Callable[..., COCO], Callable[..., COCOeval]
     if name == "pycocotools":
         return COCO, COCOeval
     if name != "faster":
-        raise ValueError(f"engine is 'pycocotools' or 'faster', not {name!r}")
+        raise ValueError(f"the engine's name is 'pycocotools' or 'faster', not {name!r}")
     try:
         import faster_coco_eval
     except ImportError as error:
@@ -118,6 +127,12 @@ def to_coco_results(
     Raises:
         ValueError: there are not as many image ids as detections, or a label has no category.
     """
+    check_kind("detections", detections, (list, tuple), "a list of dicts")
+    check_ids("image_ids", image_ids)
+    check_ids("category_ids", category_ids)
+    check_flag("plus_one", plus_one)
+    for detection in detections:
+        check_detection(detection)
     if len(detections) != len(image_ids):
         raise ValueError(f"{len(detections)} detections for {len(image_ids)} image ids")
     rows = []
@@ -154,6 +169,8 @@ def gather_results(
     Raises:
         ValueError: a rank lists an image twice, or has rows of an image that it does not list; on rank 0 only.
     """
+    check_rows(results)
+    check_ids("image_ids", image_ids)
     own = (results, [int(image_id) for image_id in image_ids])
     if not (dist.is_available() and dist.is_initialized()):
         return _merge([own])
@@ -164,11 +181,50 @@ def gather_results(
 
 def format_table(metrics: dict, per_class: bool = False) -> str:
     """Format the numbers of `coco_metrics` as two aligned lines and, with `per_class`, one more line per class."""
+    check_kind("metrics", metrics, dict, "a dict that coco_metrics returns")
+    check_flag("per_class", per_class)
+    for name, value in (metrics | (metrics.get("per_class", {}) if per_class else {})).items():
+        check_kind(f"metrics[{name!r}]", value, dict if name == "per_class" else (int, float), "a number")
     overall = {name: value for name, value in metrics.items() if name != "per_class"}
     lines = ["  ".join(f"{name:>5}" for name in overall), "  ".join(f"{_number(v):>5}" for v in overall.values())]
     if per_class:
         lines += [f"{_number(value):>5}  {name}" for name, value in metrics["per_class"].items()]
     return "\n".join(lines)
+
+
+def check_detection(detection: dict[str, Tensor]) -> None:
+    """Raise `ValueError` unless a detection has boxes [N,4], scores [N] and labels [N]."""
+    check_kind("detections", detection, dict, "dicts of tensors")
+    if missing := {"boxes", "scores", "labels"} - detection.keys():
+        raise ValueError(f"detections must have {', '.join(sorted(missing))}")
+    check_tensor("detections' boxes", detection["boxes"], ("N", 4), "")
+    check_tensor("detections' scores", detection["scores"], (len(detection["boxes"]),), "")
+    check_tensor("detections' labels", detection["labels"], (len(detection["boxes"]),), "whole")
+
+
+def check_rows(results: list[dict]) -> None:
+    """Raise `ValueError` unless result rows are as `to_coco_results` makes them."""
+    check_kind("results", results, list, "a list of rows that to_coco_results returns")
+    for row in results:
+        check_kind("results", row, dict, "a list of dicts")
+        if missing := {"image_id", "category_id", "bbox", "score"} - row.keys():
+            raise ValueError(f"results must have {', '.join(sorted(missing))}, this row has not: {row!r:.200}")
+        box = row["bbox"]
+        numbers = [*box, row["score"]] if isinstance(box, list | tuple) and len(box) == 4 else [None]
+        if not all(isinstance(x, int | float) for x in numbers):
+            raise ValueError(f"results must have a bbox of 4 numbers and a score, this row has not: {row!r:.200}")
+        for name in ("image_id", "category_id"):
+            check_kind(f"results' {name}", row[name], int, "a whole number")
+
+
+def check_ids(name: str, ids: Sequence[int]) -> None:
+    """Raise `ValueError` unless ids are a sequence of whole numbers."""
+    try:
+        right = not isinstance(ids, str | dict) and all(isinstance(x, Integral | Tensor) for x in ids)
+    except TypeError:
+        right = False
+    if not right:
+        raise ValueError(f"{name}={reprlib.repr(ids)}: give a sequence of whole numbers")
 
 
 def _summary(run: COCOeval, class_names: list[str]) -> dict:
