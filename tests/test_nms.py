@@ -75,7 +75,7 @@ class OnMps(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.device.__get__:
+        if func == torch.Tensor.device.__get__:
             return torch.device("mps")
         if func is torch.Tensor.cpu:
             return args[0].as_subclass(torch.Tensor)
