@@ -84,7 +84,9 @@ def build_model(
     neither `start` nor pretrained weights are needed again.
     """
     num_classes = len(class_names)
-    options: DetectorOptions = dict(class_names=class_names, min_size=config.test_size, max_size=config.max_size)
+    options: DetectorOptions = dict(
+        class_names=class_names, min_size=config.test_size, max_size=config.max_size, thresholds=None
+    )
     if saved is not None:
         return FCOS(**{**saved, "num_classes": num_classes, **options})
     if start is None:

@@ -52,7 +52,7 @@ def score_dataset(
                 note([sample])
                 continue
             image, target = sample
-            detections = predict(model, image.as_subclass(torch.Tensor))
+            detections = predict(model, image.as_subclass(torch.Tensor), score_threshold=0.0)
             rows += to_coco_results(detections, [target["image_id"]], dataset.category_ids, model.config["plus_one"])
             image_ids.append(target["image_id"])
     results, scored, metrics, stopped = gather_results(rows, image_ids), gather(image_ids), None, 0

@@ -257,7 +257,7 @@ def test_detections(name):
         (found,) = vovnet_zoo.postprocess(out.preds, out.size, plus_one=True)
         check_detections(found, arrays, f"{image}/det", roundings)
         if f"{image}/det_th002/boxes" in arrays:
-            (low,) = vovnet_zoo.postprocess(out.preds, out.size, plus_one=True, score_threshold=0.02)
+            (low,) = vovnet_zoo.postprocess(out.preds, out.size, plus_one=True, candidate_threshold=0.02)
             check_detections(low, arrays, f"{image}/det_th002", roundings)
 
         (h, w), (width, height) = out.size[0].tolist(), arrays[f"{image}/orig_size_wh"].tolist()
@@ -489,8 +489,8 @@ def ops():
     [
         ("default", {}),
         ("top50_per_level_keep20", dict(topk=50, max_detections=20)),
-        ("nms03_th03", dict(nms_threshold=0.3, score_threshold=0.3)),
-        ("none_above", dict(score_threshold=0.9999)),
+        ("nms03_th03", dict(nms_threshold=0.3, candidate_threshold=0.3)),
+        ("none_above", dict(candidate_threshold=0.9999)),
     ],
 )
 def test_postprocess(ops, case, options):

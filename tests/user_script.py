@@ -55,7 +55,9 @@ def train_step(model: FCOS, root: Path) -> float:
 
 
 def detect(model: FCOS, images: list[Path]) -> list[str]:
-    detections = vovnet_zoo.predict(model, images, score_threshold=0.0, nms_threshold=0.5, max_detections=3)
+    detections = vovnet_zoo.predict(
+        model, images, candidate_threshold=0.0, score_threshold={"red": 0.0}, nms_threshold=0.5, max_detections=3
+    )
     assert_type(detections, list[dict[str, Tensor]])
     names = model.config["class_names"] or []
     rows = to_coco_results(detections, range(len(images)), [7, 12], model.config["plus_one"])

@@ -15,7 +15,7 @@ import tyro
 from . import hub, inference, publish
 from .data import check
 from .detectors import DETECTORS, create_detector
-from .draw import draw_detections
+from .draw import DISPLAY_SCORE, draw_detections
 from .fcos import FCOS
 from .files import free_to_write, read_json, write_whole
 
@@ -32,8 +32,8 @@ class Predict:
     """Folder of a saved detector, its name on the Hub, or a name of create_detector(..., pretrained=True)."""
     out: Path
     """Folder for the results."""
-    score: float = 0.3
-    """Leave out detections that score less."""
+    score: float | None = None
+    """Leave out detections that score less; default: the thresholds in the model's config, else 0.3."""
     nms_threshold: float = DEFAULTS.nms_threshold
     """Leave out a box whose IoU with a better box of its class is higher."""
     max_detections: int = DEFAULTS.max_detections
@@ -123,22 +123,21 @@ def run_predict(command: Predict) -> None:
         model = FCOS.from_pretrained(command.model)
     model.to(command.device)
     names = model.config["class_names"]
+    options: inference.ThresholdOptions = dict(
+        nms_threshold=command.nms_threshold, max_detections=command.max_detections
+    )
+    if command.score is not None:
+        options["score_threshold"] = command.score
+    elif model.config["thresholds"] is None:
+        options["score_threshold"] = DISPLAY_SCORE
 
     command.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for path, picture in zip(command.images, pictures, strict=True):
         image = inference.to_rgb(path)
-        # a score is the root of class probability times centerness, so a lower class probability cannot reach it
-        (found,) = inference.predict(
-            model,
-            [image],
-            score_threshold=command.score**2,
-            nms_threshold=command.nms_threshold,
-            max_detections=command.max_detections,
-        )
-        found = {key: value[found["scores"] >= command.score] for key, value in found.items()}
+        (found,) = inference.predict(model, [image], **options)
         buffer = io.BytesIO()
-        draw_detections(image, found, names, command.score).save(buffer, "PNG")
+        draw_detections(image, found, names, score_threshold=0).save(buffer, "PNG")
         write_whole(picture, buffer.getvalue())
         rows.append({"image": str(path), "picture": picture.name, **{key: x.tolist() for key, x in found.items()}})
         if names:

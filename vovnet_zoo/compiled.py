@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .data import normalize
 from .fcos import FCOS, level_sizes
-from .inference import ThresholdOptions, Thresholds, decode, sizes_of
+from .inference import ThresholdOptions, Thresholds, choose_thresholds, decode, sizes_of
 from .kernels.freeze import freeze
 from .kernels.surgery import restore
 from .kernels.winograd import has_amx, why_not
@@ -56,7 +56,9 @@ def compile_detector(
         mode: of torch.compile; "reduce-overhead" replays CUDA graphs, "max-autotune" also tries out kernels. With
             either, results are overwritten by the next call: copy what is to be kept.
         backend: of torch.compile; "eager" checks that there is one graph, and compiles nothing.
-        options: fields of `Thresholds`: `score_threshold`, `nms_threshold`, `topk`, `max_detections`.
+        options: fields of `Thresholds`, as `predict` has them: `score_threshold` (one score, or a mapping of class
+            names to scores; default: the config's `thresholds`), `candidate_threshold`, `nms_threshold`, `topk`,
+            `max_detections`.
 
     Returns:
         A function of images, uint8 [B,3,H,W] (RGB), and optionally of their sizes, int [B,2] or B pairs, (h, w) without
@@ -64,14 +66,15 @@ def compile_detector(
 
     Raises:
         ValueError: `size` is not of multiples of 32, `dtype` is not one of the three, or `winograd=True` cannot be
-            followed; from the function: images of another size, dtype or device.
+            followed, or the model has no class of a name in `score_threshold`; from the function: images of another
+            size, dtype or device.
     """
     height, width = size
     if height % 32 or width % 32 or min(height, width) < 32:
         raise ValueError(f"size={tuple(size)}: (height, width) must be multiples of 32; pad the images to one")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype}: torch.float32, torch.bfloat16 or torch.float16")
-    thresholds = Thresholds(**options)
+    thresholds = choose_thresholds(model, options)
     device = next(model.parameters()).device
     fast = fast_copy(model, decide_winograd(winograd, device, dtype))
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
+DISPLAY_SCORE = 0.3  # what people are shown scores at least this, unless they or the model's config say otherwise
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 READABLE = 384  # pixels; an image whose longer side is shorter is enlarged, or its labels could not be read
 MISSING = "\U0010ffff"  # no font has a picture of this character, so it shows the one that stands for all it lacks
@@ -35,7 +37,7 @@ def draw_detections(
     image: Tensor,
     detection: Mapping[str, Tensor],
     class_names: Sequence[str] | None = None,
-    score_threshold: float = 0.3,
+    score_threshold: float = DISPLAY_SCORE,
     enlarge: int | None = None,
 ) -> Image.Image:
     """Draw the detections, or the ground truth, of one image on a copy of the image.

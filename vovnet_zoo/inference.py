@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple, TypedDict, Unpack
@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as tvf
 
 from .data import normalize, pil_to_rgb, read_image, resize_size
-from .fcos import FCOS, Predictions
+from .fcos import FCOS, Predictions, check_thresholds
 from .nms import class_nms
 
 ImageLike = str | PathLike | Image.Image | np.ndarray | Tensor
@@ -24,7 +24,9 @@ ImageLike = str | PathLike | Image.Image | np.ndarray | Tensor
 class Thresholds(NamedTuple):
     """These numbers decide which predictions become detections (arXiv 1904.01355, section 4)."""
 
-    score_threshold: float = 0.05
+    score_threshold: float | Tensor = 0.0
+    """A detection is returned if its score is at least this: one number, or a tensor [K] of one for each class."""
+    candidate_threshold: float = 0.05
     """A class at a location is a candidate if its probability, without centerness, is higher."""
     nms_threshold: float = 0.6
     """A box is dropped if its IoU with a better box of its class is higher."""
@@ -35,9 +37,13 @@ class Thresholds(NamedTuple):
 
 
 class ThresholdOptions(TypedDict, total=False):
-    """These options of `predict`, `postprocess` and `compile_detector` are the fields of `Thresholds`."""
+    """These options of `predict`, `postprocess` and `compile_detector` are the fields of `Thresholds`.
 
-    score_threshold: float
+    `predict` and `compile_detector` know the model, so there `score_threshold` can also map class names to numbers.
+    """
+
+    score_threshold: float | Mapping[str, float] | Tensor
+    candidate_threshold: float
     nms_threshold: float
     topk: int
     max_detections: int
@@ -54,17 +60,20 @@ def predict(
         model: a detector, on any device; afterwards it is in the same mode (train or eval) as before.
         images: a path, a PIL image, a uint8 array [H,W,3] or [H,W] (RGB or grey), a tensor [3,H,W] or [1,H,W] (uint8,
             or floating point in 0..1), or a sequence of these.
-        options: fields of `Thresholds`: `score_threshold`, `nms_threshold`, `topk`, `max_detections`.
+        options: fields of `Thresholds`: `score_threshold` (one score, or a mapping of class names to scores; a class
+            that is not named has none; default: the config's `thresholds`), `candidate_threshold`, `nms_threshold`,
+            `topk`, `max_detections`.
 
     Returns:
         One dict per image, on the CPU, best score first: `boxes` float32 [N,4] xyxy in pixels of the original image,
         `scores` float32 [N], `labels` int64 [N] (0..K-1; names in `model.config["class_names"]`).
 
     Raises:
-        ValueError: an image cannot be read, or has an unusable type or shape.
+        ValueError: an image cannot be read, or has an unusable type or shape; or the model has no class of a name in
+            `score_threshold`.
     """
     device, dtype = next((p.device, p.dtype) for p in model.parameters())
-    config, was_training = model.config, model.training
+    config, was_training, thresholds = model.config, model.training, choose_thresholds(model, options)
     model.eval()
     detections = []
     try:
@@ -78,7 +87,7 @@ def predict(
                 sizes = torch.tensor([[h, w]], device=device)
                 inputs = normalize(padded, sizes, config["image_mean"], config["image_std"]).to(dtype)
                 inputs = inputs.contiguous(memory_format=torch.channels_last)  # faster, on a CPU and on a GPU
-                (found,) = postprocess(model(inputs), sizes, plus_one=config["plus_one"], **options)
+                (found,) = postprocess(model(inputs), sizes, plus_one=config["plus_one"], **thresholds._asdict())
             with torch.inference_mode(False):  # a tensor of the inference mode could not be changed in place later
                 found = {key: value.cpu().clone() for key, value in found.items()}
                 found["boxes"] *= torch.tensor([width / w, height / h]).repeat(2)
@@ -104,16 +113,23 @@ def postprocess(
         plus_one: the published pixel convention, `model.config["plus_one"]`: a box covers the pixels x1..x2, so its
             width is x2 - x1 + 1; boxes are clipped to w - 1 and h - 1, no box is dropped as empty, and an IoU equal to
             `nms_threshold` suppresses.
-        options: fields of `Thresholds`: `score_threshold`, `nms_threshold`, `topk`, `max_detections`.
+        options: fields of `Thresholds`: `score_threshold` (one score, or a tensor [K]), `candidate_threshold`,
+            `nms_threshold`, `topk`, `max_detections`.
 
     Returns:
         One dict per image, best score first: `boxes` [N,4] xyxy in pixels of the network input, `scores` [N], the
         geometric mean of class probability and centerness, `labels` int64 [N].
 
     Raises:
-        ValueError: there is not one size for each image.
+        ValueError: there is not one size for each image, or `score_threshold` is neither a number nor a tensor [K].
     """
-    image_sizes, thresholds = sizes_of(len(preds.logits), image_sizes), Thresholds(**options)
+    thresholds = Thresholds(**options)  # type: ignore[arg-type]  # a mapping is refused below
+    num_classes = preds.logits.shape[-1]
+    image_sizes, least = sizes_of(len(preds.logits), image_sizes), thresholds.score_threshold
+    if isinstance(least, Mapping):
+        raise ValueError("score_threshold by class name is for predict and compile_detector; give a tensor [K] here")
+    if isinstance(least, Tensor) and least.shape not in ((), (num_classes,)):
+        raise ValueError(f"score_threshold must be a number or a tensor [{num_classes}], got {list(least.shape)}")
     boxes, scores, labels = decode(preds, image_sizes, thresholds, plus_one)
     detections = []
     for box, score, label in zip(boxes, scores, labels, strict=True):
@@ -122,6 +138,23 @@ def postprocess(
         keep = class_nms(box, score, label, thresholds.nms_threshold, thresholds.max_detections, plus_one)
         detections.append({"boxes": box[keep], "scores": score[keep], "labels": label[keep]})
     return detections
+
+
+def choose_thresholds(model: FCOS, options: ThresholdOptions) -> Thresholds:
+    """Complete the options of `predict`: the model's own thresholds, and a tensor [K] in place of a mapping.
+
+    Raises:
+        ValueError: `score_threshold` is a mapping that does not fit the model's class names.
+    """
+    names, own = model.config["class_names"], model.config["thresholds"]
+    if own is not None and "score_threshold" not in options:
+        options = {**options, "score_threshold": own}
+    thresholds = Thresholds(**options)  # type: ignore[arg-type]  # a mapping is replaced below
+    if isinstance(thresholds.score_threshold, Mapping):
+        scores = check_thresholds(thresholds.score_threshold, names, "score_threshold")
+        least = torch.tensor([scores.get(name, 0.0) for name in names or ()], device=next(model.parameters()).device)
+        thresholds = thresholds._replace(score_threshold=least)
+    return thresholds
 
 
 def sizes_of(count: int, image_sizes: Tensor | Sequence[tuple[int, int]], device: torch.device | None = None) -> Tensor:
@@ -143,7 +176,7 @@ def decode(
 
     Args:
         preds, plus_one: see `postprocess`.
-        thresholds: `score_threshold` and `topk` are used.
+        thresholds: `score_threshold`, `candidate_threshold` and `topk` are used.
         image_sizes: [B,2] (h, w) of the images in the network input.
         level_sizes: number of locations of each level. None reads it from the predictions, which a compiled graph
             cannot do.
@@ -156,7 +189,7 @@ def decode(
     if level_sizes is None:
         level_sizes = torch.unique_consecutive(preds.strides, return_counts=True)[1].tolist()
     limits = image_sizes.flip(-1).repeat(1, 2)[:, None].to(preds.distances) - int(plus_one)  # [B,1,4] w, h, w, h
-    num_classes = preds.logits.shape[-1]
+    num_classes, least = preds.logits.shape[-1], thresholds.score_threshold
     found = []
     for logits, distances, centerness, points in zip(
         preds.logits.split(level_sizes, dim=1),  # [B,n,K]
@@ -167,7 +200,10 @@ def decode(
     ):
         probability = logits.float().sigmoid()
         score = probability * centerness.float().sigmoid()[..., None]
-        score = torch.where(probability > thresholds.score_threshold, score, -1.0).flatten(1)  # [B,n*K]
+        candidate = probability > thresholds.candidate_threshold
+        if isinstance(least, Tensor) or least > 0:
+            candidate &= score.sqrt() >= least  # before the choice of the best, which is for all classes together
+        score = torch.where(candidate, score, -1.0).flatten(1)  # [B,n*K]
         score, index = score.topk(min(thresholds.topk, score.shape[1]))  # [B,k]
         location, label = index // num_classes, index % num_classes
         left_top, right_bottom = distances.gather(1, location[..., None].expand(-1, -1, 4)).chunk(2, dim=-1)
