@@ -57,7 +57,7 @@ class TrainConfig:
     accum: int = 1
     """Parts into which each process's share of a batch is split, to save memory."""
     workers: int = 4
-    """Data loading processes per training process."""
+    """Data loading processes per training process; in evaluations, threads."""
 
     steps: int = 90_000
     """Updates of the weights."""

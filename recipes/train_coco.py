@@ -195,7 +195,14 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     note = functools.partial(note_skipped, config.out, progress.step)
     try:
         _, metrics = score_dataset(
-            run.averaged, run.val_set, run.rank, run.world_size, stop=stop, note=note, workers=config.workers
+            run.averaged,
+            run.val_set,
+            run.rank,
+            run.world_size,
+            stop=stop,
+            note=note,
+            workers=config.workers,
+            batch_size=max(1, config.batch_size // (run.world_size * config.accum)),  # fits, as a training step did
         )
     except Stopped:
         log.warning("stopped by a signal in the evaluation after step %d; the same command repeats it", progress.step)

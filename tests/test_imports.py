@@ -15,9 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # The rooms of the library, which are its modules and its folders, from the ground up.
 # A room may import rooms of the lines before its own only.
 LAYERS = [
-    {"backbone", "config", "convert", "draw", "files", "kernels", "version"},
+    {"backbone", "batching", "config", "convert", "files", "kernels", "version"},
     {"data", "hub", "nms"},
-    {"fcos", "weights"},
+    {"fcos", "sources", "weights"},
+    {"draw"},
+    {"results"},
     {"inference", "loss", "vovnet"},
     {"compiled", "detectors", "evaluation"},
     {"publish"},
@@ -30,9 +32,12 @@ ONLY = {  # rooms that may import even less
     "fcos": {"backbone", "config", "hub"},
     "weights": {"files"},
     "loss": {"config", "fcos"},
-    "inference": {"data", "fcos", "nms"},
+    "sources": {"data", "files"},
+    "draw": {"sources"},
+    "results": {"draw", "sources"},
+    "inference": {"batching", "config", "data", "fcos", "nms", "results", "sources"},
     "vovnet": {"convert", "files", "hub", "weights"},
-    "evaluation": {"data", "fcos", "files", "inference"},
+    "evaluation": {"data", "fcos", "files", "inference", "results"},
 }
 
 

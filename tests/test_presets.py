@@ -16,11 +16,10 @@ from hub_server import HubServer, Repo, serve
 from launch import command, losses, rows
 
 import build
-import scoring
 import train_coco
 from presets import PRESETS
 from quickstart_data import CLASSES, make_shapes
-from vovnet_zoo import FCOS, inference, loss
+from vovnet_zoo import FCOS, inference, loss, results
 from vovnet_zoo.config import VARIANTS
 from vovnet_zoo.data import CocoDataset, annotations, find_split
 
@@ -85,16 +84,16 @@ def test_plus_one_reaches_data_loss_and_evaluation(tiny_coco, tmp_path, monkeypa
     spy(annotations, "coco_to_xyxy")
     spy(build, "train_transforms")
     spy(loss, "assign_targets")
-    spy(inference, "postprocess")
-    spy(inference, "class_nms")
-    spy(scoring, "to_coco_results")
+    spy(inference, "decode")
+    spy(inference, "nms_fixed")
+    spy(results, "to_coco_results")
     config = dataclasses.replace(
         PRESETS["v39_1x"][1], data=tiny_coco, out=tmp_path / "run", variant=variant, pretrained_backbone=False,
         channels=64, num_convs=1, min_size=(64, 96), max_size=128, test_size=64, batch_size=2, workers=0, steps=2,
         device="cpu",
     )  # fmt: skip
     train_coco.main(config)
-    functions = ("coco_to_xyxy", "train_transforms", "assign_targets", "postprocess", "class_nms", "to_coco_results")
+    functions = ("coco_to_xyxy", "train_transforms", "assign_targets", "decode", "nms_fixed", "to_coco_results")
     assert seen == {name: {variant == "published"} for name in functions}
     assert FCOS.from_pretrained(config.out / "last").config["plus_one"] is (variant == "published")
 

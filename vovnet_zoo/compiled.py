@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from .data import normalize
-from .fcos import FCOS, level_sizes
-from .inference import ThresholdOptions, Thresholds, choose_thresholds, decode, sizes_of
+from .fcos import FCOS
+from .inference import Detections, ThresholdOptions, choose_thresholds, detect, sizes_of
 from .kernels.freeze import freeze
 from .kernels.surgery import restore
 from .kernels.winograd import has_amx, why_not
-from .nms import nms_fixed
 
 log = logging.getLogger("vovnet_zoo")
-
-
-class Detections(NamedTuple):
-    """What was found in B images, best first, in D places each; those from `count` on are empty."""
-
-    boxes: Tensor  # float32 [B,D,4] xyxy in pixels of the network input; 0 where empty
-    scores: Tensor  # float32 [B,D]; 0 where empty
-    labels: Tensor  # int64 [B,D] 0..K-1; -1 where empty
-    count: Tensor  # type: ignore[assignment]  # int64 [B]; a tuple's method has this name too
 
 
 def compile_detector(
@@ -137,23 +125,3 @@ def decide_winograd(wanted: bool | None, device: torch.device, dtype: torch.dtyp
     if reason:
         log.warning("compile_detector uses torch's convolutions instead of Winograd's: %s", reason)
     return not reason
-
-
-def detect(model: FCOS, images: Tensor, sizes: Tensor, thresholds: Thresholds) -> Detections:
-    """`postprocess` of `model`'s predictions for uint8 images [B,3,H,W] of `sizes` [B,2], without a shape that depends
-    on a value. 32 divides H and W."""
-    inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
-    preds = model(inputs.contiguous(memory_format=torch.channels_last))
-    plus_one = model.config["plus_one"]
-    height, width = images.shape[-2:]
-    locations = [math.prod(size) for size in level_sizes(height, width, model.strides)]
-    boxes, scores, labels = decode(preds, sizes, thresholds, plus_one, locations)
-    keep = nms_fixed(boxes, scores, labels, thresholds.nms_threshold, thresholds.max_detections, plus_one)  # [B,D]
-    found = keep >= 0
-    keep = keep.clamp(min=0)
-    return Detections(
-        boxes=torch.where(found[..., None], boxes.gather(1, keep[..., None].expand(-1, -1, 4)), 0.0),
-        scores=torch.where(found, scores.gather(1, keep), 0.0),
-        labels=torch.where(found, labels.gather(1, keep), -1),
-        count=found.sum(1),
-    )

@@ -1,24 +1,28 @@
-"""`postprocess` turns predictions into detections, and `predict` turns image files into detections."""
+"""`predict` turns images into detections, and `postprocess` turns predictions into detections."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from os import PathLike
-from pathlib import Path
-from typing import NamedTuple, TypedDict, Unpack
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as tvf
 
-from .data import normalize, pil_to_rgb, read_image, resize_size
-from .fcos import FCOS, Predictions, check_thresholds
-from .nms import class_nms
+from .batching import group_alike, read_ahead
+from .config import DetectorConfig
+from .data import normalize, resize_size
+from .fcos import FCOS, Predictions, check_thresholds, level_sizes
+from .nms import class_nms, nms_fixed
+from .results import ImageDetections
+from .sources import Frame, Source, frames, to_rgb
 
-ImageLike = str | PathLike | Image.Image | np.ndarray | Tensor
+Precision = Literal["float32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Network = Callable[[FCOS, Tensor, Tensor], Predictions]
 
 
 class Thresholds(NamedTuple):
@@ -49,52 +53,235 @@ class ThresholdOptions(TypedDict, total=False):
     max_detections: int
 
 
+class PredictOptions(ThresholdOptions, total=False):
+    """`predict` has these options."""
+
+    recursive: bool
+    batch_size: int
+    precision: Precision
+    compile: bool
+    workers: int
+    on_error: Callable[[Frame, ValueError], None] | None
+
+
+@overload
 def predict(
-    model: FCOS, images: ImageLike | Sequence[ImageLike], **options: Unpack[ThresholdOptions]
-) -> list[dict[str, Tensor]]:
+    model: FCOS, images: Source, *, stream: Literal[False] = False, **options: Unpack[PredictOptions]
+) -> list[ImageDetections]: ...
+
+
+@overload
+def predict(
+    model: FCOS, images: Source, *, stream: Literal[True], **options: Unpack[PredictOptions]
+) -> Iterator[ImageDetections]: ...
+
+
+def predict(
+    model: FCOS,
+    images: Source,
+    *,
+    stream: bool = False,
+    recursive: bool = False,
+    batch_size: int = 1,
+    precision: Precision = "float32",
+    compile: bool = False,
+    workers: int = 2,
+    on_error: Callable[[Frame, ValueError], None] | None = None,
+    **options: Unpack[ThresholdOptions],
+) -> list[ImageDetections] | Iterator[ImageDetections]:
     """Detect objects in one image or in several of any sizes.
 
-    The network sees one image at a time, so that detections do not depend on the padding of other images.
+    Detections do not depend on which images are computed together: the images of a batch are equally large once they
+    are resized and padded to multiples of 32, so none has more padding than it would have alone.
 
     Args:
         model: a detector, on any device; afterwards it is in the same mode (train or eval) as before.
-        images: a path, a PIL image, a uint8 array [H,W,3] or [H,W] (RGB or grey), a tensor [3,H,W] or [1,H,W] (uint8,
-            or floating point in 0..1), or a sequence of these.
+        images: a path (of an image, a folder, a pattern, or a `.txt` list of paths), a PIL image, a uint8 array [H,W,3]
+            or [H,W] (RGB or grey), a tensor [3,H,W] or [1,H,W] (uint8, or floating point in 0..1), or an iterable of
+            these, see `sources.frames`.
+        stream: return an iterator that yields the detections of one image after the other, and keeps few images in
+            memory (about 5 times `batch_size`). The model is in eval mode until the iterator ends or is closed.
+        recursive: look for images in the folders below a folder too.
+        batch_size: images that the network sees together, at most.
+        precision: of the network: "float32", or "bf16" or "fp16" by autocast.
+        compile: compile the network with torch.compile in the first call; later calls with this model use its graphs.
+        workers: threads that decode and resize the next images while the network computes; 0 does so in between.
+        on_error: is called with each image that cannot be used and its error, and the image is left out. None raises
+            the error.
         options: fields of `Thresholds`: `score_threshold` (one score, or a mapping of class names to scores; a class
             that is not named has none; default: the config's `thresholds`), `candidate_threshold`, `nms_threshold`,
             `topk`, `max_detections`.
 
     Returns:
-        One dict per image, on the CPU, best score first: `boxes` float32 [N,4] xyxy in pixels of the original image,
-        `scores` float32 [N], `labels` int64 [N] (0..K-1; names in `model.config["class_names"]`).
+        For each image, in the order of the images, a dict on the CPU, best score first: `boxes` float32 [N,4] xyxy in
+        pixels of the original image, `scores` float32 [N], `labels` int64 [N] (0..K-1; names in
+        `model.config["class_names"]`). See `ImageDetections` for what else it knows.
 
     Raises:
-        ValueError: an image cannot be read, or has an unusable type or shape; or the model has no class of a name in
-            `score_threshold`.
+        ValueError: an image cannot be read, or has an unusable type or shape; the model has no class of a name in
+            `score_threshold`; or `batch_size`, `precision` or `workers` is none of the values above.
     """
-    device, dtype = next((p.device, p.dtype) for p in model.parameters())
-    config, was_training, thresholds = model.config, model.training, choose_thresholds(model, options)
+    if batch_size < 1 or workers < 0:
+        raise ValueError(f"batch_size={batch_size}, workers={workers}: at least 1 image and 0 threads")
+    if precision not in DTYPES:
+        raise ValueError(f"precision={precision!r}: {', '.join(DTYPES)}")
+    thresholds = choose_thresholds(model, options)
+    network = functools.partial(compiled_network() if compile else run_autocast, precision=precision)
+    found = _detect(model, frames(images, recursive), thresholds, network, batch_size, workers, on_error)
+    return found if stream else list(found)
+
+
+def _detect(
+    model: FCOS,
+    images: Iterator[Frame],
+    thresholds: Thresholds,
+    network: Network,
+    batch_size: int,
+    workers: int,
+    on_error: Callable[[Frame, ValueError], None] | None,
+) -> Iterator[ImageDetections]:
+    """Detect objects in one image after the other, see `predict`."""
+    was_training = model.training
     model.eval()
-    detections = []
     try:
-        for item in as_sequence(images):
-            with torch.inference_mode():
-                image = to_rgb(item)
-                height, width = image.shape[-2:]
-                h, w = resize_size(height, width, config["min_size"], config["max_size"])
-                resized = tvf.resize(image.to(device), [h, w], antialias=True)
-                padded = pad(resized, (0, -w % 32, 0, -h % 32))[None]  # uint8 [1,3,H,W]
-                sizes = torch.tensor([[h, w]], device=device)
-                inputs = normalize(padded, sizes, config["image_mean"], config["image_std"]).to(dtype)
-                inputs = inputs.contiguous(memory_format=torch.channels_last)  # faster, on a CPU and on a GPU
-                (found,) = postprocess(model(inputs), sizes, plus_one=config["plus_one"], **thresholds._asdict())
-            with torch.inference_mode(False):  # a tensor of the inference mode could not be changed in place later
-                found = {key: value.cpu().clone() for key, value in found.items()}
-                found["boxes"] *= torch.tensor([width / w, height / h]).repeat(2)
-            detections.append(found)
+        load = functools.partial(prepare, config=model.config, catch=on_error is not None)
+        done: dict[int, ImageDetections | None] = {}  # by the image's number; None for one that cannot be used
+
+        def usable() -> Iterator[tuple[int, Prepared]]:
+            for number, item in enumerate(read_ahead(images, load, workers, batch_size + workers)):
+                if isinstance(item, Prepared):
+                    yield number, item
+                else:
+                    assert on_error is not None
+                    done[number] = None
+                    on_error(*item)
+
+        due = 0
+        for group in group_alike(usable(), lambda item: item.pixels.shape, batch_size, window=4 * batch_size):
+            numbers, items = zip(*group, strict=True)
+            done.update(zip(numbers, detect_batch(model, items, thresholds, network), strict=True))
+            while due in done:
+                if (found := done.pop(due)) is not None:
+                    yield found
+                due += 1
     finally:
         model.train(was_training)
-    return detections
+
+
+class Prepared(NamedTuple):
+    """A prepared image is decoded, resized and padded."""
+
+    name: str
+    pixels: Tensor  # uint8 [3,H,W], multiples of 32
+    size: tuple[int, int]  # (height, width) without the padding
+    original: tuple[int, int]  # (height, width) before the image was resized
+
+
+def prepare(frame: Frame, config: DetectorConfig, catch: bool = False) -> Prepared | tuple[Frame, ValueError]:
+    """Decode, resize and pad an image; with `catch`, return the error of an image that cannot be used."""
+    try:
+        image = frame.image() if callable(frame.image) else to_rgb(frame.image)
+    except ValueError as error:
+        if catch:
+            return frame, error
+        raise
+    height, width = image.shape[-2:]
+    h, w = resize_size(height, width, config["min_size"], config["max_size"])
+    resized = tvf.resize(image.cpu(), [h, w], antialias=True)
+    rows, columns = padded_size(height, width, config)
+    return Prepared(frame.name, pad(resized, (0, columns - w, 0, rows - h)), (h, w), (height, width))
+
+
+def padded_size(height: int, width: int, config: DetectorConfig) -> tuple[int, int]:
+    """Compute the (height, width) in the network of an image that was (height, width) large."""
+    h, w = resize_size(height, width, config["min_size"], config["max_size"])
+    return h + -h % 32, w + -w % 32
+
+
+def detect_batch(
+    model: FCOS, items: Sequence[Prepared], thresholds: Thresholds, network: Network
+) -> list[ImageDetections]:
+    """Detect objects in prepared images of one size; the results come from a GPU in one copy for all images."""
+    config, device = model.config, next(model.parameters()).device
+    with torch.inference_mode():
+        images = torch.stack([item.pixels for item in items])  # [B,3,H,W]
+        sizes = torch.tensor([item.size for item in items])
+        if device.type == "cuda":
+            images, sizes = images.pin_memory(), sizes.pin_memory()
+        images, sizes = images.to(device, non_blocking=True), sizes.to(device, non_blocking=True)
+        found = detect(model, images, sizes, thresholds, network)
+        packed = torch.cat([found.boxes, found.scores[..., None], found.labels[..., None].float()], dim=-1).cpu()
+    results = []
+    with torch.inference_mode(False):  # a tensor of the inference mode could not be changed in place later
+        for item, row in zip(items, packed.clone(), strict=True):
+            row = row[row[:, 5] >= 0]
+            (h, w), (height, width) = item.size, item.original
+            tensors = {
+                "boxes": row[:, :4] * torch.tensor([width / w, height / h]).repeat(2),
+                "scores": row[:, 4].clone(),
+                "labels": row[:, 5].long(),
+            }
+            results.append(
+                ImageDetections(tensors, item.name, item.original, config["class_names"], config["plus_one"])
+            )
+    return results
+
+
+class Detections(NamedTuple):
+    """What was found in B images, best first, in D places each; those from `count` on are empty."""
+
+    boxes: Tensor  # float32 [B,D,4] xyxy in pixels of the network input; 0 where empty
+    scores: Tensor  # float32 [B,D]; 0 where empty
+    labels: Tensor  # int64 [B,D] 0..K-1; -1 where empty
+    count: Tensor  # type: ignore[assignment]  # int64 [B]; a tuple's method has this name too
+
+
+def run_network(model: FCOS, images: Tensor, sizes: Tensor) -> Predictions:
+    """Normalise uint8 images [B,3,H,W] of `sizes` [B,2], and run the network on them."""
+    inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
+    inputs = inputs.to(model.head.scales.dtype)
+    return model(inputs.contiguous(memory_format=torch.channels_last))  # faster, on a CPU and on a GPU
+
+
+def run_autocast(model: FCOS, images: Tensor, sizes: Tensor, precision: Precision) -> Predictions:
+    """Run the network in this precision, see `run_network`."""
+    with torch.autocast(images.device.type, DTYPES[precision], enabled=precision != "float32"):
+        return run_network(model, images, sizes)
+
+
+@functools.cache
+def compiled_network(backend: str = "inductor") -> Callable[..., Predictions]:
+    """Compile `run_autocast`: one graph serves batches of any size, and one more single images of any size."""
+    graph = torch.compile(run_autocast, fullgraph=True, backend=backend)
+
+    def run(model: FCOS, images: Tensor, sizes: Tensor, precision: Precision) -> Predictions:
+        torch._dynamo.maybe_mark_dynamic(images, (0, 2, 3))
+        torch._dynamo.maybe_mark_dynamic(sizes, 0)
+        return graph(model, images, sizes, precision)
+
+    return run
+
+
+def detect(
+    model: FCOS, images: Tensor, sizes: Tensor, thresholds: Thresholds, network: Network = run_network
+) -> Detections:
+    """`postprocess` of `model`'s predictions for uint8 images [B,3,H,W] of `sizes` [B,2], without a shape that depends
+    on a value. 32 divides H and W."""
+    preds = network(model, images, sizes)
+    plus_one = model.config["plus_one"]
+    height, width = images.shape[-2:]
+    locations = [math.prod(size) for size in level_sizes(height, width, model.strides)]
+    boxes, scores, labels = decode(preds, sizes, thresholds, plus_one, locations)
+    boxes = boxes.float()
+    keep = nms_fixed(boxes, scores, labels, thresholds.nms_threshold, thresholds.max_detections, plus_one)  # [B,D]
+    found = keep >= 0
+    keep = keep.clamp(min=0)
+    return Detections(
+        boxes=torch.where(found[..., None], boxes.gather(1, keep[..., None].expand(-1, -1, 4)), 0.0),
+        scores=torch.where(found, scores.gather(1, keep), 0.0),
+        labels=torch.where(found, labels.gather(1, keep), -1),
+        count=found.sum(1),
+    )
 
 
 def postprocess(
@@ -170,7 +357,7 @@ def decode(
     image_sizes: Tensor,
     thresholds: Thresholds,
     plus_one: bool = False,
-    level_sizes: list[int] | None = None,
+    locations: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the best candidates of each level, and compute their boxes.
 
@@ -178,7 +365,7 @@ def decode(
         preds, plus_one: see `postprocess`.
         thresholds: `score_threshold`, `candidate_threshold` and `topk` are used.
         image_sizes: [B,2] (h, w) of the images in the network input.
-        level_sizes: number of locations of each level. None reads it from the predictions, which a compiled graph
+        locations: number of locations of each level. None reads it from the predictions, which a compiled graph
             cannot do.
 
     Returns:
@@ -186,16 +373,16 @@ def decode(
         scores: [B,N], -1 for a place without a candidate.
         labels: [B,N].
     """
-    if level_sizes is None:
-        level_sizes = torch.unique_consecutive(preds.strides, return_counts=True)[1].tolist()
+    if locations is None:
+        locations = torch.unique_consecutive(preds.strides, return_counts=True)[1].tolist()
     limits = image_sizes.flip(-1).repeat(1, 2)[:, None].to(preds.distances) - int(plus_one)  # [B,1,4] w, h, w, h
     num_classes, least = preds.logits.shape[-1], thresholds.score_threshold
     found = []
     for logits, distances, centerness, points in zip(
-        preds.logits.split(level_sizes, dim=1),  # [B,n,K]
-        preds.distances.split(level_sizes, dim=1),  # [B,n,4]
-        preds.centerness.split(level_sizes, dim=1),  # [B,n]
-        preds.points.split(level_sizes),  # [n,2]
+        preds.logits.split(locations, dim=1),  # [B,n,K]
+        preds.distances.split(locations, dim=1),  # [B,n,4]
+        preds.centerness.split(locations, dim=1),  # [B,n]
+        preds.points.split(locations),  # [n,2]
         strict=True,
     ):
         probability = logits.float().sigmoid()
@@ -215,41 +402,3 @@ def decode(
         found.append((box, torch.where(candidate, score.clamp(min=0).sqrt(), -1.0), label))
     boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     return boxes, scores, labels
-
-
-def as_sequence(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
-    """Turn the `images` of `predict` into a sequence; a tensor [B,3,H,W] is one of B images."""
-    if isinstance(images, Tensor):
-        return [images] if images.ndim < 4 else list(images)
-    return [images] if isinstance(images, (str, PathLike, Image.Image, np.ndarray)) else images
-
-
-def to_rgb(image: ImageLike) -> Tensor:
-    """Turn any kind of image that `predict` takes into uint8 [3,H,W] RGB.
-
-    A PIL image becomes what its file would become: turned as its EXIF orientation says, 16 bits cut to the upper 8.
-    """
-    if isinstance(image, (str, PathLike)):
-        return read_image(Path(image))
-    if isinstance(image, Image.Image):
-        try:
-            return pil_to_rgb(image)
-        except Exception as error:  # a damaged file raises anything when its pixels are first asked for
-            name = getattr(image, "filename", "") or "a PIL image"
-            raise ValueError(f"{name}: cannot use the image: {error or type(error).__name__}") from error
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise ValueError(f"an image array must be uint8 [H,W,3] or [H,W], got {image.dtype} {list(image.shape)}")
-        array = image[..., None] if image.ndim == 2 else image
-        image = torch.from_numpy(np.array(array)).permute(2, 0, 1)
-    if not isinstance(image, Tensor):
-        raise ValueError(f"an image must be a path, PIL image, uint8 array or tensor, not {type(image).__name__}")
-    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
-        raise ValueError(f"an image must have 1 or 3 channels, [3,H,W] as tensor, got {list(image.shape)}")
-    if image.is_floating_point():
-        if image.amin() < 0 or image.amax() > 1:
-            raise ValueError("a floating point image must be in 0..1; give 0..255 as uint8")
-        image = (image * 255).round().to(torch.uint8)
-    if image.dtype != torch.uint8:
-        raise ValueError(f"an image tensor must be uint8 or floating point, got {image.dtype}")
-    return image.expand(3, -1, -1)

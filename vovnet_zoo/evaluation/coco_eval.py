@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor
 
 from ..data import annotation_problem, entries_by_id, is_crowd, read_annotations
+from ..results import to_coco_results as to_coco_results  # its place before there was `results`
 
 logger = logging.getLogger(__name__)
 
@@ -99,42 +98,6 @@ def load_engine(name: str) -> tuple[Callable[..., COCO], Callable[..., COCOeval]
     except ImportError as error:
         raise ImportError("engine 'faster' needs a package: pip install -U faster-coco-eval") from error
     return faster_coco_eval.COCO, functools.partial(faster_coco_eval.COCOeval_faster, print_function=logger.debug)
-
-
-def to_coco_results(
-    detections: Sequence[dict[str, Tensor]],
-    image_ids: Sequence[int],
-    category_ids: Sequence[int],
-    plus_one: bool = False,
-) -> list[dict]:
-    """Turn detections into COCO result rows, `{"image_id", "category_id", "bbox", "score"}`, ready for JSON.
-
-    Args:
-        detections: per image `boxes` [N, 4] xyxy in pixels of the original image, `scores` [N], `labels` int [N].
-        image_ids: the COCO id of each image.
-        category_ids: original category id of each label.
-        plus_one: the published convention, `w = x2 - x1 + 1` (likewise h).
-
-    Raises:
-        ValueError: there are not as many image ids as detections, or a label has no category.
-    """
-    if len(detections) != len(image_ids):
-        raise ValueError(f"{len(detections)} detections for {len(image_ids)} image ids")
-    rows = []
-    for detection, image_id in zip(detections, image_ids, strict=True):
-        boxes = detection["boxes"].detach().cpu().to(torch.float64, copy=True)
-        boxes[:, 2:] += int(plus_one) - boxes[:, :2]  # [N, 4] xywh
-        labels = detection["labels"].tolist()
-        if labels and not 0 <= min(labels) <= max(labels) < len(category_ids):
-            raise ValueError(
-                f"image {image_id}: labels {min(labels)}..{max(labels)} do not fit the {len(category_ids)} categories; "
-                "was the model trained on other classes?"
-            )
-        rows += [
-            {"image_id": int(image_id), "category_id": int(category_ids[label]), "bbox": box, "score": score}
-            for box, score, label in zip(boxes.tolist(), detection["scores"].tolist(), labels, strict=True)
-        ]
-    return rows
 
 
 def gather_results(
