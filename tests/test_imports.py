@@ -21,7 +21,7 @@ LAYERS = [
     {"draw"},
     {"results"},
     {"inference", "loss", "vovnet"},
-    {"compiled", "detectors", "evaluation"},
+    {"compiled", "detectors", "evaluation", "predict_files"},
     {"publish"},
     {"__init__", "check_data", "cli", "coco_eval"},  # check_data and coco_eval are former paths of moved modules
 ]

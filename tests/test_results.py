@@ -35,10 +35,10 @@ def test_it_is_a_dict_with_facts(tiny_detector, tmp_path):
 def test_draw(tmp_path):
     """The detection above the display default is drawn, the other is not; the image comes from the file or the call."""
     Image.new("RGB", (60, 40), "black").save(tmp_path / "a.png")
-    drawn = np.asarray(found_in(tmp_path / "a.png").draw())
+    drawn = np.asarray(found_in(tmp_path / "a.png").draw(enlarge=1))
     assert drawn[33, 5:20].any(-1).all() and not drawn[20, 30:51].any()
-    assert np.asarray(found_in(tmp_path / "a.png").draw(score_threshold=0.1))[20, 30:51].any(-1).all()
-    given = found_in("image 0").draw(np.zeros((40, 60, 3), np.uint8))
+    assert np.asarray(found_in(tmp_path / "a.png").draw(score_threshold=0.1, enlarge=1))[20, 30:51].any(-1).all()
+    given = found_in("image 0").draw(np.zeros((40, 60, 3), np.uint8), enlarge=1)
     assert np.array_equal(np.asarray(given), drawn)
     with pytest.raises(ValueError, match="image 0 is no file .* draw"):
         found_in("image 0").draw()

@@ -118,6 +118,24 @@ class FCOS(
         self.fpn = FeaturePyramidNetwork(in_channels, channels, extra_blocks=LastLevelP6P7(channels, channels))
         self.head = FCOSHead(channels, num_classes, num_convs, self.strides, distance, centerness_on, prior)
 
+    @property
+    def class_names(self) -> list[str] | None:
+        """The K names in label order; None where unknown."""
+        return self.config["class_names"]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of foreground classes, K."""
+        return self.config["num_classes"]
+
+    def __repr__(self) -> str:
+        config, names = self.config, self.class_names or []
+        classes = f"{self.num_classes} classes" + (
+            f" ({', '.join(names[:3])}{', ..' * (len(names) > 3)})" if names else ""
+        )
+        millions = sum(p.numel() for p in self.parameters()) / 1e6
+        return f"FCOS({config['backbone']}, {classes}, short side {config['min_size']} px, {millions:.1f}M parameters)"
+
     def forward(self, images: Tensor) -> Predictions:
         """Predict classes, boxes and centerness at every location.
 

@@ -47,11 +47,14 @@ class ImageDetections(dict[str, Tensor]):
         """The class name of each detection; its label as text where names are unknown."""
         return [self.id2label.get(label, str(label)) for label in self["labels"].tolist()]
 
-    def draw(self, image: ImageLike | None = None, score_threshold: float = DISPLAY_SCORE) -> Image.Image:
+    def draw(
+        self, image: ImageLike | None = None, score_threshold: float = DISPLAY_SCORE, enlarge: int | None = None
+    ) -> Image.Image:
         """Draw the detections that score at least `score_threshold` on a copy of the image.
 
         Args:
             image: None reads the file `source` again.
+            enlarge: how many times larger the picture is, see `draw_detections`.
 
         Raises:
             ValueError: the image cannot be read, has another size, or is None and `source` is no file.
@@ -61,7 +64,7 @@ class ImageDetections(dict[str, Tensor]):
         pixels = to_rgb(self.source if image is None else image)
         if (height_width := tuple(pixels.shape[-2:])) != self.size:
             raise ValueError(f"{self.source}: found in an image of {self.size} (height, width), not {height_width}")
-        return draw_detections(pixels, self, self.class_names, score_threshold)
+        return draw_detections(pixels, self, self.class_names, score_threshold, enlarge)
 
     def to_coco(self, image_id: int, category_ids: Sequence[int]) -> list[dict]:
         """Turn the detections into COCO result rows, see `to_coco_results`."""
