@@ -11,7 +11,7 @@ from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 from . import hub, vovnet
 from .backbone import create_backbone
 from .config import DEFAULT_VARIANT, VARIANTS, DetectorOptions, VariantName
-from .convert import BGR_MEAN, Converted, convert
+from .convert import BGR_MEAN, Converted, Layout, convert
 from .fcos import FCOS
 from .weights import Weights, available, fetch, find, read_checkpoint
 
@@ -114,9 +114,9 @@ def build_converted(converted: Converted, **kwargs: Unpack[DetectorOptions]) -> 
     return model.eval()
 
 
-def archs() -> dict[str, list[int]]:
-    """Map each backbone's name to its number of blocks per stage, as `convert` takes it."""
-    return {name: cfg["block_per_stage"] for name, cfg in vovnet.model_cfgs.items()}
+def archs() -> dict[str, Layout]:
+    """Map each backbone's name to its layout, as `convert` takes it."""
+    return {name: vovnet.layout(cfg) for name, cfg in vovnet.model_cfgs.items()}
 
 
 def coco_class_names() -> list[str]:
