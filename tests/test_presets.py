@@ -94,6 +94,10 @@ def test_coco_presets():
 
 
 def test_rows_of_the_published_comparison():
+    assert {name: (row.ap, row.milliseconds) for name, row in PUBLISHED.items()} == {
+        "r50_1x": (37.5, 84), "v39_1x": (37.7, 82), "r101_2x": (41.3, 104),
+        "v57_2x": (41.6, 91), "x101_2x": (42.5, 171), "v93_2x": (42.1, 113),
+    }  # fmt: skip
     for name, row in PUBLISHED.items():
         about, config = PRESETS[name]
         assert config.model == row.model and f"({row.ap} AP on COCO, as published)" in about
