@@ -215,7 +215,7 @@ def names(form: str, layout: Layout) -> dict[str, str]:
         form: a key of `FORMS`.
         layout: of the backbone.
     """
-    table = {}
+    table: dict[str, str] = {}
     for layer in _layers(layout):
         authors, pytorchcv, ours = layer.authors, layer.pytorchcv, layer.ours
         convs = {f"{authors}/conv": f"{ours}.conv"}

@@ -53,13 +53,14 @@ model_cfgs = {
 class VovNetV2(VovNet):
     """timm's VovNet with effective squeeze-excitation (arXiv 1911.06667, section 3.2) in every block."""
 
-    def __init__(self, cfg: dict, *args: Any, device: Any = None, dtype: Any = None, **kwargs: Any):
-        super().__init__(cfg, *args, device=device, dtype=dtype, **kwargs)
+    def __init__(self, cfg: dict, **kwargs: Any):
+        super().__init__(cfg, **kwargs)
         stages: Any = self.stages
+        place = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
         for stage in stages:
             for block in stage.blocks:
                 if block.attn is None:  # timm has put one into the last block
-                    block.attn = create_attn("ese", block.conv_concat.out_channels, device=device, dtype=dtype)
+                    block.attn = create_attn("ese", block.conv_concat.out_channels, **place)
                     nn.init.kaiming_normal_(block.attn.fc.weight, mode="fan_out", nonlinearity="relu")
 
 
