@@ -16,14 +16,13 @@ from types import ModuleType
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from build import build_loader
 from memory import peak_memory
 from optim import set_lr
-from presets import PRESETS, TrainConfig
+from presets import TrainConfig, parse
 from run_folder import RunLog, draw_pictures, import_pictures, locked, note_not_finite, note_skipped
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group
 from scoring import score_dataset
@@ -244,4 +243,4 @@ def seed_of(*numbers: int) -> int:
 
 
 if __name__ == "__main__":
-    main(tyro.extras.overridable_config_cli(PRESETS, description=__doc__))
+    main(parse(description=__doc__))

@@ -7,11 +7,13 @@ import sys
 import pytest
 import timm
 import torch
+from checkpoints import published as published_form
 from PIL import Image
 
 from vovnet_zoo import FCOS, cli, hub, results
 from vovnet_zoo import weights as published
 from vovnet_zoo.predict_files import unique
+from vovnet_zoo.vovnet import VovNetV2
 
 
 @pytest.fixture
@@ -199,6 +201,24 @@ def test_convert(run, tmp_path):
     assert status == 2 and "over the input" in err and content(tmp_path / "out") == before
     assert run("convert", tmp_path / "w.pth", tmp_path / "out", "--overwrite")[0] == 0
     assert content(tmp_path / "out")[hub.WEIGHTS] != before[hub.WEIGHTS]
+
+
+@pytest.mark.parametrize("prefix", ["backbone.bottom_up.", "img_backbone.", ""])
+def test_convert_a_v2_body_of_a_detector(run, tmp_path, prefix):
+    body = {prefix + name: x for name, x in published_form("authors_v2").items()}
+    beside = {"neck.lateral.weight": torch.zeros(3), "head.cls.bias": torch.zeros(1)}
+    torch.save({"state_dict": body | beside}, tmp_path / "w.pth")
+    status, _, err = run("convert", tmp_path / "w.pth", tmp_path / "out")
+    assert status == 2 and "unexpected" in err and "--part backbone" in err
+    status, out, err = run("convert", tmp_path / "w.pth", tmp_path / "out", "--part", "backbone")
+    assert status == 0 and "left out 2 tensors" in out and all(name in out for name in beside), err
+    card = (tmp_path / "out" / hub.CARD).read_text()
+    assert "import vovnet_zoo" in card and "2 tensors beside the backbone" in card
+    net = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert type(net) is VovNetV2
+    assert torch.equal(net.stem[0].conv.weight, body[f"{prefix}stem.stem_1/conv.weight"])
+    status, out, err = run("convert", tmp_path / "w.pth", tmp_path / "out", "--part", "backbone", "--overwrite")
+    assert status == 0, err
 
 
 def test_check_data(tiny_coco, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from vovnet_zoo.data import normalize
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import use_winograd
 
-BACKBONES = ["vovnet39", "ese_vovnet39b", "resnet50"]
+BACKBONES = ["vovnet39", "vovnetv2_19_slim", "vovnetv2_19_slim_dw", "resnet50"]
 SIZES = [(64, 96), (96, 64), (128, 160)]
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -73,9 +73,11 @@ class Convert:
     """Convert a published checkpoint (.pth) to safetensors, a configuration and a model card, and verify it."""
 
     file: tyro.conf.Positional[Path]
-    """A detector or classifier of the authors, or a classifier of pytorchcv, also in a zip."""
+    """A detector, classifier or VoVNetV2 body of the authors, or a classifier of pytorchcv, also in a zip."""
     out: tyro.conf.Positional[Path]
     """Folder to make."""
+    part: Literal["all", "backbone"] = "all"
+    """Convert every tensor, or take a VoVNetV2 body and leave out the tensors beside it, which are listed."""
     overwrite: bool = False
     """Write over a model that is in OUT already; never over FILE."""
 
@@ -166,7 +168,10 @@ def run_check_data(command: CheckData) -> None:
 
 
 def run_convert(command: Convert) -> None:
-    publish.convert_file(command.file, command.out, overwrite=command.overwrite)
+    left_out = publish.convert_file(command.file, command.out, part=command.part, overwrite=command.overwrite)
+    if left_out:
+        names = [f"{name:.200}" for name in left_out]
+        print(f"left out {len(names)} tensors beside the backbone:", *names, sep="\n  ")
     print(f"{command.out}: converted, loaded and run; its card is {command.out / hub.CARD}")
 
 
