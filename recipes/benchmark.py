@@ -9,6 +9,9 @@ otherwise.
 On a CPU, OpenVINO, ONNX Runtime and ncnn run the same model in float32 (`benchmark_runtimes.py`). They run the network
 alone, from normalised float32 images to logits, distances and centerness: that is less work than ours do, which start
 from uint8 and end with boxes. How far their outputs are from PyTorch's is printed and stored beside the times.
+
+`--table published` times the six detectors of the 2019 comparison instead, from uint8 to boxes, and prints their ratios
+to R-50 beside the published ones.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +37,7 @@ from torchvision.models import detection as peers
 
 from benchmark_runtimes import RUNTIMES, Network, RuntimeName, compare_outputs, imported_versions, load_runtimes
 from memory import kept_by
+from presets import PUBLISHED
 from runtime import environment, log, make_folder, process_group, run_command, synchronize
 from step import compiled, compute_losses, find_targets
 from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector
@@ -50,18 +54,21 @@ DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat1
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
+    table: Literal["contestants", "published"] = "contestants"
+    """Compare one detector with its contestants, or the six detectors of the 2019 comparison with each other."""
     model: str = "fcos_vovnet39_fpn"
-    """A name of list_detectors()."""
-    size: tuple[int, int] = (640, 640)
-    """Height and width of the images, multiples of 32."""
+    """A name of list_detectors(); not for the table "published"."""
+    size: tuple[int, int] | None = None
+    """Height and width of the images, multiples of 32; default: 640 640, for the table "published" 800 1088, as images
+    of 480 640 pixels have in the published test."""
     batches: tuple[int, ...] | None = None
-    """Images per call in inference; default: 1, and 16 too on a GPU."""
+    """Images per call in inference; default: 1, and 16 too on a GPU, but not for the table "published"."""
     train_batch: int | None = None
     """Images per training step; default: 2, on a GPU 16."""
     what: tuple[Literal["inference", "training"], ...] = ("inference", "training")
     """Which tables to make."""
     precisions: tuple[Literal["float32", "tf32", "bf16"], ...] | None = None
-    """Of the network; default: float32 and bf16, and tf32 on a GPU."""
+    """Of the network; default: float32 and bf16, and tf32 on a GPU; for the table "published" float32."""
     rounds: int = 7
     """Timed calls of each contestant."""
     others: bool = True
@@ -96,8 +103,10 @@ class Row:
 
 def main(config: BenchmarkConfig) -> list[Row]:
     with process_group(config.device) as (_, _, device):
-        gpu = device.type == "cuda"
+        gpu, published = device.type == "cuda", config.table == "published"
+        config = replace(config, size=config.size or ((800, 1088) if published else (640, 640)))
         precisions = config.precisions or (("float32", "tf32", "bf16") if gpu else ("float32", "bf16"))
+        precisions = config.precisions or (("float32",) if published else precisions)
         if config.runtimes and (device.type != "cpu" or "float32" not in precisions):
             raise ValueError(
                 f"--runtimes run in float32 on the CPU, and this is {', '.join(precisions)} on {device.type}; "
@@ -115,7 +124,10 @@ def main(config: BenchmarkConfig) -> list[Row]:
         peaks = {precision: max(peak.values()) for precision, peak in record["peak_gflops"].items()}
 
         rows = []
-        if "inference" in config.what:
+        if published:
+            for batch in config.batches or (1,):
+                rows += compare(published_contestants(config, batch, precisions, device), config, batch, peaks, device)
+        elif "inference" in config.what:
             model = crowd(create_detector(config.model, num_classes=CLASSES).to(device).eval())
             for batch in config.batches or ((1, 16) if gpu else (1,)):
                 contestants = inference_contestants(model, config, batch, precisions, device)
@@ -124,12 +136,15 @@ def main(config: BenchmarkConfig) -> list[Row]:
                     contestants += found
                     record["versions"] |= imported_versions()
                 rows += compare(contestants, config, batch, peaks, device)
-        if "training" in config.what:
+        if "training" in config.what and not published:
             batch = config.train_batch or (16 if gpu else 2)
             rows += compare(training_contestants(config, batch, precisions, device), config, batch, peaks, device)
         record["rows"] = [asdict(row) for row in rows]
 
         print(*format_head(record), *format_parity(record["parity"]), *format_rows(rows), sep="\n")
+        if published:
+            record["published"] = {preset: row._asdict() for preset, row in PUBLISHED.items()}
+            print(*format_published(rows), sep="\n")
         (config.out / "benchmark.json").write_text(json.dumps(record, indent=2, default=str))
         draw_rows(rows, config.out / "benchmark.png")
         log.info("%s and benchmark.png beside it", config.out / "benchmark.json")
@@ -176,6 +191,24 @@ def inference_contestants(
             name = "ours, compiled" if mode == "default" else f"ours, compiled, {mode}"
             call = with_tf32(precision, lambda fast=fast: fast(images, sizes))
             found.append(("inference", name, precision, call, eager))
+    return [(*row[:3], without_gradient(row[3]), without_gradient(row[4])) for row in found]
+
+
+def published_contestants(
+    config: BenchmarkConfig, batch: int, precisions: tuple[str, ...], device: torch.device
+) -> list[Contestant]:
+    """The detectors of the 2019 comparison, eager and compiled, on the same images; R-50 comes first."""
+    images = torch.randint(0, 256, (batch, 3, *config.size), dtype=torch.uint8, device=device)
+    sizes = torch.tensor([config.size] * batch, device=device)
+    found = []
+    for row in PUBLISHED.values():
+        model = crowd(create_detector(row.model, variant="published", num_classes=CLASSES).to(device).eval())
+        model.to(memory_format=torch.channels_last)
+        eager = functools.partial(detect, model, images, sizes, Thresholds())
+        for precision in precisions:
+            fast = functools.partial(compile_detector(model, config.size, DTYPES[precision]), images, sizes)
+            found.append(("inference", f"{row.model}, eager", precision, within(precision, device, eager), eager))
+            found.append(("inference", f"{row.model}, compiled", precision, with_tf32(precision, fast), eager))
     return [(*row[:3], without_gradient(row[3]), without_gradient(row[4])) for row in found]
 
 
@@ -487,6 +520,25 @@ def format_rows(rows: list[Row]) -> list[str]:
             f"{r.task:9} {r.batch:5} {r.name:44} {r.precision:9} {r.seconds * 1e3:8.1f} {spread:17} {r.ratio:6.2f} "
             f"{r.images_per_s:9.2f} {r.memory_mib:8.0f} {r.kept_mib:8.0f} {r.gflop:7.0f} {r.of_peak:7.0%}"
         )
+    return lines
+
+
+def format_published(rows: list[Row]) -> list[str]:
+    """A table for each batch and precision has published and measured milliseconds, and their ratios to R-50."""
+    lines = []
+    for batch, precision in dict.fromkeys((row.batch, row.precision) for row in rows):
+        times = {row.name: row.seconds * 1e3 for row in rows if (row.batch, row.precision) == (batch, precision)}
+        first = next(iter(PUBLISHED.values()))
+        lines += [
+            f"The comparison of 2019, batch {batch}, {precision}: milliseconds, and ratio to {first.model}",
+            "preset   model                      published (TITAN Xp)           eager       compiled",
+        ]
+        for preset, row in PUBLISHED.items():
+            line = f"{preset:8} {row.model:26} {row.milliseconds:13.0f} {row.milliseconds / first.milliseconds:6.2f}"
+            for kind in ("eager", "compiled"):
+                time, reference = times[f"{row.model}, {kind}"], times[f"{first.model}, {kind}"]
+                line += f" {time:8.1f} {time / reference:5.2f}"
+            lines.append(line)
     return lines
 
 

@@ -50,7 +50,9 @@ def build_datasets(config: TrainConfig, plus_one: bool, rank: int, world_size: i
         barrier()
     train_set = CocoDataset(
         *find_split(config.data, "train"),
-        transforms=train_transforms(config.min_size, config.max_size, config.augment, plus_one=plus_one),
+        transforms=train_transforms(
+            config.min_size, config.max_size, config.augment, scale=config.zoom, plus_one=plus_one
+        ),
         drop_empty=config.drop_empty,
         plus_one=plus_one,
         skip_bad_images=config.skip_bad_images,
@@ -84,7 +86,9 @@ def build_model(
     neither `start` nor pretrained weights are needed again.
     """
     num_classes = len(class_names)
-    options: DetectorOptions = dict(class_names=class_names, min_size=config.test_size, max_size=config.max_size)
+    options: DetectorOptions = dict(
+        class_names=class_names, min_size=config.test_size, max_size=config.max_size, thresholds=None
+    )
     if saved is not None:
         return FCOS(**{**saved, "num_classes": num_classes, **options})
     if start is None:

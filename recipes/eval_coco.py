@@ -19,6 +19,7 @@ from scoring import score_dataset
 from vovnet_zoo import FCOS
 from vovnet_zoo.coco_eval import format_table, load_engine
 from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.inference import Precision
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,13 @@ class EvalConfig:
     size: int | None = None
     """Resize the shorter side to this many pixels; default: the size that the model's config names."""
     workers: int = 2
-    """Data loading processes per process."""
+    """Threads per process that decode and resize images while the network computes."""
+    batch_size: int = 1
+    """Images that the network sees together, at most; the detections do not depend on it."""
+    precision: Precision = "float32"
+    """Precision of the network (autocast)."""
+    compile: bool = False
+    """Compile the network with torch.compile, which takes minutes once."""
     device: str | None = None
     """torch device; default: the GPU where there is one."""
     engine: Literal["pycocotools", "faster"] = "pycocotools"
@@ -61,6 +68,9 @@ def main(config: EvalConfig) -> dict | None:
                 world_size,
                 stop=stop,
                 workers=config.workers,
+                batch_size=config.batch_size,
+                precision=config.precision,
+                compile=config.compile,
                 engine=config.engine,
             )
         if rank == 0:

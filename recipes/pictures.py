@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import resize
 
 from vovnet_zoo import FCOS, predict
 from vovnet_zoo.data import CocoDataset, Skipped
-from vovnet_zoo.draw import draw_detections
+from vovnet_zoo.draw import DISPLAY_SCORE, draw_detections
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -40,7 +40,12 @@ def draw_curves(rows: list[dict], path: Path) -> None:
 
 
 def draw_comparison(
-    model: FCOS, dataset: CocoDataset, path: Path, count: int = 8, height: int = 320, score_threshold: float = 0.5
+    model: FCOS,
+    dataset: CocoDataset,
+    path: Path,
+    count: int = 8,
+    height: int = 320,
+    score_threshold: float = DISPLAY_SCORE,
 ) -> None:
     """Draw the predictions of `count` images beside the truth, each `height` pixels high.
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
 from tqdm import tqdm
 
-from runtime import Stopped, StopSignal, all_reduce, gather, ignore_stop_signals
+from runtime import Stopped, StopSignal, all_reduce, gather
 from vovnet_zoo import FCOS, predict
-from vovnet_zoo.coco_eval import evaluate, gather_results, to_coco_results
+from vovnet_zoo.coco_eval import evaluate, gather_results
 from vovnet_zoo.data import CocoDataset, Skipped
+from vovnet_zoo.inference import Precision, padded_size
+from vovnet_zoo.sources import Frame
 
 LOOK_EVERY = 4  # images; so often do several processes tell each other of stop signals
 
@@ -26,35 +29,43 @@ def score_dataset(
     stop: StopSignal | None = None,
     note: Callable[[list[Skipped]], None] | None = None,
     workers: int = 2,
+    batch_size: int = 1,
+    precision: Precision = "float32",
+    compile: bool = False,
     engine: str = "pycocotools",
 ) -> tuple[list[dict], dict] | tuple[None, None]:
     """Run the detector on a dataset without transforms; returns COCO result rows and `coco_eval.evaluate`'s metrics.
 
-    The images are shared out over the processes. Rank 0 gathers the results; the others return (None, None).
+    The images are sorted by size, so that batches are full, and shared out over the processes. `workers`, `batch_size`,
+    `precision` and `compile` are arguments of `predict`. Rank 0 gathers the results; the others return (None, None).
     `Stopped` is raised, in all processes, a few images after one of them received a stop signal.
 
     Where the dataset skips images that cannot be read, they are given to `note`, and the others are scored;
     `ValueError` if there are no others.
     """
     device = next(model.parameters()).device
-    mine = range(rank, len(dataset), world_size)
+    by_size = sorted(range(len(dataset)), key=lambda index: padded_size(*dataset.sizes[index].tolist(), model.config))
+    mine = by_size[rank::world_size]
     share = len(range(0, len(dataset), world_size))  # of rank 0; other ranks may have one image less
-    # the workers ignore stop signals only where `stop` takes care of them, see `StopSignal.__exit__`
-    start_worker = ignore_stop_signals if stop else None
-    samples = iter(DataLoader(Subset(dataset, mine), batch_size=None, num_workers=workers, worker_init_fn=start_worker))
+    found = predict(
+        model,
+        (Frame(str(dataset.image_ids[index]), functools.partial(_read, dataset, index)) for index in mine),
+        stream=True,
+        batch_size=batch_size,
+        precision=precision,
+        compile=compile,
+        workers=workers,
+        on_error=functools.partial(_skip, note) if dataset.skip_bad_images and note else None,
+        score_threshold=0.0,
+    )
     rows, image_ids = [], []
-    for i in tqdm(range(share), desc="evaluate", unit="image", disable=rank > 0, leave=False):
-        if stop and (world_size == 1 or i % LOOK_EVERY == 0) and (number := stop.agreed(device)):
-            raise Stopped(128 + number)
-        if i < len(mine):
-            sample = next(samples)
-            if isinstance(sample, Skipped):
-                note([sample])
-                continue
-            image, target = sample
-            detections = predict(model, image.as_subclass(torch.Tensor))
-            rows += to_coco_results(detections, [target["image_id"]], dataset.category_ids, model.config["plus_one"])
-            image_ids.append(target["image_id"])
+    with contextlib.closing(found):
+        for i in tqdm(range(share), desc="evaluate", unit="image", disable=rank > 0, leave=False):
+            if stop and (world_size == 1 or i % LOOK_EVERY == 0) and (number := stop.agreed(device)):
+                raise Stopped(128 + number)
+            if (detection := next(found, None)) is not None:  # skipped images are not among them
+                image_ids.append(int(detection.source))
+                rows += detection.to_coco(image_ids[-1], dataset.category_ids)
     results, scored, metrics, stopped = gather_results(rows, image_ids), gather(image_ids), None, 0
     if not scored:
         raise ValueError(f"{dataset.images_dir}: none of the {len(dataset)} images could be read, nothing to score")
@@ -68,3 +79,14 @@ def score_dataset(
     if stop and (code := int(all_reduce(torch.tensor(stopped, device=device), torch.distributed.ReduceOp.MAX))):
         raise Stopped(code)  # in all processes
     return results, metrics
+
+
+def _read(dataset: CocoDataset, index: int) -> Tensor:
+    sample = dataset[index]
+    if isinstance(sample, Skipped):
+        raise ValueError(sample.reason)
+    return sample[0].as_subclass(Tensor)
+
+
+def _skip(note: Callable[[list[Skipped]], None], frame: Frame, error: ValueError) -> None:
+    note([Skipped(int(frame.name), str(error))])

@@ -16,14 +16,13 @@ from types import ModuleType
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from build import build_loader
 from memory import peak_memory
 from optim import set_lr
-from presets import PRESETS, TrainConfig
+from presets import TrainConfig, parse
 from run_folder import RunLog, draw_pictures, import_pictures, locked, note_not_finite, note_skipped
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from scoring import score_dataset
@@ -196,7 +195,14 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     note = functools.partial(note_skipped, config.out, progress.step)
     try:
         _, metrics = score_dataset(
-            run.averaged, run.val_set, run.rank, run.world_size, stop=stop, note=note, workers=config.workers
+            run.averaged,
+            run.val_set,
+            run.rank,
+            run.world_size,
+            stop=stop,
+            note=note,
+            workers=config.workers,
+            batch_size=max(1, config.batch_size // (run.world_size * config.accum)),  # fits, as a training step did
         )
     except Stopped:
         log.warning("stopped by a signal in the evaluation after step %d; the same command repeats it", progress.step)
@@ -239,4 +245,4 @@ def seed_of(*numbers: int) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, functools.partial(tyro.extras.overridable_config_cli, PRESETS, description=__doc__))
+    run_command(main, functools.partial(parse, description=__doc__))

@@ -17,8 +17,12 @@ from deterministic_weights import W, load_table, state_dict_from_table  # noqa: 
 ARCHS = archs()
 
 
-def published(form: str, arch: str = "vovnet27_slim") -> dict[str, Tensor]:
-    """Make a state dict of a form, which is a key of `convert.FORMS`."""
+SMALLEST = {form: "vovnetv2_19_slim_dw" if form == "authors_v2" else "vovnet27_slim" for form in convert.FORMS}
+
+
+def published(form: str, arch: str | None = None) -> dict[str, Tensor]:
+    """Make a state dict of a form, which is a key of `convert.FORMS`; by default of the smallest architecture."""
+    arch = arch or SMALLEST[form]
     if form == "authors_detector":
         return dict(state_dict_from_table(load_table(GOLDEN / "keys_fcos_v27.json")))
     net = timm.create_model(arch)

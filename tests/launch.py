@@ -6,10 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import tyro
-
 import train_coco
-from presets import PRESETS, TrainConfig
+from presets import TrainConfig, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 STORE_PER_RESTART = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see recipes/guides/training.md
@@ -40,7 +38,7 @@ def tiny_config(data: Path, out: Path) -> TrainConfig:
 
 def train_here(data: Path, out: Path, options: str = "") -> None:
     """Run the command in this process, which has imported torch already: that is most of a short run's time."""
-    config = tyro.extras.overridable_config_cli(PRESETS, args=[str(x) for x in train_command(data, out, options)[2:]])
+    config = parse([str(x) for x in train_command(data, out, options)[2:]])
     train_coco.main(config)
 
 

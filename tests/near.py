@@ -55,3 +55,16 @@ def sum_roundings(*modules: nn.Module) -> float:
     """
     layers = [m for module in modules for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     return sum(layer.weight[0].numel() for layer in layers) ** 0.5
+
+
+def assert_same_detections(ours: dict, theirs: dict, size: int) -> None:
+    """Each detection of the one is near a detection of the other: to 1e-4 in the score, and of the size in the box."""
+    assert ours["boxes"].shape == theirs["boxes"].shape and len(ours["scores"]) == len(theirs["scores"])
+    if len(ours["scores"]) == 0:
+        return
+    distance = (ours["boxes"][:, None] - theirs["boxes"]).abs().amax(-1) / size  # [N,N]
+    distance = distance.maximum((ours["scores"][:, None] - theirs["scores"]).abs())
+    distance = torch.where(ours["labels"][:, None] == theirs["labels"], distance, 1.0)
+    nearest = distance.argmin(1)
+    assert sorted(nearest.tolist()) == list(range(len(nearest)))
+    assert distance.amin(1).max() <= 1e-4

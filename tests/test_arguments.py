@@ -18,7 +18,7 @@ from samples import box, make_coco
 from torch import nn
 
 import vovnet_zoo
-from vovnet_zoo import convert, evaluation, kernels, nms, publish
+from vovnet_zoo import convert, detectors, evaluation, kernels, nms, publish
 from vovnet_zoo.data import CocoDataset
 from vovnet_zoo.draw import draw_detections
 from vovnet_zoo.hub import StrictHubMixin
@@ -48,7 +48,7 @@ class Row:
 
 
 def thresholds():
-    shares = dict.fromkeys(("score_threshold", "nms_threshold"), NOT_A_SHARE)
+    shares = dict.fromkeys(("score_threshold", "candidate_threshold", "nms_threshold"), NOT_A_SHARE)
     return {**shares, "topk": NOT_A_COUNT, "max_detections": NOT_A_COUNT}
 
 
@@ -288,10 +288,15 @@ def make_table(model, folder, coco) -> dict[str, Row]:
                     np.zeros((8, 8, 2), np.uint8),
                     np.zeros((8, 8)),
                 ],
+                **dict.fromkeys(("stream", "recursive", "compile"), NOT_A_FLAG),
+                batch_size=NOT_A_COUNT,
+                precision=["float16", None, 5],
+                workers=[-1, 1.5, "x", None, True],
+                on_error=[5, "skip"],
                 nosuch=[1],
                 **thresholds(),
             ),
-            {"images": "image"},
+            {"images": "image|source|path|nosuch.png"},
         ),  # fmt: skip
         # ---- data and evaluation
         "CocoDataset": Row(
@@ -390,10 +395,11 @@ def make_table(model, folder, coco) -> dict[str, Row]:
         # ---- convert and publish
         "convert": Row(
             convert.convert,
-            dict(checkpoint={}, archs={"a": [1, 1, 1, 1]}),
+            dict(checkpoint={}, archs=detectors.archs()),
             dict(
                 checkpoint=[None, 5, [], {5: zeros(1)}, {"a": 5}, {"a": zeros(1)}],
-                archs=[None, 5, {}, ["vovnet39"], {"a": 5}, {"a": ["x"]}, {"a": [10**9]}],
+                archs=[None, 5, {}, ["vovnet39"], {"a": 5}, {"a": ["x"]}],
+                part=["nosuch", None, 5],
             ),
             {"checkpoint": "checkpoint|state dict|format"},
             works=False,

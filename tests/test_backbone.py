@@ -1,9 +1,14 @@
 """Any timm model becomes a detector's backbone, or an error says why not."""
 
 import pytest
+import safetensors.torch
+import timm
 import torch
+from hub_server import Repo
 
 from vovnet_zoo import FCOSLoss, create_detector
+from vovnet_zoo.detectors import DETECTORS, STARTS
+from vovnet_zoo.vovnet import v2_cfgs
 
 BACKBONES = [
     "vovnet39",
@@ -47,3 +52,42 @@ def test_any_backbone_trains(backbone):
 def test_unusable_backbone_says_why(backbone, reason):
     with pytest.raises(ValueError, match=reason):
         create_detector("fcos", backbone=backbone, num_classes=3)
+
+
+MEAN = {"ese_vovnet57b.ra4_e3600_r256_in1k": [0.5, 0.5, 0.5]}
+STD = {"ese_vovnet57b.ra4_e3600_r256_in1k": [0.5, 0.5, 0.5]}
+
+
+@pytest.mark.parametrize("name", [name for name in STARTS if "ese" in name])
+def test_live_backbones(name, hub_on_loopback):
+    """`pretrained_backbone=True` takes the weights of `STARTS` from timm's repository, with their mean and std."""
+    start, options = STARTS[name], dict(channels=64, num_convs=1, num_classes=3)
+    torch.manual_seed(0)
+    weights = timm.create_model(start.split(".")[0]).state_dict()
+    files = {"model.safetensors": safetensors.torch.save(weights)}
+    hub_on_loopback.repos[f"timm/{start}"] = Repo(False, [("1" * 40, files, set(files))], {"main": "1" * 40})
+    for frozen_norm in (False, True):
+        model = create_detector(name, pretrained_backbone=True, frozen_norm=frozen_norm, **options)
+        assert model.config["backbone"] == DETECTORS[name]["backbone"]  # timm's name, without the tag
+        assert model.config["image_mean"] == MEAN.get(start, [0.485, 0.456, 0.406])
+        assert model.config["image_std"] == STD.get(start, [0.229, 0.224, 0.225])
+        for key, x in model.backbone.state_dict().items():
+            assert torch.equal(x, weights[key.replace("stem_", "stem.").replace("stages_", "stages.")]), key
+    assert f"GET /timm/{start}/resolve/main/model.safetensors" in hub_on_loopback.log
+    with pytest.raises(OSError):  # another backbone has weights of its own, which are not on this hub
+        create_detector(name, backbone="resnet18", pretrained_backbone=True, **options)
+    assert "HEAD /timm/resnet18.a1_in1k/resolve/main/model.safetensors" in hub_on_loopback.log
+
+
+@pytest.mark.parametrize("name", [name for name in STARTS if "res" in name])
+def test_rows_of_2019_start_from_torchvisions_weights(name, hub_on_loopback):
+    with pytest.raises(OSError):
+        create_detector(name, pretrained_backbone=True, channels=64, num_convs=1)
+    assert f"HEAD /timm/{name[5:-4]}.tv_in1k/resolve/main/model.safetensors" in hub_on_loopback.log
+
+
+def test_every_v2_body_has_a_detector():
+    for name, cfg in v2_cfgs.items():
+        with torch.device("meta"):
+            body = create_detector(f"fcos_{name}_fpn", channels=64, num_convs=1).backbone
+        assert body.feature_info.channels()[1:] == cfg["stage_out_chs"]

@@ -14,6 +14,7 @@ import torch
 import benchmark
 import benchmark_runtimes
 import profile_blocks
+from presets import PUBLISHED
 from vovnet_zoo import compile_detector, create_detector
 
 
@@ -56,6 +57,55 @@ def test_benchmark(tmp_path, capsys):
     assert record["cpu"]["capability"] == torch.backends.cpu.get_cpu_capability()
     assert f"CPU: {record['cpu']['model']}, PyTorch uses {record['cpu']['capability']}" in table
     assert (tmp_path / "benchmark.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_published_table(count, tmp_path, capsys, monkeypatch):
+    """The rows of the comparison run, at a small size and without tracing; ratios are to R-50 of the same kind."""
+    monkeypatch.setattr(benchmark, "PUBLISHED", dict(list(PUBLISHED.items())[:count]))
+
+    def compile_nothing(model, size, dtype):
+        return lambda images, sizes: benchmark.detect(model, images, sizes, benchmark.Thresholds())
+
+    monkeypatch.setattr(benchmark, "compile_detector", compile_nothing)
+    monkeypatch.setattr(benchmark, "measure_peak", lambda *args: {"matrix product": 100.0})
+    config = benchmark.BenchmarkConfig(table="published", size=(64, 64), rounds=1, device="cpu", out=tmp_path)
+    rows = benchmark.main(config)
+    models = [row.model for row in benchmark.PUBLISHED.values()]
+    assert models[0] == "fcos_resnet50_fpn" and len(models) == count
+    assert [row.name for row in rows] == [f"{model}, {kind}" for model in models for kind in ("eager", "compiled")]
+    assert {(row.task, row.precision, row.batch) for row in rows} == {("inference", "float32", 1)}
+    gflop = {row.name.split(",")[0]: row.gflop for row in rows}
+    assert len(set(gflop.values())) == count
+    record = json.loads((tmp_path / "benchmark.json").read_text())
+    assert record["config"]["table"] == "published" and record["config"]["size"] == [64, 64]
+    assert record["published"]["v39_1x"] == {"model": "fcos_vovnet39_fpn", "ap": 37.7, "milliseconds": 82}
+    found = [line.split() for line in capsys.readouterr().out.splitlines()]
+    lines = {words[0]: words for words in found if words and words[0] in benchmark.PUBLISHED}
+    assert list(lines) == list(benchmark.PUBLISHED)
+    times = {row.name: row.seconds for row in rows}
+    for preset, (model, _, milliseconds) in benchmark.PUBLISHED.items():
+        shown = [float(word) for word in lines[preset][2:]]
+        assert lines[preset][1] == model and shown[:2] == [milliseconds, round(milliseconds / 84, 2)]
+        for kind, (time, ratio) in {"eager": shown[2:4], "compiled": shown[4:6]}.items():
+            assert time == pytest.approx(times[f"{model}, {kind}"] * 1e3, abs=0.06)
+            assert ratio == pytest.approx(times[f"{model}, {kind}"] / times[f"{models[0]}, {kind}"], abs=0.006)
+
+
+def test_default_sizes_of_the_tables(monkeypatch):
+    seen = []
+
+    def stop(config, batch, precisions, device):
+        seen.append((config.size, batch, precisions))
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(benchmark, "published_contestants", stop)
+    monkeypatch.setattr(benchmark, "training_contestants", stop)
+    monkeypatch.setattr(benchmark, "measure_peak", lambda *args: {"matrix product": 100.0})
+    for options in (dict(table="published"), dict(what=("training",))):
+        with pytest.raises(ZeroDivisionError):
+            benchmark.main(benchmark.BenchmarkConfig(device="cpu", **options))
+    assert seen == [((800, 1088), 1, ("float32",)), ((640, 640), 2, ("float32", "bf16"))]
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,13 @@ import sys
 import pytest
 import timm
 import torch
+from checkpoints import published as published_form
 from PIL import Image
 
-from vovnet_zoo import cli, hub
+from vovnet_zoo import FCOS, cli, hub, results
 from vovnet_zoo import weights as published
+from vovnet_zoo.predict_files import unique
+from vovnet_zoo.vovnet import VovNetV2
 
 
 @pytest.fixture
@@ -61,21 +64,72 @@ def test_help(run):
 def test_predict(run, folder, images, tmp_path):
     status, out, err = run("predict", *images, "--model", folder, "--out", tmp_path / "out")
     assert status == 0, err
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"x.png", "x_2.png", "y.png", "detections.json"}
-    assert Image.open(tmp_path / "out" / "y.png").size == (200, 100)
-    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"x.jpg", "x_2.jpg", "y.jpg", "detections.jsonl"}
+    assert Image.open(tmp_path / "out" / "y.jpg").size == (400, 200)  # enlarged, so that its labels can be read
+    rows = lines(tmp_path / "out")
     assert [row["image"] for row in rows] == [str(path) for path in images]
     for row in rows:
         assert len(row["boxes"]) == len(row["scores"]) == len(row["labels"]) == len(row["names"]) > 0
         assert min(row["scores"]) >= 0.3 and set(row["names"]) <= {"cat", "dog"}
     assert run("predict", images[0], "--model", folder, "--out", tmp_path / "one", "--max-detections", "1")[0] == 0
-    assert len(json.loads((tmp_path / "one" / "detections.json").read_text())[0]["boxes"]) == 1 < len(rows[0]["boxes"])
-    assert run("predict", images[0], "--model", folder, "--out", tmp_path / "none", "--score", "0.999")[0] == 0
-    assert json.loads((tmp_path / "none" / "detections.json").read_text())[0]["boxes"] == []
+    assert len(lines(tmp_path / "one")[0]["boxes"]) == 1 < len(rows[0]["boxes"])
+    options = ["--out", tmp_path / "none", "--score", "0.999", "--save-pictures", "none"]
+    status, out, _ = run("predict", images[0], "--model", folder, *options)
+    best = f"{max(rows[0]['scores']):.2f}"
+    assert status == 0 and f"0 detections; the best score, {best}, is below the threshold 0.999" in out
+    assert lines(tmp_path / "none")[0]["boxes"] == [] and len(list((tmp_path / "none").iterdir())) == 1
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "detections.jsonl").read_text().splitlines()]
+
+
+def test_predict_goes_on_after_a_bad_file(run, folder, images, tmp_path):
+    """Folders and patterns; what is bad is named on stderr, and nothing else is lost."""
+    (tmp_path / "a" / "bad.png").write_bytes(b"not an image")
+    wanted = [str(tmp_path / name) for name in ("a/x.png", "b/x.jpg", "y.png")]
+    options = ["--model", folder, "--batch-size", "2", "--out"]
+    status, out, err = run("predict", tmp_path / "a", tmp_path / "b", tmp_path / "*.png", *options, tmp_path / "out")
+    assert status == 1 and "a/bad.png: not an image" in err and "3 of 4 images" in out
+    assert [row["image"] for row in lines(tmp_path / "out")] == wanted
+    status, out, err = run("predict", tmp_path / "*.bmp", *options, tmp_path / "out2")
+    assert status == 2 and "no image matches" in err and not (tmp_path / "out2").exists()
+    assert run("predict", *options, tmp_path / "out2")[0] == 2
+
+
+def test_predict_is_interrupted(run, folder, images, tmp_path, monkeypatch, capsys):
+    """The lines of the images before Ctrl-C are there."""
+    drawn, draw = [], results.ImageDetections.draw
+
+    def interrupted(*arguments, **options):
+        drawn.append(1)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return draw(*arguments, **options)
+
+    monkeypatch.setattr(results.ImageDetections, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("predict", *images, "--model", folder, "--out", tmp_path / "out")
+    assert [row["image"] for row in lines(tmp_path / "out")] == [str(path) for path in images[:2]]
+    assert "2 of 3 images" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"x.jpg", "x_2.jpg", "detections.jsonl"}
+
+
+def test_predict_uses_the_models_thresholds(run, folder, images, tmp_path):
+    model = FCOS.from_pretrained(folder, thresholds={"cat": 1.0, "dog": 0.1})
+    model.save_pretrained(tmp_path / "strict")
+    assert run("predict", images[0], "--model", tmp_path / "strict", "--out", tmp_path / "out")[0] == 0
+    assert set(lines(tmp_path / "out")[0]["names"]) == {"dog"}
+    options = ["--out", tmp_path / "all", "--score", "0.1"]
+    assert run("predict", images[0], "--model", tmp_path / "strict", *options)[0] == 0
+    assert set(lines(tmp_path / "all")[0]["names"]) == {"cat", "dog"}
 
 
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+PNG = ["--save-pictures", "png"]
 
 
 def test_predict_writes_over_nothing_of_the_user(run, folder, images, tmp_path):
@@ -85,7 +139,7 @@ def test_predict_writes_over_nothing_of_the_user(run, folder, images, tmp_path):
     images[0].rename(work / "photo.png")
     Image.new("RGB", (64, 64), "red").save(work / "cat.jpg")
     (work / "other.png").hardlink_to(work / "photo.png")
-    for name in ("cat.png", "detections.json"):
+    for name in ("cat.png", "detections.jsonl"):
         (work / name).write_text("mine")
     before = content(work)
     again = work / ".." / "work"
@@ -95,20 +149,20 @@ def test_predict_writes_over_nothing_of_the_user(run, folder, images, tmp_path):
         ("other.png", ["--overwrite"], "other.png: the result would be written over the input"),
         ("cat.jpg", [], "cat.png is there already"),
     ]:
-        status, _, err = run("predict", again / image, "--model", folder, "--out", work, *options)
+        status, _, err = run("predict", again / image, "--model", folder, "--out", work, *PNG, *options)
         assert status == 2 and message in err and content(work) == before
     (work / "cat.png").unlink()
-    status, _, err = run("predict", work / "cat.jpg", "--model", folder, "--out", work)
-    assert status == 2 and "detections.json is there already" in err
+    status, _, err = run("predict", work / "cat.jpg", "--model", folder, "--out", work, *PNG)
+    assert status == 2 and "detections.jsonl is there already" in err
     (work / "cat.png").symlink_to("photo.png")
-    assert run("predict", work / "cat.jpg", "--model", folder, "--out", work, "--overwrite")[0] == 0
+    assert run("predict", work / "cat.jpg", "--model", folder, "--out", work, *PNG, "--overwrite")[0] == 0
     assert (work / "photo.png").read_bytes() == before["photo.png"] and not (work / "cat.png").is_symlink()
-    assert json.loads((work / "detections.json").read_text())[0]["picture"] == "cat.png"
+    assert lines(work)[0]["picture"] == "cat.png"
 
 
 def test_pictures_differ_on_any_file_system():
     taken = set()
-    assert [cli.unique(stem, taken) for stem in ("a", "A", "a_2", "b")] == ["a", "A_2", "a_2_2", "b"]
+    assert [unique(stem, taken) for stem in ("a", "A", "a_2", "b")] == ["a", "A_2", "a_2_2", "b"]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +201,24 @@ def test_convert(run, tmp_path):
     assert status == 2 and "over the input" in err and content(tmp_path / "out") == before
     assert run("convert", tmp_path / "w.pth", tmp_path / "out", "--overwrite")[0] == 0
     assert content(tmp_path / "out")[hub.WEIGHTS] != before[hub.WEIGHTS]
+
+
+@pytest.mark.parametrize("prefix", ["backbone.bottom_up.", "img_backbone.", ""])
+def test_convert_a_v2_body_of_a_detector(run, tmp_path, prefix):
+    body = {prefix + name: x for name, x in published_form("authors_v2").items()}
+    beside = {"neck.lateral.weight": torch.zeros(3), "head.cls.bias": torch.zeros(1)}
+    torch.save({"state_dict": body | beside}, tmp_path / "w.pth")
+    status, _, err = run("convert", tmp_path / "w.pth", tmp_path / "out")
+    assert status == 2 and "unexpected" in err and "--part backbone" in err
+    status, out, err = run("convert", tmp_path / "w.pth", tmp_path / "out", "--part", "backbone")
+    assert status == 0 and "left out 2 tensors" in out and all(name in out for name in beside), err
+    card = (tmp_path / "out" / hub.CARD).read_text()
+    assert "import vovnet_zoo" in card and "2 tensors beside the backbone" in card
+    net = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert type(net) is VovNetV2
+    assert torch.equal(net.stem[0].conv.weight, body[f"{prefix}stem.stem_1/conv.weight"])
+    status, out, err = run("convert", tmp_path / "w.pth", tmp_path / "out", "--part", "backbone", "--overwrite")
+    assert status == 0, err
 
 
 def test_check_data(tiny_coco, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from vovnet_zoo.data import normalize
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import use_winograd
 
-BACKBONES = ["vovnet39", "ese_vovnet39b", "resnet50"]
+BACKBONES = ["vovnet39", "vovnetv2_19_slim", "vovnetv2_19_slim_dw", "resnet50"]
 SIZES = [(64, 96), (96, 64), (128, 160)]
 
 
@@ -127,7 +127,7 @@ def test_options_and_bad_input():
     model, published = (busy(create_detector("fcos", plus_one=plus_one, **kwargs)) for plus_one in (False, True))
     published.load_state_dict(model.state_dict())
     images, sizes = images_and_sizes(3, (64, 96))
-    options = dict(score_threshold=0.3, nms_threshold=0.4, topk=50, max_detections=7)
+    options = dict(candidate_threshold=0.3, score_threshold=0.35, nms_threshold=0.4, topk=50, max_detections=7)
     largest = []
     for detector in (model, published):
         found = compile_detector(detector, (64, 96), backend="eager", **options)(images, sizes)

@@ -8,13 +8,13 @@ import pytest
 import pytorchcv.models.vovnet
 import timm
 import torch
-from checkpoints import ARCHS, published
+from checkpoints import ARCHS, SMALLEST, published
 
 import vovnet_zoo
 from vovnet_zoo import convert, detectors, hub, publish
 from vovnet_zoo.detectors import build_converted
 from vovnet_zoo.files import write_safetensors
-from vovnet_zoo.vovnet import checkpoint_filter_fn
+from vovnet_zoo.vovnet import checkpoint_filter_fn, layout_of
 
 
 @pytest.fixture(scope="module", params=list(convert.FORMS))
@@ -37,13 +37,20 @@ def broken(checkpoint):
 
 def test_form_and_architecture_are_read_off(form, checkpoint):
     converted = convert.convert(checkpoint, ARCHS)
-    assert (converted.form, converted.arch) == (form, "vovnet27_slim")
+    assert (converted.form, converted.arch) == (form, SMALLEST[form])
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("kind", ["authors", "pytorchcv", "timm"])
+@pytest.mark.parametrize(
+    "arch, kind",
+    [
+        (arch, kind)
+        for arch, layout in ARCHS.items()
+        for kind in (["authors_v2", "timm"] if layout.ese else ["authors", "pytorchcv", "timm"])
+    ],
+)
 def test_every_architecture(arch, kind):
-    net = timm.create_model(arch)
+    net = timm.create_model(arch, num_classes=0 if kind == "authors_v2" else 1000)
+    assert layout_of(net) == ARCHS[arch]
     table = convert.names(kind, ARCHS[arch])
     assert set(table.values()) == set(net.state_dict()) and len(set(table.values())) == len(table)
     ours = net.state_dict()
@@ -88,10 +95,10 @@ def test_other_tensors_beside_the_weights_are_named(checkpoint):
         convert.convert({"model": checkpoint, "averaged": {"w": torch.zeros(1)}}, ARCHS)
 
 
-def test_any_tensor_missing_or_renamed_is_named(checkpoint):
+def test_any_tensor_missing_or_renamed_is_named(form, checkpoint):
     for name, weights in broken(checkpoint):
         with pytest.raises(ValueError) as error:
-            convert.convert(weights, {"vovnet27_slim": ARCHS["vovnet27_slim"]})
+            convert.convert(weights, {SMALLEST[form]: ARCHS[SMALLEST[form]]})
         assert name in str(error.value) and len(weights) - len(checkpoint) in (0, -1)
         assert (name + "x" in str(error.value)) == (name + "x" in weights)
 
@@ -146,7 +153,7 @@ def test_wrong_shape_is_named(form, checkpoint):
     else:
         with pytest.raises(RuntimeError, match="stem.0.conv.weight"):
             timm.create_model(
-                "vovnet27_slim", pretrained=True, pretrained_cfg_overlay=dict(state_dict=converted.state_dict)
+                SMALLEST[form], pretrained=True, pretrained_cfg_overlay=dict(state_dict=converted.state_dict)
             )
 
 
@@ -165,6 +172,60 @@ def test_optional_parts():
     name = next(key for key in weights if "num_batches" in key)
     with pytest.raises(ValueError, match=name):
         convert.convert({key: x for key, x in weights.items() if key != name}, ARCHS)
+
+
+PREFIXES = ["", "backbone.bottom_up.", "img_backbone.", "backbone.", "model.module.anything."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_any_prefix_of_a_v2_body(prefix):
+    weights = published("authors_v2")
+    wanted = convert.convert(weights, ARCHS)
+    alone = {prefix + name: x for name, x in weights.items()}
+    beside = {
+        "neck.0.weight": torch.zeros(2),
+        f"{prefix}classifier.weight": torch.zeros(2),
+        "a.0": torch.zeros(2).half(),
+    }
+    for checkpoint, part, left_out in [
+        (alone, "all", []),
+        (alone, "backbone", []),
+        ({"state_dict": alone | beside}, "backbone", list(beside)),
+    ]:
+        found = convert.convert(checkpoint, ARCHS, part)
+        assert found[:2] == wanted[:2] and found.left_out == left_out
+        assert found.state_dict.keys() == wanted.state_dict.keys()
+        assert all(torch.equal(found.state_dict[name], x) for name, x in wanted.state_dict.items())
+    with pytest.raises(ValueError, match=r"unexpected: 3 tensors .*neck.0.weight.*--part backbone"):
+        convert.convert(alone | beside, ARCHS)
+    extra = {f"{prefix}stage2.OSA2_1.more.weight": torch.zeros(2)}  # in the body: nobody knows what it is for
+    with pytest.raises(ValueError, match="unexpected: stage2.OSA2_1.more.weight"):
+        convert.convert(alone | beside | extra, ARCHS, "backbone")
+    fewer = {name: x for name, x in (alone | beside).items() if "ese.fc.bias" not in name}
+    with pytest.raises(ValueError, match="missing: stage2.OSA2_1.ese.fc.bias"):
+        convert.convert(fewer, ARCHS, "backbone")
+
+
+def test_bodies_with_the_same_names_differ_in_width():
+    """V-19 and V-19-slim have the same names."""
+    for arch in ("vovnetv2_19", "vovnetv2_19_slim"):
+        converted = convert.convert(published("authors_v2", arch), ARCHS)
+        assert converted.arch == arch
+        timm.create_model(arch, num_classes=0).load_state_dict(converted.state_dict, strict=True)
+
+
+@pytest.mark.parametrize(
+    "checkpoint, part",
+    [
+        (published("authors"), "backbone"),
+        ({f"{p}.{name}": x for p in "ab" for name, x in published("authors_v2").items()}, "backbone"),
+        (published("authors_v2"), "head"),
+    ],
+    ids=["V1", "two bodies", "no part"],
+)
+def test_no_body_to_take(checkpoint, part):
+    with pytest.raises(ValueError, match="part="):
+        convert.convert(checkpoint, ARCHS, part)
 
 
 def test_fold_needs_positive_variances():

@@ -68,13 +68,14 @@ def test_a_signal_in_an_evaluation(config, monkeypatch, workers):
     train_coco.main(undisturbed)
     predict, scored = scoring.predict, []
 
-    def stopped(model, image, **options):
-        for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
-            for _ in range(2):
-                os.kill(process.pid, signal.SIGTERM)
-        time.sleep(0.2)
-        scored.append(image)
-        return predict(model, image, **options)
+    def stopped(model, images, **options):
+        for found in predict(model, images, **options):
+            for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                for _ in range(2):
+                    os.kill(process.pid, signal.SIGTERM)
+            time.sleep(0.2)
+            scored.append(found)
+            yield found
 
     monkeypatch.setattr(scoring, "predict", stopped)
     for start in (1, 2):  # in the middle of the run, and at its next start, which begins with the evaluation
@@ -287,9 +288,10 @@ def stop_rank(rank: int, config: TrainConfig, port: int) -> None:
     real, scoring.LOOK_EVERY = scoring.predict, 1
 
     def predict(*arguments, **options):
-        if rank == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments, **options)
+        for found in real(*arguments, **options):
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield found
 
     scoring.predict = predict
     with pytest.raises(SystemExit) as error:

@@ -18,6 +18,15 @@ def test_parameter_count_of_the_published_detector():
     assert sum(b.numel() for b in model.buffers()) == 40_832
 
 
+def test_a_detector_says_what_it_is():
+    model = tiny(num_classes=4, class_names=["cat", "dog", "cow", "pig"])
+    assert (model.class_names, model.num_classes) == (["cat", "dog", "cow", "pig"], 4)
+    assert repr(model).startswith("FCOS(resnet10t, 4 classes (cat, dog, cow, ..), short side 800 px, ")
+    assert "\n" not in repr(model) and repr(model).endswith("M parameters)")
+    model = tiny(num_classes=4)
+    assert model.class_names is None and "resnet10t, 4 classes, short" in repr(model)
+
+
 def test_points_lie_at_cell_centres():
     points, strides = make_points([(2, 3), (1, 2)], [8, 16], "cpu")
     assert points.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12], [8, 8], [24, 8]]

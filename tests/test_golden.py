@@ -27,11 +27,11 @@ from torchvision.ops import sigmoid_focal_loss
 import vovnet_zoo
 from vovnet_zoo import convert
 from vovnet_zoo.data import coco_to_xyxy, collate, hflip_boxes, normalize, resize_size
+from vovnet_zoo.detectors import archs
 from vovnet_zoo.evaluation import to_coco_results
 from vovnet_zoo.fcos import Predictions, make_points
 from vovnet_zoo.loss import centerness_targets, iou_loss
 from vovnet_zoo.nms import class_nms
-from vovnet_zoo.vovnet import model_cfgs
 
 TESTS = Path(__file__).parent
 sys.path.insert(0, str(TESTS / "golden"))
@@ -40,7 +40,7 @@ from deterministic_weights import state_dict_from_table  # noqa: E402
 from optim import create_optimizer, set_lr  # noqa: E402
 from presets import PRESETS  # noqa: E402
 
-ARCHS = {name: cfg["block_per_stage"] for name, cfg in model_cfgs.items()}
+ARCHS = archs()
 FOLDERS = [TESTS / "golden", Path(os.environ.get("VOVNET_ZOO_GOLDEN", TESTS.parents[1] / "shared" / "golden"))]
 FILES = {path.stem: path for folder in reversed(FOLDERS) for path in sorted(folder.glob("golden_*.safetensors"))}
 DETECTORS = [name for name in FILES if name.startswith("golden_fcos_v")]
@@ -49,7 +49,14 @@ CLASSIFIERS = [name for name in FILES if name.startswith("golden_vovnet")]
 QUICK = "golden_fcos_v27_synthetic"
 TRAINED = [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DETECTORS]
 
+V2_BODIES = {  # the folder of each
+    path.stem.removeprefix("keys_vovnetv2_"): folder
+    for folder in reversed(FOLDERS)
+    for path in sorted(folder.glob("keys_vovnetv2_*.json"))
+}
+
 detectors = pytest.mark.parametrize("name", DETECTORS)
+v2_bodies = pytest.mark.parametrize("body", V2_BODIES)
 classifiers = pytest.mark.parametrize("name", CLASSIFIERS)
 CENTERNESS = 4  # roundings of a centerness target: two quotients, their product, its root
 FLIPS = (
@@ -214,6 +221,112 @@ def test_weights_are_those_of_the_fixture(name):
     assert_near(sums[1], wanted[1], 3, wanted[1])
 
 
+# ---- VoVNetV2 bodies
+
+
+@v2_bodies
+def test_v2_body(body):
+    """A body with its published names under a prefix is converted, and gives the published maps."""
+    arrays, published, model = v2(body)
+    sums = [torch.stack([f(w.double()).sum() for w in published.values()]) for f in (torch.abs, lambda w: w)]
+    assert_near(sums[1], arrays[f"{body}/weights/sum"], 3, sums[0])
+    with torch.inference_mode():
+        check_v2_maps(model, body, range(5))
+
+
+@v2_bodies
+def test_v2_bounds_catch_mistakes(body):
+    """Each of these networks takes the same weights and is another one."""
+    arrays, _, model = v2(body)
+    with torch.inference_mode():
+        for mistake, first in ((forget_attention, 1), (leave_half_a_sigmoid, 1), (add_norm_eps, 0)):
+            other = copy.deepcopy(model)
+            mistake(other)
+            for stage in range(first, 5):
+                with pytest.raises(AssertionError, match="/stats.* roundings away"):
+                    check_v2_maps(other, body, [stage])
+    if body == "V-39-eSE":
+        other = timm.create_model("ese_vovnet39b", num_classes=0).eval()  # eSE in a stage's last block only
+        other.load_state_dict(
+            {name: x for name, x in model.state_dict().items() if name in other.state_dict()}, strict=True
+        )
+        check_v2_maps(other, body, [0, 1, 2])  # these stages have one block
+        with pytest.raises(AssertionError, match="/stats.* roundings away"):
+            check_v2_maps(other, body, [3])
+
+
+@pytest.mark.parametrize("name", json.loads((TESTS / "golden" / "meta_vovnetv2.json").read_text()))
+def test_v2_counts(name):
+    meta = json.loads((TESTS / "golden" / "meta_vovnetv2.json").read_text())[name]
+    with torch.device("meta"):
+        model = timm.create_model(v2_name(name), num_classes=0)
+        maps = v2_maps(model, torch.empty(1, 3, 64, 96))
+    tensors = model.state_dict()
+    norms = {key: x for key, x in tensors.items() if ".bn." in key and "num_batches" not in key}
+    convs = {key: x for key, x in tensors.items() if ".bn." not in key}
+    assert sum(x.numel() for x in convs.values()) == meta["conv_params"]
+    assert sum(x.numel() for x in norms.values()) == meta["norm_buffer_elements"]
+    published = convert.names("authors_v2", ARCHS[v2_name(name)])
+    assert len([key for key in published if "num_batches" not in key]) == meta["keys"] == len(norms) + len(convs)
+    names = ["stem", "stage2", "stage3", "stage4", "stage5"]
+    assert {name: x.shape[1] for name, x in zip(names, maps, strict=True)} == meta["out_channels"]
+    assert {name: 64 // x.shape[2] for name, x in zip(names, maps, strict=True)} == meta["out_strides"]
+
+
+def v2_name(body):
+    """V-19-slim-dw-eSE -> vovnetv2_19_slim_dw"""
+    return "vovnetv2_" + body.removeprefix("V-").removesuffix("-eSE").replace("-", "_")
+
+
+@functools.cache
+def v2(body):
+    """Arrays of a body, its published weights, and the model that they convert to."""
+    folder = V2_BODIES[body]
+    published = state_dict_from_table(json.loads((folder / f"keys_vovnetv2_{body}.json").read_text()))
+    converted = convert.convert({f"backbone.bottom_up.{name}": x for name, x in published.items()}, ARCHS)
+    assert converted.arch == v2_name(body)
+    model = timm.create_model(converted.arch, num_classes=0)
+    model.load_state_dict(converted.state_dict, strict=True)
+    return load_file(folder / "bodies_vovnetv2.safetensors"), published, model.eval()
+
+
+def v2_maps(model, images):
+    """The output of the stem, and of each stage."""
+    maps = [model.stem(images)]
+    for stage in model.stages:
+        maps.append(stage(maps[-1]))
+    return maps
+
+
+def check_v2_maps(model, body, places):
+    """The maps at these places, 0 for the stem and 1 for stage 2, are the published ones."""
+    arrays, images = v2(body)[0], torch.randn(1, 3, 192, 224, generator=torch.Generator().manual_seed(2))
+    if "input" in arrays:
+        assert_near(arrays["input"], images, 3, what="input")
+        images = arrays["input"]
+    maps = v2_maps(model, images)
+    for i in places:
+        key, roundings = ("stem", *(f"stage{j}" for j in range(2, 6)))[i], sum_roundings(model.stem, *model.stages[:i])
+        check_map(maps[i], arrays, f"{body}/{key}", roundings)
+        if i == 4:
+            assert_near(maps[4].mean((2, 3))[0], arrays[f"{body}/{key}/pooled"], roundings, what=f"{body}/pooled")
+
+
+def forget_attention(model):
+    for stage in model.stages:
+        stage.blocks[0].attn = None
+
+
+def leave_half_a_sigmoid(model):
+    for block in (block for stage in model.stages for block in stage.blocks):
+        block.attn.gate = torch.nn.Sigmoid()
+
+
+def add_norm_eps(model):
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_var += norm.eps
+
+
 # ---- detectors: forward and detections
 
 
@@ -257,7 +370,7 @@ def test_detections(name):
         (found,) = vovnet_zoo.postprocess(out.preds, out.size, plus_one=True)
         check_detections(found, arrays, f"{image}/det", roundings)
         if f"{image}/det_th002/boxes" in arrays:
-            (low,) = vovnet_zoo.postprocess(out.preds, out.size, plus_one=True, score_threshold=0.02)
+            (low,) = vovnet_zoo.postprocess(out.preds, out.size, plus_one=True, candidate_threshold=0.02)
             check_detections(low, arrays, f"{image}/det_th002", roundings)
 
         (h, w), (width, height) = out.size[0].tolist(), arrays[f"{image}/orig_size_wh"].tolist()
@@ -489,8 +602,8 @@ def ops():
     [
         ("default", {}),
         ("top50_per_level_keep20", dict(topk=50, max_detections=20)),
-        ("nms03_th03", dict(nms_threshold=0.3, score_threshold=0.3)),
-        ("none_above", dict(score_threshold=0.9999)),
+        ("nms03_th03", dict(nms_threshold=0.3, candidate_threshold=0.3)),
+        ("none_above", dict(candidate_threshold=0.9999)),
     ],
 )
 def test_postprocess(ops, case, options):

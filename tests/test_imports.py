@@ -15,12 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # The rooms of the library, which are its modules and its folders, from the ground up.
 # A room may import rooms of the lines before its own only.
 LAYERS = [
-    {"arguments", "backbone", "commands", "config", "convert", "draw", "files", "version"},
+    {"arguments", "backbone", "batching", "commands", "config", "convert", "files", "version"},
     {"data", "hub", "kernels"},
     {"nms"},
-    {"fcos", "weights"},
+    {"fcos", "sources", "weights"},
+    {"draw"},
+    {"results"},
     {"inference", "loss", "vovnet"},
-    {"compiled", "detectors", "evaluation"},
+    {"compiled", "detectors", "evaluation", "predict_files"},
     {"publish"},
     {"__init__", "check_data", "cli", "coco_eval"},  # check_data and coco_eval are former paths of moved modules
 ]
@@ -31,9 +33,12 @@ ONLY = {  # rooms that may import even less
     "fcos": {"arguments", "backbone", "config", "hub"},
     "weights": {"files"},
     "loss": {"arguments", "config", "fcos"},
-    "inference": {"arguments", "data", "fcos", "nms"},
+    "sources": {"arguments", "data", "files"},
+    "draw": {"sources"},
+    "results": {"arguments", "draw", "sources"},
+    "inference": {"arguments", "batching", "config", "data", "fcos", "nms", "results", "sources"},
     "vovnet": {"convert", "files", "hub", "weights"},
-    "evaluation": {"arguments", "data", "fcos", "files", "inference"},
+    "evaluation": {"arguments", "data", "fcos", "files", "inference", "results"},
 }
 
 

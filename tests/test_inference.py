@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torchvision.ops import batched_nms
 
-from vovnet_zoo import FCOS, Predictions, create_detector, postprocess, predict
+from vovnet_zoo import FCOS, Predictions, compile_detector, create_detector, postprocess, predict
 from vovnet_zoo.fcos import make_points
 
 STRIDES = [8, 16, 32, 64, 128]
@@ -61,6 +61,39 @@ def test_limits():
             postprocess(preds, wrong)
 
 
+def test_score_threshold_is_compared_with_the_returned_score():
+    """A probable class at a bad centre scores less than one that is less probable at a good centre."""
+    preds = blank(1, 128, 160, 3)
+    plant(preds, 0, (36, 36), (20, 20, 50, 50), 0, probability=0.9, centerness=0.016)  # scores 0.12
+    plant(preds, 0, (100, 60), (90, 40, 130, 90), 1, probability=0.25, centerness=0.81)  # scores 0.45
+    plant(preds, 0, (100, 100), (90, 90, 130, 120), 2, probability=0.04, centerness=0.99)  # scores 0.2, no candidate
+    sizes = [(128, 160)]
+    scores = {name: postprocess(preds, sizes, **options)[0]["scores"] for name, options in {
+        "all": dict(candidate_threshold=0.0), "default": {}, "0.3": dict(score_threshold=0.3),
+        "none": dict(score_threshold=0.46), "each": dict(score_threshold=torch.tensor([0.1, 0.5, 0.0])),
+    }.items()}  # fmt: skip
+    assert scores["all"][:3].tolist() == pytest.approx([0.45, 0.199, 0.12], abs=1e-3)
+    assert scores["default"].tolist() == pytest.approx([0.45, 0.12], abs=1e-3)
+    assert scores["0.3"].tolist() == pytest.approx([0.45], abs=1e-3) and scores["none"].tolist() == []
+    assert scores["each"].tolist() == pytest.approx([0.12], abs=1e-3)
+    best = scores["default"][0].item()
+    assert len(postprocess(preds, sizes, score_threshold=best)[0]["scores"]) == 1  # at least this, so itself too
+    for wrong, message in ((torch.ones(2), r"tensor \[3\], got \[2\]"), ({"cat": 0.5}, "by class name")):
+        with pytest.raises(ValueError, match=message):
+            postprocess(preds, sizes, score_threshold=wrong)
+
+
+def test_a_class_with_a_high_threshold_takes_no_places_of_others():
+    """Neither among the candidates of a level nor among the detections of an image."""
+    preds = blank(1, 64, 64, 2)
+    for i in range(6):
+        plant(preds, 0, (4 + 8 * i, 4), (8 * i, 0, 8 * i + 8, 8), 0, 0.8, 0.8)
+        plant(preds, 0, (4 + 8 * i, 20), (8 * i, 16, 8 * i + 8, 24), 1, 0.5, 0.5)
+    for limit in ("topk", "max_detections"):
+        (found,) = postprocess(preds, [(64, 64)], score_threshold=torch.tensor([0.9, 0.4]), **{limit: 4})
+        assert found["labels"].tolist() == [1] * 4
+
+
 def test_same_box_of_two_classes_survives_nms():
     preds = blank(1, 64, 64, 3)
     for label in (0, 1):
@@ -97,7 +130,7 @@ def test_predict_takes_every_kind_of_image(model, tmp_path):
 
 def test_predict_is_in_original_pixels(model):
     image = torch.randint(0, 256, (3, 100, 300), dtype=torch.uint8)
-    (found,) = predict(model, image, score_threshold=0.01)
+    (found,) = predict(model, image, candidate_threshold=0.01)
     assert (found["boxes"] >= 0).all()
     assert (found["boxes"][:, 2] <= 300 + 1e-3).all() and (found["boxes"][:, 3] <= 100 + 1e-3).all()
     assert found["boxes"][:, 2].max() > 200  # beyond the 128 pixels the network saw
@@ -109,7 +142,7 @@ def test_predict_follows_the_pixel_convention_of_the_model(model):
     for plus_one, right_bottom in ((False, [96, 64]), (True, [95, 63])):
         detector = FCOS(**{**model.config, "plus_one": plus_one})
         torch.nn.init.constant_(detector.head.box_distances.bias, 20.0)  # all boxes are larger than the image
-        (found,) = predict(detector, image, score_threshold=0.01)
+        (found,) = predict(detector, image, candidate_threshold=0.01)
         assert found["boxes"].amax(0).tolist() == [0, 0, *right_bottom]
 
 
@@ -118,6 +151,33 @@ def test_a_misspelt_option_is_an_error(model):
         predict(model, torch.zeros(3, 64, 64, dtype=torch.uint8), score_treshold=0.5)
     with pytest.raises(TypeError, match="score_treshold"):
         postprocess(blank(1, 64, 64, 3), [(64, 64)], score_treshold=0.5)
+
+
+def test_thresholds_by_class_name(model):
+    """They come with the call or with the model's config, and the call wins."""
+    detector = FCOS(**{**model.config, "class_names": ["cat", "dog", "cow"]})
+    detector.load_state_dict(model.state_dict())
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    (found,) = predict(detector, image, max_detections=1000)
+    scores = [found["scores"][found["labels"] == label] for label in range(3)]
+    assert min(map(len, scores)) > 1
+    thresholds = {"cat": scores[0].max().item(), "cow": 1.0}
+    wanted = [1, len(scores[1]), 0]
+    options = dict(max_detections=1000, score_threshold=thresholds)
+    assert predict(detector, image, **options)[0]["labels"].bincount(minlength=3).tolist() == wanted
+    stored = FCOS(**{**detector.config, "thresholds": thresholds})
+    stored.load_state_dict(model.state_dict())
+    assert predict(stored, image, max_detections=1000)[0]["labels"].bincount(minlength=3).tolist() == wanted
+    torch.testing.assert_close(predict(stored, image, max_detections=1000, score_threshold=0.0), [found])
+    fast = compile_detector(stored, (64, 64), backend="eager", max_detections=1000, winograd=False)
+    assert fast(image[None]).labels[0].add(1).bincount(minlength=4)[1:].tolist() == wanted
+    for wrong, message in (({"pig": 0.5}, "no class 'pig'; .* cat, dog, cow"), ({"cat": 1.5}, r"\['cat'\]=1.5")):
+        with pytest.raises(ValueError, match=message):
+            predict(detector, image, score_threshold=wrong)
+        with pytest.raises(ValueError, match=message):
+            FCOS(**{**detector.config, "thresholds": wrong})
+    with pytest.raises(ValueError, match="no class_names"):
+        predict(model, image, score_threshold={"cat": 0.5})
 
 
 def test_detections_are_ordinary_tensors(model):

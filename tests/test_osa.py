@@ -52,7 +52,9 @@ def relative_error(found, wanted):
     return max(((a - b).norm() / b.norm().clamp_min(1e-12)).item() for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("name, blocks", [("vovnet39", 6), ("ese_vovnet39b", 6), ("vovnet27_slim", 4)])
+@pytest.mark.parametrize(
+    "name, blocks", [("vovnet39", 6), ("vovnetv2_39", 6), ("vovnetv2_19_dw", 4), ("vovnet27_slim", 4)]
+)
 @pytest.mark.parametrize("precision", ["float32", "bf16", "bf16 with float32 arithmetic"])
 def test_same_results_less_kept(name, blocks, precision):
     torch.manual_seed(0)
@@ -69,7 +71,7 @@ def test_same_results_less_kept(name, blocks, precision):
     assert sum(x.nbytes for x in fused_kept) < 0.98 * sum(x.nbytes for x in kept)
 
 
-@pytest.mark.parametrize("name", ["vovnet27_slim", "ese_vovnet19b_dw"])
+@pytest.mark.parametrize("name", ["vovnet27_slim", "ese_vovnet19b_dw", "vovnetv2_19_slim", "vovnetv2_19_slim_dw"])
 def test_frozen_norms_go_into_weights(name):
     plain = frozen(name).double()
     fused = copy.deepcopy(plain)
@@ -166,7 +168,9 @@ def test_one_memory(precision, outputs, tolerance):
 
 
 @needs_winograd
-@pytest.mark.parametrize("name, blocks", [("vovnet39", 6), ("ese_vovnet39b", 6), ("ese_vovnet19b_dw", 0)])
+@pytest.mark.parametrize(
+    "name, blocks", [("vovnet39", 6), ("vovnetv2_39", 6), ("ese_vovnet39b", 6), ("vovnetv2_19_dw", 0)]
+)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_inference_in_one_memory(name, blocks, dtype, tolerance, monkeypatch):
     """Where maps are large enough a block is one operator; dtype is that of the maps."""

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -16,13 +17,13 @@ from hub_server import HubServer, Repo, serve
 from launch import command, losses, rows
 
 import build
-import scoring
 import train_coco
-from presets import PRESETS
+from presets import FINETUNE_PRETRAINED, PRESETS, PUBLISHED, parse
 from quickstart_data import CLASSES, make_shapes
-from vovnet_zoo import FCOS, inference, loss
+from vovnet_zoo import FCOS, inference, loss, results
 from vovnet_zoo.config import VARIANTS
 from vovnet_zoo.data import CocoDataset, annotations, find_split
+from vovnet_zoo.detectors import STARTS
 
 SMALL = functools.partial(make_shapes, num_train=24, num_val=6)
 
@@ -65,6 +66,70 @@ def test_existing_data_are_kept(tmp_path):
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["file"]
 
 
+SMALL_RUN = ["--min-size", "64", "96", "--max-size", "128", "--test-size", "64", "--workers", "0", "--steps", "2"]
+SMALL_RUN += ["--batch-size", "2", "--channels", "64", "--num-convs", "1", "--device", "cpu"]
+
+
+def test_finetune_has_other_defaults_for_a_pretrained_start():
+    plain, flag = ["finetune", "--data", "x"], "--pretrained-backbone"
+    assert parse(plain) == dataclasses.replace(PRESETS["finetune"][1], data=Path("x"))
+    tuned = parse([*plain, flag])
+    assert tuned == dataclasses.replace(parse(plain), **FINETUNE_PRETRAINED)
+    assert tuned.frozen_norm and tuned.steps < parse(plain).steps and tuned.lr < parse(plain).lr
+    assert parse([*plain, "--pretrained_backbone"]) == tuned
+    assert parse([*plain, "--no-pretrained-backbone"]) == parse(plain)
+    typed = parse([*plain, flag, "--steps", "600", "--no-frozen-norm", "--model", "fcos_vovnet39_fpn"])
+    assert (typed.steps, typed.frozen_norm, typed.model) == (600, False, "fcos_vovnet39_fpn")
+    assert parse(["v39_1x", "--data", "x", flag]) == parse(["v39_1x", "--data", "x"])
+
+
+def test_coco_presets():
+    for epochs in (12, 24, 36):
+        config = parse([f"coco_{epochs}e", "--data", "x"])
+        assert config.steps * config.batch_size == pytest.approx(118_287 * epochs, rel=1e-3)
+        assert config.variant == "improved" and config.augment == "jitter_crop" and config.schedule == "cosine"
+        assert config.ema and config.compile and config.precision == "bf16" and config.frozen_norm
+        assert config.pretrained_backbone and config.model in STARTS
+
+
+def test_rows_of_the_published_comparison():
+    assert {name: (row.ap, row.milliseconds) for name, row in PUBLISHED.items()} == {
+        "r50_1x": (37.5, 84), "v39_1x": (37.7, 82), "r101_2x": (41.3, 104),
+        "v57_2x": (41.6, 91), "x101_2x": (42.5, 171), "v93_2x": (42.1, 113),
+    }  # fmt: skip
+    for name, row in PUBLISHED.items():
+        about, config = PRESETS[name]
+        assert config.model == row.model and f"({row.ap} AP on COCO, as published)" in about
+        assert config.variant == "published" and config.pretrained_backbone and config.frozen_norm
+        assert (config.steps, config.milestones, config.warmup) == (
+            (90_000, (60_000, 80_000), "constant") if name.endswith("1x") else (180_000, (120_000, 160_000), "linear")
+        )
+        fields = dataclasses.asdict(config)
+        assert {key for key, value in fields.items() if value != getattr(PRESETS["v57_2x"][1], key)} <= {
+            "out", "model", "steps", "milestones", "warmup"
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", ["finetune", "coco_12e"])
+def test_presets_with_a_live_backbone_train(preset, tiny_coco, tmp_path, hub_on_loopback):
+    """Two steps of small images, from weights that a Hub on loopback has."""
+    name, out = "ese_vovnet19b_dw.ra_in1k", tmp_path / "run"
+    torch.manual_seed(0)
+    weights = timm.create_model("ese_vovnet19b_dw").state_dict()
+    files = {"model.safetensors": safetensors.torch.save(weights)}
+    hub_on_loopback.repos[f"timm/{name}"] = Repo(False, [("1" * 40, files, set(files))], {"main": "1" * 40})
+    typed = [preset, "--data", str(tiny_coco), "--out", str(out), "--pretrained-backbone", "--no-compile", *SMALL_RUN]
+    train_coco.main(parse([*typed, "--warmup-steps", "1", "--checkpoint-every", "2", "--eval-every", "2"]))
+    curve = losses(out)
+    assert len(curve) == 2 and all(0 < loss < 100 for loss in curve)
+    model = FCOS.from_pretrained(out / "last")
+    assert model.config["backbone"] == "ese_vovnet19b_dw" and model.config["frozen_norm"]
+    trained = model.backbone.state_dict()
+    for key, x in trained.items():
+        start = weights[key.replace("stem_", "stem.").replace("stages_", "stages.")]
+        torch.testing.assert_close(x, start, rtol=0, atol=0.01)  # near the weights of the Hub, in two steps
+
+
 @pytest.mark.parametrize("variant", ["published", "improved"])
 def test_plus_one_reaches_data_loss_and_evaluation(tiny_coco, tmp_path, monkeypatch, variant):
     """Two steps of `v39_1x` and their evaluation call every function that knows the pixel convention with the same."""
@@ -85,16 +150,16 @@ def test_plus_one_reaches_data_loss_and_evaluation(tiny_coco, tmp_path, monkeypa
     spy(annotations, "coco_to_xyxy")
     spy(build, "train_transforms")
     spy(loss, "assign_targets")
-    spy(inference, "postprocess")
-    spy(inference, "class_nms")
-    spy(scoring, "to_coco_results")
+    spy(inference, "decode")
+    spy(inference, "nms_fixed")
+    spy(results, "to_coco_results")
     config = dataclasses.replace(
         PRESETS["v39_1x"][1], data=tiny_coco, out=tmp_path / "run", variant=variant, pretrained_backbone=False,
         channels=64, num_convs=1, min_size=(64, 96), max_size=128, test_size=64, batch_size=2, workers=0, steps=2,
         device="cpu",
     )  # fmt: skip
     train_coco.main(config)
-    functions = ("coco_to_xyxy", "train_transforms", "assign_targets", "postprocess", "class_nms", "to_coco_results")
+    functions = ("coco_to_xyxy", "train_transforms", "assign_targets", "decode", "nms_fixed", "to_coco_results")
     assert seen == {name: {variant == "published"} for name in functions}
     assert FCOS.from_pretrained(config.out / "last").config["plus_one"] is (variant == "published")
 

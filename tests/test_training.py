@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import command, losses, rows, train, train_here
+from near import assert_same_detections
 
 import train_coco
 from build import build_model, load_start
@@ -193,7 +194,7 @@ def test_layer_decay():
 def test_evaluation_is_shared_out(tiny_coco, tmp_path):
     run(tiny_coco, tmp_path / "run")
     found = []
-    for processes in (1, 4):  # 3 images: one of four processes has none
+    for processes, batch_size in ((1, 1), (4, 1), (2, 16)):  # 3 images: one of four processes has none
         out = tmp_path / f"detections{processes}.json"
         options = [
             "--model",
@@ -206,13 +207,26 @@ def test_evaluation_is_shared_out(tiny_coco, tmp_path):
             "0",
             "--device",
             "cpu",
+            "--batch-size",
+            batch_size,
         ]
-        line = command("eval_coco.py", options, processes)
+        line = command("eval_coco.py", [str(x) for x in options], processes)
         result = subprocess.run(line, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0 and "AP50" in result.stdout, result.stderr
         found.append(sorted(json.loads(out.read_text()), key=lambda r: (r["image_id"], -r["score"], r["bbox"])))
     assert found[0] == found[1]
+    assert_same_detections(*(detections_of(rows) for rows in found[1:]), size=96)
     assert {row["category_id"] for row in found[0]} <= {7, 12} and {row["image_id"] for row in found[0]} == {10, 11, 12}
+
+
+def detections_of(rows):
+    """Turn COCO result rows into the detections of one image, with the image's id in the label."""
+    labels = torch.tensor([1000 * row["image_id"] + row["category_id"] for row in rows])
+    return {
+        "boxes": torch.tensor([x["bbox"] for x in rows]),
+        "scores": torch.tensor([x["score"] for x in rows]),
+        "labels": labels,
+    }
 
 
 def test_bad_images_are_skipped_and_counted(tiny_coco, tmp_path, capsys):

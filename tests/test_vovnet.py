@@ -4,16 +4,28 @@ import pytest
 import timm
 import torch
 from pytorchcv.model_provider import get_model
+from timm.layers import EffectiveSEModule
 
 import vovnet_zoo
 from vovnet_zoo import convert, vovnet
 
-NAMES = ["vovnet27_slim", "vovnet39", "vovnet57", "vovnet75", "vovnet93"]
+V1 = ["vovnet27_slim", "vovnet39", "vovnet57", "vovnet75", "vovnet93"]
+# parameters of convolutions and batch norms; of a norm's four tensors two are parameters (golden/meta_vovnetv2.json)
+V2 = {
+    "vovnetv2_19_slim_dw": 1_379_152 + 11_200 // 2,
+    "vovnetv2_19_dw": 5_506_944 + 22_272 // 2,
+    "vovnetv2_19_slim": 2_647_984 + 10_304 // 2,
+    "vovnetv2_19": 10_170_560 + 19_712 // 2,
+    "vovnetv2_39": 25_163_712 + 40_832 // 2,
+    "vovnetv2_57": 41_423_296 + 63_232 // 2,
+    "vovnetv2_99": 69_469_376 + 108_288 // 2,
+}
+NAMES = [*V1, *V2]
 SMALL = 64  # pixels; timm's own tests take the smallest size they can, too
 
 
 def test_listed():
-    assert set(NAMES) <= set(timm.list_models("vovnet*"))
+    assert set(NAMES) <= set(timm.list_models("vovnet*")) and set(NAMES) == set(vovnet.model_cfgs)
     assert vovnet_zoo.__version__
 
 
@@ -28,7 +40,21 @@ def test_parameter_count_75():
     assert sum(p.numel() for p in timm.create_model("vovnet75").parameters()) / 1e6 == pytest.approx(46.94, abs=0.005)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", V2)
+def test_parameter_count_of_v2(name):
+    assert sum(p.numel() for p in timm.create_model(name, num_classes=0).parameters()) == V2[name]
+
+
+@pytest.mark.parametrize("name", V2)
+def test_every_block_of_v2_has_attention(name):
+    model = timm.create_model(name)
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    assert all(type(block.attn) is EffectiveSEModule for block in blocks)
+    scale = torch.stack([block.attn.fc.weight.std() * block.attn.fc.out_channels**0.5 for block in blocks])
+    assert (scale - 2**0.5).abs().max() < 0.1  # all of them begin as timm's do
+
+
+@pytest.mark.parametrize("name", V1)
 def test_blocks_per_stage(name):
     blocks = {"27_slim": [1, 1, 1, 1], "39": [1, 1, 2, 2], "57": [1, 1, 4, 3], "75": [1, 2, 6, 3], "93": [1, 3, 8, 3]}
     model = timm.create_model(name)
@@ -50,7 +76,7 @@ def test_logits_equal_pytorchcv(name, peer):
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
         torch.nn.init.normal_(norm.bias, 0, 0.1)
     ours = timm.create_model(name).eval()
-    converted = convert.convert(theirs.state_dict(), {name: vovnet.model_cfgs[name]["block_per_stage"]})
+    converted = convert.convert(theirs.state_dict(), {name: vovnet.layout(vovnet.model_cfgs[name])})
     assert converted.form == "pytorchcv"
     ours.load_state_dict(converted.state_dict, strict=True)
     images = torch.randn(1, 3, 224, 224)  # the only size pytorchcv's pooling takes
@@ -137,7 +163,7 @@ def test_fx(name):
         torch.testing.assert_close(graph(images)[-1], model.forward_features(images))
 
 
-@pytest.mark.parametrize("name", ["vovnet27_slim", "vovnet57"])
+@pytest.mark.parametrize("name", ["vovnet27_slim", "vovnet57", "vovnetv2_19_dw", "vovnetv2_57"])
 def test_grad_checkpointing_changes_nothing(name):
     torch.manual_seed(0)
     model, images = timm.create_model(name).eval(), torch.randn(1, 3, SMALL, SMALL)  # batch norm fixed

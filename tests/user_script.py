@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import vovnet_zoo
-from vovnet_zoo import FCOS, FCOSLoss, Predictions
+from vovnet_zoo import FCOS, FCOSLoss, ImageDetections, Predictions
 from vovnet_zoo.compiled import Detections
 from vovnet_zoo.data import CocoDataset, collate, find_split, normalize, train_transforms
 from vovnet_zoo.evaluation import coco_metrics, to_coco_results
@@ -55,13 +55,18 @@ def train_step(model: FCOS, root: Path) -> float:
 
 
 def detect(model: FCOS, images: list[Path]) -> list[str]:
-    detections = vovnet_zoo.predict(model, images, score_threshold=0.0, nms_threshold=0.5, max_detections=3)
-    assert_type(detections, list[dict[str, Tensor]])
+    detections = vovnet_zoo.predict(
+        model, images, candidate_threshold=0.0, score_threshold={"red": 0.0}, nms_threshold=0.5, max_detections=3
+    )
+    assert_type(detections, list[ImageDetections])
     names = model.config["class_names"] or []
     rows = to_coco_results(detections, range(len(images)), [7, 12], model.config["plus_one"])
     assert_type(rows, list[dict])
 
-    vovnet_zoo.predict(model, np.zeros((64, 64, 3), np.uint8))
+    for one in vovnet_zoo.predict(model, np.zeros((64, 64, 3), np.uint8), stream=True, batch_size=4):
+        assert_type(one, ImageDetections)
+        assert_type(one.names, list[str])
+        assert_type(one["boxes"], Tensor)
     with torch.inference_mode():
         preds = model(torch.zeros(1, 3, 64, 64))
     assert_type(vovnet_zoo.postprocess(preds, [(64, 64)], topk=10), list[dict[str, Tensor]])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import json
+import glob
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -16,31 +15,43 @@ from . import hub, inference, publish
 from .commands import find_device, run_reporting, take_debug
 from .data import check
 from .detectors import DETECTORS, create_detector
-from .draw import draw_detections
 from .fcos import FCOS
-from .files import free_to_write, read_json, write_whole
+from .files import read_json
+from .predict_files import Pictures, predict_files
 
 DEFAULTS = inference.Thresholds()
 
 
 @dataclass(frozen=True)
 class Predict:
-    """Detect objects in images, and write a picture of each image and one detections.json."""
+    """Detect objects in images, and write a picture of each image and detections.jsonl, one line for each image.
+
+    An image that cannot be used is reported and left out, and the exit status is 1."""
 
     images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files."""
+    """Images, folders of images, patterns such as "photos/*.jpg" in quotes, and .txt files of one path in each line."""
     model: str
     """Folder of a saved detector, its name on the Hub, or a name of create_detector(..., pretrained=True)."""
     out: Path
     """Folder for the results."""
-    score: float = 0.3
-    """Leave out detections that score less."""
+    score: float | None = None
+    """Leave out detections that score less; default: the thresholds in the model's config, else 0.3."""
     nms_threshold: float = DEFAULTS.nms_threshold
     """Leave out a box whose IoU with a better box of its class is higher."""
     max_detections: int = DEFAULTS.max_detections
     """Detections per image, at most."""
-    device: str = "cpu"
-    """torch device."""
+    batch_size: int = 1
+    """Images that the network sees together, at most; the detections do not depend on it."""
+    precision: inference.Precision = "float32"
+    """Precision of the network (autocast)."""
+    compile: bool = False
+    """Compile the network with torch.compile, which takes minutes once."""
+    device: str | None = None
+    """torch device; default: the GPU where there is one."""
+    recursive: bool = False
+    """Look for images in the folders below a folder too."""
+    save_pictures: Pictures = "jpg"
+    """Format of the pictures of the detections, or none."""
     overwrite: bool = False
     """Write over files that are in OUT already; never over an image that is read."""
 
@@ -62,9 +73,11 @@ class Convert:
     """Convert a published checkpoint (.pth) to safetensors, a configuration and a model card, and verify it."""
 
     file: tyro.conf.Positional[Path]
-    """A detector or classifier of the authors, or a classifier of pytorchcv, also in a zip."""
+    """A detector, classifier or VoVNetV2 body of the authors, or a classifier of pytorchcv, also in a zip."""
     out: tyro.conf.Positional[Path]
     """Folder to make."""
+    part: Literal["all", "backbone"] = "all"
+    """Convert every tensor, or take a VoVNetV2 body and leave out the tensors beside it, which are listed."""
     overwrite: bool = False
     """Write over a model that is in OUT already; never over FILE."""
 
@@ -113,50 +126,33 @@ def main() -> None:
 
 
 def run_predict(command: Predict) -> None:
-    taken: set[str] = set()
-    pictures = [command.out / f"{unique(path.stem, taken)}.png" for path in command.images]
-    free_to_write([*pictures, command.out / "detections.json"], command.images, command.overwrite)
+    if missing := [str(path) for path in command.images if not (path.exists() or glob.has_magic(str(path)))]:
+        raise ValueError(f"no such file or folder: {', '.join(missing)}")
     device = find_device(command.device)
     if command.model.split(".")[0] in DETECTORS and not Path(command.model).is_dir():
         model = create_detector(command.model, pretrained=True)
     else:
         model = FCOS.from_pretrained(command.model)
     model.to(device)
-    names = model.config["class_names"]
-
-    command.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, Any]] = []
-    for path, picture in zip(command.images, pictures, strict=True):
-        image = inference.to_rgb(path)
-        # a score is the root of class probability times centerness, so a lower class probability cannot reach it
-        (found,) = inference.predict(
-            model,
-            [image],
-            score_threshold=command.score**2,
-            nms_threshold=command.nms_threshold,
-            max_detections=command.max_detections,
-        )
-        found = {key: value[found["scores"] >= command.score] for key, value in found.items()}
-        buffer = io.BytesIO()
-        draw_detections(image, found, names, command.score).save(buffer, "PNG")
-        write_whole(picture, buffer.getvalue())
-        rows.append({"image": str(path), "picture": picture.name, **{key: x.tolist() for key, x in found.items()}})
-        if names:
-            rows[-1]["names"] = [names[label] for label in rows[-1]["labels"]]
-        print(f"{path}: {len(found['scores'])} detections, {picture}")
-    write_whole(command.out / "detections.json", (json.dumps(rows, indent=1) + "\n").encode())
-
-
-def unique(stem: str, taken: set[str]) -> str:
-    """Return `stem`, with a number behind it if it is taken, and add the result to the taken names.
-
-    Names that differ only in the case of letters are the same on some file systems.
-    """
-    name, number = stem, 2
-    while name.casefold() in taken:
-        name, number = f"{stem}_{number}", number + 1
-    taken.add(name.casefold())
-    return name
+    options: inference.PredictOptions = dict(
+        recursive=command.recursive,
+        batch_size=command.batch_size,
+        precision=command.precision,
+        compile=command.compile,
+        nms_threshold=command.nms_threshold,
+        max_detections=command.max_detections,
+    )
+    if command.score is not None:
+        options["score_threshold"] = command.score
+    bad = predict_files(
+        model,
+        command.images,
+        command.out,
+        pictures=command.save_pictures,
+        overwrite=command.overwrite,
+        **options,
+    )
+    sys.exit(1 if bad else 0)
 
 
 def run_check_data(command: CheckData) -> None:
@@ -171,7 +167,10 @@ def run_check_data(command: CheckData) -> None:
 
 
 def run_convert(command: Convert) -> None:
-    publish.convert_file(command.file, command.out, overwrite=command.overwrite)
+    left_out = publish.convert_file(command.file, command.out, part=command.part, overwrite=command.overwrite)
+    if left_out:
+        names = [f"{name:.200}" for name in left_out]
+        print(f"left out {len(names)} tensors beside the backbone:", *names, sep="\n  ")
     print(f"{command.out}: converted, loaded and run; its card is {command.out / hub.CARD}")
 
 

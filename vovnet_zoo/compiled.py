@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import reprlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from .arguments import check_choice, check_flag, check_model, check_number
-from .data import normalize
-from .fcos import FCOS, level_sizes
-from .inference import ThresholdOptions, Thresholds, check_thresholds, decode, sizes_of
+from .fcos import FCOS
+from .inference import Detections, ThresholdOptions, choose_thresholds, detect, sizes_of
 from .kernels.freeze import freeze
 from .kernels.surgery import restore
 from .kernels.winograd import has_amx, why_not
-from .nms import nms_fixed
 
 log = logging.getLogger("vovnet_zoo")
-
-
-class Detections(NamedTuple):
-    """What was found in B images, best first, in D places each; those from `count` on are empty."""
-
-    boxes: Tensor  # float32 [B,D,4] xyxy in pixels of the network input; 0 where empty
-    scores: Tensor  # float32 [B,D]; 0 where empty
-    labels: Tensor  # int64 [B,D] 0..K-1; -1 where empty
-    count: Tensor  # type: ignore[assignment]  # int64 [B]; a tuple's method has this name too
 
 
 def compile_detector(
@@ -58,7 +46,9 @@ def compile_detector(
         mode: of torch.compile; "reduce-overhead" replays CUDA graphs, "max-autotune" also tries out kernels. With
             either, results are overwritten by the next call: copy what is to be kept.
         backend: of torch.compile; "eager" checks that there is one graph, and compiles nothing.
-        options: fields of `Thresholds`: `score_threshold`, `nms_threshold`, `topk`, `max_detections`.
+        options: fields of `Thresholds`, as `predict` has them: `score_threshold` (one score, or a mapping of class
+            names to scores; default: the config's `thresholds`), `candidate_threshold`, `nms_threshold`, `topk`,
+            `max_detections`.
 
     Returns:
         A function of images, uint8 [B,3,H,W] (RGB), and optionally of their sizes, int [B,2] or B pairs, (h, w) without
@@ -66,8 +56,8 @@ def compile_detector(
 
     Raises:
         ValueError: `size` is not of multiples of 32, `dtype` is not one of the three, `winograd=True` cannot be
-            followed, the model is in a wrapper or its weights are not float32, or another argument is out of range;
-            from the function: images of another size, dtype or device.
+            followed, the model is in a wrapper, has no class of a name in `score_threshold`, or its weights are not
+            float32, or another argument is out of range; from the function: images of another size, dtype or device.
     """
     check_model("model", model, FCOS)
     height, width = check_size(size)
@@ -83,7 +73,7 @@ def compile_detector(
     if not callable(backend):
         check_choice("backend", backend, torch.compiler.list_backends(exclude_tags=()))
     how = compile_options(mode, backend)
-    thresholds = check_thresholds(options)
+    thresholds = choose_thresholds(model, options)
     device = next(model.parameters()).device
     fast = fast_copy(model, decide_winograd(winograd, device, dtype))
 
@@ -161,23 +151,3 @@ def decide_winograd(wanted: bool | None, device: torch.device, dtype: torch.dtyp
     if reason:
         log.warning("compile_detector uses torch's convolutions instead of Winograd's: %s", reason)
     return not reason
-
-
-def detect(model: FCOS, images: Tensor, sizes: Tensor, thresholds: Thresholds) -> Detections:
-    """`postprocess` of `model`'s predictions for uint8 images [B,3,H,W] of `sizes` [B,2], without a shape that depends
-    on a value. 32 divides H and W."""
-    inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
-    preds = model(inputs.contiguous(memory_format=torch.channels_last))
-    plus_one = model.config["plus_one"]
-    height, width = images.shape[-2:]
-    locations = [math.prod(size) for size in level_sizes(height, width, model.strides)]
-    boxes, scores, labels = decode(preds, sizes, thresholds, plus_one, locations)
-    keep = nms_fixed(boxes, scores, labels, thresholds.nms_threshold, thresholds.max_detections, plus_one)  # [B,D]
-    found = keep >= 0
-    keep = keep.clamp(min=0)
-    return Detections(
-        boxes=torch.where(found[..., None], boxes.gather(1, keep[..., None].expand(-1, -1, 4)), 0.0),
-        scores=torch.where(found, scores.gather(1, keep), 0.0),
-        labels=torch.where(found, labels.gather(1, keep), -1),
-        count=found.sum(1),
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NotRequired, TypedDict
 
 VariantName = Literal["improved", "published"]
@@ -76,6 +76,7 @@ class DetectorOptions(TypedDict, total=False):
     num_convs: int
     plus_one: bool
     prior: float
+    thresholds: Mapping[str, float] | None
 
 
 class DetectorConfig(TypedDict):
@@ -94,6 +95,7 @@ class DetectorConfig(TypedDict):
     image_std: list[float]
     min_size: int
     max_size: int
+    thresholds: dict[str, float] | None
     plus_one: bool
     center_radius: float | None
     box_loss: BoxLoss

@@ -16,13 +16,29 @@ FORMS = {
     "authors_detector": "the authors' FCOS detector",
     "pytorchcv": "pytorchcv's classifier",
     "timm": "timm's VovNet",
+    "authors_v2": "the authors' VoVNetV2 body",
 }
+PARTS = ("all", "backbone")
 LEVELS = 5  # P3..P7
 # The authors' detectors take BGR pixels in 0..255 less this mean (BGR order), divided by 1.
 BGR_MEAN = (102.9801, 115.9465, 122.7717)
 DEPTH = 8  # of checkpoints in checkpoints, and of prefixes
 MAX_CHANNELS = 16_384  # of a norm; the published ones have at most 1024
 FROZEN_EPS = 1e-5  # added to the variance by timm's frozen norm, not by the authors'
+FIRST = "stem.stem_1/conv.weight"  # the authors' name of the first convolution
+BODY = r"(stem|stage[2-5])\."  # the authors' names of a body's tensors begin with this, after the prefix
+LAST = "stages.3.blocks.0.conv_concat.conv.weight"
+
+
+class Layout(NamedTuple):
+    """The tensors of a VovNet follow from these numbers."""
+
+    blocks: Sequence[int]  # of each stage
+    layers: int = 5  # convolutions of a block before the aggregation
+    depthwise: bool = False  # each 3x3 convolution but the first is a depthwise and a 1x1 convolution
+    reduced: Sequence[bool] = (False, False, False, False)  # a stage's first block reduces its input's channels
+    ese: bool = False  # each block has an effective squeeze-excitation, as in V2
+    width: int | None = None  # channels of the last stage; tells apart two bodies whose tensors have the same names
 
 
 class Converted(NamedTuple):
@@ -32,28 +48,48 @@ class Converted(NamedTuple):
     arch: str  # the backbone's name
     state_dict: dict[str, Tensor]  # of timm's VovNet, or of FCOS for "authors_detector"
     config: dict  # arguments of FCOS that the tensors tell; {} for a classifier
+    left_out: Sequence[str] = ()  # names of tensors beside a backbone
 
 
-def convert(checkpoint: Mapping, archs: Mapping[str, Sequence[int]]) -> Converted:
+def convert(checkpoint: Mapping, archs: Mapping[str, Layout], part: str = "all") -> Converted:
     """Rename every tensor of a checkpoint, and fold the detectors' input and norms so that outputs stay the same.
 
     Args:
         checkpoint: a state dict, or a training checkpoint with one under "model" or "state_dict"; names may all begin
-            with "module." or "model.".
-        archs: blocks per stage of each backbone that may be meant.
+            with "module." or "model.", and those of a VoVNetV2 body with any other prefix.
+        archs: the layout of each backbone that may be meant.
+        part: "all" converts every tensor; "backbone" takes a VoVNetV2 body and leaves out the tensors beside it, such
+            as a detector's other parts.
 
     Raises:
         ValueError: a tensor is missing, unexpected, not float32 or not finite (each is named), or the names are those
-            of no known format. Shapes are left to the model that loads the result.
+            of no known format, or `part` is "backbone" and the backbone is no VoVNetV2 body. Shapes are left to the
+            model that loads the result.
     """
+    if part not in PARTS:
+        raise ValueError(f"part={part!r}: one of {', '.join(PARTS)}")
     weights = unwrap(checkpoint)
-    if not isinstance(archs, Mapping) or not archs:
-        raise ValueError(f"archs must map names of backbones to their blocks per stage, got {reprlib.repr(archs)}")
-    for name, blocks in archs.items():
-        if not isinstance(blocks, list | tuple) or not all(type(n) is int and 0 < n < 100 for n in blocks):
-            raise ValueError(f"archs[{name!r}]={reprlib.repr(blocks)}: give the number of blocks of each stage")
-    tables = {(form, arch): names(form, archs[arch]) for form, arch in itertools.product(FORMS, archs)}
-    form, arch = min(tables, key=lambda choice: len(weights.keys() ^ tables[choice].keys()))
+    if not isinstance(archs, Mapping) or not archs or not all(isinstance(x, Layout) for x in archs.values()):
+        raise ValueError(f"archs must map names of backbones to their Layout, got {reprlib.repr(archs)}")
+    body, beside = split_body(weights)
+    if part == "backbone" and not body:
+        raise ValueError("part='backbone' takes the VoVNetV2 body out of a checkpoint, and this one holds not one body")
+    if body and beside and part == "all":
+        shown = ", ".join(_short(name) for name in beside[:20])
+        raise ValueError(
+            f"unexpected: {len(beside)} tensors beside a VoVNetV2 body ({shown}); to leave them out: --part backbone"
+        )
+    weights = body or weights
+    choices = [(f, a) for f, a in itertools.product(FORMS, archs) if f == "timm" or archs[a].ese == (f == "authors_v2")]
+    tables = {(form, arch): names(form, archs[arch]) for form, arch in choices}
+
+    def distance(choice: tuple[str, str]) -> tuple[int, bool]:
+        """Count the names that differ; of bodies with the same names the one of the same width is nearer."""
+        last = [weights[name] for name, ours in tables[choice].items() if ours == LAST and name in weights]
+        widths = [len(x) for x in last if _is_plain(x) and x.ndim]
+        return len(weights.keys() ^ tables[choice].keys()), widths != [archs[choice[1]].width]
+
+    form, arch = min(tables, key=distance)
     table = tables[form, arch]
     if not weights.keys() & table.keys():
         first = [_short(name) for name in itertools.islice(weights, 3)]
@@ -81,7 +117,7 @@ def convert(checkpoint: Mapping, archs: Mapping[str, Sequence[int]]) -> Converte
     if form != "authors_detector":
         for name in [name for name in ours if name.endswith("running_var")]:
             ours.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
-        return Converted(form, arch, ours, {})
+        return Converted(form, arch, ours, {}, beside if body else [])
 
     try:
         config = _fold_detector(ours)
@@ -102,6 +138,19 @@ def _fold_detector(ours: dict[str, Tensor]) -> dict:
         image_mean=[mean / 255 for mean in reversed(BGR_MEAN)],
         image_std=[1 / 255] * 3,
     )
+
+
+def split_body(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Split a checkpoint into a VoVNetV2 body, without the common prefix of its names, and the names beside it.
+
+    The body is empty if there is none, or more than one.
+    """
+    prefixes = [name.removesuffix(FIRST) for name in weights if name.endswith(FIRST)]
+    if len(prefixes) != 1 or f"{prefixes[0]}stage2.OSA2_1.ese.fc.weight" not in weights:
+        return {}, list(weights)
+    inside = {name: name.removeprefix(prefixes[0]) for name in weights if name.startswith(prefixes[0])}
+    inside = {name: short for name, short in inside.items() if re.match(BODY, short)}
+    return {short: weights[name] for name, short in inside.items()}, [name for name in weights if name not in inside]
 
 
 def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
@@ -161,25 +210,37 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
-def names(form: str, blocks: Sequence[int]) -> dict[str, str]:
+def names(form: str, layout: Layout) -> dict[str, str]:
     """Map the published name of every tensor to our name.
 
     Args:
         form: a key of `FORMS`.
-        blocks: number of blocks of each stage of the backbone.
+        layout: of the backbone.
     """
-    table = {}
-    for authors, pytorchcv, ours in _layers(blocks):
-        conv, norm = {
-            "authors": (f"{authors}/conv", f"{authors}/norm"),
-            "authors_detector": (f"{authors}/conv", f"{authors}/norm"),
-            "pytorchcv": (f"{pytorchcv}.conv", f"{pytorchcv}.bn"),
-            "timm": (f"{ours}.conv", f"{ours}.bn"),
-        }[form]
-        table[f"{conv}.weight"] = f"{ours}.conv.weight"
+    table: dict[str, str] = {}
+    for layer in _layers(layout):
+        authors, pytorchcv, ours = layer.authors, layer.pytorchcv, layer.ours
+        convs = {f"{authors}/conv": f"{ours}.conv"}
+        norm = f"{authors}/norm"
+        if layer.depthwise:
+            convs = {f"{authors}/dw_conv3x3": f"{ours}.conv_dw", f"{authors}/pw_conv1x1": f"{ours}.conv_pw"}
+            norm = f"{authors}/pw_norm"
+        if form == "pytorchcv":
+            convs, norm = {f"{pytorchcv}.conv": f"{ours}.conv"}, f"{pytorchcv}.bn"
+        elif form == "timm":
+            convs, norm = {name: name for name in convs.values()}, f"{ours}.bn"
+        table |= {f"{theirs}.weight": f"{name}.weight" for theirs, name in convs.items()}
         for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
             if form != "authors_detector" or part != "num_batches_tracked":
                 table[f"{norm}.{part}"] = f"{ours}.bn.{part}"
+    if layout.ese:
+        for authors, ours in _blocks(layout):
+            for part in ("weight", "bias"):
+                table[f"{ours}.attn.fc.{part}" if form == "timm" else f"{authors}.ese.fc.{part}"] = (
+                    f"{ours}.attn.fc.{part}"
+                )
+    if form == "authors_v2":
+        return table
     if form == "authors_detector":
         table = {f"backbone.body.{theirs}": f"backbone.{feature_name(ours)}" for theirs, ours in table.items()}
         return table | dict(_detector_names())
@@ -192,19 +253,41 @@ def feature_name(name: str) -> str:
     return re.sub(r"^(stem|stages)\.(\d)", r"\1_\2", name)
 
 
-def _layers(blocks: Sequence[int]) -> Iterator[tuple[str, str, str]]:
-    """Yield the authors', pytorchcv's and timm's name of each convolution with its norm, from the stem on."""
+class _Layer(NamedTuple):
+    """A convolution with its norm has these names."""
+
+    authors: str
+    pytorchcv: str
+    ours: str
+    depthwise: bool  # it is a depthwise and a 1x1 convolution, then the norm
+
+
+def _layers(layout: Layout) -> Iterator[_Layer]:
+    """Yield each convolution with its norm, from the stem on; pytorchcv's names are of V1 only."""
     for i in range(3):
-        yield f"stem.stem_{i + 1}", f"features.init_block.conv{i + 1}", f"stem.{i}"
-    for stage, count in enumerate(blocks):
+        pytorchcv = f"features.init_block.conv{i + 1}"
+        yield _Layer(f"stem.stem_{i + 1}", pytorchcv, f"stem.{i}", layout.depthwise and i > 0)
+    for authors, ours in _blocks(layout):
+        osa = authors.split(".")[1]
+        stage, block = (int(number) for number in re.findall(r"\d+", osa))
+        pytorchcv = f"features.stage{stage - 1}.unit{block}"
+        if block == 1 and layout.reduced[stage - 2]:
+            yield _Layer(f"{authors}.conv_reduction.{osa}_reduction_0", "", f"{ours}.conv_reduction", False)
+        for i in range(layout.layers):
+            yield _Layer(
+                f"{authors}.layers.{i}.{osa}_{i}",
+                f"{pytorchcv}.branches.branch{i + 1}",
+                f"{ours}.conv_mid.{i}",
+                layout.depthwise,
+            )
+        yield _Layer(f"{authors}.concat.{osa}_concat", f"{pytorchcv}.concat_conv", f"{ours}.conv_concat", False)
+
+
+def _blocks(layout: Layout) -> Iterator[tuple[str, str]]:
+    """Yield the authors' and timm's name of each one-shot aggregation block."""
+    for stage, count in enumerate(layout.blocks):
         for block in range(count):
-            osa = f"OSA{stage + 2}_{block + 1}"
-            authors = f"stage{stage + 2}.{osa}"
-            pytorchcv = f"features.stage{stage + 1}.unit{block + 1}"
-            timm = f"stages.{stage}.blocks.{block}"
-            for i in range(5):
-                yield f"{authors}.layers.{i}.{osa}_{i}", f"{pytorchcv}.branches.branch{i + 1}", f"{timm}.conv_mid.{i}"
-            yield f"{authors}.concat.{osa}_concat", f"{pytorchcv}.concat_conv", f"{timm}.conv_concat"
+            yield f"stage{stage + 2}.OSA{stage + 2}_{block + 1}", f"stages.{stage}.blocks.{block}"
 
 
 def _detector_names() -> Iterator[tuple[str, str]]:

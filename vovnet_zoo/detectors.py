@@ -14,18 +14,36 @@ from . import hub, vovnet
 from .arguments import check_choice, check_flag
 from .backbone import create_backbone
 from .config import DEFAULT_VARIANT, VARIANTS, DetectorOptions, VariantName
-from .convert import BGR_MEAN, Converted, convert
+from .convert import BGR_MEAN, Converted, Layout, convert
 from .fcos import FCOS
 from .weights import Weights, available, fetch, find, read_checkpoint
 
 NUM_CLASSES = 80  # as COCO has
 
 DETECTORS = {
+    "fcos_resnet50_fpn": dict(backbone="resnet50"),
+    "fcos_resnet101_fpn": dict(backbone="resnet101"),
+    "fcos_resnext101_32x8d_fpn": dict(backbone="resnext101_32x8d"),
+    "fcos_ese_vovnet19b_dw_fpn": dict(backbone="ese_vovnet19b_dw"),
+    "fcos_ese_vovnet39b_fpn": dict(backbone="ese_vovnet39b"),
+    "fcos_ese_vovnet57b_fpn": dict(backbone="ese_vovnet57b"),
     "fcos_vovnet27_slim_fpn": dict(backbone="vovnet27_slim"),
     "fcos_vovnet39_fpn": dict(backbone="vovnet39"),
     "fcos_vovnet57_fpn": dict(backbone="vovnet57"),
     "fcos_vovnet75_fpn": dict(backbone="vovnet75"),
     "fcos_vovnet93_fpn": dict(backbone="vovnet93"),
+    **{f"fcos_{name}_fpn": dict(backbone=name) for name in vovnet.v2_cfgs},
+}
+
+# `pretrained_backbone` starts these detectors from one of the weights that timm knows, whatever timm's first choice is:
+# from torchvision's (BSD-3) for the detectors that were compared in 2019, and from timm's own (Apache-2.0).
+STARTS = {
+    "fcos_resnet50_fpn": "resnet50.tv_in1k",
+    "fcos_resnet101_fpn": "resnet101.tv_in1k",
+    "fcos_resnext101_32x8d_fpn": "resnext101_32x8d.tv_in1k",
+    "fcos_ese_vovnet19b_dw_fpn": "ese_vovnet19b_dw.ra_in1k",
+    "fcos_ese_vovnet39b_fpn": "ese_vovnet39b.ra_in1k",
+    "fcos_ese_vovnet57b_fpn": "ese_vovnet57b.ra4_e3600_r256_in1k",
 }
 
 
@@ -42,11 +60,18 @@ def _authors(file: str, ap: str) -> Weights:
 
 # The published schedules are 1x, 90,000 iterations; 2x, twice as many; ms, with the shorter side drawn from 640..800.
 WEIGHTS = {
+    "fcos_resnet50_fpn.fcos_1x_coco": Weights("unpublished"),
+    "fcos_resnet101_fpn.fcos_2x_ms_coco": Weights("unpublished"),
+    "fcos_resnext101_32x8d_fpn.fcos_2x_ms_coco": Weights("unpublished"),
+    "fcos_ese_vovnet19b_dw_fpn.coco_12e": Weights("unpublished"),
+    "fcos_ese_vovnet39b_fpn.coco_24e": Weights("unpublished"),
+    "fcos_ese_vovnet57b_fpn.coco_36e": Weights("unpublished"),
     "fcos_vovnet27_slim_fpn.fcos_1x_coco": Weights("unpublished"),
     "fcos_vovnet39_fpn.fcos_1x_coco": _authors("8n0wyypfggliplw/FCOS-V-39-FPN-1x.pth", "37.7"),
     "fcos_vovnet57_fpn.fcos_2x_ms_coco": _authors("f1posfwebb2ynnp/FCOS-V-57-MS-FPN-2x.pth", "41.6"),
     "fcos_vovnet75_fpn.fcos_2x_ms_coco": Weights("unpublished"),
     "fcos_vovnet93_fpn.fcos_2x_ms_coco": _authors("2v7go4lenvvjd1s/FCOS-V-93-MS-FPN-2x.pth", "42.1"),
+    **{f"fcos_{name}_fpn.coco_24e": Weights("unpublished") for name in vovnet.v2_cfgs},
 }
 HOW_TO_MAKE = f"{vovnet.HOW_TO_MAKE}, or train a preset (python recipes/train_coco.py --help lists them)"
 
@@ -66,7 +91,8 @@ def create_detector(
         name: one of `list_detectors()`, with `pretrained` also "name.tag"; or "fcos" with `backbone=` any timm model
             that gives maps at strides 8, 16, 32.
         pretrained: load the detector's trained weights, with the settings they were trained with.
-        pretrained_backbone: load the backbone's ImageNet weights through timm.
+        pretrained_backbone: load the backbone's ImageNet weights through timm: the weights of `STARTS`, or where that
+            table has none the weights that timm chooses. `config` gets the mean and std that they were trained with.
         variant: "improved" or "published", see `VARIANTS`; None is "improved", or with `pretrained` whatever the
             weights are.
         num_classes: foreground classes; None is 80, or with `pretrained` the number that the weights have.
@@ -100,9 +126,14 @@ def create_detector(
         return _load(name, variant, num_classes, kwargs)
 
     settings: dict[str, Any] = {"num_classes": NUM_CLASSES if num_classes is None else num_classes}
-    model = FCOS(**{**settings, **VARIANTS[variant or DEFAULT_VARIANT], **arch, **kwargs})
+    settings |= {**VARIANTS[variant or DEFAULT_VARIANT], **arch, **kwargs}
     if pretrained_backbone:
-        weights = create_backbone(model.config["backbone"], pretrained=True).state_dict()
+        start = STARTS[base] if base in STARTS and settings["backbone"] == arch["backbone"] else settings["backbone"]
+        body = create_backbone(start, pretrained=True)
+        settings = {"image_mean": body.pretrained_cfg["mean"], "image_std": body.pretrained_cfg["std"], **settings}
+    model = FCOS(**settings)
+    if pretrained_backbone:
+        weights = body.state_dict()
         if model.config["frozen_norm"]:
             weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
         model.backbone.load_state_dict(weights, strict=True)
@@ -128,9 +159,9 @@ def build_converted(converted: Converted, **kwargs: Unpack[DetectorOptions]) -> 
     return model.eval()
 
 
-def archs() -> dict[str, list[int]]:
-    """Map each backbone's name to its number of blocks per stage, as `convert` takes it."""
-    return {name: cfg["block_per_stage"] for name, cfg in vovnet.model_cfgs.items()}
+def archs() -> dict[str, Layout]:
+    """Map each backbone's name to its layout, as `convert` takes it."""
+    return {name: vovnet.layout(cfg) for name, cfg in vovnet.model_cfgs.items()}
 
 
 def coco_class_names() -> list[str]:

@@ -15,6 +15,10 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
+from .sources import ImageLike, to_rgb
+
+DISPLAY_SCORE = 0.3  # what people are shown scores at least this, unless they or the model's config say otherwise
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 READABLE = 384  # pixels; an image whose longer side is shorter is enlarged, or its labels could not be read
 MISSING = "\U0010ffff"  # no font has a picture of this character, so it shows the one that stands for all it lacks
@@ -32,10 +36,10 @@ log = logging.getLogger(__name__)
 
 
 def draw_detections(
-    image: Tensor,
+    image: ImageLike,
     detection: Mapping[str, Tensor],
     class_names: Sequence[str] | None = None,
-    score_threshold: float = 0.3,
+    score_threshold: float = DISPLAY_SCORE,
     enlarge: int | None = None,
 ) -> Image.Image:
     """Draw the detections, or the ground truth, of one image on a copy of the image.
@@ -44,7 +48,7 @@ def draw_detections(
     class has its own colour, the same in every picture.
 
     Args:
-        image: uint8 [3,H,W] RGB.
+        image: a path, PIL image, array or tensor, as `predict` takes it.
         detection: `boxes` [N,4] xyxy in pixels of `image`, `labels` int64 [N], and `scores` [N]; ground truth has no
             scores.
         class_names: names in label order; None writes the numbers. A name is written by its number if no font of this
@@ -65,13 +69,14 @@ def draw_detections(
     texts, colours = [texts[i] for i in order], [class_colour(labels[i]) for i in order]
 
     # Enlarge by whole pixels, so that the picture shows what the network saw.
-    times = enlarge or max(1, round(READABLE / max(image.shape[-2:])))
-    image = image.cpu().repeat_interleave(times, dim=-2).repeat_interleave(times, dim=-1)  # [3,H,W]
-    boxes, side = boxes[order] * times, min(image.shape[-2:])
+    pixels = to_rgb(image).cpu()
+    times = enlarge or max(1, round(READABLE / max(pixels.shape[-2:])))
+    pixels = pixels.repeat_interleave(times, dim=-2).repeat_interleave(times, dim=-1)  # [3,H,W]
+    boxes, side = boxes[order] * times, min(pixels.shape[-2:])
 
     if order:
-        image = draw_bounding_boxes(image, boxes, colors=colours, width=max(1, round(side / 250)))
-    picture = to_pil_image(image)
+        pixels = draw_bounding_boxes(pixels, boxes, colors=colours, width=max(1, round(side / 250)))
+    picture = to_pil_image(pixels)
     canvas, size = ImageDraw.Draw(picture), max(10, side / 45)
     fonts = [_font(_font_of(text), size) for text in texts]
     margin = max(1, round(size / 10))

@@ -50,6 +50,8 @@ class FCOS(
         image_mean, image_std: per RGB channel, for pixels in 0..1; None takes the numbers of the backbone.
         min_size, max_size: `predict` resizes the shorter side of an image to `min_size` pixels, unless the longer side
             would exceed `max_size`.
+        thresholds: class name -> score, in 0..1: `predict` leaves out a detection of this class that scores less,
+            unless it gets another `score_threshold`. None, and a class that is not named: all are returned.
         plus_one: boxes follow the published pixel convention in data, loss, NMS and results: a box covers the pixels
             x1..x2, so its width is x2 - x1 + 1.
         center_radius, box_loss, add_images: `FCOSLoss.of(model)` measures the errors of this detector by them.
@@ -75,6 +77,7 @@ class FCOS(
         image_std: Sequence[float] | None = None,
         min_size: int = 800,
         max_size: int = 1333,
+        thresholds: Mapping[str, float] | None = None,
         plus_one: bool = DEFAULTS["plus_one"],
         center_radius: float | None = DEFAULTS["center_radius"],
         box_loss: BoxLoss = DEFAULTS["box_loss"],
@@ -95,6 +98,7 @@ class FCOS(
             image_std=image_std,
             min_size=min_size,
             max_size=max_size,
+            thresholds=thresholds,
             plus_one=plus_one,
             center_radius=center_radius,
             box_loss=box_loss,
@@ -113,6 +117,24 @@ class FCOS(
         self.backbone: Backbone = freeze_batch_norm_2d(body) if frozen_norm else body
         self.fpn = FeaturePyramidNetwork(in_channels, channels, extra_blocks=LastLevelP6P7(channels, channels))
         self.head = FCOSHead(channels, num_classes, num_convs, self.strides, distance, centerness_on, prior)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The K names in label order; None where unknown."""
+        return self.config["class_names"]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of foreground classes, K."""
+        return self.config["num_classes"]
+
+    def __repr__(self) -> str:
+        config, names = self.config, self.class_names or []
+        classes = f"{self.num_classes} classes" + (
+            f" ({', '.join(names[:3])}{', ..' * (len(names) > 3)})" if names else ""
+        )
+        millions = sum(p.numel() for p in self.parameters()) / 1e6
+        return f"FCOS({config['backbone']}, {classes}, short side {config['min_size']} px, {millions:.1f}M parameters)"
 
     def forward(self, images: Tensor) -> Predictions:
         """Predict classes, boxes and centerness at every location.
@@ -234,6 +256,26 @@ def check_config(config: dict[str, Any]) -> None:
         if len(names) != config["num_classes"]:
             raise ValueError(f"{len(names)} class_names for num_classes={config['num_classes']}")
         config["class_names"] = list(names)
+    if config["thresholds"] is not None:
+        config["thresholds"] = check_thresholds(config["thresholds"], config["class_names"], "thresholds")
+
+
+def check_thresholds(value: Any, class_names: Sequence[str] | None, argument: str) -> dict[str, float]:
+    """Check a score for each of some classes, by name, and return the scores as a dict that JSON knows.
+
+    Raises:
+        ValueError: the model has no class of a name, or a score is not in 0..1; the message names the argument.
+    """
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{argument}={reprlib.repr(value)}: give a score for each class name, as a dict")
+    if class_names is None:
+        raise ValueError(f"{argument}={reprlib.repr(value)}: this model's config has no class_names to look them up in")
+    for name, score in value.items():
+        if name not in class_names:
+            raise ValueError(f"{argument}: no class {name!r}; the model's classes are {', '.join(class_names)}")
+        if not is_number(score, 0, 1):
+            raise ValueError(f"{argument}[{name!r}]={reprlib.repr(score)}: give a score from 0 to 1")
+    return {name: float(score) for name, score in value.items()}
 
 
 def check_radius(center_radius: float | None) -> None:

@@ -346,15 +346,16 @@ def model_card(facts: Mapping[str, str], data: ModelCardData) -> ModelCard:
 
     Args:
         facts: the rows of its table; `repo_id` goes into the title and the example, `license` into the header.
-        data: the header; its `library_name` chooses the example.
+        data: the header; its `library_name` and `pipeline_tag` choose the example.
     """
     known: dict[str, Any] = {"repo_id": "organisation/name", "license": data.license, **facts}
     repo_id = re.sub(r"[^\w./-]", "-", known.pop("repo_id"))
     header = ModelCardData(**{**data.to_dict(), "license": known["license"]})
     rows = "\n".join(f"| {_as_text(key).replace('_', ' ')} | {_as_text(value)} |" for key, value in known.items())
+    example = USAGE[str(data.library_name), str(data.pipeline_tag)].format(repo_id=repo_id)
     return ModelCard(
         f"---\n{header.to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\n"
-        f"```python\n{USAGE[str(data.library_name)].format(repo_id=repo_id)}```\n\n| | |\n|---|---|\n{rows}\n"
+        f"```python\n{example}```\n\n| | |\n|---|---|\n{rows}\n"
     )
 
 
@@ -365,13 +366,19 @@ def _as_text(value: object) -> str:
 
 
 USAGE = {
-    "vovnet_zoo": """\
+    ("vovnet_zoo", "object-detection"): """\
 import vovnet_zoo
 
 model = vovnet_zoo.FCOS.from_pretrained("{repo_id}")
 print(vovnet_zoo.predict(model, "photo.jpg"))  # boxes (x1, y1, x2, y2) in pixels, scores, labels
 """,
-    "timm": """\
+    ("vovnet_zoo", "image-feature-extraction"): """\
+import timm
+import vovnet_zoo  # registers VoVNetV2 with timm
+
+model = timm.create_model("hf-hub:{repo_id}", pretrained=True, features_only=True)
+""",
+    ("timm", "image-classification"): """\
 import timm
 
 model = timm.create_model("hf-hub:{repo_id}", pretrained=True)

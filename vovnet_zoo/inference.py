@@ -1,31 +1,37 @@
-"""`postprocess` turns predictions into detections, and `predict` turns image files into detections."""
+"""`predict` turns images into detections, and `postprocess` turns predictions into detections."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from os import PathLike
-from pathlib import Path
-from typing import NamedTuple, TypedDict, Unpack
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as tvf
 
-from .arguments import check_flag, check_model, check_number
-from .data import normalize, pil_to_rgb, read_image, resize_size
-from .fcos import FCOS, Predictions, check_predictions
-from .nms import class_nms
+from .arguments import check_choice, check_flag, check_model, check_number
+from .batching import group_alike, read_ahead
+from .config import DetectorConfig
+from .data import normalize, resize_size
+from .fcos import FCOS, Predictions, check_predictions, check_thresholds, level_sizes
+from .nms import class_nms, nms_fixed
+from .results import ImageDetections
+from .sources import Frame, Source, frames, to_rgb
 
-ImageLike = str | PathLike | Image.Image | np.ndarray | Tensor
+Precision = Literal["float32", "bf16", "fp16"]
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Network = Callable[[FCOS, Tensor, Tensor], Predictions]
 
 
 class Thresholds(NamedTuple):
     """These numbers decide which predictions become detections (arXiv 1904.01355, section 4)."""
 
-    score_threshold: float = 0.05
+    score_threshold: float | Tensor = 0.0
+    """A detection is returned if its score is at least this: one number, or a tensor [K] of one for each class."""
+    candidate_threshold: float = 0.05
     """A class at a location is a candidate if its probability, without centerness, is higher."""
     nms_threshold: float = 0.6
     """A box is dropped if its IoU with a better box of its class is higher."""
@@ -36,60 +42,251 @@ class Thresholds(NamedTuple):
 
 
 class ThresholdOptions(TypedDict, total=False):
-    """These options of `predict`, `postprocess` and `compile_detector` are the fields of `Thresholds`."""
+    """These options of `predict`, `postprocess` and `compile_detector` are the fields of `Thresholds`.
 
-    score_threshold: float
+    `predict` and `compile_detector` know the model, so there `score_threshold` can also map class names to numbers.
+    """
+
+    score_threshold: float | Mapping[str, float] | Tensor
+    candidate_threshold: float
     nms_threshold: float
     topk: int
     max_detections: int
 
 
+class PredictOptions(ThresholdOptions, total=False):
+    """`predict` has these options."""
+
+    recursive: bool
+    batch_size: int
+    precision: Precision
+    compile: bool
+    workers: int
+    on_error: Callable[[Frame, ValueError], None] | None
+
+
+@overload
 def predict(
-    model: FCOS, images: ImageLike | Sequence[ImageLike], **options: Unpack[ThresholdOptions]
-) -> list[dict[str, Tensor]]:
+    model: FCOS, images: Source, *, stream: Literal[False] = False, **options: Unpack[PredictOptions]
+) -> list[ImageDetections]: ...
+
+
+@overload
+def predict(
+    model: FCOS, images: Source, *, stream: Literal[True], **options: Unpack[PredictOptions]
+) -> Iterator[ImageDetections]: ...
+
+
+def predict(
+    model: FCOS,
+    images: Source,
+    *,
+    stream: bool = False,
+    recursive: bool = False,
+    batch_size: int = 1,
+    precision: Precision = "float32",
+    compile: bool = False,
+    workers: int = 2,
+    on_error: Callable[[Frame, ValueError], None] | None = None,
+    **options: Unpack[ThresholdOptions],
+) -> list[ImageDetections] | Iterator[ImageDetections]:
     """Detect objects in one image or in several of any sizes.
 
-    The network sees one image at a time, so that detections do not depend on the padding of other images.
+    Detections do not depend on which images are computed together: the images of a batch are equally large once they
+    are resized and padded to multiples of 32, so none has more padding than it would have alone.
 
     Args:
         model: a detector, on any device; afterwards it is in the same mode (train or eval) as before.
-        images: a path, a PIL image, a uint8 array [H,W,3] or [H,W] (RGB or grey), a tensor [3,H,W] or [1,H,W] (uint8,
-            or floating point in 0..1), or a sequence of these.
-        options: fields of `Thresholds`: `score_threshold`, `nms_threshold`, `topk`, `max_detections`.
+        images: a path (of an image, a folder, a pattern, or a `.txt` list of paths), a PIL image, a uint8 array [H,W,3]
+            or [H,W] (RGB or grey), a tensor [3,H,W] or [1,H,W] (uint8, or floating point in 0..1), or an iterable of
+            these, see `sources.frames`.
+        stream: return an iterator that yields the detections of one image after the other, and keeps few images in
+            memory (about 5 times `batch_size`). The model is in eval mode until the iterator ends or is closed.
+        recursive: look for images in the folders below a folder too.
+        batch_size: images that the network sees together, at most.
+        precision: of the network: "float32", or "bf16" or "fp16" by autocast.
+        compile: compile the network with torch.compile in the first call; later calls with this model use its graphs.
+        workers: threads that decode and resize the next images while the network computes; 0 does so in between.
+        on_error: is called with each image that cannot be used and its error, and the image is left out. None raises
+            the error.
+        options: fields of `Thresholds`: `score_threshold` (one score, or a mapping of class names to scores; a class
+            that is not named has none; default: the config's `thresholds`), `candidate_threshold`, `nms_threshold`,
+            `topk`, `max_detections`.
 
     Returns:
-        One dict per image, on the CPU, best score first: `boxes` float32 [N,4] xyxy in pixels of the original image,
-        `scores` float32 [N], `labels` int64 [N] (0..K-1; names in `model.config["class_names"]`).
+        For each image, in the order of the images, a dict on the CPU, best score first: `boxes` float32 [N,4] xyxy in
+        pixels of the original image, `scores` float32 [N], `labels` int64 [N] (0..K-1; names in
+        `model.config["class_names"]`). See `ImageDetections` for what else it knows.
 
     Raises:
-        ValueError: an image cannot be read, or has an unusable type or shape; the model is in a wrapper; or an option
-            is out of range.
+        ValueError: an image cannot be read, or has an unusable type or shape; the model is in a wrapper, or has no
+            class of a name in `score_threshold`; or another argument is none of the values above.
     """
     check_model("model", model, FCOS)
-    check_thresholds(options)
-    device, dtype = next((p.device, p.dtype) for p in model.parameters())
-    config, was_training = model.config, model.training
+    for name, flag in (("stream", stream), ("recursive", recursive), ("compile", compile)):
+        check_flag(name, flag)
+    check_number("batch_size", batch_size, 1, 65_536, whole=True)
+    check_number("workers", workers, 0, 1024, whole=True)
+    check_choice("precision", precision, DTYPES)
+    if on_error is not None and not callable(on_error):
+        raise ValueError(f"on_error must be a function, got {type(on_error).__name__}")
+    thresholds = choose_thresholds(model, options)
+    network = functools.partial(compiled_network() if compile else run_autocast, precision=precision)
+    found = _detect(model, frames(images, recursive), thresholds, network, batch_size, workers, on_error)
+    return found if stream else list(found)
+
+
+def _detect(
+    model: FCOS,
+    images: Iterator[Frame],
+    thresholds: Thresholds,
+    network: Network,
+    batch_size: int,
+    workers: int,
+    on_error: Callable[[Frame, ValueError], None] | None,
+) -> Iterator[ImageDetections]:
+    """Detect objects in one image after the other, see `predict`."""
+    was_training = model.training
     model.eval()
-    detections = []
     try:
-        for item in as_sequence(images):
-            with torch.inference_mode():
-                image = to_rgb(item)
-                height, width = image.shape[-2:]
-                h, w = resize_size(height, width, config["min_size"], config["max_size"])
-                resized = tvf.resize(image.to(device), [h, w], antialias=True)
-                padded = pad(resized, (0, -w % 32, 0, -h % 32))[None]  # uint8 [1,3,H,W]
-                sizes = torch.tensor([[h, w]], device=device)
-                inputs = normalize(padded, sizes, config["image_mean"], config["image_std"]).to(dtype)
-                inputs = inputs.contiguous(memory_format=torch.channels_last)  # faster, on a CPU and on a GPU
-                (found,) = postprocess(model(inputs), sizes, plus_one=config["plus_one"], **options)
-            with torch.inference_mode(False):  # a tensor of the inference mode could not be changed in place later
-                found = {key: value.cpu().clone() for key, value in found.items()}
-                found["boxes"] *= torch.tensor([width / w, height / h]).repeat(2)
-            detections.append(found)
+        load = functools.partial(prepare, config=model.config, catch=on_error is not None)
+        done: dict[int, ImageDetections | None] = {}  # by the image's number; None for one that cannot be used
+
+        def usable() -> Iterator[tuple[int, Prepared]]:
+            for number, item in enumerate(read_ahead(images, load, workers, batch_size + workers)):
+                if isinstance(item, Prepared):
+                    yield number, item
+                else:
+                    assert on_error is not None
+                    done[number] = None
+                    on_error(*item)
+
+        due = 0
+        for group in group_alike(usable(), lambda item: item.pixels.shape, batch_size, window=4 * batch_size):
+            numbers, items = zip(*group, strict=True)
+            done.update(zip(numbers, detect_batch(model, items, thresholds, network), strict=True))
+            while due in done:
+                if (found := done.pop(due)) is not None:
+                    yield found
+                due += 1
     finally:
         model.train(was_training)
-    return detections
+
+
+class Prepared(NamedTuple):
+    """A prepared image is decoded, resized and padded."""
+
+    name: str
+    pixels: Tensor  # uint8 [3,H,W], multiples of 32
+    size: tuple[int, int]  # (height, width) without the padding
+    original: tuple[int, int]  # (height, width) before the image was resized
+
+
+def prepare(frame: Frame, config: DetectorConfig, catch: bool = False) -> Prepared | tuple[Frame, ValueError]:
+    """Decode, resize and pad an image; with `catch`, return the error of an image that cannot be used."""
+    try:
+        image = frame.image() if callable(frame.image) else to_rgb(frame.image)
+    except ValueError as error:
+        if catch:
+            return frame, error
+        raise
+    height, width = image.shape[-2:]
+    h, w = resize_size(height, width, config["min_size"], config["max_size"])
+    resized = tvf.resize(image.cpu(), [h, w], antialias=True)
+    rows, columns = padded_size(height, width, config)
+    return Prepared(frame.name, pad(resized, (0, columns - w, 0, rows - h)), (h, w), (height, width))
+
+
+def padded_size(height: int, width: int, config: DetectorConfig) -> tuple[int, int]:
+    """Compute the (height, width) in the network of an image that was (height, width) large."""
+    h, w = resize_size(height, width, config["min_size"], config["max_size"])
+    return h + -h % 32, w + -w % 32
+
+
+def detect_batch(
+    model: FCOS, items: Sequence[Prepared], thresholds: Thresholds, network: Network
+) -> list[ImageDetections]:
+    """Detect objects in prepared images of one size; the results come from a GPU in one copy for all images."""
+    config, device = model.config, next(model.parameters()).device
+    with torch.inference_mode():
+        images = torch.stack([item.pixels for item in items])  # [B,3,H,W]
+        sizes = torch.tensor([item.size for item in items])
+        if device.type == "cuda":
+            images, sizes = images.pin_memory(), sizes.pin_memory()
+        images, sizes = images.to(device, non_blocking=True), sizes.to(device, non_blocking=True)
+        found = detect(model, images, sizes, thresholds, network)
+        packed = torch.cat([found.boxes, found.scores[..., None], found.labels[..., None].float()], dim=-1).cpu()
+    results = []
+    with torch.inference_mode(False):  # a tensor of the inference mode could not be changed in place later
+        for item, row in zip(items, packed.clone(), strict=True):
+            row = row[row[:, 5] >= 0]
+            (h, w), (height, width) = item.size, item.original
+            tensors = {
+                "boxes": row[:, :4] * torch.tensor([width / w, height / h]).repeat(2),
+                "scores": row[:, 4].clone(),
+                "labels": row[:, 5].long(),
+            }
+            results.append(
+                ImageDetections(tensors, item.name, item.original, config["class_names"], config["plus_one"])
+            )
+    return results
+
+
+class Detections(NamedTuple):
+    """What was found in B images, best first, in D places each; those from `count` on are empty."""
+
+    boxes: Tensor  # float32 [B,D,4] xyxy in pixels of the network input; 0 where empty
+    scores: Tensor  # float32 [B,D]; 0 where empty
+    labels: Tensor  # int64 [B,D] 0..K-1; -1 where empty
+    count: Tensor  # type: ignore[assignment]  # int64 [B]; a tuple's method has this name too
+
+
+def run_network(model: FCOS, images: Tensor, sizes: Tensor) -> Predictions:
+    """Normalise uint8 images [B,3,H,W] of `sizes` [B,2], and run the network on them."""
+    inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
+    inputs = inputs.to(model.head.scales.dtype)
+    return model(inputs.contiguous(memory_format=torch.channels_last))  # faster, on a CPU and on a GPU
+
+
+def run_autocast(model: FCOS, images: Tensor, sizes: Tensor, precision: Precision) -> Predictions:
+    """Run the network in this precision, see `run_network`."""
+    with torch.autocast(images.device.type, DTYPES[precision], enabled=precision != "float32"):
+        return run_network(model, images, sizes)
+
+
+@functools.cache
+def compiled_network(backend: str = "inductor") -> Callable[..., Predictions]:
+    """Compile `run_autocast`: one graph serves batches of any size, and one more single images of any size."""
+    graph = torch.compile(run_autocast, fullgraph=True, backend=backend)
+
+    def run(model: FCOS, images: Tensor, sizes: Tensor, precision: Precision) -> Predictions:
+        torch._dynamo.maybe_mark_dynamic(images, (0, 2, 3))
+        torch._dynamo.maybe_mark_dynamic(sizes, 0)
+        return graph(model, images, sizes, precision)
+
+    return run
+
+
+def detect(
+    model: FCOS, images: Tensor, sizes: Tensor, thresholds: Thresholds, network: Network = run_network
+) -> Detections:
+    """`postprocess` of `model`'s predictions for uint8 images [B,3,H,W] of `sizes` [B,2], without a shape that depends
+    on a value. 32 divides H and W."""
+    preds = network(model, images, sizes)
+    plus_one = model.config["plus_one"]
+    height, width = images.shape[-2:]
+    locations = [math.prod(size) for size in level_sizes(height, width, model.strides)]
+    boxes, scores, labels = decode(preds, sizes, thresholds, plus_one, locations)
+    boxes = boxes.float()
+    keep = nms_fixed(boxes, scores, labels, thresholds.nms_threshold, thresholds.max_detections, plus_one)  # [B,D]
+    found = keep >= 0
+    keep = keep.clamp(min=0)
+    return Detections(
+        boxes=torch.where(found[..., None], boxes.gather(1, keep[..., None].expand(-1, -1, 4)), 0.0),
+        scores=torch.where(found, scores.gather(1, keep), 0.0),
+        labels=torch.where(found, labels.gather(1, keep), -1),
+        count=found.sum(1),
+    )
 
 
 def postprocess(
@@ -108,18 +305,27 @@ def postprocess(
         plus_one: the published pixel convention, `model.config["plus_one"]`: a box covers the pixels x1..x2, so its
             width is x2 - x1 + 1; boxes are clipped to w - 1 and h - 1, no box is dropped as empty, and an IoU equal to
             `nms_threshold` suppresses.
-        options: fields of `Thresholds`: `score_threshold`, `nms_threshold`, `topk`, `max_detections`.
+        options: fields of `Thresholds`: `score_threshold` (one score, or a tensor [K]), `candidate_threshold`,
+            `nms_threshold`, `topk`, `max_detections`.
 
     Returns:
         One dict per image, best score first: `boxes` [N,4] xyxy in pixels of the network input, `scores` [N], the
         geometric mean of class probability and centerness, `labels` int64 [N].
 
     Raises:
-        ValueError: there is not one size for each image, `preds` are no predictions, or an option is out of range.
+        ValueError: there is not one size for each image, `preds` are no predictions, `score_threshold` is neither a
+            number nor a tensor [K], or an option is out of range.
     """
     check_predictions(preds)
     check_flag("plus_one", plus_one)
-    image_sizes, thresholds = sizes_of(len(preds.logits), image_sizes), check_thresholds(options)
+    thresholds = Thresholds(**options)  # type: ignore[arg-type]  # a mapping is refused below
+    num_classes = preds.logits.shape[-1]
+    image_sizes, least = sizes_of(len(preds.logits), image_sizes), thresholds.score_threshold
+    if isinstance(least, Mapping):
+        raise ValueError("score_threshold by class name is for predict and compile_detector; give a tensor [K] here")
+    if isinstance(least, Tensor) and least.shape not in ((), (num_classes,)):
+        raise ValueError(f"score_threshold must be a number or a tensor [{num_classes}], got {list(least.shape)}")
+    check_ranges(thresholds)
     boxes, scores, labels = decode(preds, image_sizes, thresholds, plus_one)
     detections = []
     for box, score, label in zip(boxes, scores, labels, strict=True):
@@ -130,13 +336,31 @@ def postprocess(
     return detections
 
 
-def check_thresholds(options: ThresholdOptions) -> Thresholds:
-    """Complete the options; `ValueError` if a number is out of range, `TypeError` if there is no such option."""
-    thresholds = Thresholds(**options)
-    for name in ("score_threshold", "nms_threshold"):
-        check_number(name, getattr(thresholds, name), 0, 1)
+def check_ranges(thresholds: Thresholds) -> None:
+    """Raise `ValueError` if a number is out of range; a tensor of scores is not looked at."""
+    for name in ("score_threshold", "candidate_threshold", "nms_threshold"):
+        if not isinstance(value := getattr(thresholds, name), Tensor):
+            check_number(name, value, 0, 1)
     for name in ("topk", "max_detections"):
         check_number(name, getattr(thresholds, name), 1, 1_000_000, whole=True)
+
+
+def choose_thresholds(model: FCOS, options: ThresholdOptions) -> Thresholds:
+    """Complete the options of `predict`: the model's own thresholds, and a tensor [K] in place of a mapping.
+
+    Raises:
+        ValueError: `score_threshold` is a mapping that does not fit the model's class names, or a number is out of
+            range.
+    """
+    names, own = model.config["class_names"], model.config["thresholds"]
+    if own is not None and "score_threshold" not in options:
+        options = {**options, "score_threshold": own}
+    thresholds = Thresholds(**options)  # type: ignore[arg-type]  # a mapping is replaced below
+    if isinstance(thresholds.score_threshold, Mapping):
+        scores = check_thresholds(thresholds.score_threshold, names, "score_threshold")
+        least = torch.tensor([scores.get(name, 0.0) for name in names or ()], device=next(model.parameters()).device)
+        thresholds = thresholds._replace(score_threshold=least)
+    check_ranges(thresholds)
     return thresholds
 
 
@@ -159,15 +383,15 @@ def decode(
     image_sizes: Tensor,
     thresholds: Thresholds,
     plus_one: bool = False,
-    level_sizes: list[int] | None = None,
+    locations: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the best candidates of each level, and compute their boxes.
 
     Args:
         preds, plus_one: see `postprocess`.
-        thresholds: `score_threshold` and `topk` are used.
+        thresholds: `score_threshold`, `candidate_threshold` and `topk` are used.
         image_sizes: [B,2] (h, w) of the images in the network input.
-        level_sizes: number of locations of each level. None reads it from the predictions, which a compiled graph
+        locations: number of locations of each level. None reads it from the predictions, which a compiled graph
             cannot do.
 
     Returns:
@@ -175,21 +399,24 @@ def decode(
         scores: [B,N], -1 for a place without a candidate.
         labels: [B,N].
     """
-    if level_sizes is None:
-        level_sizes = torch.unique_consecutive(preds.strides, return_counts=True)[1].tolist()
+    if locations is None:
+        locations = torch.unique_consecutive(preds.strides, return_counts=True)[1].tolist()
     limits = image_sizes.flip(-1).repeat(1, 2)[:, None].to(preds.distances) - int(plus_one)  # [B,1,4] w, h, w, h
-    num_classes = preds.logits.shape[-1]
+    num_classes, least = preds.logits.shape[-1], thresholds.score_threshold
     found = []
     for logits, distances, centerness, points in zip(
-        preds.logits.split(level_sizes, dim=1),  # [B,n,K]
-        preds.distances.split(level_sizes, dim=1),  # [B,n,4]
-        preds.centerness.split(level_sizes, dim=1),  # [B,n]
-        preds.points.split(level_sizes),  # [n,2]
+        preds.logits.split(locations, dim=1),  # [B,n,K]
+        preds.distances.split(locations, dim=1),  # [B,n,4]
+        preds.centerness.split(locations, dim=1),  # [B,n]
+        preds.points.split(locations),  # [n,2]
         strict=True,
     ):
         probability = logits.float().sigmoid()
         score = probability * centerness.float().sigmoid()[..., None]
-        score = torch.where(probability > thresholds.score_threshold, score, -1.0).flatten(1)  # [B,n*K]
+        candidate = probability > thresholds.candidate_threshold
+        if isinstance(least, Tensor) or least > 0:
+            candidate &= score.sqrt() >= least  # before the choice of the best, which is for all classes together
+        score = torch.where(candidate, score, -1.0).flatten(1)  # [B,n*K]
         score, index = score.topk(min(thresholds.topk, score.shape[1]))  # [B,k]
         location, label = index // num_classes, index % num_classes
         left_top, right_bottom = distances.gather(1, location[..., None].expand(-1, -1, 4)).chunk(2, dim=-1)
@@ -201,45 +428,3 @@ def decode(
         found.append((box, torch.where(candidate, score.clamp(min=0).sqrt(), -1.0), label))
     boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     return boxes, scores, labels
-
-
-def as_sequence(images: ImageLike | Sequence[ImageLike]) -> Sequence[ImageLike]:
-    """Turn the `images` of `predict` into a sequence; a tensor [B,3,H,W] is one of B images."""
-    if isinstance(images, Tensor):
-        return [images] if images.ndim < 4 else list(images)
-    if isinstance(images, (str, PathLike, Image.Image, np.ndarray)):
-        return [images]
-    if not isinstance(images, Iterable) or isinstance(images, Mapping | bytes):
-        raise ValueError(f"images must be an image or a sequence of images, not {type(images).__name__}")
-    return images
-
-
-def to_rgb(image: ImageLike) -> Tensor:
-    """Turn any kind of image that `predict` takes into uint8 [3,H,W] RGB.
-
-    A PIL image becomes what its file would become: turned as its EXIF orientation says, 16 bits cut to the upper 8.
-    """
-    if isinstance(image, (str, PathLike)):
-        return read_image(Path(image))
-    if isinstance(image, Image.Image):
-        try:
-            return pil_to_rgb(image)
-        except Exception as error:  # a damaged file raises anything when its pixels are first asked for
-            name = getattr(image, "filename", "") or "a PIL image"
-            raise ValueError(f"{name}: cannot use the image: {error or type(error).__name__}") from error
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
-            raise ValueError(f"an image array must be uint8 [H,W,3] or [H,W], got {image.dtype} {list(image.shape)}")
-        array = image[..., None] if image.ndim == 2 else image
-        image = torch.from_numpy(np.array(array)).permute(2, 0, 1)
-    if not isinstance(image, Tensor):
-        raise ValueError(f"an image must be a path, PIL image, uint8 array or tensor, not {type(image).__name__}")
-    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
-        raise ValueError(f"an image must have 1 or 3 channels, [3,H,W] as tensor, got {list(image.shape)}")
-    if image.is_floating_point():
-        if not (image.amin() >= 0 and image.amax() <= 1):  # NaN neither
-            raise ValueError("a floating point image must be in 0..1; give 0..255 as uint8")
-        image = (image * 255).round().to(torch.uint8)
-    if image.dtype != torch.uint8:
-        raise ValueError(f"an image tensor must be uint8 or floating point, got {image.dtype}")
-    return image.expand(3, -1, -1)

@@ -82,6 +82,12 @@ def check_limits(threshold: float, max_detections: int, plus_one: bool) -> None:
 def _nms_fixed(
     boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool
 ) -> Tensor:
+    return _nms_each(boxes, scores, labels, threshold, max_detections, plus_one)
+
+
+def _nms_each(
+    boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool
+) -> Tensor:
     kept = []
     for box, score, label in zip(boxes, scores, labels, strict=True):
         candidate = (score >= 0).nonzero().squeeze(1)
@@ -100,8 +106,10 @@ def _(boxes, scores, labels, threshold, max_detections, plus_one):
 def _nms_fixed_cuda(
     boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool
 ) -> Tensor:
-    from .kernels.nms_triton import nms  # Triton comes with torch's CUDA builds only
-
+    try:
+        from .kernels.nms_triton import nms
+    except ImportError:  # Triton comes with torch's CUDA builds for Linux
+        return _nms_each(boxes, scores, labels, threshold, max_detections, plus_one)
     if plus_one:
         threshold = math.nextafter(threshold, 0)
     return nms(boxes, scores, labels, threshold, max_detections, int(plus_one))

@@ -34,9 +34,15 @@ from .files import (
 from .weights import Weights, read_checkpoint, unwrapped
 
 SECRET = re.compile("token|password|passwd|secret|credential|api.?key", re.IGNORECASE)  # in the name of an option
-TIMM_NAME = "vovnet39a"  # timm's own name of the class that every published backbone is built from
+TIMM_NAME = "vovnet39a"  # timm's own name of the class that every published V1 backbone is built from
 BACKBONE_CARD = ModelCardData(
     library_name="timm", pipeline_tag="image-classification", tags=["timm", "vovnet"], license="apache-2.0"
+)
+BACKBONE_V2_CARD = ModelCardData(
+    library_name="vovnet_zoo",
+    pipeline_tag="image-feature-extraction",
+    tags=["timm", "vovnet", "vovnetv2"],
+    license="apache-2.0",
 )
 
 
@@ -90,12 +96,19 @@ def publish_model(
         return push(repo_id, folder, card, **options)
 
 
-def convert_file(file: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
+def convert_file(file: str | Path, out: str | Path, *, part: str = "all", overwrite: bool = False) -> list[str]:
     """Convert a published checkpoint to a folder of `model.safetensors`, `config.json` and `README.md`.
 
     `FCOS.from_pretrained` opens the folder of a detector. `timm.create_model("local-dir:FOLDER", pretrained=True)`
-    opens the folder of a classifier, also where this package is not installed. The folder appears only after
-    `checked_card` has loaded and run the model in it. A README.md that is there stays.
+    opens the folder of a classifier, also where this package is not installed, and of a VoVNetV2 body after
+    `import vovnet_zoo`. The folder appears only after `checked_card` has loaded and run the model in it. A README.md
+    that is there stays.
+
+    Args:
+        part: "backbone" takes a VoVNetV2 body out of a file that holds other tensors too, such as a detector's.
+
+    Returns:
+        The names of the tensors that were left out; none with `part` "all".
 
     Raises:
         ValueError: the file is damaged, wants to run code, or is none of `FORMS`, or a tensor does not fit, or a model
@@ -110,10 +123,12 @@ def convert_file(file: str | Path, out: str | Path, *, overwrite: bool = False) 
         checkpoint = read_checkpoint(checkpoint_file, str(file))
         sha1, sha256 = hash_file(checkpoint_file, "sha1"), hash_file(checkpoint_file)
     try:
-        converted = convert(checkpoint, detectors.archs())
+        converted = convert(checkpoint, detectors.archs(), part)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     source = {"converted_from": f"{file.name}, {FORMS[converted.form]}, sha256 {sha256}"}
+    if converted.left_out:
+        source["left_out"] = f"{len(converted.left_out)} tensors beside the backbone"
     for name, weights in vovnet.WEIGHTS.items():
         if weights.sha1 == sha1:
             source |= {"known_as": name, "published_score": weights.score, "license": weights.license}
@@ -129,6 +144,7 @@ def convert_file(file: str | Path, out: str | Path, *, overwrite: bool = False) 
         write_safetensors(model.state_dict(), folder / hub.WEIGHTS, **{"license": "unknown", **source})
         card = checked_card(folder, repo_id=f"organisation/{out.name}")
         (folder / hub.CARD).write_text(str(card), encoding="utf-8")
+    return list(converted.left_out)
 
 
 def check_push(**options: Unpack[PushOptions]) -> None:
@@ -143,29 +159,36 @@ def check_push(**options: Unpack[PushOptions]) -> None:
 
 
 def build_for_timm(name: str, state_dict: dict[str, Tensor]) -> tuple[nn.Module, dict]:
-    """Build a backbone from timm's own classes, and the `config.json` with which timm builds it without this package.
+    """Build a backbone and the `config.json` with which timm builds it, V1 also without this package.
+
+    V1 is timm's own class with other arguments. V2 is a class of this package, and its config names the model here.
 
     Args:
         name: one of `vovnet.model_cfgs`.
         state_dict: the tensors under timm's names; without a classifier the model gives features.
     """
     num_classes = state_dict["head.fc.bias"].numel() if "head.fc.bias" in state_dict else 0
-    args = vovnet.model_cfgs[name]
+    args, architecture = vovnet.model_cfgs[name], timm_name(name)
     with torch.device("meta"):  # the checkpoint may ask for any number of classes
-        skeleton = timm.create_model(TIMM_NAME, num_classes=num_classes, **args)
+        skeleton = timm.create_model(architecture, num_classes=num_classes, **args)
     hub.check_fit(skeleton, {key: list(x.shape) for key, x in state_dict.items()}, "the checkpoint")
-    model = timm.create_model(TIMM_NAME, num_classes=num_classes, **args)
+    model = timm.create_model(architecture, num_classes=num_classes, **args)
     hub.load_strict(model, state_dict, "the checkpoint")
     cfg = {**vovnet.timm_cfg(Weights("hub", license="other")), "num_classes": num_classes, "tag": name}
     del cfg["url"], cfg["license"], cfg["notes"]
     config = {
-        "architecture": TIMM_NAME,
+        "architecture": architecture,
         "num_classes": num_classes,
         "num_features": args["stage_out_chs"][-1],
         "model_args": args,
         "pretrained_cfg": cfg,
     }
     return model.eval(), config
+
+
+def timm_name(name: str) -> str:
+    """Tell under which name timm builds a model of `vovnet.model_cfgs`, given its arguments."""
+    return name if name in vovnet.v2_cfgs else TIMM_NAME
 
 
 def load_for_timm(folder: Path) -> tuple[nn.Module, str]:
@@ -179,12 +202,13 @@ def load_for_timm(folder: Path) -> tuple[nn.Module, str]:
     config, weights = read_json(folder / hub.CONFIG, hub.MAX_CONFIG_BYTES), folder / hub.WEIGHTS
     num_classes = config.get("num_classes")
     for name, args in vovnet.model_cfgs.items():
-        same = config.get("model_args") == json.loads(json.dumps(args)) and config["architecture"] == TIMM_NAME
+        architecture = timm_name(name)
+        same = config.get("model_args") == json.loads(json.dumps(args)) and config["architecture"] == architecture
         if same and type(num_classes) is int and 0 <= num_classes <= 100_000:
             with torch.device("meta"):
-                skeleton = timm.create_model(TIMM_NAME, num_classes=num_classes, **args)
+                skeleton = timm.create_model(architecture, num_classes=num_classes, **args)
             hub.check_fit(skeleton, read_shapes(weights), str(weights))
-            model = timm.create_model(TIMM_NAME, num_classes=num_classes, **args).eval()
+            model = timm.create_model(architecture, num_classes=num_classes, **args).eval()
             hub.load_strict(model, read_safetensors(weights), str(weights))
             return model, name
     raise ValueError(f"{folder / hub.CONFIG} is none that `vovnet-zoo convert` writes: convert the checkpoint again")
@@ -223,6 +247,10 @@ def checked_card(folder: str | Path, **facts: str) -> ModelCard:
     }
     if architecture is None:
         return model.generate_model_card(**known)
+    if name in vovnet.v2_cfgs:
+        known["architecture"] = f"{name} of vovnet_zoo"
+        known["input"] = "as in the training of the file, which does not tell the order and the scale of its channels"
+        return hub.model_card(known, BACKBONE_V2_CARD)
     known["architecture"] = f"{name}: timm's {architecture} with the model_args of config.json"
     return hub.model_card(known, BACKBONE_CARD)
 

@@ -1,18 +1,24 @@
-"""This module registers the VoVNet backbones (arXiv 1904.09730) with timm, on timm's own `VovNet` class.
+"""This module registers the VoVNet backbones with timm: V1 (arXiv 1904.09730) and V2 (arXiv 1911.06667).
 
-timm's `vovnet39a`/`vovnet57a` have the same tensors but no identity connections (`residual=False`), so the published
-weights load there and give wrong outputs. The models here are the published models: the second and later one-shot
-aggregation blocks of a stage add their input after the aggregation's ReLU.
+V1 is timm's own `VovNet` class. timm's `vovnet39a`/`vovnet57a` have the same tensors but no identity connections
+(`residual=False`), so the published weights load there and give wrong outputs. The models here are the published
+models: the second and later one-shot aggregation blocks of a stage add their input after the aggregation's ReLU.
+
+V2 adds a channel attention (eSE) to every block, before the identity is added. timm's `ese_vovnet*` have eSE in the
+last block of a stage only, so they are other networks, with weights of their own.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from timm.layers import create_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models.vovnet import VovNet
+from torch import nn
 
 from . import hub
-from .convert import convert
+from .convert import Layout, convert
 from .weights import Weights, fetch, find
 
 __all__: list[str] = []  # register_model adds each entry point
@@ -42,6 +48,72 @@ model_cfgs = {
     "vovnet75": _arch(*_FULL, [1, 2, 6, 3]),
     "vovnet93": _arch(*_FULL, [1, 3, 8, 3]),
 }
+
+
+class VovNetV2(VovNet):
+    """timm's VovNet with effective squeeze-excitation (arXiv 1911.06667, section 3.2) in every block."""
+
+    def __init__(self, cfg: dict, **kwargs: Any):
+        super().__init__(cfg, **kwargs)
+        stages: Any = self.stages
+        place = {key: kwargs[key] for key in ("device", "dtype") if key in kwargs}
+        for stage in stages:
+            for block in stage.blocks:
+                if block.attn is None:  # timm has put one into the last block
+                    block.attn = create_attn("ese", block.conv_concat.out_channels, **place)
+                    nn.init.kaiming_normal_(block.attn.fc.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _arch_v2(slim: bool, depthwise: bool, layer_per_block: int, block_per_stage: list[int]) -> dict:
+    stage_conv_chs, stage_out_chs = ([64, 80, 96, 112], [112, 256, 384, 512]) if slim else _FULL
+    return dict(
+        _arch(stage_conv_chs, stage_out_chs, block_per_stage),
+        stem_chs=[64, 64, 64 if depthwise else 128],
+        layer_per_block=layer_per_block,
+        depthwise=depthwise,
+        attn="ese",
+    )
+
+
+# The bodies of the authors' detectors (arXiv 1911.06667).
+v2_cfgs = {
+    "vovnetv2_19_slim_dw": _arch_v2(True, True, 3, [1, 1, 1, 1]),
+    "vovnetv2_19_dw": _arch_v2(False, True, 3, [1, 1, 1, 1]),
+    "vovnetv2_19_slim": _arch_v2(True, False, 3, [1, 1, 1, 1]),
+    "vovnetv2_19": _arch_v2(False, False, 3, [1, 1, 1, 1]),
+    "vovnetv2_39": _arch_v2(False, False, 5, [1, 1, 2, 2]),
+    "vovnetv2_57": _arch_v2(False, False, 5, [1, 1, 4, 3]),
+    "vovnetv2_99": _arch_v2(False, False, 5, [1, 3, 9, 3]),
+}
+model_cfgs |= v2_cfgs
+
+
+def layout(cfg: Mapping[str, Any]) -> Layout:
+    """Tell `convert` which tensors a VovNet of these arguments has."""
+    inputs = [*cfg["stem_chs"][-1:], *cfg["stage_out_chs"][:-1]]
+    return Layout(
+        blocks=cfg["block_per_stage"],
+        layers=cfg["layer_per_block"],
+        depthwise=cfg["depthwise"],
+        reduced=[cfg["depthwise"] and a != b for a, b in zip(inputs, cfg["stage_conv_chs"], strict=True)],
+        ese=cfg["attn"] == "ese",
+        width=cfg["stage_out_chs"][-1],
+    )
+
+
+def layout_of(model: VovNet) -> Layout:
+    """Tell `convert` which tensors this VovNet has."""
+    stages: Any = model.stages
+    blocks = [list(stage.blocks) for stage in stages]
+    first = blocks[0][0]
+    return Layout(
+        blocks=[len(stage) for stage in blocks],
+        layers=len(first.conv_mid),
+        depthwise=first.depthwise,
+        reduced=[stage[0].conv_reduction is not None for stage in blocks],
+        ese=first.attn is not None,
+        width=model.num_features,
+    )
 
 
 def _pytorchcv(file: str, sha1: str, top5: str) -> Weights:
@@ -77,6 +149,8 @@ WEIGHTS = {
     "vovnet75.authors_det": _authors("ve1h1ol2ge7yfta/vovnet75_statedict_norm.pth.tar"),
     "vovnet93.in1k": Weights("unpublished"),
     "vovnet93.authors_det": _authors("qtly316zv1isn0t/vovnet93_statedict_norm.pth.tar"),
+    # Third parties report that the authors' files of V2 answer 403; `vovnet-zoo convert` reads a copy of one.
+    **{f"{name}.in1k": Weights("unpublished") for name in v2_cfgs},
 }
 HOW_TO_MAKE = "convert a checkpoint that you have (vovnet-zoo convert FILE.pth FOLDER)"
 
@@ -107,7 +181,7 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> VovNet:
     if pretrained:
         kwargs["pretrained_cfg_overlay"] = _locate(variant, **kwargs)
     return build_model_with_cfg(
-        VovNet,
+        VovNetV2 if variant in v2_cfgs else VovNet,
         variant,
         pretrained,
         model_cfg=model_cfgs[variant],
@@ -125,8 +199,7 @@ def checkpoint_filter_fn(state_dict: dict, model: VovNet) -> dict:
     Raises:
         ValueError: the weights are not all the weights of a classifier with as many blocks as `model`.
     """
-    stages: Any = model.stages
-    converted = convert(state_dict, {"of this depth": [len(stage.blocks) for stage in stages]})
+    converted = convert(state_dict, {"of this depth": layout_of(model)})
     if converted.config:
         raise ValueError("these are weights of a detector, not of a classifier: vovnet-zoo convert FILE FOLDER")
     return converted.state_dict
@@ -187,3 +260,45 @@ def vovnet75(pretrained: bool = False, **kwargs: Any) -> VovNet:
 def vovnet93(pretrained: bool = False, **kwargs: Any) -> VovNet:
     """VoVNet-93: blocks per stage 1, 3, 8, 3."""
     return _create("vovnet93", pretrained, **kwargs)
+
+
+@register_model
+def vovnetv2_19_slim_dw(pretrained: bool = False, **kwargs: Any) -> VovNet:
+    """VoVNetV2-19-slim with depthwise convolutions: 1.9 M parameters."""
+    return _create("vovnetv2_19_slim_dw", pretrained, **kwargs)
+
+
+@register_model
+def vovnetv2_19_dw(pretrained: bool = False, **kwargs: Any) -> VovNet:
+    """VoVNetV2-19 with depthwise convolutions: 6.5 M parameters."""
+    return _create("vovnetv2_19_dw", pretrained, **kwargs)
+
+
+@register_model
+def vovnetv2_19_slim(pretrained: bool = False, **kwargs: Any) -> VovNet:
+    """VoVNetV2-19-slim: 3.2 M parameters."""
+    return _create("vovnetv2_19_slim", pretrained, **kwargs)
+
+
+@register_model
+def vovnetv2_19(pretrained: bool = False, **kwargs: Any) -> VovNet:
+    """VoVNetV2-19: 11.2 M parameters."""
+    return _create("vovnetv2_19", pretrained, **kwargs)
+
+
+@register_model
+def vovnetv2_39(pretrained: bool = False, **kwargs: Any) -> VovNet:
+    """VoVNetV2-39: 26.2 M parameters."""
+    return _create("vovnetv2_39", pretrained, **kwargs)
+
+
+@register_model
+def vovnetv2_57(pretrained: bool = False, **kwargs: Any) -> VovNet:
+    """VoVNetV2-57: 42.5 M parameters."""
+    return _create("vovnetv2_57", pretrained, **kwargs)
+
+
+@register_model
+def vovnetv2_99(pretrained: bool = False, **kwargs: Any) -> VovNet:
+    """VoVNetV2-99: 70.6 M parameters; the body of many camera-based 3D detectors."""
+    return _create("vovnetv2_99", pretrained, **kwargs)

@@ -7,22 +7,20 @@ import io
 import logging
 import math
 import os
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor
 
-from ..arguments import check_flag, check_kind, check_number, check_tensor
+from ..arguments import check_flag, check_kind, check_number
 from ..data import annotation_problem, entries_by_id, is_crowd, read_annotations
+from ..results import check_ids
+from ..results import to_coco_results as to_coco_results  # its place before there was `results`
 
 logger = logging.getLogger(__name__)
 
@@ -110,48 +108,6 @@ def load_engine(name: str) -> tuple[Callable[..., COCO], Callable[..., COCOeval]
     return faster_coco_eval.COCO, functools.partial(faster_coco_eval.COCOeval_faster, print_function=logger.debug)
 
 
-def to_coco_results(
-    detections: Sequence[dict[str, Tensor]],
-    image_ids: Sequence[int],
-    category_ids: Sequence[int],
-    plus_one: bool = False,
-) -> list[dict]:
-    """Turn detections into COCO result rows, `{"image_id", "category_id", "bbox", "score"}`, ready for JSON.
-
-    Args:
-        detections: per image `boxes` [N, 4] xyxy in pixels of the original image, `scores` [N], `labels` int [N].
-        image_ids: the COCO id of each image.
-        category_ids: original category id of each label.
-        plus_one: the published convention, `w = x2 - x1 + 1` (likewise h).
-
-    Raises:
-        ValueError: there are not as many image ids as detections, or a label has no category.
-    """
-    check_kind("detections", detections, (list, tuple), "a list of dicts")
-    check_ids("image_ids", image_ids)
-    check_ids("category_ids", category_ids)
-    check_flag("plus_one", plus_one)
-    for detection in detections:
-        check_detection(detection)
-    if len(detections) != len(image_ids):
-        raise ValueError(f"{len(detections)} detections for {len(image_ids)} image ids")
-    rows = []
-    for detection, image_id in zip(detections, image_ids, strict=True):
-        boxes = detection["boxes"].detach().cpu().to(torch.float64, copy=True)
-        boxes[:, 2:] += int(plus_one) - boxes[:, :2]  # [N, 4] xywh
-        labels = detection["labels"].tolist()
-        if labels and not 0 <= min(labels) <= max(labels) < len(category_ids):
-            raise ValueError(
-                f"image {image_id}: labels {min(labels)}..{max(labels)} do not fit the {len(category_ids)} categories; "
-                "was the model trained on other classes?"
-            )
-        rows += [
-            {"image_id": int(image_id), "category_id": int(category_ids[label]), "bbox": box, "score": score}
-            for box, score, label in zip(boxes.tolist(), detection["scores"].tolist(), labels, strict=True)
-        ]
-    return rows
-
-
 def gather_results(
     results: list[dict], image_ids: Sequence[int], group: dist.ProcessGroup | None = None
 ) -> list[dict] | None:
@@ -192,16 +148,6 @@ def format_table(metrics: dict, per_class: bool = False) -> str:
     return "\n".join(lines)
 
 
-def check_detection(detection: dict[str, Tensor]) -> None:
-    """Raise `ValueError` unless a detection has boxes [N,4], scores [N] and labels [N]."""
-    check_kind("detections", detection, dict, "dicts of tensors")
-    if missing := {"boxes", "scores", "labels"} - detection.keys():
-        raise ValueError(f"detections must have {', '.join(sorted(missing))}")
-    check_tensor("detections' boxes", detection["boxes"], ("N", 4), "")
-    check_tensor("detections' scores", detection["scores"], (len(detection["boxes"]),), "")
-    check_tensor("detections' labels", detection["labels"], (len(detection["boxes"]),), "whole")
-
-
 def check_rows(results: list[dict]) -> None:
     """Raise `ValueError` unless result rows are as `to_coco_results` makes them."""
     check_kind("results", results, list, "a list of rows that to_coco_results returns")
@@ -215,16 +161,6 @@ def check_rows(results: list[dict]) -> None:
             raise ValueError(f"results must have a bbox of 4 numbers and a score, this row has not: {row!r:.200}")
         for name in ("image_id", "category_id"):
             check_kind(f"results' {name}", row[name], int, "a whole number")
-
-
-def check_ids(name: str, ids: Sequence[int]) -> None:
-    """Raise `ValueError` unless ids are a sequence of whole numbers."""
-    try:
-        right = not isinstance(ids, str | dict) and all(isinstance(x, Integral | Tensor) for x in ids)
-    except TypeError:
-        right = False
-    if not right:
-        raise ValueError(f"{name}={reprlib.repr(ids)}: give a sequence of whole numbers")
 
 
 def _summary(run: COCOeval, class_names: list[str]) -> dict:

@@ -128,7 +128,10 @@ class FrozenOsaBlock(nn.Module):
 
     @staticmethod
     def suits(block: nn.Module) -> bool:
-        """Whether `block` is an OsaBlock without a reduction, of eligible convolutions with batch norms and ReLUs."""
+        """Whether `block` is an OsaBlock without a reduction, of eligible convolutions with batch norms and ReLUs.
+
+        It may have an attention (eSE), which follows the aggregation. A block of depthwise convolutions does not suit.
+        """
         if not isinstance(block, OsaBlock) or block.conv_reduction is not None:
             return False
         layers = [*block.conv_mid, block.conv_concat]

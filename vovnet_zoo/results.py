@@ -1,0 +1,136 @@
+"""`ImageDetections` holds what was found in one image; `to_coco_results` writes it as COCO's result rows."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .arguments import check_flag, check_kind, check_tensor
+from .draw import DISPLAY_SCORE, draw_detections
+from .sources import ImageLike, to_rgb
+
+
+class ImageDetections(dict[str, Tensor]):
+    """The detections of one image are a dict of tensors on the CPU, best score first, with facts as attributes.
+
+    The keys are `boxes` float32 [N,4] xyxy in pixels of the original image, `scores` float32 [N] and `labels` int64 [N]
+    (0..K-1). `supervision.Detections.from_transformers(found, found.id2label)` takes it as it is.
+
+    Attributes:
+        source: path of the image, or "image 0" .. for an image in memory.
+        size: (height, width) of the original image.
+        class_names: K names in label order, or None.
+        plus_one: boxes follow the published pixel convention, see `FCOS`.
+    """
+
+    def __init__(
+        self,
+        detections: Mapping[str, Tensor],
+        source: str,
+        size: tuple[int, int],
+        class_names: Sequence[str] | None = None,
+        plus_one: bool = False,
+    ):
+        super().__init__(detections)
+        self.source, self.size, self.class_names, self.plus_one = source, size, class_names, plus_one
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """The name of each label; empty where names are unknown."""
+        return dict(enumerate(self.class_names or ()))
+
+    @property
+    def names(self) -> list[str]:
+        """The class name of each detection; its label as text where names are unknown."""
+        return [self.id2label.get(label, str(label)) for label in self["labels"].tolist()]
+
+    def draw(
+        self, image: ImageLike | None = None, score_threshold: float = DISPLAY_SCORE, enlarge: int | None = None
+    ) -> Image.Image:
+        """Draw the detections that score at least `score_threshold` on a copy of the image.
+
+        Args:
+            image: None reads the file `source` again.
+            enlarge: how many times larger the picture is, see `draw_detections`.
+
+        Raises:
+            ValueError: the image cannot be read, has another size, or is None and `source` is no file.
+        """
+        if image is None and not Path(self.source).is_file():
+            raise ValueError(f"{self.source} is no file that could be read again; give the image: draw(image)")
+        pixels = to_rgb(self.source if image is None else image)
+        if (height_width := tuple(pixels.shape[-2:])) != self.size:
+            raise ValueError(f"{self.source}: found in an image of {self.size} (height, width), not {height_width}")
+        return draw_detections(pixels, self, self.class_names, score_threshold, enlarge)
+
+    def to_coco(self, image_id: int, category_ids: Sequence[int]) -> list[dict]:
+        """Turn the detections into COCO result rows, see `to_coco_results`."""
+        return to_coco_results([self], [image_id], category_ids, self.plus_one)
+
+
+def to_coco_results(
+    detections: Sequence[dict[str, Tensor]],
+    image_ids: Sequence[int],
+    category_ids: Sequence[int],
+    plus_one: bool = False,
+) -> list[dict]:
+    """Turn detections into COCO result rows, `{"image_id", "category_id", "bbox", "score"}`, ready for JSON.
+
+    Args:
+        detections: per image `boxes` [N, 4] xyxy in pixels of the original image, `scores` [N], `labels` int [N].
+        image_ids: the COCO id of each image.
+        category_ids: original category id of each label.
+        plus_one: the published convention, `w = x2 - x1 + 1` (likewise h).
+
+    Raises:
+        ValueError: there are not as many image ids as detections, or a label has no category.
+    """
+    check_kind("detections", detections, (list, tuple), "a list of dicts")
+    check_ids("image_ids", image_ids)
+    check_ids("category_ids", category_ids)
+    check_flag("plus_one", plus_one)
+    for detection in detections:
+        check_detection(detection)
+    if len(detections) != len(image_ids):
+        raise ValueError(f"{len(detections)} detections for {len(image_ids)} image ids")
+    rows = []
+    for detection, image_id in zip(detections, image_ids, strict=True):
+        boxes = detection["boxes"].detach().cpu().to(torch.float64, copy=True)
+        boxes[:, 2:] += int(plus_one) - boxes[:, :2]  # [N, 4] xywh
+        labels = detection["labels"].tolist()
+        if labels and not 0 <= min(labels) <= max(labels) < len(category_ids):
+            raise ValueError(
+                f"image {image_id}: labels {min(labels)}..{max(labels)} do not fit the {len(category_ids)} categories; "
+                "was the model trained on other classes?"
+            )
+        rows += [
+            {"image_id": int(image_id), "category_id": int(category_ids[label]), "bbox": box, "score": score}
+            for box, score, label in zip(boxes.tolist(), detection["scores"].tolist(), labels, strict=True)
+        ]
+    return rows
+
+
+def check_detection(detection: dict[str, Tensor]) -> None:
+    """Raise `ValueError` unless a detection has boxes [N,4], scores [N] and labels [N]."""
+    check_kind("detections", detection, dict, "dicts of tensors")
+    if missing := {"boxes", "scores", "labels"} - detection.keys():
+        raise ValueError(f"detections must have {', '.join(sorted(missing))}")
+    check_tensor("detections' boxes", detection["boxes"], ("N", 4), "")
+    check_tensor("detections' scores", detection["scores"], (len(detection["boxes"]),), "")
+    check_tensor("detections' labels", detection["labels"], (len(detection["boxes"]),), "whole")
+
+
+def check_ids(name: str, ids: Sequence[int]) -> None:
+    """Raise `ValueError` unless ids are a sequence of whole numbers."""
+    try:
+        right = not isinstance(ids, str | dict) and all(isinstance(x, Integral | Tensor) for x in ids)
+    except TypeError:
+        right = False
+    if not right:
+        raise ValueError(f"{name}={reprlib.repr(ids)}: give a sequence of whole numbers")

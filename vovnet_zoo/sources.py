@@ -1,0 +1,133 @@
+"""`frames` finds the images that people point at: files, folders, patterns, lists of paths, and images in memory."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterable, Iterator
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .data import FORMATS, pil_to_rgb, read_image
+from .files import read_bytes
+
+ImageLike = str | PathLike | Image.Image | np.ndarray | Tensor
+MAX_LIST_BYTES = 1 << 30  # a longer file is no list of paths
+
+
+class Frame(NamedTuple):
+    """A frame is one image that is not decoded yet."""
+
+    name: str
+    """What messages and results call it: its path, or its place among the images."""
+    image: ImageLike | Callable[[], Tensor]
+    """The image, or a function that reads it as uint8 [3,H,W] RGB; another thread may call it."""
+
+
+Source = ImageLike | Frame | Iterable[ImageLike | Frame]
+
+
+def frames(source: Source, recursive: bool = False) -> Iterator[Frame]:
+    """Find the images of a source one after the other, without decoding them.
+
+    Args:
+        source: a path, which is an image file, a folder of images, a pattern such as "photos/*.jpg" (`**` stands for
+            any folders), or a `.txt` file with the path of an image in each line, relative to this file's folder; an
+            image in memory, see `to_rgb`; a tensor [B,3,H,W] of B images; a `Frame`; or an iterable of these.
+        recursive: look for images in the folders below a folder too.
+
+    Raises:
+        ValueError: there is no image in a folder, pattern or list, or a source is none of these.
+    """
+    for index, frame in enumerate(_find(source, recursive)):
+        yield frame if frame.name else frame._replace(name=f"image {index}")
+
+
+def to_rgb(image: ImageLike) -> Tensor:
+    """Turn any kind of image that `predict` takes into uint8 [3,H,W] RGB.
+
+    A PIL image becomes what its file would become: turned as its EXIF orientation says, 16 bits cut to the upper 8.
+    """
+    if isinstance(image, (str, PathLike)):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        try:
+            return pil_to_rgb(image)
+        except Exception as error:  # a damaged file raises anything when its pixels are first asked for
+            name = getattr(image, "filename", "") or "a PIL image"
+            raise ValueError(f"{name}: cannot use the image: {error or type(error).__name__}") from error
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+            raise ValueError(f"an image array must be uint8 [H,W,3] or [H,W], got {image.dtype} {list(image.shape)}")
+        array = image[..., None] if image.ndim == 2 else image
+        image = torch.from_numpy(np.array(array)).permute(2, 0, 1)
+    if not isinstance(image, Tensor):
+        raise ValueError(f"an image must be a path, PIL image, uint8 array or tensor, not {type(image).__name__}")
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
+        raise ValueError(f"an image must have 1 or 3 channels, [3,H,W] as tensor, got {list(image.shape)}")
+    if image.is_floating_point():
+        if not (image.amin() >= 0 and image.amax() <= 1):  # NaN neither
+            raise ValueError("a floating point image must be in 0..1; give 0..255 as uint8")
+        image = (image * 255).round().to(torch.uint8)
+    if image.dtype != torch.uint8:
+        raise ValueError(f"an image tensor must be uint8 or floating point, got {image.dtype}")
+    return image.expand(3, -1, -1)
+
+
+def _find(source: Source, recursive: bool) -> Iterator[Frame]:
+    if isinstance(source, Frame):
+        yield source
+    elif isinstance(source, (str, PathLike)):
+        for path in _find_files(Path(source), recursive):
+            yield Frame(str(path), path)
+    elif isinstance(source, Tensor) and source.ndim == 4:
+        yield from (Frame("", image) for image in source)
+    elif isinstance(source, Image.Image):
+        yield Frame(getattr(source, "filename", ""), source)
+    elif isinstance(source, (np.ndarray, Tensor)):
+        yield Frame("", source)
+    elif isinstance(source, Iterable) and not isinstance(source, (bytes, dict)):
+        for part in source:
+            yield from _find(part, recursive)
+    else:
+        raise ValueError(f"an image must be a path, PIL image, uint8 array or tensor, not {type(source).__name__}")
+
+
+def _find_files(path: Path, recursive: bool) -> Iterator[Path]:
+    if path.is_dir():
+        found = sorted(x for x in (path.rglob("*") if recursive else path.iterdir()) if _is_image_file(x, path))
+        if not found:
+            below = "" if recursive else "; images in the folders below it are found with recursive"
+            raise ValueError(f"{path}: no image in this folder (of {', '.join(FORMATS)}){below}")
+        yield from found
+    elif path.suffix.lower() == ".txt":
+        try:
+            text = read_bytes(path, "list of images", MAX_LIST_BYTES).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: the list of images is not UTF-8 text") from error
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{path}: the list of images is empty; write one path in each line")
+        yield from (path.parent / line for line in lines)
+    elif glob.has_magic(str(path)) and not path.exists():
+        matches = sorted(Path(x) for x in glob.iglob(str(path), recursive=True))
+        found = [x for x in matches if _is_image_file(x, x.parent)]
+        if not found:
+            raise ValueError(f"{path}: no image matches this pattern ({len(matches)} other files do)")
+        yield from found
+    else:
+        yield path
+
+
+def _is_image_file(path: Path, folder: Path) -> bool:
+    """Tell by its name whether a file is an image; what begins with a dot below `folder` is left out, as a shell does.
+
+    Some systems put a hidden file `._photo.jpg` beside each photo.
+    """
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return not hidden and Image.EXTENSION.get(path.suffix.lower()) in FORMATS and path.is_file()
