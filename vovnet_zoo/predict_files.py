@@ -39,7 +39,7 @@ def predict_files(
         out: folder for the results, which is made.
         pictures: the format of the pictures, or "none".
         overwrite: write over files that are there already; never over an image that is read.
-        options: options of `predict`. Without `score_threshold`, the thresholds are the model's own; if it has none,
+        options: options of `predict`, but `on_error`. Without `score_threshold`, the thresholds are the model's own; if it has none,
             the score that people are shown, `DISPLAY_SCORE`.
 
     Returns:
@@ -68,12 +68,13 @@ def predict_files(
         print(f"vovnet-zoo: {error}", file=sys.stderr)
         bad.append(frame.name)
 
+    options["on_error"] = report
     target_of = dict(zip((frame.name for frame in found_frames), targets, strict=False))
     done, count, began = 0, 0, time.perf_counter()
     results.unlink(missing_ok=True)  # a link is replaced, not followed
     with results.open("w", encoding="utf-8") as lines:
         try:
-            stream = predict(model, found_frames, stream=True, on_error=report, **options)
+            stream = predict(model, found_frames, stream=True, **options)
             for found in stream:
                 best = found["scores"].max().item() if len(found["scores"]) else None
                 if not isinstance(threshold, Mapping):
