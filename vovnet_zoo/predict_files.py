@@ -39,8 +39,8 @@ def predict_files(
         out: folder for the results, which is made.
         pictures: the format of the pictures, or "none".
         overwrite: write over files that are there already; never over an image that is read.
-        options: options of `predict`, but `on_error`. Without `score_threshold`, the thresholds are the model's own; if it has none,
-            the score that people are shown, `DISPLAY_SCORE`.
+        options: options of `predict`, but `on_error`. Without `score_threshold`, the thresholds are the model's own; if
+            it has none, the score that people are shown, `DISPLAY_SCORE`.
 
     Returns:
         The number of images that could not be used.
