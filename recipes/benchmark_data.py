@@ -20,16 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torchvision
 import tyro
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.transforms import v2
-
-from vovnet_zoo.data import CocoDataset, collate, find_split, train_transforms
 
 
 @dataclass(frozen=True)
@@ -45,6 +36,21 @@ class BenchmarkConfig:
     max_size: int = 1333
     out: Path | None = None
     """Write the numbers there, as JSON."""
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = tyro.cli(BenchmarkConfig, description=__doc__)
+
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.transforms import v2
+
+from vovnet_zoo.data import CocoDataset, collate, find_split, train_transforms
 
 
 def main(config: BenchmarkConfig) -> dict:
@@ -166,4 +172,4 @@ def format_report(report: dict) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BenchmarkConfig, description=__doc__))
+    main(CONFIG)

@@ -13,13 +13,7 @@ from typing import Literal
 
 import tyro
 
-from run_folder import write_whole
-from runtime import StopSignal, log, process_group
-from scoring import score_dataset
-from vovnet_zoo import FCOS
-from vovnet_zoo.coco_eval import format_table, load_engine
-from vovnet_zoo.data import CocoDataset, find_split
-from vovnet_zoo.inference import Precision
+from vovnet_zoo.config import Precision
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,18 @@ class EvalConfig:
     """torch device; default: the GPU where there is one."""
     engine: Literal["pycocotools", "faster"] = "pycocotools"
     """The package that computes the scores; "faster" gives the same numbers and needs faster-coco-eval installed."""
+
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = tyro.cli(EvalConfig, description=__doc__)
+
+
+from run_folder import write_whole
+from runtime import StopSignal, log, process_group
+from scoring import score_dataset
+from vovnet_zoo import FCOS
+from vovnet_zoo.coco_eval import format_table, load_engine
+from vovnet_zoo.data import CocoDataset, find_split
 
 
 def main(config: EvalConfig) -> dict | None:
@@ -108,4 +114,4 @@ def check_classes(model: FCOS, dataset: CocoDataset) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(EvalConfig, description=__doc__))
+    main(CONFIG)

@@ -14,6 +14,11 @@ import time
 from collections.abc import Iterator
 from types import ModuleType
 
+from presets import TrainConfig, parse
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = parse(description=__doc__)
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -22,7 +27,6 @@ from tqdm import tqdm
 from build import build_loader
 from memory import peak_memory
 from optim import set_lr
-from presets import TrainConfig, parse
 from run_folder import RunLog, draw_pictures, import_pictures, locked, note_not_finite, note_skipped
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group
 from scoring import score_dataset
@@ -243,4 +247,4 @@ def seed_of(*numbers: int) -> int:
 
 
 if __name__ == "__main__":
-    main(parse(description=__doc__))
+    main(CONFIG)
