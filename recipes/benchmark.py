@@ -29,27 +29,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import detection as peers
 
-from benchmark_runtimes import RUNTIMES, Network, RuntimeName, compare_outputs, imported_versions, load_runtimes
-from memory import kept_by
-from presets import PUBLISHED
-from runtime import environment, log, make_folder, process_group, run_command, synchronize
-from step import compiled, compute_losses, find_targets
-from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector
-from vovnet_zoo.compiled import detect
-from vovnet_zoo.data import normalize
-from vovnet_zoo.fcos import backbone_maps
-from vovnet_zoo.inference import Thresholds
-from vovnet_zoo.kernels.osa import fuse_for_training
-from vovnet_zoo.kernels.winograd import use_winograd
+from vovnet_zoo.commands import parse_command
 
-CLASSES = 80
-DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+RuntimeName = Literal["openvino", "onnxruntime", "ncnn"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +64,33 @@ class BenchmarkConfig:
     """torch device; default: the GPU where there is one."""
     out: Path = Path("runs/benchmark")
     """Folder of benchmark.json and benchmark.png."""
+
+
+PARSE = functools.partial(tyro.cli, BenchmarkConfig, description=__doc__)
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = parse_command(PARSE)
+
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import detection as peers
+
+from benchmark_runtimes import RUNTIMES, Network, compare_outputs, imported_versions, load_runtimes
+from memory import kept_by
+from presets import PUBLISHED
+from runtime import environment, log, make_folder, process_group, run_command, synchronize
+from step import compiled, compute_losses, find_targets
+from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector
+from vovnet_zoo.compiled import detect
+from vovnet_zoo.data import normalize
+from vovnet_zoo.fcos import backbone_maps
+from vovnet_zoo.inference import Thresholds
+from vovnet_zoo.kernels.osa import fuse_for_training
+from vovnet_zoo.kernels.winograd import use_winograd
+
+CLASSES = 80
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -570,4 +581,4 @@ def draw_rows(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, functools.partial(tyro.cli, BenchmarkConfig, description=__doc__))
+    run_command(main, CONFIG)

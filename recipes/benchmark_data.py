@@ -20,17 +20,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torchvision
 import tyro
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.transforms import v2
 
-from runtime import check_out, run_command
-from vovnet_zoo.data import CocoDataset, collate, find_split, train_transforms
+from vovnet_zoo.commands import parse_command
 
 
 @dataclass(frozen=True)
@@ -46,6 +38,23 @@ class BenchmarkConfig:
     max_size: int = 1333
     out: Path | None = None
     """Write the numbers there, as JSON."""
+
+
+PARSE = functools.partial(tyro.cli, BenchmarkConfig, description=__doc__)
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = parse_command(PARSE)
+
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.transforms import v2
+
+from runtime import check_out, run_command
+from vovnet_zoo.data import CocoDataset, collate, find_split, train_transforms
 
 
 def main(config: BenchmarkConfig) -> dict:
@@ -168,4 +177,4 @@ def format_report(report: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, functools.partial(tyro.cli, BenchmarkConfig, description=__doc__))
+    run_command(main, CONFIG)

@@ -13,13 +13,8 @@ from typing import Literal
 
 import tyro
 
-from run_folder import write_whole
-from runtime import StopSignal, check_out, log, process_group, run_command
-from scoring import score_dataset
-from vovnet_zoo import FCOS
-from vovnet_zoo.coco_eval import format_table, load_engine
-from vovnet_zoo.data import CocoDataset, find_split
-from vovnet_zoo.inference import Precision
+from vovnet_zoo.commands import parse_command
+from vovnet_zoo.config import Precision
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,19 @@ class EvalConfig:
     """torch device; default: the GPU where there is one."""
     engine: Literal["pycocotools", "faster"] = "pycocotools"
     """The package that computes the scores; "faster" gives the same numbers and needs faster-coco-eval installed."""
+
+
+PARSE = functools.partial(tyro.cli, EvalConfig, description=__doc__)
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = parse_command(PARSE)
+
+
+from run_folder import write_whole
+from runtime import StopSignal, check_out, log, process_group, run_command
+from scoring import score_dataset
+from vovnet_zoo import FCOS
+from vovnet_zoo.coco_eval import format_table, load_engine
+from vovnet_zoo.data import CocoDataset, find_split
 
 
 def main(config: EvalConfig) -> dict | None:
@@ -96,4 +104,4 @@ def check_classes(model: FCOS, dataset: CocoDataset) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, functools.partial(tyro.cli, EvalConfig, description=__doc__))
+    run_command(main, CONFIG)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import timm
@@ -27,21 +28,19 @@ from torch import Tensor, nn
 import vovnet_zoo
 from vovnet_zoo.commands import find_device, run_reporting, take_debug
 
+T = TypeVar("T")
 log = logging.getLogger("vovnet_zoo")
 
 
-def run_command(main: Callable, parse: Callable) -> None:
+def run_command(main: Callable[[T], object], config: T) -> None:
     """Run a recipe: an error of the user is one line, with `--debug` also its traceback, and the exit status is 2.
 
     Of processes that torchrun started, one prints the line.
 
     Args:
-        main: takes the configuration.
-        parse: makes the configuration of `args`, the list of the command line's arguments.
+        config: what `commands.parse_command` returned.
     """
-    arguments, debug = take_debug(sys.argv[1:])
-    name = Path(sys.argv[0]).stem
-    run_reporting(name, lambda: main(parse(args=arguments)), debug, claim)
+    run_reporting(Path(sys.argv[0]).stem, lambda: main(config), take_debug(sys.argv[1:])[1], claim)
 
 
 def claim(line: str) -> bool:

@@ -14,6 +14,13 @@ import time
 from collections.abc import Iterator
 from types import ModuleType
 
+from presets import TrainConfig, parse
+from vovnet_zoo.commands import parse_command
+
+PARSE = functools.partial(parse, description=__doc__)
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = parse_command(PARSE)
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -22,7 +29,6 @@ from tqdm import tqdm
 from build import build_loader
 from memory import peak_memory
 from optim import set_lr
-from presets import TrainConfig, parse
 from run_folder import RunLog, draw_pictures, import_pictures, locked, note_not_finite, note_skipped
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from scoring import score_dataset
@@ -245,4 +251,4 @@ def seed_of(*numbers: int) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, functools.partial(parse, description=__doc__))
+    run_command(main, CONFIG)

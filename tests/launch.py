@@ -67,3 +67,19 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT.parent, capture_output=True, text=True, timeout=300
     )
+
+
+HEAVY = {"PIL", "huggingface_hub", "numpy", "safetensors", "timm", "torch", "torchvision"}  # they take most of a second
+
+
+def run_light(*line: str) -> tuple[subprocess.CompletedProcess, set[str]]:
+    """Run `python LINE`; returns the names of all modules that it imported, too."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPROFILEIMPORTTIME": "1", "COLUMNS": "120"}
+    result = subprocess.run(
+        [sys.executable, *line], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    lines = result.stderr.splitlines(keepends=True)
+    imported = {line.rsplit("|")[-1].strip() for line in lines if line.startswith("import time:")}
+    result.stderr = "".join(line for line in lines if not line.startswith("import time:"))
+    assert "tyro" in imported
+    return result, imported

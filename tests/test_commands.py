@@ -3,7 +3,6 @@
 import ast
 import builtins
 import dataclasses
-import functools
 import importlib
 import json
 import signal
@@ -13,7 +12,6 @@ import time
 
 import pytest
 import torch
-import tyro
 from launch import ROOT, command, tiny_config
 
 import benchmark
@@ -23,17 +21,10 @@ import memory
 import profile_blocks
 import runtime
 import train_coco
-from presets import PRESETS
 from vovnet_zoo import commands
 
 RECIPES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "recipes").glob("*.py")}
-PARSERS = {
-    train_coco: functools.partial(tyro.extras.overridable_config_cli, PRESETS),
-    eval_coco: functools.partial(tyro.cli, eval_coco.EvalConfig),
-    benchmark: functools.partial(tyro.cli, benchmark.BenchmarkConfig),
-    benchmark_data: functools.partial(tyro.cli, benchmark_data.BenchmarkConfig),
-    profile_blocks: functools.partial(tyro.cli, profile_blocks.ProfileConfig),
-}
+MODULES = [benchmark, benchmark_data, eval_coco, profile_blocks, train_coco]
 
 
 @pytest.fixture
@@ -45,7 +36,7 @@ def run(monkeypatch, capfd, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"recipes/{module.__name__}.py", *map(str, arguments)])
         status = 0
         try:
-            runtime.run_command(module.main, PARSERS[module])
+            runtime.run_command(module.main, commands.parse_command(module.PARSE))
         except SystemExit as exit:
             status = exit.code
         return status, capfd.readouterr().err
@@ -54,14 +45,15 @@ def run(monkeypatch, capfd, tmp_path):
 
 
 def test_every_recipe_reports_in_one_way():
-    """No script calls its `main` without `run_command`."""
+    """No script parses without `parse_command`, or calls its `main` without `run_command`."""
     scripts = 0
     for name, tree in RECIPES.items():
         for node in tree.body:
             if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
                 scripts += 1
-                assert ast.unparse(node.body[0]).startswith("run_command(main, "), name
-    assert scripts >= len(PARSERS)
+                line = ast.unparse(node.body[0])
+                assert line in ("CONFIG = parse_command(PARSE)", "run_command(main, CONFIG)"), name
+    assert scripts >= 2 * len(MODULES)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +105,7 @@ def test_debug_shows_where(run):
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["recipes/x.py"])
     with pytest.raises(ZeroDivisionError):
-        runtime.run_command(lambda config: 1 / config, lambda args: 0)
+        runtime.run_command(lambda config: 1 / config, 0)
 
 
 def test_a_name_offline_is_answered_at_once(run, monkeypatch, hub_on_loopback):

@@ -1,8 +1,14 @@
-"""The command `vovnet-zoo` parses its arguments and calls the library, nothing more."""
+"""The command `vovnet-zoo` parses its arguments and calls the library, nothing more.
+
+Torch takes seconds to import, so that each command imports what it needs only after its arguments have been checked.
+"""
 
 from __future__ import annotations
 
+import difflib
 import glob
+import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,15 +17,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from . import hub, inference, publish
+from . import ledger
 from .commands import find_device, run_reporting, take_debug
-from .data import check
-from .detectors import DETECTORS, create_detector
-from .fcos import FCOS
-from .files import read_json
-from .predict_files import Pictures, predict_files
+from .config import Pictures, Precision, Thresholds
+from .version import __version__
 
-DEFAULTS = inference.Thresholds()
+DEFAULTS = Thresholds()
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Predict:
     """Detections per image, at most."""
     batch_size: int = 1
     """Images that the network sees together, at most; the detections do not depend on it."""
-    precision: inference.Precision = "float32"
+    precision: Precision = "float32"
     """Precision of the network (autocast)."""
     compile: bool = False
     """Compile the network with torch.compile, which takes minutes once."""
@@ -104,16 +107,32 @@ class Publish:
     """Open a pull request instead."""
 
 
+@dataclass(frozen=True)
+class ListModels:
+    """List the weights of backbones and detectors: which can be had, from where, with which scores and licenses."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Only names that contain one of these texts; default: all."""
+    json: bool = False
+    """Print everything that is known of each, as JSON."""
+    markdown: bool = False
+    """Print the table of the README: the weights that are published."""
+
+
 def main() -> None:
     """Run the command. An error of the user goes to stderr in one line, and the exit status is 2."""
     arguments, debug = take_debug(sys.argv[1:])
+    if arguments == ["--version"]:
+        print(f"vovnet-zoo {__version__}")
+        return
     command = tyro.cli(
         Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[CheckData, tyro.conf.subcommand("check-data")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
-        | Annotated[Publish, tyro.conf.subcommand("publish")],
+        | Annotated[Publish, tyro.conf.subcommand("publish")]
+        | Annotated[ListModels, tyro.conf.subcommand("list")],
         prog="vovnet-zoo",
-        description="VoVNet backbones and FCOS detectors. With --debug an error shows its traceback.",
+        description="VoVNet backbones and FCOS detectors. --version prints the version, --debug an error's traceback.",
         args=arguments,
     )
     run: dict[type, Callable[[Any], None]] = {
@@ -121,15 +140,21 @@ def main() -> None:
         CheckData: run_check_data,
         Convert: run_convert,
         Publish: run_publish,
+        ListModels: run_list,
     }
     run_reporting("vovnet-zoo", lambda: run[type(command)](command), debug)
 
 
 def run_predict(command: Predict) -> None:
-    if missing := [str(path) for path in command.images if not (path.exists() or glob.has_magic(str(path)))]:
-        raise ValueError(f"no such file or folder: {', '.join(missing)}")
+    refuse_missing(*(path for path in command.images if not glob.has_magic(str(path))))
+    refuse_model(command.model)
+    from . import inference
+    from .detectors import create_detector
+    from .fcos import FCOS
+    from .predict_files import predict_files
+
     device = find_device(command.device)
-    if command.model.split(".")[0] in DETECTORS and not Path(command.model).is_dir():
+    if command.model.split(".")[0] in ledger.DETECTORS and not Path(command.model).is_dir():
         model = create_detector(command.model, pretrained=True)
     else:
         model = FCOS.from_pretrained(command.model)
@@ -156,6 +181,10 @@ def run_predict(command: Predict) -> None:
 
 
 def run_check_data(command: CheckData) -> None:
+    refuse_missing(command.root)
+    from .data import check
+    from .files import read_json
+
     if command.json is not None and command.json.exists():
         try:
             ours = {"ok", "findings"} <= read_json(command.json).keys()
@@ -167,6 +196,9 @@ def run_check_data(command: CheckData) -> None:
 
 
 def run_convert(command: Convert) -> None:
+    refuse_missing(command.file)
+    from . import hub, publish
+
     left_out = publish.convert_file(command.file, command.out, part=command.part, overwrite=command.overwrite)
     if left_out:
         names = [f"{name:.200}" for name in left_out]
@@ -175,6 +207,9 @@ def run_convert(command: Convert) -> None:
 
 
 def run_publish(command: Publish) -> None:
+    refuse_missing(command.source, *([] if command.run is None else [command.run]))
+    from . import publish
+
     url = publish.publish_model(
         command.source,
         command.repo_id,
@@ -186,6 +221,34 @@ def run_publish(command: Publish) -> None:
         create_pr=command.create_pr,
     )
     print(url)
+
+
+def run_list(command: ListModels) -> None:
+    if command.markdown:
+        print(ledger.markdown())
+        return
+    rows = [row for row in ledger.rows() if not command.names or any(name in row["name"] for name in command.names)]
+    if not rows:
+        raise ValueError(f"no weights have {' or '.join(map(repr, command.names))} in their name; vovnet-zoo list")
+    print(json.dumps(rows, indent=1) if command.json else "\n".join(map(ledger.describe, rows)))
+
+
+def refuse_missing(*paths: Path) -> None:
+    """Raise ValueError, with all their names, if there are paths without a file or folder."""
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise ValueError(f"no such file or folder: {', '.join(missing)}")
+
+
+def refuse_model(name: str) -> None:
+    """Raise ValueError if `name` can be no folder, no repository on the Hub and no weights of the ledger."""
+    if Path(name).is_dir():
+        return
+    if name.split(".")[0] in ledger.DETECTORS:
+        ledger.find(name, ledger.DETECTOR_WEIGHTS, ledger.HOW_TO_MAKE_DETECTORS)
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        near = difflib.get_close_matches(name, [*ledger.DETECTORS, *ledger.DETECTOR_WEIGHTS], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ", and no detector that `vovnet-zoo list` knows"
+        raise ValueError(f"{name!r} is no folder here, and no 'organisation/name' on the Hub{hint}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-import torch
+if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not wait for
+    import torch
+
+T = TypeVar("T")
 
 EXIT_STATUS = 2  # as for a wrong option
 
@@ -22,6 +27,21 @@ USER_ERRORS = (ValueError, OSError, ImportError, CommandError)
 def take_debug(arguments: list[str]) -> tuple[list[str], bool]:
     """Take `--debug`, which every command has, out of the arguments of a command line; tell whether it was there."""
     return [argument for argument in arguments if argument != "--debug"], "--debug" in arguments
+
+
+def parse_command(parse: Callable[..., T]) -> T:
+    """Return what `parse` makes of the arguments of the command line, without `--debug`.
+
+    An error of the user is one line, also where torchrun started several processes.
+
+    Args:
+        parse: takes `args`, the list of arguments.
+    """
+    arguments, debug = take_debug(sys.argv[1:])
+    try:
+        return parse(args=arguments)
+    except USER_ERRORS as error:
+        fail(Path(sys.argv[0]).stem, error, debug, lambda line: int(os.environ.get("RANK", 0)) == 0)
 
 
 def run_reporting(
@@ -72,6 +92,8 @@ def find_device(name: str | None, index: int | None = None) -> torch.device:
     Raises:
         ValueError: torch knows no such device, or it is not in this machine.
     """
+    import torch
+
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -1,14 +1,19 @@
-"""A detector has these settings, and the table of variants says what "improved" and "published" mean."""
+"""A detector has these settings; the table of variants says what "improved" and "published" mean."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, TypedDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VariantName = Literal["improved", "published"]
 Distance = Literal["relu", "exp"]
 CenternessOn = Literal["box", "cls"]
 BoxLoss = Literal["giou", "iou"]
+Precision = Literal["float32", "bf16", "fp16"]  # of the network, under autocast
+Pictures = Literal["jpg", "png", "none"]  # format of the pictures of detections
 
 
 class Variant(TypedDict):
@@ -100,3 +105,18 @@ class DetectorConfig(TypedDict):
     center_radius: float | None
     box_loss: BoxLoss
     add_images: bool
+
+
+class Thresholds(NamedTuple):
+    """These numbers decide which predictions become detections (arXiv 1904.01355, section 4)."""
+
+    score_threshold: float | Tensor = 0.0
+    """A detection is returned if its score is at least this: one number, or a tensor [K] of one for each class."""
+    candidate_threshold: float = 0.05
+    """A class at a location is a candidate if its probability, without centerness, is higher."""
+    nms_threshold: float = 0.6
+    """A box is dropped if its IoU with a better box of its class is higher."""
+    topk: int = 1000
+    """Candidates kept per level and image, the best by class probability times centerness."""
+    max_detections: int = 100
+    """Detections kept per image."""

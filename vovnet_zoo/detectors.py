@@ -14,9 +14,12 @@ from . import hub, vovnet
 from .arguments import check_choice, check_flag
 from .backbone import create_backbone
 from .config import DEFAULT_VARIANT, VARIANTS, DetectorOptions, VariantName
-from .convert import BGR_MEAN, Converted, Layout, convert
+from .convert import Converted, Layout, convert
 from .fcos import FCOS
-from .weights import Weights, available, fetch, find, read_checkpoint
+from .ledger import DETECTOR_WEIGHTS as WEIGHTS
+from .ledger import HOW_TO_MAKE_DETECTORS as HOW_TO_MAKE
+from .ledger import available, find
+from .weights import fetch_row, read_checkpoint
 
 NUM_CLASSES = 80  # as COCO has
 
@@ -45,35 +48,6 @@ STARTS = {
     "fcos_ese_vovnet39b_fpn": "ese_vovnet39b.ra_in1k",
     "fcos_ese_vovnet57b_fpn": "ese_vovnet57b.ra4_e3600_r256_in1k",
 }
-
-
-def _authors(file: str, ap: str) -> Weights:
-    return Weights(
-        "gone",
-        f"https://dl.dropbox.com/s/{file}?dl=1",
-        score=f"COCO val2017 AP {ap} (the authors' repository VoVNet-FCOS)",
-        mean=tuple(mean / 255 for mean in reversed(BGR_MEAN)),
-        std=(1 / 255,) * 3,
-        size=(800, 1333),
-    )
-
-
-# The published schedules are 1x, 90,000 iterations; 2x, twice as many; ms, with the shorter side drawn from 640..800.
-WEIGHTS = {
-    "fcos_resnet50_fpn.fcos_1x_coco": Weights("unpublished"),
-    "fcos_resnet101_fpn.fcos_2x_ms_coco": Weights("unpublished"),
-    "fcos_resnext101_32x8d_fpn.fcos_2x_ms_coco": Weights("unpublished"),
-    "fcos_ese_vovnet19b_dw_fpn.coco_12e": Weights("unpublished"),
-    "fcos_ese_vovnet39b_fpn.coco_24e": Weights("unpublished"),
-    "fcos_ese_vovnet57b_fpn.coco_36e": Weights("unpublished"),
-    "fcos_vovnet27_slim_fpn.fcos_1x_coco": Weights("unpublished"),
-    "fcos_vovnet39_fpn.fcos_1x_coco": _authors("8n0wyypfggliplw/FCOS-V-39-FPN-1x.pth", "37.7"),
-    "fcos_vovnet57_fpn.fcos_2x_ms_coco": _authors("f1posfwebb2ynnp/FCOS-V-57-MS-FPN-2x.pth", "41.6"),
-    "fcos_vovnet75_fpn.fcos_2x_ms_coco": Weights("unpublished"),
-    "fcos_vovnet93_fpn.fcos_2x_ms_coco": _authors("2v7go4lenvvjd1s/FCOS-V-93-MS-FPN-2x.pth", "42.1"),
-    **{f"fcos_{name}_fpn.coco_24e": Weights("unpublished") for name in vovnet.v2_cfgs},
-}
-HOW_TO_MAKE = f"{vovnet.HOW_TO_MAKE}, or train a preset (python recipes/train_coco.py --help lists them)"
 
 
 def create_detector(
@@ -115,8 +89,10 @@ def create_detector(
         if "backbone" not in kwargs:
             raise ValueError("create_detector('fcos') needs backbone=, the name of a timm model")
         arch = {}
-    elif base in DETECTORS and (not tag or (pretrained and name in WEIGHTS)):
+    elif base in DETECTORS:
         arch = DETECTORS[base]
+        if tag and not pretrained:
+            raise ValueError(f"{name!r} is a name of weights: add pretrained=True, or leave {'.' + tag!r} out")
     else:
         known = [*DETECTORS, *WEIGHTS] if pretrained else ["fcos", *DETECTORS]
         near = difflib.get_close_matches(name, known, n=1)
@@ -172,7 +148,7 @@ def coco_class_names() -> list[str]:
 def _load(name: str, variant: VariantName | None, num_classes: int | None, kwargs: DetectorOptions) -> FCOS:
     key, repo_id = find(name, WEIGHTS, HOW_TO_MAKE)
     if repo_id is None:
-        converted = convert(read_checkpoint(fetch(WEIGHTS[key].url, WEIGHTS[key].sha1)), archs())
+        converted = convert(read_checkpoint(fetch_row(key, WEIGHTS, HOW_TO_MAKE)), archs())
         if not converted.config:
             raise ValueError(f"{WEIGHTS[key].url} holds {converted.form}, not a detector")
         model = build_converted(converted, **kwargs)

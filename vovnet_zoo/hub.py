@@ -12,11 +12,12 @@ from typing import Any, Self
 
 import huggingface_hub
 import torch
-from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, constants
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin, constants
 from torch import Tensor, nn
 
 from .arguments import check_flag, check_kind, check_path
 from .files import hash_file, read_json, read_safetensors, read_shapes, staged, write_safetensors
+from .ledger import Measured
 
 CONFIG, WEIGHTS, CARD = constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, "README.md"
 MAX_CONFIG_BYTES, MAX_BYTES = 16 << 20, 8 << 30  # of a configuration, and of weights
@@ -123,10 +124,10 @@ class StrictHubMixin(PyTorchModelHubMixin):
         kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
         return super().push_to_hub(repo_id, **kwargs)
 
-    def generate_model_card(self: Any, **facts: str) -> ModelCard:
+    def generate_model_card(self: Any, **facts: object) -> ModelCard:
         """Make a model card of what the model knows of itself and further `facts`, see `model_card`."""
         info, config = self._hub_mixin_info, self._hub_mixin_config
-        known = {
+        known: dict[str, object] = {
             "architecture": f"{type(self).__name__} on {config['backbone']}",
             "parameters": f"{sum(p.numel() for p in self.parameters()):,}",
         }
@@ -341,16 +342,23 @@ def create_private(repo_id: str, token: str | None) -> str:
     return repo_id
 
 
-def model_card(facts: Mapping[str, str], data: ModelCardData) -> ModelCard:
+def model_card(facts: Mapping[str, object], data: ModelCardData) -> ModelCard:
     """Make the README.md of a model.
 
     Args:
-        facts: the rows of its table; `repo_id` goes into the title and the example, `license` into the header.
+        facts: the rows of its table; `repo_id` goes into the title and the example, `license` into the header, and so
+            does `measured`, if it is a `Measured`, as the model-index that the Hub reads.
         data: the header; its `library_name` and `pipeline_tag` choose the example.
     """
     known: dict[str, Any] = {"repo_id": "organisation/name", "license": data.license, **facts}
     repo_id = re.sub(r"[^\w./-]", "-", known.pop("repo_id"))
     header = ModelCardData(**{**data.to_dict(), "license": known["license"]})
+    if isinstance(measured := known.get("measured"), Measured):
+        header.model_name = repo_id.split("/")[-1]
+        header.eval_results = [
+            EvalResult(str(data.pipeline_tag), measured.dataset.lower(), measured.dataset, name, value)
+            for name, value in measured.metrics.items()
+        ]
     rows = "\n".join(f"| {_as_text(key).replace('_', ' ')} | {_as_text(value)} |" for key, value in known.items())
     example = USAGE[str(data.library_name), str(data.pipeline_tag)].format(repo_id=repo_id)
     return ModelCard(

@@ -14,31 +14,15 @@ from torchvision.transforms.v2 import functional as tvf
 
 from .arguments import check_choice, check_flag, check_model, check_number
 from .batching import group_alike, read_ahead
-from .config import DetectorConfig
+from .config import DetectorConfig, Precision, Thresholds
 from .data import normalize, resize_size
 from .fcos import FCOS, Predictions, check_predictions, check_thresholds, level_sizes
 from .nms import class_nms, nms_fixed
 from .results import ImageDetections
 from .sources import Frame, Source, frames, to_rgb
 
-Precision = Literal["float32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Network = Callable[[FCOS, Tensor, Tensor], Predictions]
-
-
-class Thresholds(NamedTuple):
-    """These numbers decide which predictions become detections (arXiv 1904.01355, section 4)."""
-
-    score_threshold: float | Tensor = 0.0
-    """A detection is returned if its score is at least this: one number, or a tensor [K] of one for each class."""
-    candidate_threshold: float = 0.05
-    """A class at a location is a candidate if its probability, without centerness, is higher."""
-    nms_threshold: float = 0.6
-    """A box is dropped if its IoU with a better box of its class is higher."""
-    topk: int = 1000
-    """Candidates kept per level and image, the best by class probability times centerness."""
-    max_detections: int = 100
-    """Detections kept per image."""
 
 
 class ThresholdOptions(TypedDict, total=False):

@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Unpack
 
+from .config import Pictures
 from .draw import DISPLAY_SCORE
 from .fcos import FCOS
 from .files import free_to_write, write_whole
@@ -17,7 +18,6 @@ from .inference import PredictOptions, predict
 from .results import ImageDetections
 from .sources import Frame, frames
 
-Pictures = Literal["jpg", "png", "none"]
 JPEG_QUALITY = 90
 
 

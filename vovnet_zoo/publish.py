@@ -31,7 +31,8 @@ from .files import (
     staged,
     write_safetensors,
 )
-from .weights import Weights, read_checkpoint, unwrapped
+from .ledger import BACKBONE_WEIGHTS, DETECTOR_WEIGHTS, Measured, Weights
+from .weights import read_checkpoint, unwrapped
 
 SECRET = re.compile("token|password|passwd|secret|credential|api.?key", re.IGNORECASE)  # in the name of an option
 TIMM_NAME = "vovnet39a"  # timm's own name of the class that every published V1 backbone is built from
@@ -129,9 +130,14 @@ def convert_file(file: str | Path, out: str | Path, *, part: str = "all", overwr
     source = {"converted_from": f"{file.name}, {FORMS[converted.form]}, sha256 {sha256}"}
     if converted.left_out:
         source["left_out"] = f"{len(converted.left_out)} tensors beside the backbone"
-    for name, weights in vovnet.WEIGHTS.items():
-        if weights.sha1 == sha1:
-            source |= {"known_as": name, "published_score": weights.score, "license": weights.license}
+    for name, weights in {**BACKBONE_WEIGHTS, **DETECTOR_WEIGHTS}.items():
+        if sha1 == weights.sha1 or sha256 == weights.sha256:
+            source |= {
+                "known_as": name,
+                "published_score": f"{weights.score} ({weights.publisher})",
+                "training_data": weights.data,
+                "license": weights.license,
+            }
     with staged(out, keep=[hub.CARD]) as folder:
         model: nn.Module
         config: Mapping[str, object]
@@ -214,7 +220,7 @@ def load_for_timm(folder: Path) -> tuple[nn.Module, str]:
     raise ValueError(f"{folder / hub.CONFIG} is none that `vovnet-zoo convert` writes: convert the checkpoint again")
 
 
-def checked_card(folder: str | Path, **facts: str) -> ModelCard:
+def checked_card(folder: str | Path, **facts: object) -> ModelCard:
     """Load the model in a folder strictly, run it, and make a card of what is known of it and the further `facts`.
 
     Raises:
@@ -238,7 +244,9 @@ def checked_card(folder: str | Path, **facts: str) -> ModelCard:
         with FlopCounterMode(display=False) as counter, torch.device("meta"):
             model.to("meta")(torch.empty(1, 3, *size))
     flops, metadata = counter.get_total_flops(), read_metadata(folder / hub.WEIGHTS)
+    row = {**BACKBONE_WEIGHTS, **DETECTOR_WEIGHTS}.get(metadata.get("known_as", ""))
     known = {
+        **({"measured": row.measured} if row and row.measured else {}),
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "compute": f"{flops / 1e9:.1f} GFLOPs ({flops / 2e9:.1f} GMACs) at {size[0]}x{size[1]}",
         **{key: text for key, text in metadata.items() if key not in ("format", "sha256")},
@@ -255,7 +263,7 @@ def checked_card(folder: str | Path, **facts: str) -> ModelCard:
     return hub.model_card(known, BACKBONE_CARD)
 
 
-def training_facts(run: Path, model: str) -> dict[str, str]:
+def training_facts(run: Path, model: str) -> dict[str, object]:
     """Read what a run folder of recipes/train_coco.py tells of its model "best" or "last"; {} for any other folder.
 
     Raises:
@@ -275,8 +283,8 @@ def training_facts(run: Path, model: str) -> dict[str, str]:
     scored = _scores(run / "metrics.jsonl")
     if model != "last":
         scored.sort(key=lambda row: row["AP"])
-    measured = ", ".join(f"{key} {value:.3f}" for key, value in scored[-1].items()) if scored else "not scored"
-    return {"measured": measured, **facts}
+    data = "the validation split of the training data"
+    return {"measured": Measured(data, scored[-1], facts["training_command"]) if scored else "not scored", **facts}
 
 
 def _scores(log: Path) -> list[dict[str, float]]:
