@@ -13,12 +13,14 @@ from typing import Literal
 
 import tyro
 
+from options import Range, check_options
 from run_folder import write_whole
 from runtime import StopSignal, log, process_group
 from scoring import score_dataset
 from vovnet_zoo import FCOS
 from vovnet_zoo.coco_eval import format_table, load_engine
 from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.fcos import RANGES as MODEL_RANGES
 from vovnet_zoo.inference import Precision
 
 
@@ -49,14 +51,22 @@ class EvalConfig:
     """The package that computes the scores; "faster" gives the same numbers and needs faster-coco-eval installed."""
 
 
+RANGES = {"size": Range(*MODEL_RANGES["min_size"][:2]), "workers": Range(0)}
+
+
 def main(config: EvalConfig) -> dict | None:
     """Score the detector; returns the metrics on rank 0, None on the others."""
+    check_options(config, RANGES)
     load_engine(config.engine)  # an engine that is not installed is reported now, not after the last image
     with process_group(config.device) as (rank, world_size, device):
         if rank == 0 and config.out is not None:
             check_out(config.out)  # so is a place that cannot be written
         model = FCOS.from_pretrained(config.model).to(device)
         if config.size is not None:
+            if config.size > (limit := model.config["max_size"]):
+                raise ValueError(
+                    f"size={config.size}: the model limits the longer side to {limit}; give {limit} at most"
+                )
             model.config["min_size"] = config.size
         dataset = CocoDataset(*find_split(config.data, config.split))
         check_classes(model, dataset)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from build import build_loader
 from memory import peak_memory
 from optim import set_lr
-from presets import TrainConfig, parse
+from presets import TrainConfig, check_config, parse
 from run_folder import RunLog, draw_pictures, import_pictures, locked, note_not_finite, note_skipped
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group
 from scoring import score_dataset
@@ -33,6 +33,7 @@ from vovnet_zoo.coco_eval import format_table
 
 def main(config: TrainConfig) -> dict | None:
     """Train as `config` says; returns the last evaluation on rank 0, None on the others."""
+    check_config(config)
     with (
         process_group(config.device) as (rank, world_size, device),
         StopSignal() as stop,

@@ -9,7 +9,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from build import build_datasets, build_model, load_start, prepare_for_training
+from build import build_datasets, build_model, check_start, load_start, prepare_for_training
 from gradients import GradientSum
 from optim import create_optimizer, load_changed
 from presets import TrainConfig
@@ -73,6 +73,8 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     known = saved.get("config") if saved else None  # checkpoints of version 0.2 and before do not hold it
     torch.manual_seed(config.seed)
     start = None if known else load_start(config)
+    if known and config.init is not None:
+        check_start(config, known)
     plus_one = (known or (start.config if start else VARIANTS[config.variant or DEFAULT_VARIANT]))["plus_one"]
     train_set, val_set = build_datasets(config, plus_one, rank, world_size)
     identity = describe_run(config, train_set, val_set)

@@ -55,6 +55,27 @@ def entries_by_id(entries: list, key: str, text: str, path: str | Path) -> list[
     return sorted(entries, key=lambda entry: entry["id"])
 
 
+def idle_categories(categories: list[dict], annotations: list) -> list[dict]:
+    """List the categories that no tool meant as a class, though they are in the JSON.
+
+    No annotation refers to them, and they group the others (Roboflow writes such a category of id 0, whose name is the
+    `supercategory` of the others), or they stand for the background (labelme and other exporters).
+    """
+    used = {a.get("category_id") for a in annotations if isinstance(a, dict) and type(a.get("category_id")) is int}
+    above = {c["name"]: c for c in categories}
+    groups = {c.get("supercategory") for c in categories if above.get(_text(c.get("supercategory"))) is not c}
+    idle = [c for c in categories if c["id"] not in used and (c["name"] in groups or _is_background(c["name"]))]
+    return idle if len(idle) < len(categories) else []
+
+
+def _is_background(name: str) -> bool:
+    return name.strip(" _").casefold() in ("background", "bg", "ignore") and (name.startswith("_") or name == "background")
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 def entry_problem(entry: Any, text: str) -> str | None:
     """Say why the id or the `text` of a JSON image or category cannot be used; None if both can."""
     if not isinstance(entry, dict) or type(entry.get("id")) is not int or abs(entry["id"]) >= 2**63:
