@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from presets import TrainConfig, with_defaults
 from quickstart_data import make_shapes
-from runtime import barrier, ignore_stop_signals
+from runtime import barrier, ignore_stop_signals, log
 from vovnet_zoo import FCOS, create_detector
 from vovnet_zoo.config import VARIANTS, DetectorConfig, DetectorOptions
 from vovnet_zoo.data import CocoDataset, TrainSampler, collate, find_split, train_transforms
@@ -54,10 +55,12 @@ def check_start(config: TrainConfig, start: DetectorConfig) -> None:
             )
 
 
-def build_datasets(config: TrainConfig, plus_one: bool, rank: int, world_size: int) -> tuple[CocoDataset, CocoDataset]:
+def build_datasets(
+    config: TrainConfig, plus_one: bool, rank: int, world_size: int, known: Sequence[str] = ()
+) -> tuple[CocoDataset, CocoDataset]:
     """Open the training and the validation set; `ValueError` where they do not fit each other or the configuration.
 
-    Boxes follow the published pixel convention with `plus_one`.
+    Boxes follow the published pixel convention with `plus_one`. A run that goes on knows its classes (`known`).
     """
     if config.draw_shapes:
         if rank == 0:
@@ -71,8 +74,14 @@ def build_datasets(config: TrainConfig, plus_one: bool, rank: int, world_size: i
         drop_empty=config.drop_empty,
         plus_one=plus_one,
         skip_bad_images=config.skip_bad_images,
+        known_classes=known,
     )
-    val_set = CocoDataset(*find_split(config.data, "val"), plus_one=plus_one, skip_bad_images=config.skip_bad_images)
+    val_set = CocoDataset(
+        *find_split(config.data, "val"),
+        plus_one=plus_one,
+        skip_bad_images=config.skip_bad_images,
+        known_classes=train_set.class_names,
+    )
     check_data(config, train_set, val_set, world_size)
     return train_set, val_set
 
@@ -83,6 +92,12 @@ def check_data(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset
         raise ValueError(
             f"{config.data}: the splits have different classes: train {train_set.class_names} with ids "
             f"{train_set.category_ids}, val {val_set.class_names} with ids {val_set.category_ids}"
+        )
+    if not train_set.num_boxes:
+        raise ValueError(f"{train_set.annotation_file}: no image has a box, so there is nothing to learn")
+    if not val_set.num_boxes:
+        log.warning(
+            "%s: no image has a box, so the AP will be -1, and the last model the best", val_set.annotation_file
         )
     if config.batch_size % (world_size * config.accum):
         raise ValueError(
@@ -162,14 +177,14 @@ def build_loader(
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=functools.partial(collate_parts, count=config.accum),
+        collate_fn=functools.partial(collate_parts, count=config.accum, num_classes=len(dataset.class_names)),
         num_workers=config.workers,
         worker_init_fn=ignore_stop_signals,
         pin_memory=device.type == "cuda",
     )
 
 
-def collate_parts(samples: list, count: int) -> list[dict[str, Tensor]]:
+def collate_parts(samples: list, count: int, num_classes: int) -> list[dict[str, Tensor]]:
     """Make `count` batches of equal size from a list of samples."""
     size = len(samples) // count
-    return [collate(samples[i * size : (i + 1) * size]) for i in range(count)]
+    return [collate(samples[i * size : (i + 1) * size], num_classes=num_classes) for i in range(count)]

@@ -68,7 +68,9 @@ def main(config: EvalConfig) -> dict | None:
                     f"size={config.size}: the model limits the longer side to {limit}; give {limit} at most"
                 )
             model.config["min_size"] = config.size
-        dataset = CocoDataset(*find_split(config.data, config.split))
+        dataset = CocoDataset(*find_split(config.data, config.split), known_classes=model.config["class_names"] or ())
+        if not dataset.num_boxes:
+            log.warning("%s: no image has a box, so the AP will be -1", dataset.annotation_file)
         check_classes(model, dataset)
         with StopSignal() as stop:
             results, metrics = score_dataset(

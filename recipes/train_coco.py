@@ -70,6 +70,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         # their images to the same size (GroupNorm sees the padding), so that neither the number of processes nor the
         # number of parts changes the result. With the size they learn whether one of them received a stop signal.
         height, width, stopping = largest_size(parts, stop.received)
+        height, width = room_for_norms(model, parts, height, width)
         assigned = [find(model, criterion, part["boxes"], part["labels"], height, width) for part in parts]
         normalizers = all_reduce(sum(n for _, n in assigned))
 
@@ -130,6 +131,23 @@ def largest_size(parts: list[dict[str, Tensor]], received: int) -> list[int]:
     device = parts[0]["images"].device
     sizes = torch.tensor([(*part["images"].shape[-2:], received) for part in parts], device=device)
     return all_reduce(sizes.amax(0), torch.distributed.ReduceOp.MAX).tolist()
+
+
+def room_for_norms(model: nn.Module, parts: list[dict[str, Tensor]], height: int, width: int) -> tuple[int, int]:
+    """Return the size to pad images to, at which a batch norm that learns sees more than one value of each channel.
+
+    A batch of which no image could be read is padded further. `ValueError` where one small image is all there is.
+    """
+    smallest = min(parts, key=lambda part: len(part["images"]))
+    count = len(smallest["images"]) * -(-height // 32) * -(-width // 32)  # values at stride 32
+    if count > 1 or not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return height, width
+    if smallest["image_ids"].tolist() == [-1]:  # the blank image of `collate`
+        return height + 32, width
+    raise ValueError(
+        f"one image of {width}x{height} pixels leaves a batch norm one value of each channel, and it needs two to "
+        "learn; use --frozen-norm, a larger --batch-size, a smaller --accum, or a larger --min-size"
+    )
 
 
 def pad_images(images: Tensor, height: int, width: int) -> Tensor:

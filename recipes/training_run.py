@@ -76,7 +76,7 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     if known and config.init is not None:
         check_start(config, known)
     plus_one = (known or (start.config if start else VARIANTS[config.variant or DEFAULT_VARIANT]))["plus_one"]
-    train_set, val_set = build_datasets(config, plus_one, rank, world_size)
+    train_set, val_set = build_datasets(config, plus_one, rank, world_size, known["class_names"] or () if known else ())
     identity = describe_run(config, train_set, val_set)
     changed = refuse_changes(saved["run"], identity, config) if saved else []
     model = build_model(config, train_set.class_names, start, known)

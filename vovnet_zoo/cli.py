@@ -128,6 +128,7 @@ def main() -> None:
 
 
 def run_predict(command: Predict) -> None:
+    check_predict(command)
     if missing := [str(path) for path in command.images if not (path.exists() or glob.has_magic(str(path)))]:
         raise ValueError(f"no such file or folder: {', '.join(missing)}")
     if command.model.split(".")[0] in DETECTORS and not Path(command.model).is_dir():
@@ -156,6 +157,18 @@ def run_predict(command: Predict) -> None:
     sys.exit(1 if bad else 0)
 
 
+def check_predict(command: Predict) -> None:
+    """Raise `ValueError` where there is no image, or a number is out of its range."""
+    if not command.images:
+        raise ValueError("predict needs the name of an image, or several")
+    for option, value in (("--score", command.score), ("--nms-threshold", command.nms_threshold)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{option} {value}: give a number from 0 to 1")
+    for option, number in (("--max-detections", command.max_detections), ("--batch-size", command.batch_size)):
+        if number < 1:
+            raise ValueError(f"{option} {number}: give 1 or more")
+
+
 def run_check_data(command: CheckData) -> None:
     if command.json is not None and command.json.exists():
         try:
@@ -164,6 +177,8 @@ def run_check_data(command: CheckData) -> None:
             ours = False
         if not ours:
             raise ValueError(f"{command.json} is there already, and no report of check-data; choose another file")
+    if command.workers is not None and command.workers < 0:
+        raise ValueError(f"--workers {command.workers}: give 0 or more")
     sys.exit(check.main(command.root, workers=command.workers, json_out=command.json))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, Unpack
 
 import torch
@@ -57,9 +58,9 @@ def compile_detector(
             followed, or the model has no class of a name in `score_threshold`; from the function: images of another
             size, dtype or device.
     """
-    height, width = size
-    if height % 32 or width % 32 or min(height, width) < 32:
+    if len(size) != 2 or not all(isinstance(n, Integral) and n >= 32 and n % 32 == 0 for n in size):
         raise ValueError(f"size={tuple(size)}: (height, width) must be multiples of 32; pad the images to one")
+    height, width = size
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype}: torch.float32, torch.bfloat16 or torch.float16")
     thresholds = choose_thresholds(model, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
@@ -310,7 +311,7 @@ def postprocess(
     Raises:
         ValueError: there is not one size for each image, or `score_threshold` is neither a number nor a tensor [K].
     """
-    thresholds = Thresholds(**options)  # type: ignore[arg-type]  # a mapping is refused below
+    thresholds = checked(Thresholds(**options))  # type: ignore[arg-type]  # a mapping is refused below
     num_classes = preds.logits.shape[-1]
     image_sizes, least = sizes_of(len(preds.logits), image_sizes), thresholds.score_threshold
     if isinstance(least, Mapping):
@@ -336,11 +337,28 @@ def choose_thresholds(model: FCOS, options: ThresholdOptions) -> Thresholds:
     names, own = model.config["class_names"], model.config["thresholds"]
     if own is not None and "score_threshold" not in options:
         options = {**options, "score_threshold": own}
-    thresholds = Thresholds(**options)  # type: ignore[arg-type]  # a mapping is replaced below
+    thresholds = checked(Thresholds(**options))  # type: ignore[arg-type]  # a mapping is replaced below
     if isinstance(thresholds.score_threshold, Mapping):
         scores = check_thresholds(thresholds.score_threshold, names, "score_threshold")
         least = torch.tensor([scores.get(name, 0.0) for name in names or ()], device=next(model.parameters()).device)
         thresholds = thresholds._replace(score_threshold=least)
+    return thresholds
+
+
+def checked(thresholds: Thresholds) -> Thresholds:
+    """Return the thresholds. Raises ValueError unless scores and IoUs are in 0..1, and counts whole numbers from 1 on.
+
+    A `score_threshold` by class is checked where its classes are.
+    """
+    for name, value in thresholds._asdict().items():
+        if isinstance(value, (Tensor, Mapping)):
+            if name != "score_threshold":
+                raise ValueError(f"{name}={value!r}: give one number")
+        elif name.endswith("_threshold"):
+            if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value <= 1:
+                raise ValueError(f"{name}={value!r}: give a number from 0 to 1")
+        elif not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}: give a whole number of 1 or more")
     return thresholds
 
 

@@ -75,7 +75,12 @@ class FCOSLoss(nn.Module):
 
         Returns:
             {"loss_cls", "loss_box", "loss_ctr"}
+
+        Raises:
+            ValueError: a label is below -1 or above K - 1. On a GPU, and in a compiled graph, this is a RuntimeError
+                that comes with a later synchronisation, since the check does not wait for the device.
         """
+        check_labels(labels, preds.logits.shape[-1])
         targets = self.assign(preds.points, preds.strides, boxes, labels)
         return self.compare(preds, targets, self.normalizers(targets) if normalizers is None else normalizers)
 
@@ -87,6 +92,7 @@ class FCOSLoss(nn.Module):
 
     def compare(self, preds: Predictions, targets: Targets, normalizers: Tensor) -> dict[str, Tensor]:
         """Compute the losses of predictions from targets that are assigned already; see `forward`."""
+        check_labels(targets.labels, preds.logits.shape[-1])
         # without positives the sums are 0, so that any other divisor will do
         cls_norm, box_norm, ctr_norm = torch.maximum(normalizers, normalizers.new_tensor([1, 1e-6, 1])).unbind()
 
@@ -183,6 +189,27 @@ def assign_targets(
     distances = torch.cat([points - box[..., :2], box[..., 2:] - points], dim=-1)
     distances = torch.where(positive[..., None], distances, 0.0)
     return Targets(label, distances, centerness_targets(distances))
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Check that labels are -1..K-1, without waiting for a GPU.
+
+    Raises:
+        ValueError: a label on the CPU is out of range, or labels are no whole numbers.
+        RuntimeError: in a compiled graph or, at a later synchronisation, on a GPU.
+    """
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+    if labels.device.type == "meta":
+        return
+    right = ((labels >= -1) & (labels < num_classes)).all()
+    message = f"labels must be 0..{num_classes - 1} for {num_classes} classes, and -1 for padding"
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not right:
+            wrong = labels[(labels < -1) | (labels >= num_classes)].unique().tolist()
+            raise ValueError(f"{message}, got {wrong[:5]}; number the classes from 0 on")
+    else:
+        torch._assert_async(right, message)
 
 
 def centerness_targets(distances: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Boxes are xyxy in pixels, labels 0..K-1 (foreground only).
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -55,25 +55,24 @@ def entries_by_id(entries: list, key: str, text: str, path: str | Path) -> list[
     return sorted(entries, key=lambda entry: entry["id"])
 
 
-def idle_categories(categories: list[dict], annotations: list) -> list[dict]:
-    """List the categories that no tool meant as a class, though they are in the JSON.
+def idle_categories(categories: list[dict], annotations: list, known: Collection[str] = ()) -> list[dict]:
+    """List the categories that no annotation refers to and that are hardly meant as classes.
 
-    No annotation refers to them, and they group the others (Roboflow writes such a category of id 0, whose name is the
-    `supercategory` of the others), or they stand for the background (labelme and other exporters).
+    They group other categories, whose `supercategory` is their name (Roboflow writes one of id 0), or stand for the
+    background (as labelme's exporter writes it). A category whose name is among the `known` classes is none of them.
     """
-    used = {a.get("category_id") for a in annotations if isinstance(a, dict) and type(a.get("category_id")) is int}
-    above = {c["name"]: c for c in categories}
-    groups = {c.get("supercategory") for c in categories if above.get(_text(c.get("supercategory"))) is not c}
-    idle = [c for c in categories if c["id"] not in used and (c["name"] in groups or _is_background(c["name"]))]
+    used = {a.get("category_id") for a in annotations if isinstance(a, dict) and type(a.get("category_id")) in NUMBERS}
+
+    def groups(category: dict) -> bool:
+        return any(c.get("supercategory") == category["name"] for c in categories if c is not category)
+
+    candidates = [c for c in categories if c["id"] not in used and c["name"] not in known]
+    idle = [c for c in candidates if c["name"].casefold() in BACKGROUND or groups(c)]
     return idle if len(idle) < len(categories) else []
 
 
-def _is_background(name: str) -> bool:
-    return name.strip(" _").casefold() in ("background", "bg", "ignore") and (name.startswith("_") or name == "background")
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+NUMBERS = (int, float)
+BACKGROUND = ("background", "_background_", "__background__", "__ignore__")
 
 
 def entry_problem(entry: Any, text: str) -> str | None:
@@ -145,7 +144,7 @@ def annotation_problem(annotation: Any, image_ids: Container[int], category_ids:
     if not isinstance(annotation, dict):
         return "not an object"
     for key, known in (("image_id", image_ids), ("category_id", category_ids)):
-        if type(annotation.get(key)) not in (int, float) or annotation[key] not in known:
+        if type(annotation.get(key)) not in NUMBERS or annotation[key] not in known:
             return f"unknown {key}"
     box = annotation.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and abs(v) < 1e30 for v in box)):
