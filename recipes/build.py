@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from loading import Batches
 from presets import TrainConfig, with_defaults
 from quickstart_data import make_shapes
-from runtime import barrier, ignore_stop_signals, log
+from runtime import StopSignal, barrier, log
 from vovnet_zoo import FCOS, create_detector
 from vovnet_zoo.config import VARIANTS, DetectorConfig, DetectorOptions
 from vovnet_zoo.data import CocoDataset, TrainSampler, collate, find_split, train_transforms
@@ -93,12 +93,9 @@ def check_data(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset
             f"{config.data}: the splits have different classes: train {train_set.class_names} with ids "
             f"{train_set.category_ids}, val {val_set.class_names} with ids {val_set.category_ids}"
         )
-    if not train_set.num_boxes:
-        raise ValueError(f"{train_set.annotation_file}: no image has a box, so there is nothing to learn")
-    if not val_set.num_boxes:
-        log.warning(
-            "%s: no image has a box, so the AP will be -1, and the last model the best", val_set.annotation_file
-        )
+    for dataset, what in ((train_set, "only background is learnt"), (val_set, "the AP will be -1")):
+        if not dataset.num_boxes:
+            log.warning("%s: no image has a box, so %s", dataset.annotation_file, what)
     if config.batch_size % (world_size * config.accum):
         raise ValueError(
             f"batch_size {config.batch_size} cannot be shared out over {world_size} processes x {config.accum} parts"
@@ -159,8 +156,14 @@ def prepare_for_training(model: FCOS, config: TrainConfig, device: torch.device)
 
 
 def build_loader(
-    config: TrainConfig, dataset: CocoDataset, start_step: int, rank: int, world_size: int, device: torch.device
-) -> DataLoader:
+    config: TrainConfig,
+    dataset: CocoDataset,
+    start_step: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    stop: StopSignal | None = None,
+) -> Batches:
     """Create a loader that gives, for each step from `start_step` on, this process's share of the batch in parts.
 
     An item of the loader is a list of `config.accum` dicts, see `vovnet_zoo.data.collate`.
@@ -174,12 +177,12 @@ def build_loader(
         world_size=world_size,
         start_step=start_step,
     )
-    return DataLoader(
+    return Batches(
         dataset,
-        batch_sampler=sampler,
+        workers=config.workers,
         collate_fn=functools.partial(collate_parts, count=config.accum, num_classes=len(dataset.class_names)),
-        num_workers=config.workers,
-        worker_init_fn=ignore_stop_signals,
+        stop=stop,
+        batch_sampler=sampler,
         pin_memory=device.type == "cuda",
     )
 

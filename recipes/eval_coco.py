@@ -51,7 +51,7 @@ class EvalConfig:
     """The package that computes the scores; "faster" gives the same numbers and needs faster-coco-eval installed."""
 
 
-RANGES = {"size": Range(*MODEL_RANGES["min_size"][:2]), "workers": Range(0)}
+RANGES = {"size": Range(*MODEL_RANGES["min_size"][:2]), "workers": Range(0), "batch_size": Range(1)}
 
 
 def main(config: EvalConfig) -> dict | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from presets import NETWORK, TrainConfig, with_defaults
 from runtime import environment, log
 from vovnet_zoo import FCOS
-from vovnet_zoo.data import CocoDataset, Skipped
+from vovnet_zoo.data import CocoDataset, ImageError, Skipped
 from vovnet_zoo.files import hash_file
 
 try:
@@ -165,6 +165,19 @@ def note_skipped(folder: Path, step: int, skipped: list[Skipped]) -> None:
         folder.mkdir(parents=True, exist_ok=True)  # on another machine than rank 0's it may not be there
         with open(folder / "skipped.txt", "a") as file:
             file.writelines(f"step {step}, image {image.image_id}: {image.reason}\n" for image in skipped)
+
+
+def note_bad_image(folder: Path, step: int, error: Exception) -> None:
+    """List the image that stopped a run in `skipped.txt`, so that the run goes on when the image is repaired."""
+    if isinstance(error, ImageError):
+        with open(folder / "skipped.txt", "a") as file:
+            file.write(f"stopped after step {step}: {str(error).splitlines()[-1]}\n")
+
+
+def was_bad(folder: Path, image: Path) -> bool:
+    """Say whether `skipped.txt` names an image."""
+    path = folder / "skipped.txt"
+    return path.is_file() and f" {image}: " in path.read_text(errors="replace")
 
 
 def note_not_finite(

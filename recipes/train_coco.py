@@ -23,7 +23,7 @@ from build import build_loader
 from memory import peak_memory
 from optim import set_lr
 from presets import TrainConfig, check_config, parse
-from run_folder import RunLog, draw_pictures, import_pictures, locked, note_not_finite, note_skipped
+from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_image, note_not_finite, note_skipped
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
@@ -41,10 +41,14 @@ def main(config: TrainConfig) -> dict | None:
     ):
         pictures = import_pictures() if rank == 0 else None
         run = set_up(config, rank, world_size, device)
-        with contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log:
+        with (
+            contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log,
+            contextlib.closing(run.notes) if run.notes else contextlib.nullcontext(),
+        ):
             try:
                 train(run, run_log, stop)
-            except Exception:
+            except Exception as error:
+                note_bad_image(config.out, run.progress.step, error)
                 save_finished(run)
                 raise
             if rank == 0:
@@ -57,13 +61,17 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     config, model, criterion, progress = run.config, run.model, run.criterion, run.progress
     find, compute = (compiled(f) if config.compile else f for f in (find_targets, compute_losses))
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
-    batches = iter(build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device))
+    batches = build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop)
     steps = range(progress.step, config.steps)
     bar = tqdm(steps, total=config.steps, initial=progress.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
     began = time.perf_counter()
     for step in bar:
         # Data: this process's share of the batch, in parts that are computed one after the other to save memory.
-        parts = next_parts(run, step, batches)
+        try:
+            parts = next_parts(run, step, batches)
+        except Stopped:  # the batch did not come
+            save(run)
+            raise
         data_wait = time.perf_counter() - began
 
         # Targets and normalizers of the global batch. All processes divide their losses by the same normalizers and pad

@@ -19,7 +19,7 @@ from .annotations import (
     usable_boxes,
 )
 from .batches import Batch, TrainSampler, collate, normalize
-from .dataset import CocoDataset, Skipped, find_split, split_candidates
+from .dataset import CocoDataset, Skipped, find_split, label_problem, split_candidates
 from .images import (
     FORMATS,
     MAX_IMAGE_BYTES,
@@ -66,6 +66,7 @@ __all__ = [
     "idle_categories",
     "image_problem",
     "is_crowd",
+    "label_problem",
     "normalize",
     "open_image",
     "pil_to_rgb",
