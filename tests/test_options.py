@@ -255,7 +255,8 @@ WRONG = {
     "min_size": [(0, 64), (96, 64), (64,), 64, (64, 2000)], "max_size": [0, 32], "milestones": [(2, 1), (0,), (1, 1)],
     "weight_decay": [-1], "bias_lr_factor": [-1], "warmup_steps": [-1], "warmup_factor": [-0.1, 2], "clip_grad": [0],
     "layer_decay": [0, 1.5], "seed": [-1, 2**63], "max_not_finite": [0], "channels": [0, 1], "num_convs": [-1],
-    "zoom": [(0, 1), (2, 1), (0.1, 2)], "schedule": ["cos"], "warmup": ["none"], "augment": ["mosaic"], "precision": ["int8"], "variant": ["best"],
+    "zoom": [(0, 1), (2, 1), (0.1, 2)], "schedule": ["cos"], "warmup": ["none"], "augment": ["mosaic"],
+    "precision": ["int8"], "variant": ["best"],
     "compile": [1, "yes"], "data": ["text"], "model": ["nosuch", "fcos"], "backbone": ["resnet18"], "device": [0],
 }  # fmt: skip
 

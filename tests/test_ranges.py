@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from vovnet_zoo import Predictions, cli, compile_detector, inference, postprocess, predict
+from vovnet_zoo import Predictions, cli, compile_detector, postprocess, predict
 from vovnet_zoo.data import (
     RandomScaleCrop,
     RandomShortestSide,
@@ -20,6 +20,7 @@ from vovnet_zoo.fcos import make_points
 NAN = float("nan")
 THRESHOLDS = {
     "score_threshold": [-1, 30, 1.01, NAN, "0.5", None, True],
+    "candidate_threshold": [-0.1, 2, NAN, {}],
     "nms_threshold": [-0.1, 2, NAN, [0.5]],
     "topk": [0, -1, 2.5, "10", None, True],
     "max_detections": [0, -5, 1.0, NAN],
@@ -32,9 +33,8 @@ def predictions():
 
 
 @pytest.mark.parametrize("name", THRESHOLDS)
-def test_thresholds(name, tiny_detector, monkeypatch):
-    """In all three functions that take them; the ends of a range are in it."""
-    monkeypatch.setattr(inference, "read_image", None)  # no image is read
+def test_thresholds(name, tiny_detector):
+    """In all three functions that take them, before the image is looked for; the ends of a range are in it."""
     for value in THRESHOLDS[name]:
         for call in (
             lambda **options: postprocess(predictions(), [(16, 16)], **options),
