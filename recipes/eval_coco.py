@@ -13,6 +13,7 @@ from typing import Literal
 
 import tyro
 
+from options import Range, check_options
 from vovnet_zoo.commands import parse_command
 from vovnet_zoo.config import Precision
 
@@ -55,18 +56,28 @@ from scoring import score_dataset
 from vovnet_zoo import FCOS
 from vovnet_zoo.coco_eval import format_table, load_engine
 from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.fcos import RANGES as MODEL_RANGES
+
+RANGES = {"size": Range(*MODEL_RANGES["min_size"][:2]), "workers": Range(0), "batch_size": Range(1)}
 
 
 def main(config: EvalConfig) -> dict | None:
     """Score the detector; returns the metrics on rank 0, None on the others."""
+    check_options(config, RANGES)
     load_engine(config.engine)  # an engine that is not installed is reported now, not after the last image
     with process_group(config.device) as (rank, world_size, device):
         if rank == 0 and config.out is not None:
             check_out(config.out)  # so is a place that cannot be written
         model = FCOS.from_pretrained(config.model).to(device)
         if config.size is not None:
+            if config.size > (limit := model.config["max_size"]):
+                raise ValueError(
+                    f"size={config.size}: the model limits the longer side to {limit}; give {limit} at most"
+                )
             model.config["min_size"] = config.size
-        dataset = CocoDataset(*find_split(config.data, config.split))
+        dataset = CocoDataset(*find_split(config.data, config.split), known_classes=model.config["class_names"] or ())
+        if not dataset.num_boxes:
+            log.warning("%s: no image has a box, so the AP will be -1", dataset.annotation_file)
         check_classes(model, dataset)
         with StopSignal() as stop:
             results, metrics = score_dataset(

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from types import ModuleType
 
-from presets import TrainConfig, parse
+from presets import TrainConfig, check_config, parse
 from vovnet_zoo.commands import parse_command
 
 PARSE = functools.partial(parse, description=__doc__)
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from build import build_loader
 from memory import peak_memory
 from optim import set_lr
-from run_folder import RunLog, draw_pictures, import_pictures, locked, note_not_finite, note_skipped
+from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_image, note_not_finite, note_skipped
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
@@ -40,6 +40,7 @@ from vovnet_zoo.commands import CommandError
 
 def main(config: TrainConfig) -> dict | None:
     """Train as `config` says; returns the last evaluation on rank 0, None on the others."""
+    check_config(config)
     with (
         process_group(config.device) as (rank, world_size, device),
         StopSignal() as stop,
@@ -47,10 +48,14 @@ def main(config: TrainConfig) -> dict | None:
     ):
         pictures = import_pictures() if rank == 0 else None
         run = set_up(config, rank, world_size, device)
-        with contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log:
+        with (
+            contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log,
+            contextlib.closing(run.notes) if run.notes else contextlib.nullcontext(),
+        ):
             try:
                 train(run, run_log, stop)
-            except Exception:
+            except Exception as error:
+                note_bad_image(config.out, run.progress.step, error)
                 save_finished(run)
                 raise
             if rank == 0:
@@ -63,19 +68,24 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     config, model, criterion, progress = run.config, run.model, run.criterion, run.progress
     find, compute = (compiled(f) if config.compile else f for f in (find_targets, compute_losses))
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
-    batches = iter(build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device))
+    batches = build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop)
     steps = range(progress.step, config.steps)
     bar = tqdm(steps, total=config.steps, initial=progress.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
     began = time.perf_counter()
     for step in bar:
         # Data: this process's share of the batch, in parts that are computed one after the other to save memory.
-        parts = next_parts(run, step, batches)
+        try:
+            parts = next_parts(run, step, batches)
+        except Stopped:  # the batch did not come
+            save(run)
+            raise
         data_wait = time.perf_counter() - began
 
         # Targets and normalizers of the global batch. All processes divide their losses by the same normalizers and pad
         # their images to the same size (GroupNorm sees the padding), so that neither the number of processes nor the
         # number of parts changes the result. With the size they learn whether one of them received a stop signal.
         height, width, stopping = largest_size(parts, stop.received)
+        height, width = room_for_norms(model, parts, height, width)
         assigned = [find(model, criterion, part["boxes"], part["labels"], height, width) for part in parts]
         normalizers = all_reduce(sum(n for _, n in assigned))
 
@@ -136,6 +146,23 @@ def largest_size(parts: list[dict[str, Tensor]], received: int) -> list[int]:
     device = parts[0]["images"].device
     sizes = torch.tensor([(*part["images"].shape[-2:], received) for part in parts], device=device)
     return all_reduce(sizes.amax(0), torch.distributed.ReduceOp.MAX).tolist()
+
+
+def room_for_norms(model: nn.Module, parts: list[dict[str, Tensor]], height: int, width: int) -> tuple[int, int]:
+    """Return the size to pad images to, at which a batch norm that learns sees more than one value of each channel.
+
+    A batch of which no image could be read is padded further. `ValueError` where one small image is all there is.
+    """
+    smallest = min(parts, key=lambda part: len(part["images"]))
+    count = len(smallest["images"]) * -(-height // 32) * -(-width // 32)  # values at stride 32
+    if count > 1 or not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return height, width
+    if smallest["image_ids"].tolist() == [-1]:  # the blank image of `collate`
+        return height + 32, width
+    raise ValueError(
+        f"one image of {width}x{height} pixels leaves a batch norm one value of each channel, and it needs two to "
+        "learn; use --frozen-norm, a larger --batch-size, a smaller --accum, or a larger --min-size"
+    )
 
 
 def pad_images(images: Tensor, height: int, width: int) -> Tensor:

@@ -38,8 +38,7 @@ def tiny_config(data: Path, out: Path) -> TrainConfig:
 
 def train_here(data: Path, out: Path, options: str = "") -> None:
     """Run the command in this process, which has imported torch already: that is most of a short run's time."""
-    config = parse([str(x) for x in train_command(data, out, options)[2:]])
-    train_coco.main(config)
+    train_coco.main(parse([str(x) for x in train_command(data, out, options)[2:]]))
 
 
 def train(data: Path, out: Path, options: str = "", processes: int = 1, fails: bool = False) -> str:

@@ -146,6 +146,7 @@ def main() -> None:
 
 
 def run_predict(command: Predict) -> None:
+    check_predict(command)
     refuse_missing(*(path for path in command.images if not glob.has_magic(str(path))))
     refuse_model(command.model)
     from . import inference
@@ -180,6 +181,18 @@ def run_predict(command: Predict) -> None:
     sys.exit(1 if bad else 0)
 
 
+def check_predict(command: Predict) -> None:
+    """Raise `ValueError` where there is no image, or a number is out of its range."""
+    if not command.images:
+        raise ValueError("predict needs the name of an image, or several")
+    for option, value in (("--score", command.score), ("--nms-threshold", command.nms_threshold)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{option} {value}: give a number from 0 to 1")
+    for option, number in (("--max-detections", command.max_detections), ("--batch-size", command.batch_size)):
+        if number < 1:
+            raise ValueError(f"{option} {number}: give 1 or more")
+
+
 def run_check_data(command: CheckData) -> None:
     refuse_missing(command.root)
     from .data import check
@@ -192,6 +205,8 @@ def run_check_data(command: CheckData) -> None:
             ours = False
         if not ours:
             raise ValueError(f"{command.json} is there already, and no report of check-data; choose another file")
+    if command.workers is not None and command.workers < 0:
+        raise ValueError(f"--workers {command.workers}: give 0 or more")
     sys.exit(check.main(command.root, workers=command.workers, json_out=command.json))
 
 

@@ -172,16 +172,6 @@ def check_boxes(boxes: Tensor, labels: Tensor) -> None:
         raise ValueError(f"boxes are on {boxes.device}, labels on {labels.device}; move them to one device")
 
 
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Refuse labels that no class has: they would be taken for background."""
-    message = f"labels must be 0..{num_classes - 1}, or -1 for padding: the predictions have {num_classes} classes"
-    right = (labels < num_classes).all()
-    if labels.is_cuda or torch.compiler.is_compiling():
-        torch._assert_async(right, message)
-    elif not right:
-        raise ValueError(f"{message}; there is a label {labels.max().item()}; do yours begin with 1?")
-
-
 def check_targets(targets: Targets) -> None:
     """Raise `ValueError` unless targets are those that `assign_targets` makes."""
     if not isinstance(targets, Targets):
@@ -289,6 +279,27 @@ def box_area(boxes: Tensor, plus_one: bool) -> Tensor:
     """Compute the areas [...] of boxes [...,4] xyxy, in square pixels."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     return (x2 - x1 + plus_one) * (y2 - y1 + plus_one)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Check that labels are -1..K-1, without waiting for a GPU.
+
+    Raises:
+        ValueError: a label on the CPU is out of range, or labels are no whole numbers.
+        RuntimeError: in a compiled graph or, at a later synchronisation, on a GPU.
+    """
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+    if labels.device.type == "meta":
+        return
+    right = ((labels >= -1) & (labels < num_classes)).all()
+    message = f"labels must be 0..{num_classes - 1} for {num_classes} classes, and -1 for padding"
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not right:
+            wrong = labels[(labels < -1) | (labels >= num_classes)].unique().tolist()
+            raise ValueError(f"{message}, got {wrong[:5]}; number the classes from 0 on")
+    else:
+        torch._assert_async(right, message)
 
 
 def centerness_targets(distances: Tensor) -> Tensor:

@@ -40,6 +40,10 @@ def train_transforms(
     """
     if augment not in ("none", "flip", "jitter_crop"):
         raise ValueError(f"augment is one of 'none', 'flip', 'jitter_crop', not {augment!r}")
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip={flip!r}: give a probability from 0 to 1")
+    if not 0 <= color <= 1:
+        raise ValueError(f"color={color!r}: give a change from 0 to 1")
     if plus_one and augment == "jitter_crop":
         raise ValueError("plus_one goes with augment 'none' or 'flip': the published models know no 'jitter_crop'")
     steps = []
@@ -68,7 +72,7 @@ class RandomShortestSide(v2.Transform):
 
     def __init__(self, min_sizes: tuple[int, int], max_size: int):
         super().__init__()
-        self.min_sizes, self.max_size = _int_range(min_sizes), max_size
+        self.min_sizes, self.max_size = _int_range(min_sizes), _positive(max_size)
 
     def make_params(self, flat_inputs: list) -> dict:
         height, width = v2.query_size(flat_inputs)
@@ -90,7 +94,7 @@ class RandomScaleCrop(v2.Transform):
         super().__init__()
         if not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale is (low, high) with 0 < low <= high, not {scale}")
-        self.min_sizes, self.max_size, self.scale = _int_range(min_sizes), max_size, scale
+        self.min_sizes, self.max_size, self.scale = _int_range(min_sizes), _positive(max_size), scale
 
     def make_params(self, flat_inputs: list) -> dict:
         height, width = v2.query_size(flat_inputs)
@@ -151,6 +155,12 @@ def _randint(low: int, high: int) -> int:
 
 
 def _int_range(sizes: tuple[int, int]) -> tuple[int, int]:
-    if len(sizes) != 2 or not 0 < sizes[0] <= sizes[1]:
+    if len(sizes) != 2 or not 0 < sizes[0] <= sizes[1] or any(size != int(size) for size in sizes):
         raise ValueError(f"the shorter side is a range (low, high) with 0 < low <= high, not {sizes}")
     return sizes[0], sizes[1]
+
+
+def _positive(max_size: int) -> int:
+    if max_size < 1 or max_size != int(max_size):
+        raise ValueError(f"max_size={max_size!r}: give a whole number of 1 or more")
+    return max_size
