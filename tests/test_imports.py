@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"backbone", "batching", "config", "convert", "files", "kernels", "version"},
     {"data", "hub", "nms"},
-    {"fcos", "sources", "weights"},
+    {"fcos", "sources", "tiles", "weights"},
     {"draw"},
     {"results"},
     {"inference", "loss", "vovnet"},
@@ -30,6 +30,7 @@ ONLY = {  # rooms that may import even less
     "hub": {"files"},
     "nms": {"kernels"},
     "fcos": {"backbone", "config", "hub"},
+    "tiles": {"nms"},
     "weights": {"files"},
     "loss": {"config", "fcos"},
     "sources": {"data", "files"},
