@@ -36,7 +36,7 @@ ONLY = {  # rooms that may import even less
     "sources": {"data", "files"},
     "draw": {"sources"},
     "results": {"draw", "sources"},
-    "inference": {"batching", "config", "data", "fcos", "nms", "results", "sources"},
+    "inference": {"batching", "config", "data", "fcos", "nms", "results", "sources", "tiles"},
     "vovnet": {"convert", "files", "hub", "weights"},
     "evaluation": {"data", "fcos", "files", "inference", "results"},
 }
