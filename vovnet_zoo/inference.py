@@ -246,15 +246,14 @@ def _detect_views(
                     edge = place.width - int(config["plus_one"])
                     found["boxes"][:, 0], found["boxes"][:, 2] = edge - right, edge - left
                 parts.append(found)
-        results = []
+        results: list[dict[str, Tensor]] = []
         for parts in seen:
-            found = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            together = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             if len(parts) > 1:
-                keep = merged(
-                    found["boxes"], found["scores"], found["labels"], max_detections=thresholds.max_detections
-                )
-                found = {key: value[keep] for key, value in found.items()}
-            results.append(found)
+                boxes, scores, labels = (together[key] for key in ("boxes", "scores", "labels"))
+                keep = merged(boxes, scores, labels, max_detections=thresholds.max_detections)
+                together = {key: value[keep] for key, value in together.items()}
+            results.append(together)
         whole = results[0]
         if len(places) > 1:
             whole = merge(results, places, (height, width), thresholds.nms_threshold, config["plus_one"])
