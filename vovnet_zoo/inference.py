@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, TypedDict, Unpack, overload
@@ -20,6 +21,7 @@ from .fcos import FCOS, Predictions, check_predictions, check_thresholds, level_
 from .nms import class_nms, nms_fixed
 from .results import ImageDetections
 from .sources import Frame, Source, frames, to_rgb
+from .tiles import Window, merge, windows
 
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Network = Callable[[FCOS, Tensor, Tensor], Predictions]
@@ -42,6 +44,10 @@ class PredictOptions(ThresholdOptions, total=False):
     """`predict` has these options."""
 
     recursive: bool
+    tiles: int | None
+    overlap: float
+    flip: bool
+    scales: Sequence[float]
     batch_size: int
     precision: Precision
     compile: bool
@@ -67,6 +73,10 @@ def predict(
     *,
     stream: bool = False,
     recursive: bool = False,
+    tiles: int | None = None,
+    overlap: float = 0.2,
+    flip: bool = False,
+    scales: Sequence[float] = (1.0,),
     batch_size: int = 1,
     precision: Precision = "float32",
     compile: bool = False,
@@ -87,6 +97,13 @@ def predict(
         stream: return an iterator that yields the detections of one image after the other, and keeps few images in
             memory (about 5 times `batch_size`). The model is in eval mode until the iterator ends or is closed.
         recursive: look for images in the folders below a folder too.
+        tiles: look at windows of this many pixels of the original image on each side, resized as an image would be, and
+            at the whole image, so that small objects in large images are seen large; see `tiles.merge` for how the
+            results become one. `max_detections` holds for each window. None looks at the whole image only.
+        overlap: part of its side that a window shares with its neighbour, at least.
+        flip: test-time augmentation: look at the mirrored image too.
+        scales: test-time augmentation: look at the image at these multiples of the model's `min_size` and `max_size`.
+            Boxes of all views are merged by NMS.
         batch_size: images that the network sees together, at most.
         precision: of the network: "float32", or "bf16" or "fp16" by autocast.
         compile: compile the network with torch.compile in the first call; later calls with this model use its graphs.
@@ -116,7 +133,13 @@ def predict(
         raise ValueError(f"on_error must be a function, got {type(on_error).__name__}")
     thresholds = choose_thresholds(model, options)
     network = functools.partial(compiled_network() if compile else run_autocast, precision=precision)
-    found = _detect(model, frames(images, recursive), thresholds, network, batch_size, workers, on_error)
+    detector = functools.partial(_detect, model, thresholds=thresholds, network=network, batch_size=batch_size)
+    detector = functools.partial(detector, workers=workers)
+    if tiles is None and not flip and tuple(scales) == (1.0,):
+        found = detector(frames(images, recursive), on_error=on_error)
+    else:
+        views = check_views(tiles, overlap, flip, scales)
+        found = _detect_views(model, frames(images, recursive), thresholds, detector, views, on_error)
     return found if stream else list(found)
 
 
@@ -127,13 +150,17 @@ def _detect(
     network: Network,
     batch_size: int,
     workers: int,
-    on_error: Callable[[Frame, ValueError], None] | None,
+    on_error: Callable[[Frame, ValueError], None] | None = None,
+    scale: float = 1.0,
 ) -> Iterator[ImageDetections]:
-    """Detect objects in one image after the other, see `predict`."""
+    """Detect objects in one image after the other, see `predict`; `scale` multiplies the size of the resized image."""
     was_training = model.training
     model.eval()
     try:
-        load = functools.partial(prepare, config=model.config, catch=on_error is not None)
+        config = model.config.copy()
+        config["min_size"] = max(1, round(config["min_size"] * scale))
+        config["max_size"] = max(1, round(config["max_size"] * scale))
+        load = functools.partial(prepare, config=config, catch=on_error is not None)
         done: dict[int, ImageDetections | None] = {}  # by the image's number; None for one that cannot be used
 
         def usable() -> Iterator[tuple[int, Prepared]]:
@@ -157,6 +184,77 @@ def _detect(
         model.train(was_training)
 
 
+class Views(NamedTuple):
+    """These views of an image are looked at, see `predict`."""
+
+    tiles: int | None
+    overlap: float
+    flips: tuple[bool, ...]
+    scales: tuple[float, ...]
+
+
+def check_views(tiles: int | None, overlap: float, flip: bool, scales: Sequence[float]) -> Views:
+    """Raise `ValueError` unless these options of `predict` are in range."""
+    windows(1, 1, tiles or 1, overlap)
+    if tiles is not None and tiles < 32:
+        raise ValueError(f"tiles={tiles}: the side of a window must be 32 pixels or more")
+    if not scales or not all(0.1 <= scale <= 10 for scale in scales) or len(set(scales)) < len(scales):
+        raise ValueError(f"scales={list(scales)}: different numbers of 0.1 to 10, at least one")
+    return Views(tiles, overlap, (False, True) if flip else (False,), tuple(scales))
+
+
+def _detect_views(
+    model: FCOS,
+    images: Iterator[Frame],
+    thresholds: Thresholds,
+    detector: Callable[..., Iterator[ImageDetections]],
+    views: Views,
+    on_error: Callable[[Frame, ValueError], None] | None,
+) -> Iterator[ImageDetections]:
+    """Detect objects in several views of one image after the other, see `predict`."""
+    config = model.config
+    merged = functools.partial(class_nms, threshold=thresholds.nms_threshold, plus_one=config["plus_one"])
+    for frame in images:
+        try:
+            image = read(frame)  # uint8 [3,H,W]
+        except ValueError as error:
+            if on_error is None:
+                raise
+            on_error(frame, error)
+            continue
+        height, width = image.shape[-2:]
+        places = windows(height, width, views.tiles, views.overlap) if views.tiles else []
+        if len(places) != 1:
+            places.append(Window(0, 0, width, height))
+        seen: list[list[ImageDetections]] = [[] for _ in places]
+        for scale, flip in itertools.product(views.scales, views.flips):
+            crops = (Frame(frame.name, functools.partial(_crop, image, place, flip)) for place in places)
+            for found, place, parts in zip(detector(crops, scale=scale), places, seen, strict=True):
+                if flip:
+                    left, right = found["boxes"][:, 0].clone(), found["boxes"][:, 2].clone()
+                    edge = place.width - int(config["plus_one"])
+                    found["boxes"][:, 0], found["boxes"][:, 2] = edge - right, edge - left
+                parts.append(found)
+        results: list[dict[str, Tensor]] = []
+        for parts in seen:
+            together = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            if len(parts) > 1:
+                boxes, scores, labels = (together[key] for key in ("boxes", "scores", "labels"))
+                keep = merged(boxes, scores, labels, max_detections=thresholds.max_detections)
+                together = {key: value[keep] for key, value in together.items()}
+            results.append(together)
+        whole = results[0]
+        if len(places) > 1:
+            whole = merge(results, places, (height, width), thresholds.nms_threshold, config["plus_one"])
+        yield ImageDetections(whole, frame.name, (height, width), config["class_names"], config["plus_one"])
+
+
+def _crop(image: Tensor, place: Window, flip: bool) -> Tensor:
+    """Return the pixels [3,h,w] of a window, mirrored or not."""
+    pixels = image[:, place.y : place.y + place.height, place.x : place.x + place.width]
+    return pixels.flip(-1) if flip else pixels
+
+
 class Prepared(NamedTuple):
     """A prepared image is decoded, resized and padded."""
 
@@ -169,7 +267,7 @@ class Prepared(NamedTuple):
 def prepare(frame: Frame, config: DetectorConfig, catch: bool = False) -> Prepared | tuple[Frame, ValueError]:
     """Decode, resize and pad an image; with `catch`, return the error of an image that cannot be used."""
     try:
-        image = frame.image() if callable(frame.image) else to_rgb(frame.image)
+        image = read(frame)
     except ValueError as error:
         if catch:
             return frame, error
@@ -179,6 +277,11 @@ def prepare(frame: Frame, config: DetectorConfig, catch: bool = False) -> Prepar
     resized = tvf.resize(image.cpu(), [h, w], antialias=True)
     rows, columns = padded_size(height, width, config)
     return Prepared(frame.name, pad(resized, (0, columns - w, 0, rows - h)), (h, w), (height, width))
+
+
+def read(frame: Frame) -> Tensor:
+    """Read an image as uint8 [3,H,W] RGB. Raises `ValueError` if it cannot be used."""
+    return frame.image() if callable(frame.image) else to_rgb(frame.image)
 
 
 def padded_size(height: int, width: int, config: DetectorConfig) -> tuple[int, int]:
