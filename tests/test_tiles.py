@@ -27,7 +27,7 @@ def test_windows_are_no_more_than_needed():
     assert windows(640, 640, 640) == [Window(0, 0, 640, 640)]
     assert len(windows(640, 1152, 640, 0.2)) == 2  # 640 + 512
     assert len(windows(640, 1153, 640, 0.2)) == 3
-    for size, overlap in [(0, 0.2), (-5, 0.2), (640, 1.0), (640, -0.1), (640, float("nan"))]:
+    for size, overlap in [(0, 0.2), (-5, 0.2), (640, 1.0), (640.0, 0.2), (640, -0.1), (640, float("nan"))]:
         with pytest.raises(ValueError, match="tiles=|overlap="):
             windows(100, 100, size, overlap)
 

@@ -20,7 +20,7 @@ import torch
 from near import assert_near, sum_roundings
 
 import vovnet_zoo
-from vovnet_zoo import detectors, hub, publish, vovnet
+from vovnet_zoo import detectors, hub, publish, vovnet, web
 from vovnet_zoo import weights as published
 from vovnet_zoo.files import hash_file
 from vovnet_zoo.weights import Weights
@@ -213,7 +213,7 @@ def test_weights_come_through_https_only(slim, server, cache, url, monkeypatch):
 
 def test_a_redirect_leads_to_no_server_of_ones_own():
     """A public server cannot send the client to a server on its own machine."""
-    redirects = published._HttpsRedirects()
+    redirects = web.Redirects(published.check_url)
     ask = Request("https://example.com/w.pth")
     with pytest.raises(ValueError, match="not https"):
         redirects.redirect_request(ask, None, 302, "", {}, "http://127.0.0.1/w.pth")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, TypedDict, Unpack, overload
+from typing import Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as tvf
 
-from .arguments import check_choice, check_flag, check_model, check_number
+from .arguments import check_choice, check_flag, check_kind, check_model, check_number
 from .batching import group_alike, read_ahead
 from .config import DetectorConfig, Precision, Thresholds
 from .data import normalize, resize_size
@@ -21,9 +23,10 @@ from .fcos import FCOS, Predictions, check_predictions, check_thresholds, level_
 from .nms import class_nms, nms_fixed
 from .results import ImageDetections
 from .sources import Frame, Source, frames, to_rgb
-from .tiles import Window, merge, windows
+from .tiles import OVERLAP, Window, merge, windows
 
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+T = TypeVar("T")
 Network = Callable[[FCOS, Tensor, Tensor], Predictions]
 
 
@@ -44,8 +47,9 @@ class PredictOptions(ThresholdOptions, total=False):
     """`predict` has these options."""
 
     recursive: bool
+    urls: bool
     tiles: int | None
-    overlap: float
+    overlap: float | None
     flip: bool
     scales: Sequence[float]
     batch_size: int
@@ -73,8 +77,9 @@ def predict(
     *,
     stream: bool = False,
     recursive: bool = False,
+    urls: bool = False,
     tiles: int | None = None,
-    overlap: float = 0.2,
+    overlap: float | None = None,
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
     batch_size: int = 1,
@@ -91,16 +96,18 @@ def predict(
 
     Args:
         model: a detector, on any device; afterwards it is in the same mode (train or eval) as before.
-        images: a path (of an image, a folder, a pattern, or a `.txt` list of paths), a PIL image, a uint8 array [H,W,3]
-            or [H,W] (RGB or grey), a tensor [3,H,W] or [1,H,W] (uint8, or floating point in 0..1), or an iterable of
-            these, see `sources.frames`.
+        images: a path (of an image, a folder, a pattern, a video, or a `.txt` list of paths), an address, a camera's
+            number as text, a PIL image, a uint8 array [H,W,3] or [H,W] (RGB or grey), a tensor [3,H,W] or [1,H,W]
+            (uint8, or floating point in 0..1), or an iterable of these, see `sources.frames`. A video or camera is best
+            read with `stream`.
         stream: return an iterator that yields the detections of one image after the other, and keeps few images in
             memory (about 5 times `batch_size`). The model is in eval mode until the iterator ends or is closed.
         recursive: look for images in the folders below a folder too.
+        urls: images may come from a server, by their http:// or https:// address.
         tiles: look at windows of this many pixels of the original image on each side, resized as an image would be, and
             at the whole image, so that small objects in large images are seen large; see `tiles.merge` for how the
             results become one. `max_detections` holds for each window. None looks at the whole image only.
-        overlap: part of its side that a window shares with its neighbour, at least.
+        overlap: part of its side that a window shares with its neighbour, at least; None is 0.2.
         flip: test-time augmentation: look at the mirrored image too.
         scales: test-time augmentation: look at the image at these multiples of the model's `min_size` and `max_size`.
             Boxes of all views are merged by NMS.
@@ -124,43 +131,43 @@ def predict(
             class of a name in `score_threshold`; or another argument is none of the values above.
     """
     check_model("model", model, FCOS)
-    for name, flag in (("stream", stream), ("recursive", recursive), ("compile", compile)):
+    for name, flag in (("stream", stream), ("recursive", recursive), ("urls", urls), ("compile", compile)):
         check_flag(name, flag)
     check_number("batch_size", batch_size, 1, 65_536, whole=True)
     check_number("workers", workers, 0, 1024, whole=True)
     check_choice("precision", precision, DTYPES)
     if on_error is not None and not callable(on_error):
         raise ValueError(f"on_error must be a function, got {type(on_error).__name__}")
+    views = check_views(tiles, overlap, flip, scales)
     thresholds = choose_thresholds(model, options)
     network = functools.partial(compiled_network() if compile else run_autocast, precision=precision)
     detector = functools.partial(_detect, model, thresholds=thresholds, network=network, batch_size=batch_size)
     detector = functools.partial(detector, workers=workers)
-    if tiles is None and not flip and tuple(scales) == (1.0,):
-        found = detector(frames(images, recursive), on_error=on_error)
+    found_frames = frames(images, recursive, urls)
+    if views == ONE_VIEW:
+        load = functools.partial(prepare, config=model.config.copy(), catch=on_error is not None)
+        found = detector(found_frames, load, on_error=on_error)
     else:
-        views = check_views(tiles, overlap, flip, scales)
-        found = _detect_views(model, frames(images, recursive), thresholds, detector, views, on_error)
+        ahead = 0 if views.tiles else workers  # windows are for images of which memory holds one at a time
+        load = functools.partial(_try_read, catch=on_error is not None)
+        found = _detect_views(model, read_ahead(found_frames, load, ahead, 1), thresholds, detector, views, on_error)
     return found if stream else list(found)
 
 
 def _detect(
     model: FCOS,
-    images: Iterator[Frame],
+    images: Iterator[T],
+    load: Callable[[T], Prepared | tuple[Frame, ValueError]],
     thresholds: Thresholds,
     network: Network,
     batch_size: int,
     workers: int,
     on_error: Callable[[Frame, ValueError], None] | None = None,
-    scale: float = 1.0,
 ) -> Iterator[ImageDetections]:
-    """Detect objects in one image after the other, see `predict`; `scale` multiplies the size of the resized image."""
+    """Detect objects in one image after the other, which `load` prepares in threads, see `predict`."""
     was_training = model.training
     model.eval()
     try:
-        config = model.config.copy()
-        config["min_size"] = max(1, round(config["min_size"] * scale))
-        config["max_size"] = max(1, round(config["max_size"] * scale))
-        load = functools.partial(prepare, config=config, catch=on_error is not None)
         done: dict[int, ImageDetections | None] = {}  # by the image's number; None for one that cannot be used
 
         def usable() -> Iterator[tuple[int, Prepared]]:
@@ -193,60 +200,107 @@ class Views(NamedTuple):
     scales: tuple[float, ...]
 
 
-def check_views(tiles: int | None, overlap: float, flip: bool, scales: Sequence[float]) -> Views:
-    """Raise `ValueError` unless these options of `predict` are in range."""
-    windows(1, 1, tiles or 1, overlap)
-    if tiles is not None and tiles < 32:
-        raise ValueError(f"tiles={tiles}: the side of a window must be 32 pixels or more")
-    if not scales or not all(0.1 <= scale <= 10 for scale in scales) or len(set(scales)) < len(scales):
-        raise ValueError(f"scales={list(scales)}: different numbers of 0.1 to 10, at least one")
-    return Views(tiles, overlap, (False, True) if flip else (False,), tuple(scales))
+ONE_VIEW = Views(None, OVERLAP, (False,), (1.0,))
+TILES, SCALES = (32, 1_000_000), (0.1, 10)  # the smallest and the largest
+
+
+def check_views(tiles: int | None, overlap: float | None, flip: bool, scales: Sequence[float]) -> Views:
+    """Raise `ValueError` unless these options of `predict` are in range, and each has an effect."""
+    if tiles is not None:
+        check_number("tiles", tiles, *TILES, whole=True, why="; it is the side of a window in pixels")
+        windows(1, 1, tiles, OVERLAP if overlap is None else overlap)
+    elif overlap is not None:
+        raise ValueError(f"overlap={overlap!r}: windows overlap, and there are none; give tiles too")
+    check_flag("flip", flip)
+    check_kind("scales", scales, (list, tuple), "a list or tuple of numbers")
+    for scale in scales:
+        check_number("scales", scale, *SCALES)
+    if len(set(scales)) < max(1, len(scales)):
+        raise ValueError(f"scales={list(scales)}: give different numbers, at least one")
+    flips = (False, True) if flip else (False,)
+    return Views(tiles, OVERLAP if overlap is None else overlap, flips, tuple(map(float, scales)))
 
 
 def _detect_views(
     model: FCOS,
-    images: Iterator[Frame],
+    images: Iterator[tuple[Frame, Tensor | ValueError]],
     thresholds: Thresholds,
     detector: Callable[..., Iterator[ImageDetections]],
     views: Views,
     on_error: Callable[[Frame, ValueError], None] | None,
 ) -> Iterator[ImageDetections]:
-    """Detect objects in several views of one image after the other, see `predict`."""
-    config = model.config
-    merged = functools.partial(class_nms, threshold=thresholds.nms_threshold, plus_one=config["plus_one"])
-    for frame in images:
-        try:
-            image = read(frame)  # uint8 [3,H,W]
-        except ValueError as error:
-            if on_error is None:
-                raise
-            on_error(frame, error)
-            continue
-        height, width = image.shape[-2:]
-        places = windows(height, width, views.tiles, views.overlap) if views.tiles else []
-        if len(places) != 1:
-            places.append(Window(0, 0, width, height))
-        seen: list[list[ImageDetections]] = [[] for _ in places]
-        for scale, flip in itertools.product(views.scales, views.flips):
-            crops = (Frame(frame.name, functools.partial(_crop, image, place, flip)) for place in places)
-            for found, place, parts in zip(detector(crops, scale=scale), places, seen, strict=True):
-                if flip:
-                    left, right = found["boxes"][:, 0].clone(), found["boxes"][:, 2].clone()
-                    edge = place.width - int(config["plus_one"])
-                    found["boxes"][:, 0], found["boxes"][:, 2] = edge - right, edge - left
-                parts.append(found)
-        results: list[dict[str, Tensor]] = []
-        for parts in seen:
-            together = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-            if len(parts) > 1:
-                boxes, scores, labels = (together[key] for key in ("boxes", "scores", "labels"))
-                keep = merged(boxes, scores, labels, max_detections=thresholds.max_detections)
-                together = {key: value[keep] for key, value in together.items()}
-            results.append(together)
-        whole = results[0]
-        if len(places) > 1:
-            whole = merge(results, places, (height, width), thresholds.nms_threshold, config["plus_one"])
-        yield ImageDetections(whole, frame.name, (height, width), config["class_names"], config["plus_one"])
+    """Detect objects in several views of one image after the other, see `predict`.
+
+    The views of all images are one stream, so that batches are full.
+    """
+    config = model.config.copy()
+    kinds = [(scale, flip) for scale in views.scales for flip in views.flips]
+    started: deque[tuple[str, tuple[int, int], list[Window]]] = deque()  # images whose views are on their way
+
+    def looks() -> Iterator[tuple[Frame, float]]:
+        for frame, image in images:
+            if isinstance(image, ValueError):
+                assert on_error is not None
+                on_error(frame, image)
+                continue
+            height, width = image.shape[-2:]
+            places = windows(height, width, views.tiles, views.overlap) if views.tiles else []
+            if len(places) != 1:
+                places.append(Window(0, 0, width, height))
+            started.append((frame.name, (height, width), places))
+            for place, (scale, flip) in itertools.product(places, kinds):
+                yield Frame(frame.name, functools.partial(_crop, image, place, flip)), scale
+
+    with contextlib.closing(detector(looks(), functools.partial(_prepare_look, config=config))) as stream:
+        for first in stream:
+            name, size, places = started.popleft()
+            found = itertools.chain([first], stream)
+            results: list[dict[str, Tensor]] = []
+            for place in places:
+                parts = [_turn_back(next(found), place.width, flip, config["plus_one"]) for _, flip in kinds]
+                together: dict[str, Tensor] = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+                if len(parts) > 1:
+                    together = _suppress(together, thresholds, config["plus_one"])
+                results.append(together)
+            whole = results[0]
+            if len(places) > 1:
+                whole = merge(results, places, size, thresholds.nms_threshold, config["plus_one"])
+            yield ImageDetections(whole, name, size, config["class_names"], config["plus_one"])
+
+
+def _try_read(frame: Frame, catch: bool) -> tuple[Frame, Tensor | ValueError]:
+    """Read an image as uint8 [3,H,W] RGB; with `catch`, return the error of an image that cannot be used."""
+    try:
+        return frame, read(frame)
+    except ValueError as error:
+        if catch:
+            return frame, error
+        raise
+
+
+def _prepare_look(look: tuple[Frame, float], config: DetectorConfig) -> Prepared | tuple[Frame, ValueError]:
+    """Prepare a view of an image at a multiple of the size that the network is made for."""
+    frame, scale = look
+    config = config.copy()
+    config["min_size"] = max(1, round(config["min_size"] * scale))
+    config["max_size"] = max(1, round(config["max_size"] * scale))
+    return prepare(frame, config)
+
+
+def _turn_back(found: dict[str, Tensor], width: int, flipped: bool, plus_one: bool) -> dict[str, Tensor]:
+    """Move what was found in a mirrored image of this width to where it is in the image."""
+    if not flipped:
+        return found
+    left, top, right, bottom = found["boxes"].unbind(1)
+    edge = width - int(plus_one)
+    return {**found, "boxes": torch.stack([edge - right, top, edge - left, bottom], 1)}
+
+
+def _suppress(found: dict[str, Tensor], thresholds: Thresholds, plus_one: bool) -> dict[str, Tensor]:
+    """Merge the detections of several views by NMS."""
+    boxes, scores, labels = found["boxes"], found["scores"], found["labels"]
+    keep = class_nms(boxes, scores, labels, thresholds.nms_threshold, thresholds.max_detections, plus_one)
+    return {key: value[keep] for key, value in found.items()}
 
 
 def _crop(image: Tensor, place: Window, flip: bool) -> Tensor:

@@ -1,12 +1,16 @@
-"""`frames` finds the images that people point at: files, folders, patterns, lists of paths, and images in memory."""
+"""`frames` finds the images that people point at: files, folders, videos, cameras, addresses, images in memory."""
 
 from __future__ import annotations
 
+import functools
 import glob
+import io
+import os
 from collections.abc import Callable, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -15,9 +19,12 @@ from torch import Tensor
 
 from .data import FORMATS, pil_to_rgb, read_image
 from .files import read_bytes
+from .video import SUFFIXES, Video
+from .web import receive
 
 ImageLike = str | PathLike | Image.Image | np.ndarray | Tensor
 MAX_LIST_BYTES = 1 << 30  # a longer file is no list of paths
+MAX_URL_BYTES, MAX_URL_SECONDS = 256 << 20, 60  # of an image that comes from a server
 
 
 class Frame(NamedTuple):
@@ -32,20 +39,66 @@ class Frame(NamedTuple):
 Source = ImageLike | Frame | Iterable[ImageLike | Frame]
 
 
-def frames(source: Source, recursive: bool = False) -> Iterator[Frame]:
-    """Find the images of a source one after the other, without decoding them.
+def frames(source: Source, recursive: bool = False, urls: bool = False) -> Iterator[Frame]:
+    """Find the images of a source one after the other; only videos are decoded, one frame at a time.
 
     Args:
         source: a path, which is an image file, a folder of images, a pattern such as "photos/*.jpg" (`**` stands for
-            any folders), or a `.txt` file with the path of an image in each line, relative to this file's folder; an
+            any folders), a video file, or a `.txt` file with the path of an image in each line, relative to this file's
+            folder; a number as text, such as "0", which is a camera; the http:// or https:// address of an image; an
             image in memory, see `to_rgb`; a tensor [B,3,H,W] of B images; a `Frame`; or an iterable of these.
         recursive: look for images in the folders below a folder too.
+        urls: addresses may be read, within `MAX_URL_BYTES` and `MAX_URL_SECONDS`.
 
     Raises:
-        ValueError: there is no image in a folder, pattern or list, or a source is none of these.
+        ValueError: there is no image in a folder, pattern or list, a source is none of these, or an address is given
+            without `urls`. A video that cannot be read, or not to its end, gives a last frame that raises the error.
+        ImportError: there is a video, and PyAV is not installed.
     """
-    for index, frame in enumerate(_find(source, recursive)):
-        yield frame if frame.name else frame._replace(name=f"image {index}")
+    for found in find(source, recursive, urls):
+        if isinstance(found, Video):
+            yield from video_frames(found)
+        else:
+            yield found
+
+
+def find(source: Source, recursive: bool = False, urls: bool = False) -> Iterator[Frame | Video]:
+    """Find the images and videos of a source, see `frames`, without reading any."""
+    for index, found in enumerate(_find(source, recursive, urls)):
+        yield found if found.name or isinstance(found, Video) else found._replace(name=f"image {index}")
+
+
+def video_frames(video: Video) -> Iterator[Frame]:
+    """Decode one frame after the other; they are called "clip.mp4 frame 0" and so on."""
+    try:
+        for number, pixels in enumerate(video.read()):
+            yield Frame(f"{video.name} frame {number}", pixels)
+    except ValueError as error:
+        yield Frame(video.name, functools.partial(_fail, error))
+
+
+def read_url(url: str) -> Tensor:
+    """Download an image as uint8 [3,H,W] RGB. Raises `ValueError` if it cannot be had or used."""
+    file = io.BytesIO()
+    try:
+        receive(url, file, MAX_URL_BYTES, MAX_URL_SECONDS, check=check_url)
+    except ConnectionError as error:
+        raise ValueError(str(error)) from error
+    try:
+        return read_image(file.getvalue())
+    except ValueError as error:
+        raise ValueError(f"{url}: {str(error).removeprefix('<bytes>: ')}") from error
+
+
+def is_url(source: object) -> bool:
+    """Tell whether a source is the address of an image on a server."""
+    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
+
+
+def check_url(url: str) -> None:
+    """Raise `ValueError` unless this is an address of a server that is spoken to by HTTP."""
+    if not is_url(url) or not urlparse(url).hostname:
+        raise ValueError(f"{url}: an image's address begins with http:// or https:// and the name of a server")
 
 
 def to_rgb(image: ImageLike) -> Tensor:
@@ -79,12 +132,11 @@ def to_rgb(image: ImageLike) -> Tensor:
     return image.expand(3, -1, -1)
 
 
-def _find(source: Source, recursive: bool) -> Iterator[Frame]:
+def _find(source: Source, recursive: bool, urls: bool) -> Iterator[Frame | Video]:
     if isinstance(source, Frame):
         yield source
     elif isinstance(source, (str, PathLike)):
-        for path in _find_files(Path(source), recursive):
-            yield Frame(str(path), path)
+        yield from _find_files(source, recursive, urls)
     elif isinstance(source, Tensor) and source.ndim == 4:
         yield from (Frame("", image) for image in source)
     elif isinstance(source, Image.Image):
@@ -93,18 +145,21 @@ def _find(source: Source, recursive: bool) -> Iterator[Frame]:
         yield Frame("", source)
     elif isinstance(source, Iterable) and not isinstance(source, (bytes, dict)):
         for part in source:
-            yield from _find(part, recursive)
+            yield from _find(part, recursive, urls)
     else:
         raise ValueError(f"an image must be a path, PIL image, uint8 array or tensor, not {type(source).__name__}")
 
 
-def _find_files(path: Path, recursive: bool) -> Iterator[Path]:
-    if path.is_dir():
+def _find_files(source: str | PathLike, recursive: bool, urls: bool) -> Iterator[Frame | Video]:
+    path = Path(source)
+    if is_url(source):
+        yield _place(source, urls)
+    elif path.is_dir():
         found = sorted(x for x in (path.rglob("*") if recursive else path.iterdir()) if _is_image_file(x, path))
         if not found:
             below = "" if recursive else "; images in the folders below it are found with recursive"
             raise ValueError(f"{path}: no image in this folder (of {', '.join(FORMATS)}){below}")
-        yield from found
+        yield from (_place(x, urls) for x in found)
     elif path.suffix.lower() == ".txt":
         try:
             text = read_bytes(path, "list of images", MAX_LIST_BYTES).decode("utf-8-sig")
@@ -113,15 +168,37 @@ def _find_files(path: Path, recursive: bool) -> Iterator[Path]:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"{path}: the list of images is empty; write one path in each line")
-        yield from (path.parent / line for line in lines)
+        yield from (_place(line if is_url(line) else path.parent / line, urls) for line in lines)
     elif glob.has_magic(str(path)) and not path.exists():
         matches = sorted(Path(x) for x in glob.iglob(str(path), recursive=True))
-        found = [x for x in matches if _is_image_file(x, x.parent)]
+        found = [x for x in matches if _is_image_file(x, x.parent) or _is_video(x)]
         if not found:
             raise ValueError(f"{path}: no image matches this pattern ({len(matches)} other files do)")
-        yield from found
+        yield from (_place(x, urls) for x in found)
+    elif is_camera(path):
+        yield Video(f"camera {path}", int(str(path)))
     else:
-        yield path
+        yield _place(path, urls)
+
+
+def _place(place: str | PathLike, urls: bool) -> Frame | Video:
+    """Return the image or the video at a path or address."""
+    if is_url(place):
+        check_url(url := os.fspath(place))
+        if not urls:
+            raise ValueError(f"{url}: images come from a server only with urls=True, or --allow-urls in a command")
+        return Frame(url, functools.partial(read_url, url))
+    path = Path(place)
+    return Video(str(path)) if _is_video(path) else Frame(str(path), path)
+
+
+def is_camera(path: Path) -> bool:
+    """Tell whether this is a number, which stands for a camera, and no file."""
+    return str(path).isascii() and str(path).isdecimal() and not path.exists()
+
+
+def _is_video(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.is_dir()
 
 
 def _is_image_file(path: Path, folder: Path) -> bool:
@@ -131,3 +208,7 @@ def _is_image_file(path: Path, folder: Path) -> bool:
     """
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
     return not hidden and Image.EXTENSION.get(path.suffix.lower()) in FORMATS and path.is_file()
+
+
+def _fail(error: ValueError) -> NoReturn:
+    raise error

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_area, box_iou
 
+from .arguments import check_number
 from .nms import class_nms
 
+OVERLAP = 0.2  # of a window's side, unless a user asks for another overlap
 NEAR = 0.01  # of a window's side: a box that ends so near to the window's edge is taken as cut by it
 SAME = 0.5  # parts of an object in two windows are alike in the strip that both see, if their IoU there is higher
 INSIDE = 0.5  # a cut box belongs to a whole one that holds a larger part of it
@@ -30,22 +32,22 @@ class Window(NamedTuple):
         return torch.tensor([self.x, self.y, self.x + self.width, self.y + self.height], dtype=torch.float64)
 
 
-def windows(height: int, width: int, size: int, overlap: float = 0.2) -> list[Window]:
+def windows(height: int, width: int, size: int, overlap: float = OVERLAP) -> list[Window]:
     """Cover an image with windows of `size` x `size` pixels at equal distances, row by row.
 
     Args:
         height, width: of the image, in pixels. A window is no larger than the image.
         size: side of a window, in pixels.
-        overlap: part of its side that a window shares with its neighbour, at least; 0 up to, but not, 1. An object
-            smaller than this strip is whole in some window.
+        overlap: part of its side that a window shares with its neighbour, at least; 0 to 0.99. An object smaller than
+            this strip is whole in some window.
 
     Raises:
         ValueError: `size` or `overlap` is out of range.
     """
-    if size < 1:
-        raise ValueError(f"tiles={size}: the side of a window must be 1 pixel or more")
-    if not 0 <= overlap < 1:
-        raise ValueError(f"overlap={overlap}: a window can share 0 up to, but not, 1 of its side with its neighbour")
+    check_number("tiles", size, 1, math.inf, whole=True, why="; it is the side of a window in pixels")
+    check_number(
+        "overlap", overlap, 0, 0.99, why="; it is the part of its side that a window shares with its neighbour"
+    )
 
     def starts(length: int) -> list[int]:
         if length <= size:
@@ -102,7 +104,7 @@ def merge(
     boxes, scores, labels = (
         torch.cat([part[key] for part in (*whole, joined)]) for key in ("boxes", "scores", "labels")
     )
-    keep = class_nms(boxes, scores, labels, nms_threshold, len(boxes), plus_one)
+    keep = class_nms(boxes, scores, labels, nms_threshold, max(1, len(boxes)), plus_one)
     boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
     alone = torch.ones(len(left["labels"]), dtype=torch.bool)
     for i, (box, score, label) in enumerate(zip(left["boxes"], left["scores"], left["labels"], strict=True)):
@@ -114,7 +116,7 @@ def merge(
             scores[best] = score
     boxes = torch.cat([boxes, left["boxes"][alone]])
     scores, labels = torch.cat([scores, left["scores"][alone]]), torch.cat([labels, left["labels"][alone]])
-    keep = class_nms(boxes, scores, labels, nms_threshold, len(boxes), plus_one)
+    keep = class_nms(boxes, scores, labels, nms_threshold, max(1, len(boxes)), plus_one)
     return {"boxes": boxes[keep].to(found[0]["boxes"].dtype), "scores": scores[keep], "labels": labels[keep]}
 
 

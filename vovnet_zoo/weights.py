@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
-import ipaddress
 import os
 import re
 import shutil
 import stat
 import struct
-import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import torch
 
@@ -28,6 +24,7 @@ from .ledger import Weights as Weights
 from .ledger import available as available
 from .ledger import find as find
 from .ledger import instead
+from .web import is_loopback, opener, receive
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError)
 MAX_BYTES = 8 << 30  # of a checkpoint; the largest that is published has less than 1 GiB, its optimizer included
@@ -88,50 +85,18 @@ def _check(path: Path, sha1: str, source: str) -> None:
 
 
 def _http_get(url: str, path: Path) -> None:
-    check_url(url)
-    try:
-        with urlopen(Request(url, headers={"User-Agent": "vovnet_zoo"}), timeout=60) as response, open(path, "wb") as f:
-            length = response.headers.get("Content-Length") or ""
-            if length.isdigit() and int(length) > MAX_BYTES:
-                raise ConnectionError(f"it has {length} bytes, more than {MAX_BYTES}")
-            end = time.monotonic() + MAX_SECONDS
-            while chunk := response.read1(1 << 20):
-                f.write(chunk)
-                if f.tell() > MAX_BYTES:
-                    raise ConnectionError(f"it goes on after {MAX_BYTES} bytes")
-                if time.monotonic() > end:
-                    raise ConnectionError(f"it is not here after {MAX_SECONDS} seconds, {f.tell()} bytes are")
-    except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(f"{url}: {error}; nothing was kept, try again or get the file elsewhere") from error
-    if length.isdigit() and int(length) != path.stat().st_size:
-        raise ConnectionError(
-            f"{url}: the server broke off after {path.stat().st_size} of {length} bytes; nothing was kept, try again"
-        )
+    with open(path, "wb") as file:
+        receive(url, file, MAX_BYTES, MAX_SECONDS, check=check_url, open=urlopen)
 
 
 def check_url(url: str) -> None:
     """Refuse an address with ValueError unless it begins with https://, or with http:// on this machine itself."""
     parts = urlparse(url)
-    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(parts.hostname or "")):
         raise ValueError(f"{url}: weights are downloaded through https:// only")
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-class _HttpsRedirects(HTTPRedirectHandler):
-    def redirect_request(self, request, *args):
-        check_url(address := args[-1])
-        if urlparse(address).scheme != "https" and not _is_loopback(urlparse(request.full_url).hostname or ""):
-            raise ValueError(f"{request.full_url}: the server leads to {address}, which is not https://: refused")
-        return super().redirect_request(request, *args)
-
-
-urlopen = build_opener(_HttpsRedirects).open
+urlopen = opener(check_url)
 
 
 def read_checkpoint(path: str | Path, source: str | None = None) -> Any:

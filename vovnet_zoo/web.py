@@ -1,0 +1,82 @@
+"""`receive` downloads a file within limits of size and time; the address and each redirect are checked."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import time
+from collections.abc import Callable
+from typing import IO, Any
+from urllib.parse import urlparse
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+TIMEOUT = 60  # seconds that a server may be silent
+
+
+def receive(
+    url: str, file: IO[bytes], max_bytes: int, max_seconds: float, *, check: Callable[[str], None], open: Any = None
+) -> None:
+    """Write the content of an http:// or https:// address to a file.
+
+    Args:
+        max_bytes, max_seconds: limits of the content's size and of the time that its transfer takes.
+        check: raises `ValueError` for an address that is refused; it is called with the address and with each redirect.
+        open: opens the address; None is `opener(check)`.
+
+    Raises:
+        ConnectionError: the server cannot be reached, refuses, breaks off, or sends too much or too slowly.
+        ValueError: `check` refuses the address or a redirect.
+    """
+    check(url)
+    open = open or opener(check)
+    start = file.tell()
+    try:
+        request = Request(url, headers={"User-Agent": "vovnet_zoo"})
+        with open(request, timeout=min(TIMEOUT, max_seconds)) as response:
+            length = response.headers.get("Content-Length") or ""
+            if length.isdigit() and int(length) > max_bytes:
+                raise ConnectionError(f"it has {length} bytes, more than {max_bytes}")
+            end = time.monotonic() + max_seconds
+            while chunk := response.read1(1 << 20):
+                file.write(chunk)
+                if file.tell() - start > max_bytes:
+                    raise ConnectionError(f"it goes on after {max_bytes} bytes")
+                if time.monotonic() > end:
+                    raise ConnectionError(
+                        f"it is not here after {max_seconds} seconds, {file.tell() - start} bytes are"
+                    )
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionError(f"{url}: {error}; nothing was kept, try again or get the file elsewhere") from error
+    if length.isdigit() and int(length) != file.tell() - start:
+        raise ConnectionError(
+            f"{url}: the server broke off after {file.tell() - start} of {length} bytes; nothing was kept, try again"
+        )
+
+
+def opener(check: Callable[[str], None]) -> Callable[..., Any]:
+    """Return a function that opens a `Request` and follows the redirects that `check` and `Redirects` allow."""
+    return build_opener(Redirects(check)).open
+
+
+class Redirects(HTTPRedirectHandler):
+    """A redirect leads neither from https:// to http://, nor from elsewhere to a server on this machine itself."""
+
+    def __init__(self, check: Callable[[str], None]):
+        self.check = check
+
+    def redirect_request(self, request, *args):
+        self.check(address := args[-1])
+        origin, target = urlparse(request.full_url), urlparse(address)
+        if origin.scheme == "https" and target.scheme != "https":
+            raise ValueError(f"{request.full_url}: the server leads to {address}, which is not https://: refused")
+        if is_loopback(target.hostname or "") and not is_loopback(origin.hostname or ""):
+            raise ValueError(f"{request.full_url}: the server leads to {address}, on this machine itself: refused")
+        return super().redirect_request(request, *args)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host's name or address stands for this machine itself."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
