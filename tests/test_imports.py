@@ -32,7 +32,7 @@ ONLY = {  # rooms that may import even less
     "hub": {"arguments", "files", "ledger"},
     "nms": {"arguments", "kernels"},
     "fcos": {"arguments", "backbone", "config", "hub"},
-    "tiles": {"arguments", "nms"},
+    "tiles": {"arguments", "config", "nms"},
     "weights": {"files", "ledger", "web"},
     "loss": {"arguments", "config", "fcos"},
     "sources": {"arguments", "data", "files", "video", "web"},

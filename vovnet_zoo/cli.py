@@ -9,6 +9,7 @@ import difflib
 import glob
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import tyro
 
 from . import ledger
 from .commands import find_device, run_reporting, take_debug
-from .config import Pictures, Precision, Thresholds
+from .config import OVERLAPS, SCALES, TILES, Pictures, Precision, Thresholds
 from .version import __version__
 
 DEFAULTS = Thresholds()
@@ -29,10 +30,11 @@ DEFAULTS = Thresholds()
 class Predict:
     """Detect objects in images, and write a picture of each image and detections.jsonl, one line for each image.
 
-    An image that cannot be used is reported and left out, and the exit status is 1."""
+    A video becomes a video. An image that cannot be used is reported and left out, and the exit status is 1."""
 
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Images, folders of images, patterns such as "photos/*.jpg" in quotes, and .txt files of one path in each line."""
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Images, folders of images, patterns such as "photos/*.jpg" in quotes, .txt files of a path in each line, videos
+    (with the extra `video`), and cameras by their number, such as 0."""
     model: str
     """Folder of a saved detector, its name on the Hub, or a name of create_detector(..., pretrained=True)."""
     out: Path
@@ -51,10 +53,26 @@ class Predict:
     """Compile the network with torch.compile, which takes minutes once."""
     device: str | None = None
     """torch device; default: the GPU where there is one."""
+    tiles: int | None = None
+    """Look at windows of this many pixels on each side too, so that small objects in large images are found."""
+    overlap: float | None = None
+    """Part of its side that a window shares with its neighbour, at least; default: 0.2."""
+    flip: bool = False
+    """Look at the mirrored image too."""
+    scales: tuple[float, ...] = ()
+    """Look at the image at these multiples of the model's size; default: 1."""
     recursive: bool = False
     """Look for images in the folders below a folder too."""
+    allow_urls: bool = False
+    """Read images from http:// and https:// addresses."""
     save_pictures: Pictures = "jpg"
-    """Format of the pictures of the detections, or none."""
+    """Format of the pictures of the detections, or none, also of videos."""
+    crops: bool = False
+    """Write each object as a picture: OUT/crops/CLASS/NAME_0.jpg and so on."""
+    labels: bool = False
+    """Write YOLO label files: OUT/labels/NAME.txt, and the class names in OUT/classes.txt."""
+    coco: Path | None = None
+    """Write all detections as COCO results JSON there too; the image ids are in detections.jsonl then."""
     overwrite: bool = False
     """Write over files that are in OUT already; never over an image that is read."""
 
@@ -147,7 +165,8 @@ def main() -> None:
 
 def run_predict(command: Predict) -> None:
     check_predict(command)
-    refuse_missing(*(path for path in command.images if not glob.has_magic(str(path))))
+    texts = (text for text in command.images if not (is_url(text) or glob.has_magic(text) or text.isdecimal()))
+    refuse_missing(*map(Path, texts))
     refuse_model(command.model)
     from . import inference
     from .detectors import create_detector
@@ -162,6 +181,10 @@ def run_predict(command: Predict) -> None:
     model.to(device)
     options: inference.PredictOptions = dict(
         recursive=command.recursive,
+        urls=command.allow_urls,
+        tiles=command.tiles,
+        overlap=command.overlap,
+        flip=command.flip,
         batch_size=command.batch_size,
         precision=command.precision,
         compile=command.compile,
@@ -170,30 +193,51 @@ def run_predict(command: Predict) -> None:
     )
     if command.score is not None:
         options["score_threshold"] = command.score
-    bad = predict_files(
-        model,
-        command.images,
-        command.out,
-        pictures=command.save_pictures,
-        overwrite=command.overwrite,
-        **options,
-    )
+    if command.scales:
+        options["scales"] = command.scales
+    try:
+        bad = predict_files(
+            model,
+            command.images,
+            command.out,
+            pictures=command.save_pictures,
+            crops=command.crops,
+            labels=command.labels,
+            coco=command.coco,
+            overwrite=command.overwrite,
+            **options,
+        )
+    except KeyboardInterrupt:
+        print(f"vovnet-zoo: interrupted; what was found until now is in {command.out}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     sys.exit(1 if bad else 0)
 
 
 def check_predict(command: Predict) -> None:
-    """Raise `ValueError` where there is no image, or a number is out of its range."""
+    """Raise `ValueError` where there is no image, an address is not allowed, or a number is out of its range."""
     if not command.images:
         raise ValueError("predict needs the name of an image, or several")
-    for option, value in (("--score", command.score), ("--nms-threshold", command.nms_threshold)):
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{option} {value}: give a number from 0 to 1")
+    if not command.allow_urls and (urls := [text for text in command.images if is_url(text)]):
+        raise ValueError(f"{urls[0]}: images come from a server only with --allow-urls")
+    if command.tiles is None and command.overlap is not None:
+        raise ValueError(f"--overlap {command.overlap}: windows overlap, and there are none; give --tiles too")
+    for option, value, least, most in (
+        ("--score", command.score, 0, 1),
+        ("--nms-threshold", command.nms_threshold, 0, 1),
+        ("--tiles", command.tiles, *TILES),
+        ("--overlap", command.overlap, *OVERLAPS),
+        *(("--scales", scale, *SCALES) for scale in command.scales),
+    ):
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"{option} {value}: give a number from {least:g} to {most:g}")
     for option, number in (("--max-detections", command.max_detections), ("--batch-size", command.batch_size)):
         if number < 1:
             raise ValueError(f"{option} {number}: give 1 or more")
 
 
 def run_check_data(command: CheckData) -> None:
+    if command.workers is not None and command.workers < 0:
+        raise ValueError(f"--workers {command.workers}: give 0 or more")
     refuse_missing(command.root)
     from .data import check
     from .files import read_json
@@ -205,8 +249,6 @@ def run_check_data(command: CheckData) -> None:
             ours = False
         if not ours:
             raise ValueError(f"{command.json} is there already, and no report of check-data; choose another file")
-    if command.workers is not None and command.workers < 0:
-        raise ValueError(f"--workers {command.workers}: give 0 or more")
     sys.exit(check.main(command.root, workers=command.workers, json_out=command.json))
 
 
@@ -246,6 +288,11 @@ def run_list(command: ListModels) -> None:
     if not rows:
         raise ValueError(f"no weights have {' or '.join(map(repr, command.names))} in their name; vovnet-zoo list")
     print(json.dumps(rows, indent=1) if command.json else "\n".join(map(ledger.describe, rows)))
+
+
+def is_url(text: str) -> bool:
+    """Tell whether this is an address, as `sources.is_url` does, without its imports."""
+    return text.lower().startswith(("http://", "https://"))
 
 
 def refuse_missing(*paths: Path) -> None:

@@ -14,6 +14,8 @@ CenternessOn = Literal["box", "cls"]
 BoxLoss = Literal["giou", "iou"]
 Precision = Literal["float32", "bf16", "fp16"]  # of the network, under autocast
 Pictures = Literal["jpg", "png", "none"]  # format of the pictures of detections
+# The least and the most: side of a window in pixels, part of it that two windows share, scale of a view.
+TILES, OVERLAPS, SCALES = (32, 1_000_000), (0, 0.99), (0.1, 10)
 
 
 class Variant(TypedDict):

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from .arguments import check_choice, check_flag, check_kind, check_model, check_number
 from .batching import group_alike, read_ahead
-from .config import DetectorConfig, Precision, Thresholds
+from .config import SCALES, TILES, DetectorConfig, Precision, Thresholds
 from .data import normalize, resize_size
 from .fcos import FCOS, Predictions, check_predictions, check_thresholds, level_sizes
 from .nms import class_nms, nms_fixed
@@ -201,7 +201,6 @@ class Views(NamedTuple):
 
 
 ONE_VIEW = Views(None, OVERLAP, (False,), (1.0,))
-TILES, SCALES = (32, 1_000_000), (0.1, 10)  # the smallest and the largest
 
 
 def check_views(tiles: int | None, overlap: float | None, flip: bool, scales: Sequence[float]) -> Views:

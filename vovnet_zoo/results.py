@@ -1,4 +1,4 @@
-"""`ImageDetections` holds what was found in one image; `to_coco_results` writes it as COCO's result rows."""
+"""`ImageDetections` holds what was found in one image; it becomes rows of COCO (`to_coco_results`) or YOLO."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from .arguments import check_flag, check_kind, check_tensor
 from .draw import DISPLAY_SCORE, draw_detections
@@ -23,7 +24,8 @@ class ImageDetections(dict[str, Tensor]):
     (0..K-1). `supervision.Detections.from_transformers(found, found.id2label)` takes it as it is.
 
     Attributes:
-        source: path of the image, or "image 0" .. for an image in memory.
+        source: path or address of the image, "clip.mp4 frame 0" .. for a frame of a video, or "image 0" .. for an image
+            in memory.
         size: (height, width) of the original image.
         class_names: K names in label order, or None.
         plus_one: boxes follow the published pixel convention, see `FCOS`.
@@ -114,6 +116,28 @@ def to_coco_results(
             for box, score, label in zip(boxes.tolist(), detection["scores"].tolist(), labels, strict=True)
         ]
     return rows
+
+
+def to_yolo(detection: Mapping[str, Tensor], size: tuple[int, int], plus_one: bool = False) -> str:
+    """Turn the detections of one image of `size` (height, width) into the text of a YOLO label file.
+
+    A line is `LABEL X Y WIDTH HEIGHT`: a box's centre and sides, as parts of the image's width and height. Scores are
+    left out, as YOLO's files of ground truth have none. `plus_one` is the published convention, see `to_coco_results`.
+    """
+    height, width = size
+    boxes = detection["boxes"].detach().cpu().to(torch.float64, copy=True)
+    boxes[:, 2:] += int(plus_one)
+    parts = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)  # [N,4] centre and sides
+    parts /= torch.tensor([width, height] * 2)
+    rows = zip(detection["labels"].tolist(), parts.tolist(), strict=True)
+    return "".join(f"{label} {' '.join(f'{x:.6f}' for x in row)}\n" for label, row in rows)
+
+
+def default_category_ids(class_names: Sequence[str] | None, num_classes: int) -> list[int]:
+    """Choose the COCO category id of each label: COCO's own for its 80 classes, otherwise 1 to K."""
+    ids = {name: i for i, name in enumerate(FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"])}
+    names = [name for name in ids if name not in ("__background__", "N/A")]
+    return [ids[name] for name in names] if class_names == names else list(range(1, num_classes + 1))
 
 
 def check_detection(detection: dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_area, box_iou
 
 from .arguments import check_number
+from .config import OVERLAPS
 from .nms import class_nms
 
 OVERLAP = 0.2  # of a window's side, unless a user asks for another overlap
@@ -46,7 +47,7 @@ def windows(height: int, width: int, size: int, overlap: float = OVERLAP) -> lis
     """
     check_number("tiles", size, 1, math.inf, whole=True, why="; it is the side of a window in pixels")
     check_number(
-        "overlap", overlap, 0, 0.99, why="; it is the part of its side that a window shares with its neighbour"
+        "overlap", overlap, *OVERLAPS, why="; it is the part of its side that a window shares with its neighbour"
     )
 
     def starts(length: int) -> list[int]:
