@@ -39,6 +39,14 @@ class EvalConfig:
     """Precision of the network (autocast)."""
     compile: bool = False
     """Compile the network with torch.compile, which takes minutes once."""
+    tiles: int | None = None
+    """Look at windows of this many pixels on each side too, so that small objects in large images are found."""
+    overlap: float | None = None
+    """Part of its side that a window shares with its neighbour, at least; default: 0.2."""
+    flip: bool = False
+    """Look at the mirrored image too."""
+    scales: tuple[float, ...] = (1.0,)
+    """Look at the image at these multiples of the model's size."""
     device: str | None = None
     """torch device; default: the GPU where there is one."""
     engine: Literal["pycocotools", "faster"] = "pycocotools"
@@ -55,15 +63,19 @@ from runtime import StopSignal, check_out, log, process_group, run_command
 from scoring import score_dataset
 from vovnet_zoo import FCOS
 from vovnet_zoo.coco_eval import format_table, load_engine
+from vovnet_zoo.config import OVERLAPS, SCALES, TILES
 from vovnet_zoo.data import CocoDataset, find_split
 from vovnet_zoo.fcos import RANGES as MODEL_RANGES
+from vovnet_zoo.inference import check_views
 
 RANGES = {"size": Range(*MODEL_RANGES["min_size"][:2]), "workers": Range(0), "batch_size": Range(1)}
+RANGES |= {"tiles": Range(*TILES), "overlap": Range(*OVERLAPS), "scales": Range(*SCALES)}
 
 
 def main(config: EvalConfig) -> dict | None:
     """Score the detector; returns the metrics on rank 0, None on the others."""
     check_options(config, RANGES)
+    check_views(config.tiles, config.overlap, config.flip, config.scales)
     load_engine(config.engine)  # an engine that is not installed is reported now, not after the last image
     with process_group(config.device) as (rank, world_size, device):
         if rank == 0 and config.out is not None:
@@ -90,6 +102,10 @@ def main(config: EvalConfig) -> dict | None:
                 batch_size=config.batch_size,
                 precision=config.precision,
                 compile=config.compile,
+                tiles=config.tiles,
+                overlap=config.overlap,
+                flip=config.flip,
+                scales=config.scales,
                 engine=config.engine,
             )
         if rank == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,13 +32,18 @@ def score_dataset(
     batch_size: int = 1,
     precision: Precision = "float32",
     compile: bool = False,
+    tiles: int | None = None,
+    overlap: float | None = None,
+    flip: bool = False,
+    scales: Sequence[float] = (1.0,),
     engine: str = "pycocotools",
 ) -> tuple[list[dict], dict] | tuple[None, None]:
     """Run the detector on a dataset without transforms; returns COCO result rows and `coco_eval.evaluate`'s metrics.
 
     The images are sorted by size, so that batches are full, and shared out over the processes. `workers`, `batch_size`,
-    `precision` and `compile` are arguments of `predict`. Rank 0 gathers the results; the others return (None, None).
-    `Stopped` is raised, in all processes, a few images after one of them received a stop signal.
+    `precision`, `compile`, `tiles`, `overlap`, `flip` and `scales` are arguments of `predict`. Rank 0 gathers the
+    results; the others return (None, None). `Stopped` is raised, in all processes, a few images after one of them
+    received a stop signal.
 
     Where the dataset skips images that cannot be read, they are given to `note`, and the others are scored;
     `ValueError` if there are no others.
@@ -54,6 +59,10 @@ def score_dataset(
         batch_size=batch_size,
         precision=precision,
         compile=compile,
+        tiles=tiles,
+        overlap=overlap,
+        flip=flip,
+        scales=scales,
         workers=workers,
         on_error=functools.partial(_skip, note) if dataset.skip_bad_images and note else None,
         score_threshold=0.0,

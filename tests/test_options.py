@@ -10,6 +10,7 @@ from test_faults import stop_after
 
 import build
 import eval_coco
+import runtime
 import train_coco
 from build import build_loader
 from optim import set_lr
@@ -158,6 +159,7 @@ def test_every_option_of_an_evaluation(tiny_coco, tiny_detector, tmp_path, monke
     monkeypatch.setattr(eval_coco, "format_table", lambda metrics: "")
     monkeypatch.setattr(eval_coco, "load_engine", lambda name: None)
     monkeypatch.setattr(eval_coco, "check_classes", lambda model, dataset: None)
+    monkeypatch.setattr(runtime, "find_device", lambda name, index: torch.device(name))  # "meta" is refused otherwise
     for name, bias in (("a", 0.0), ("b", 1.0)):
         model = create_detector("fcos", backbone="test_resnet", channels=64, num_convs=0, num_classes=2, min_size=64)
         torch.nn.init.constant_(model.head.centerness.bias, bias)
@@ -170,11 +172,13 @@ def test_every_option_of_an_evaluation(tiny_coco, tiny_detector, tmp_path, monke
     other = dict(
         model=str(tmp_path / "b"), data=tmp_path / "copy", split="train", out=tmp_path / "out.json", size=96, workers=1,
         device="meta", engine="faster", batch_size=2, precision="bf16", compile=True,
+        tiles=64, overlap=0.5, flip=True, scales=(1.0, 1.5),
     )  # fmt: skip
     assert other.keys() == {field.name for field in dataclasses.fields(eval_coco.EvalConfig)}
     eval_coco.main(base)
     for name, value in other.items():
-        eval_coco.main(dataclasses.replace(base, **{name: value}))
+        beside = {"tiles": 64} if name == "overlap" else {}  # which is refused without tiles
+        eval_coco.main(dataclasses.replace(base, **beside, **{name: value}))
         assert seen[-1] != seen[0] or (name == "out" and value.is_file()), name
     for wrong in (
         dict(size=101),
@@ -184,6 +188,12 @@ def test_every_option_of_an_evaluation(tiny_coco, tiny_detector, tmp_path, monke
         dict(batch_size=0),
         dict(engine="x"),
         dict(data="x"),
+        dict(tiles=16),
+        dict(overlap=0.5),
+        dict(overlap=1.0, tiles=64),
+        dict(scales=(1, 20)),
+        dict(scales=(1, 1)),
+        dict(scales=()),
     ):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
             eval_coco.main(dataclasses.replace(base, **wrong))
