@@ -36,18 +36,22 @@ using torch::stable::Tensor;
 constexpr int W = 16;  // floats in a register
 constexpr int ROWS = 14, GRADIENT_ROWS = 8;  // rows of a product whose sums stay in the registers
 constexpr int LEAST_TILES = 28, MOST_TILES = 28;  // tiles that a thread takes at a time
+constexpr int64_t CACHE = 3 << 17;  // floats that stay in the cache of a core (1.5 MiB)
 #elif defined(__AVX__)
 constexpr int W = 8;
 constexpr int ROWS = 6, GRADIENT_ROWS = 4;
 constexpr int LEAST_TILES = ROWS, MOST_TILES = 56;
+constexpr int64_t CACHE = 0;
 #elif defined(__aarch64__)
 constexpr int W = 4;
 constexpr int ROWS = 6, GRADIENT_ROWS = 4;
 constexpr int LEAST_TILES = ROWS, MOST_TILES = 56;
+constexpr int64_t CACHE = 0;
 #else
 constexpr int W = 4;
 constexpr int ROWS = 2, GRADIENT_ROWS = 2;
 constexpr int LEAST_TILES = ROWS, MOST_TILES = 56;
+constexpr int64_t CACHE = 0;
 #endif
 constexpr int PANEL = 16;  // outputs whose weights lie side by side, and inputs of a tile that do
 constexpr int COLUMNS = std::max(PANEL, 2 * W);  // outputs that a product computes at a time
@@ -283,11 +287,13 @@ float* scratch(int slot, size_t floats) {
     return x.memory;
 }
 
-// Calls work(0), .. work(count - 1); each thread takes the next item when it is free.
+// Calls work(0), .. work(count - 1). Thread i begins with item i, so that what it wrote in one call is in its cache in
+// the next; then each thread takes the next item when it is free.
 template <class F> void share_out(int64_t count, const F& work) {
-    std::atomic<int64_t> next{0};
     int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    std::atomic<int64_t> next{threads};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) work(i);
         for (int64_t i; (i = next.fetch_add(1)) < count;) work(i);
     });
 }
@@ -310,26 +316,31 @@ template <class T> void convolve(const T* x, const float* u, T* y, const Shape& 
     share_out(blocks * splits, [&](int64_t item) {
         int64_t first = item / splits * size, n = std::min(size, s.tiles - first), split = item % splits;
         int64_t p0 = split * s.panels / splits, p1 = (split + 1) * s.panels / splits;
-        int64_t v_place = n * depth + 16, m_row = (p1 - p0) * PANEL, m_place = n * m_row + 16;
+        // If v stays in the cache, m does too where it is of few panels at a time. Else v is read once for all panels.
+        int64_t wide = 36 * depth * (n + COLUMNS) <= CACHE ? COLUMNS / PANEL : p1 - p0;
+        int64_t v_place = n * depth + 16, m_row = wide * PANEL, m_place = n * m_row + 16;
         float* v = scratch(0, 36 * v_place);  // [36,groups,n,16]; the 16 keep places from sharing cache lines
-        float* m = scratch(1, 36 * m_place);  // [36,n,panels,16]
+        float* m = scratch(1, 36 * m_place);  // [36,n,wide,16]
         for (int64_t t = 0; t < n; ++t)
             tile_in<BT>(x, s, s.x_step, 0, s.C, first + t, v + t * PANEL, v_place, n * PANEL);
         int64_t parts = (n + ROWS - 1) / ROWS, rows = (n + parts - 1) / parts;
-        for (int64_t q = 0; q < 36; ++q)
-            for (int64_t p = p0, p_next; p < p1; p = p_next) {
-                p_next = p + COLUMNS / PANEL;
-                auto& products = p_next <= p1 ? FORWARD<COLUMNS / W> : FORWARD<PANEL / W>;
-                const float* b = u + (q * s.panels + p) * depth * PANEL;
-                const float* next = u + (p_next < p1 ? q * s.panels + p_next : (q + 1) * s.panels + p0) * depth * PANEL;
-                for (int64_t r = 0; r < n; r += rows)
-                    products[std::min(rows, n - r) - 1](v + q * v_place + r * PANEL, n * PANEL, b, PANEL, depth * PANEL,
-                                                        s.groups, PANEL, m + q * m_place + r * m_row + (p - p0) * PANEL,
-                                                        m_row, next);
-            }
-        for (int64_t t = 0; t < n; ++t)
-            for (int64_t o = p0 * PANEL; o < std::min(s.O, p1 * PANEL); o += W)
-                tile_out(m + t * m_row + o - p0 * PANEL, m_place, y, s, first + t, o, finish);
+        for (int64_t w0 = p0, w1; w0 < p1; w0 = w1) {
+            w1 = std::min(p1, w0 + wide);
+            for (int64_t q = 0; q < 36; ++q)
+                for (int64_t p = w0, p_next; p < w1; p = p_next) {
+                    p_next = p + COLUMNS / PANEL;
+                    auto& products = p_next <= w1 ? FORWARD<COLUMNS / W> : FORWARD<PANEL / W>;
+                    const float* b = u + (q * s.panels + p) * depth * PANEL;
+                    int64_t after = p_next < w1 ? q * s.panels + p_next : (q + 1) * s.panels + w0;
+                    for (int64_t r = 0; r < n; r += rows)
+                        products[std::min(rows, n - r) - 1](
+                            v + q * v_place + r * PANEL, n * PANEL, b, PANEL, depth * PANEL, s.groups, PANEL,
+                            m + q * m_place + r * m_row + (p - w0) * PANEL, m_row, u + after * depth * PANEL);
+                }
+            for (int64_t t = 0; t < n; ++t)
+                for (int64_t o = w0 * PANEL; o < std::min(s.O, w1 * PANEL); o += W)
+                    tile_out(m + t * m_row + o - w0 * PANEL, m_place, y, s, first + t, o, finish);
+        }
     });
 }
 
@@ -338,7 +349,7 @@ template <class T> void convolve(const T* x, const float* u, T* y, const Shape& 
 void transform(const float* weight, float* u, int64_t C, int64_t O, bool transposed) {
     int64_t depth = (C + PANEL - 1) / PANEL * PANEL, panels = (O + PANEL - 1) / PANEL;
     int64_t c_step = transposed ? 9 * O : 9, o_step = transposed ? 9 : 9 * C;
-    share_out(panels * depth / PANEL, [&](int64_t item) {
+    auto block = [&](int64_t item) {
         int64_t p = item / (depth / PANEL), c0 = item % (depth / PANEL) * PANEL;
         int64_t o0 = p * PANEL, c1 = std::min<int64_t>(PANEL, C - c0), o1 = std::min<int64_t>(PANEL, O - o0);
         const float* from = weight + c0 * c_step + o0 * o_step;
@@ -357,6 +368,10 @@ void transform(const float* weight, float* u, int64_t C, int64_t O, bool transpo
                             [&](int i, int j, vec r) INLINE {
                                 store(u + (((i * 6 + j) * panels + p) * depth + c0 + c) * PANEL + o, r);
                             });
+    };
+    int64_t count = panels * depth / PANEL, threads = torch::stable::get_num_threads();
+    share_out(threads, [&](int64_t part) {  // neighbours by one thread, as `convolve` reads them
+        for (int64_t i = part * count / threads; i < (part + 1) * count / threads; ++i) block(i);
     });
 }
 
