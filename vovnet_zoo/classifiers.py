@@ -41,10 +41,17 @@ def save_classifier(
         metadata: facts for the model card.
     """
     num_classes: Any = model.num_classes
-    config = timm_config(name, num_classes, {**cfg, "label_names": list(class_names)} if class_names else cfg)
+    names = {"label_names": list(class_names)} if class_names else {}
+    config = timm_config(name, num_classes, {**(cfg or {}), **names})
+    with torch.device("meta"):
+        whole = timm.create_model(name, num_classes=num_classes).state_dict()
+    # a batch norm that was fixed in training does not count batches
+    counts = {key: torch.tensor(0) for key in whole if key.endswith("num_batches_tracked")}
+    weights = {**counts, **model.state_dict()}
+    assert weights.keys() == whole.keys(), f"the model is no {name}"
     with staged(folder, keep=[hub.CARD]) as staging:
         (staging / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_safetensors(model.state_dict(), staging / hub.WEIGHTS, **metadata)
+        write_safetensors(weights, staging / hub.WEIGHTS, **metadata)
 
 
 def load_classifier(source: str | Path) -> tuple[nn.Module, str, dict]:
@@ -106,6 +113,7 @@ def timm_config(name: str, num_classes: int, cfg: dict[str, Any] | None = None) 
         name: of the model in timm's registry. One of `vovnet.model_cfgs` is written with its arguments.
         cfg: fields of `pretrained_cfg` that differ from those of `name`.
     """
+    config: dict[str, Any]
     if name in vovnet.model_cfgs:
         args = vovnet.model_cfgs[name]
         known = {**vovnet.timm_cfg(Weights("hub", license="other")), "tag": name}
@@ -116,7 +124,8 @@ def timm_config(name: str, num_classes: int, cfg: dict[str, Any] | None = None) 
         given = timm.get_pretrained_cfg(name, allow_unregistered=False).to_dict()
         known = {key: given[key] for key in keys if key in given}
         config = {"architecture": name}
-    return {**config, "num_classes": num_classes, "pretrained_cfg": {**known, "num_classes": num_classes, **(cfg or {})}}
+    known |= {"num_classes": num_classes, **(cfg or {})}
+    return {**config, "num_classes": num_classes, "pretrained_cfg": known}
 
 
 def load_for_timm(folder: Path) -> tuple[nn.Module, str]:

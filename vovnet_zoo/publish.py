@@ -198,7 +198,7 @@ def checked_card(folder: str | Path, **facts: object) -> ModelCard:
 
 
 def training_facts(run: Path, model: str) -> dict[str, object]:
-    """Read what a run folder of recipes/train_coco.py tells of its model "best" or "last"; {} for any other folder.
+    """Read what a run folder of a training recipe tells of its model "best" or "last"; {} for any other folder.
 
     Raises:
         ValueError: `run.json` is damaged.
@@ -216,7 +216,7 @@ def training_facts(run: Path, model: str) -> dict[str, object]:
         raise ValueError(f"{run / 'run.json'} does not describe a training ({error!r}); give another run") from error
     scored = _scores(run / "metrics.jsonl")
     if model != "last":
-        scored.sort(key=lambda row: row["AP"])
+        scored.sort(key=lambda row: row["AP"] if "AP" in row else row["top1"])
     data = "the validation split of the training data"
     return {"measured": Measured(data, scored[-1], facts["training_command"]) if scored else "not scored", **facts}
 
@@ -231,9 +231,9 @@ def _scores(log: Path) -> list[dict[str, float]]:
             continue
         if isinstance(row, dict):
             scores = {
-                key: value for key, value in row.items() if key.startswith("AP") and isinstance(value, int | float)
+                key: value for key, value in row.items() if re.match("AP|top", key) and isinstance(value, int | float)
             }
-            scored += [scores] if "AP" in scores else []
+            scored += [scores] if {"AP", "top1"} & scores.keys() else []
     return scored
 
 
