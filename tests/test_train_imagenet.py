@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -120,19 +121,24 @@ def test_train_coco_starts_from_the_folder_and_goes_on_without_it(folder, tiny_c
 # ---- the same result, whatever happens ------------------------------------------------------------------------------
 
 
-def test_killed_and_started_again(folder, tmp_path):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_and_started_again(folder, tmp_path, processes):
     """kill -9 of the run and its data loading worker; Mixup, RandAugment, erasing, EMA and LAMB have their states."""
     options = f"{MIXED} --workers 1 --checkpoint-every 2 --optimizer lamb --eval-epochs 2 --loss binary --epochs 4"
     out = tmp_path / "run"
-    line = command("train_imagenet.py", arguments(folder, out, options))
+    line = command("train_imagenet.py", arguments(folder, out, options), processes)
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
         wait_for_step(out, 4, job)
         send_all(out, signal.SIGKILL)
         printed = job.communicate(timeout=100)[0]
     assert job.returncode == -signal.SIGKILL, f"it was done before the signal: {printed}"
     done = len(losses(out))
-    train_here(folder, out, options)
-    train_here(folder, tmp_path / "undisturbed", options.replace("--workers 1", "--workers 0"))
+    for folder_of_run in (out, tmp_path / "undisturbed"):
+        if processes == 1:
+            train_here(folder, folder_of_run, options.replace("--workers 1", "--workers 0"))
+        else:
+            line = command("train_imagenet.py", arguments(folder, folder_of_run, options), processes)
+            subprocess.run(line, check=True, timeout=240)
     assert 4 < done < 12 and losses(out) == losses(tmp_path / "undisturbed") and len(losses(out)) == 12
     for name in ("last", "best"):
         ours, theirs = (load_classifier(run / name)[0].state_dict() for run in (out, tmp_path / "undisturbed"))
@@ -397,6 +403,14 @@ def test_an_image_that_cannot_be_read_is_named(folder, tmp_path):
     (data / "train" / "green" / "3.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="green/3.png cannot be read as an image"):
         train_here(data, tmp_path / "run")
+
+
+def test_missing_weights_have_a_command_that_makes_them():
+    for name in ("vovnet75", "vovnet93"):
+        with pytest.raises(ValueError, match=f"train_imagenet.py rsb_a3 --model {name} --data ROOT") as error:
+            timm.create_model(name, pretrained=True)
+        line = re.search(r"train_imagenet.py (.*?)\)", str(error.value))[1].split()
+        assert tyro.extras.overridable_config_cli(PRESETS, args=line).model == name
 
 
 # ---- longer ---------------------------------------------------------------------------------------------------------

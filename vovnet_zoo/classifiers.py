@@ -121,8 +121,9 @@ def timm_config(name: str, num_classes: int, cfg: dict[str, Any] | None = None) 
         config = {"architecture": timm_name(name), "num_features": args["stage_out_chs"][-1], "model_args": args}
     else:
         keys = ("mean", "std", "input_size", "interpolation", "crop_pct", "pool_size", "first_conv", "classifier")
-        given = timm.get_pretrained_cfg(name, allow_unregistered=False).to_dict()
-        known = {key: given[key] for key in keys if key in given}
+        given = timm.get_pretrained_cfg(name)
+        assert given is not None, f"timm has no model {name}"
+        known = {key: value for key, value in given.to_dict().items() if key in keys}
         config = {"architecture": name}
     known |= {"num_classes": num_classes, **(cfg or {})}
     return {**config, "num_classes": num_classes, "pretrained_cfg": known}

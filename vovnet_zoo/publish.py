@@ -194,6 +194,8 @@ def checked_card(folder: str | Path, **facts: object) -> ModelCard:
         known["input"] = "as in the training of the file, which does not tell the order and the scale of its channels"
         return hub.model_card(known, BACKBONE_V2_CARD)
     known["architecture"] = f"{name}: timm's {architecture} with the model_args of config.json"
+    if name == architecture:
+        known["architecture"] = f"timm's {name}"
     return hub.model_card(known, BACKBONE_CARD)
 
 

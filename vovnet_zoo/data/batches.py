@@ -68,22 +68,28 @@ class TrainSampler:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.batch_size // self.world_size
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        for batch in itertools.islice(self._global_batches(), self.start_step, max(self.start_step, self.num_steps)):
+        if len(set(self.groups.tolist())) == 1:  # images come in the order of their epoch: no earlier epoch matters
+            first, batches = 0, self._global_batches(*divmod(self.start_step * self.batch_size, len(self.groups)))
+        else:
+            first, batches = self.start_step, self._global_batches()
+        for batch in itertools.islice(batches, first, first + len(self)):
             yield batch[mine]
 
-    def _global_batches(self) -> Iterator[list[tuple[int, int]]]:
+    def _global_batches(self, first_epoch: int = 0, skip: int = 0) -> Iterator[list[tuple[int, int]]]:
+        """Give the batches from an epoch on, without the first `skip` images of that epoch."""
         groups = self.groups.tolist()
         waiting: tuple[list, list] = ([], [])
-        for epoch in itertools.count():
+        for epoch in itertools.count(first_epoch):
             rng = np.random.default_rng((self.seed, epoch))
             order, seeds = rng.permutation(len(groups)).tolist(), rng.integers(2**63, size=len(groups)).tolist()
-            for place in range(len(order)):
+            for place in range(skip, len(order)):
                 index = order[place // self.repeats]
                 group = waiting[groups[index]]
                 group.append((index, seeds[index] + place % self.repeats))
                 if len(group) == self.batch_size:
                     yield list(group)
                     group.clear()
+            skip = 0
 
 
 class Batch(TypedDict):
