@@ -118,6 +118,16 @@ def test_train_coco_starts_from_the_folder_and_goes_on_without_it(folder, tiny_c
     assert torch.equal(detector.backbone.state_dict()["conv1.0.weight"], weights["conv1.0.weight"])
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_runs(folder, tmp_path, name):
+    """With a tiny network and small images; the rest is the preset's."""
+    line = [name, "--data", str(folder), "--out", str(tmp_path / "run"), *TINY.split(), "--epochs", "1"]
+    metrics = train_imagenet.main(tyro.extras.overridable_config_cli(PRESETS, args=line))
+    assert metrics["top5"] == 1.0 and len(losses(tmp_path / "run")) == 3
+    assert all(0 < loss < 3 for loss in losses(tmp_path / "run"))
+    assert (load_classifier(tmp_path / "run" / "last")[2]["crop_pct"]) == PRESETS[name][1].crop_pct
+
+
 # ---- the same result, whatever happens ------------------------------------------------------------------------------
 
 
