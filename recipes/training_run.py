@@ -20,6 +20,7 @@ from run_folder import describe_run, load_checkpoint, refuse_changes, save_check
 from runtime import broadcast_weights, log
 from vovnet_zoo import FCOSLoss
 from vovnet_zoo.config import DEFAULT_VARIANT, VARIANTS
+from vovnet_zoo.data import CocoDataset
 
 
 @dataclass

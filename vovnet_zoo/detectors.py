@@ -114,8 +114,8 @@ def create_detector(
     if start is not None:
         body = create_backbone(settings["backbone"], weights=start)
     elif pretrained_backbone:
-        known = STARTS[base] if base in STARTS and settings["backbone"] == arch["backbone"] else settings["backbone"]
-        body = create_backbone(known, pretrained=True)
+        tagged = STARTS[base] if base in STARTS and settings["backbone"] == arch["backbone"] else settings["backbone"]
+        body = create_backbone(tagged, pretrained=True)
         settings = {"image_mean": body.pretrained_cfg["mean"], "image_std": body.pretrained_cfg["std"], **settings}
     model = FCOS(**settings)
     if body is not None:
