@@ -9,6 +9,7 @@ same command goes on with it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from imagenet_presets import PRESETS, ClassifierConfig
 from memory import peak_memory
 from optim import set_lr
 from run_folder import RunLog, locked
-from runtime import Stopped, StopSignal, all_reduce, average, log, process_group
+from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from step import compiled
 from training_loop import log_graphs, log_step, seed_of, update
 from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished
@@ -187,4 +188,4 @@ def summarize(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.extras.overridable_config_cli(PRESETS, description=__doc__))
+    run_command(main, functools.partial(tyro.extras.overridable_config_cli, PRESETS, description=__doc__))

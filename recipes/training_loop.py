@@ -62,7 +62,7 @@ def log_step(
     """Write a row of the log, and show the most important numbers beside the progress bar."""
     loss, rate = sum(losses.values()), run.config.batch_size / seconds
     memory = peak_memory(run.device)
-    run_log.write(step, loss=loss, **losses, **values, images_per_s=rate, peak_memory_gib=memory)
+    run_log.write(step, **{"loss": loss, **losses}, **values, images_per_s=rate, peak_memory_gib=memory)
     bar.set_postfix_str(f"loss {loss:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s")
 
 

@@ -168,14 +168,17 @@ def _find_start(
         ValueError: the classifier cannot be loaded, or is of another architecture than asked for.
     """
     rest: Any = dict(kwargs)
-    asked = rest.pop("backbone", arch.get("backbone"))
+    asked, option = rest.pop("backbone", arch.get("backbone")), "pretrained_backbone"
     if isinstance(asked, str) and asked.startswith(SOURCES):
         if not isinstance(source, bool):
             raise ValueError(f"backbone={asked!r} and pretrained_backbone={str(source)!r}: give one of them")
-        source, asked = asked, arch.get("backbone")
+        source, option, asked = asked, "backbone", arch.get("backbone")
     if isinstance(source, bool):
         return None, arch, kwargs
-    classifier, name, cfg = load_classifier(source)
+    try:
+        classifier, name, cfg = load_classifier(source)
+    except ValueError as error:
+        raise ValueError(f"{option}={str(source)!r}: {error}") from error
     if asked not in (None, name):
         raise ValueError(f"{source} holds a {name}, not a {asked}; to use it, give create_detector('fcos', backbone=)")
     rest = {"image_mean": cfg.get("mean"), "image_std": cfg.get("std"), **rest}
