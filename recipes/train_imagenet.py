@@ -13,14 +13,21 @@ import functools
 import time
 from pathlib import Path
 
-import torch
 import tyro
+
+from imagenet_presets import PRESETS, ClassifierConfig
+from vovnet_zoo.commands import parse_command
+
+PARSE = functools.partial(tyro.extras.overridable_config_cli, PRESETS, description=__doc__)
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = parse_command(PARSE)
+
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from classifier_run import set_up
 from image_data import eval_batches, train_batches
-from imagenet_presets import PRESETS, ClassifierConfig
 from memory import peak_memory
 from optim import set_lr
 from run_folder import RunLog, locked
@@ -188,4 +195,4 @@ def summarize(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, functools.partial(tyro.extras.overridable_config_cli, PRESETS, description=__doc__))
+    run_command(main, CONFIG)
