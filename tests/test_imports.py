@@ -22,7 +22,8 @@ LAYERS = [
     {"draw"},
     {"results"},
     {"inference", "loss", "vovnet"},
-    {"compiled", "detectors", "evaluation", "predict_files"},
+    {"classifiers", "compiled", "evaluation", "predict_files"},
+    {"detectors"},
     {"publish"},
     {"__init__", "check_data", "cli", "coco_eval"},  # check_data and coco_eval are former paths of moved modules
 ]
