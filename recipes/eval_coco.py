@@ -55,8 +55,8 @@ from runtime import StopSignal, check_out, log, process_group, run_command
 from scoring import score_dataset
 from vovnet_zoo import FCOS
 from vovnet_zoo.coco_eval import format_table, load_engine
+from vovnet_zoo.config import RANGES as MODEL_RANGES
 from vovnet_zoo.data import CocoDataset, find_split
-from vovnet_zoo.fcos import RANGES as MODEL_RANGES
 
 RANGES = {"size": Range(*MODEL_RANGES["min_size"][:2]), "workers": Range(0), "batch_size": Range(1)}
 

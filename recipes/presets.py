@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from options import Range, check_options
+from vovnet_zoo.config import RANGES as MODEL_RANGES
 from vovnet_zoo.config import VARIANTS, VariantName
-from vovnet_zoo.detectors import DETECTORS
-from vovnet_zoo.fcos import RANGES as MODEL_RANGES
+from vovnet_zoo.ledger import DETECTORS
 
 
 @dataclass(frozen=True)

@@ -72,18 +72,13 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     began = time.perf_counter()
     for step in bar:
         # Data: this process's share of the batch, in parts that are computed one after the other to save memory.
-        try:
-            parts = next_parts(run, step, batches)
-        except Stopped:  # the batch did not come
-            save(run)
-            raise
+        parts = next_parts(run, step, batches)
         data_wait = time.perf_counter() - began
 
         # Targets and normalizers of the global batch. All processes divide their losses by the same normalizers and pad
         # their images to the same size (GroupNorm sees the padding), so that neither the number of processes nor the
         # number of parts changes the result. With the size they learn whether one of them received a stop signal.
-        height, width, stopping = largest_size(parts, stop.received)
-        height, width = room_for_norms(model, parts, height, width)
+        height, width, stopping = common_size(model, parts, stop.received)
         assigned = [find(model, criterion, part["boxes"], part["labels"], height, width) for part in parts]
         normalizers = all_reduce(sum(n for _, n in assigned))
 
@@ -130,7 +125,11 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
 
 def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[str, Tensor]]:
     """Move this process's next share of a batch, in parts, to its device; notes images that could not be read."""
-    parts = next(batches)
+    try:
+        parts = next(batches)
+    except Stopped:  # the batch did not come
+        save(run)
+        raise
     skipped = [image for part in parts for image in part.get("skipped", [])]
     note_skipped(run.config.out, step, skipped)
     return [
@@ -138,12 +137,13 @@ def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[
     ]
 
 
-def largest_size(parts: list[dict[str, Tensor]], received: int) -> list[int]:
-    """Return the largest height and width of images in all parts and processes, and the number of the signal that a
-    process received, or 0."""
+def common_size(model: nn.Module, parts: list[dict[str, Tensor]], received: int) -> tuple[int, int, int]:
+    """Return the height and width to pad images to, the largest of all parts and processes, and the number of the
+    signal that a process received, or 0."""
     device = parts[0]["images"].device
     sizes = torch.tensor([(*part["images"].shape[-2:], received) for part in parts], device=device)
-    return all_reduce(sizes.amax(0), torch.distributed.ReduceOp.MAX).tolist()
+    height, width, stopping = all_reduce(sizes.amax(0), torch.distributed.ReduceOp.MAX).tolist()
+    return *room_for_norms(model, parts, height, width), stopping
 
 
 def room_for_norms(model: nn.Module, parts: list[dict[str, Tensor]], height: int, width: int) -> tuple[int, int]:

@@ -308,6 +308,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
                 annotation_file=[*NOT_A_PATH, "nosuch.json"],
                 transforms=[5, "flip"],
                 **dict.fromkeys(("drop_empty", "plus_one", "skip_bad_images"), NOT_A_FLAG),
+                known_classes=[5, None, "cat", [3]],
             ),
             {"images_dir": "images_dir|folder of images", "annotation_file": "annotation[_ ]file"},
         ),
@@ -411,6 +412,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
             dict(
                 file=[*NOT_A_PATH, "nosuch.pth", folder, files[1]],
                 out=[*NOT_A_PATH],
+                part=[5, None, "head"],
                 overwrite=NOT_A_FLAG,
             ),
             {"file": "file|checkpoint"},

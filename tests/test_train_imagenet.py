@@ -106,7 +106,17 @@ def test_train_coco_starts_from_the_folder_and_goes_on_without_it(folder, tiny_c
     train_here(folder, tmp_path / "classifier", "--epochs 1")
     source = tmp_path / "classifier" / "best"
     line = [str(x) for x in train_command(tiny_coco, tmp_path / "run")[2:]]
-    line += ["--backbone", f"local-dir:{source}", "--lr", "1e-12", "--weight-decay", "0", "--frozen-norm", "--workers", "0"]
+    line += [
+        "--backbone",
+        f"local-dir:{source}",
+        "--lr",
+        "1e-12",
+        "--weight-decay",
+        "0",
+        "--frozen-norm",
+        "--workers",
+        "0",
+    ]
     for steps, options in (("1", []), ("2", ["--allow-changes"])):
         config = tyro.extras.overridable_config_cli(presets.PRESETS, args=[*line, "--steps", steps, *options])
         train_coco.main(config)

@@ -194,6 +194,8 @@ def check_predict(command: Predict) -> None:
 
 
 def run_check_data(command: CheckData) -> None:
+    if command.workers is not None and command.workers < 0:
+        raise ValueError(f"--workers {command.workers}: give 0 or more")
     refuse_missing(command.root)
     from .data import check
     from .files import read_json

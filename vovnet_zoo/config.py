@@ -15,6 +15,15 @@ BoxLoss = Literal["giou", "iou"]
 Precision = Literal["float32", "bf16", "fp16"]  # of the network, under autocast
 Pictures = Literal["jpg", "png", "none"]  # format of the pictures of detections
 
+# Least and largest whole number; the largest are far beyond use, and keep a damaged file from taking memory.
+RANGES = {
+    "num_classes": (1, 100_000, "; a detector needs at least one foreground class"),
+    "channels": (64, 8192, "; the head's GroupNorm has 32 groups of at least 2 channels"),
+    "num_convs": (0, 64, ""),
+    "min_size": (1, 65_535, ""),
+    "max_size": (1, 65_535, ""),
+}
+
 
 class Variant(TypedDict):
     """A variant consists of these arguments of `FCOS`; those from `plus_one` on are also arguments of `FCOSLoss`."""

@@ -98,7 +98,7 @@ def create_detector(
     elif base in DETECTORS:
         arch = DETECTORS[base]
         if tag and not pretrained:
-            raise ValueError(f"{name!r} is a name of weights: add pretrained=True, or leave {'.' + tag!r} out")
+            raise ValueError(f"name={name!r} is a name of weights: add pretrained=True, or leave {'.' + tag!r} out")
     else:
         known = [*DETECTORS, *WEIGHTS] if pretrained else ["fcos", *DETECTORS]
         near = difflib.get_close_matches(name, known, n=1)

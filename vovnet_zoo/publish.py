@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import detectors, hub, vovnet
-from .arguments import check_flag, check_kind, check_path
+from .arguments import check_choice, check_flag, check_kind, check_path
 from .classifiers import build_for_timm, load_for_timm
 from .convert import FORMS, convert
 from .fcos import FCOS
@@ -107,6 +107,7 @@ def convert_file(file: str | Path, out: str | Path, *, part: str = "all", overwr
     """
     check_path("file", file)
     check_path("out", out)
+    check_choice("part", part, ("all", "backbone"))
     check_flag("overwrite", overwrite)
     file, out = Path(file), Path(out)
     free_to_write([out / hub.CONFIG, out / hub.WEIGHTS], [file], overwrite)
