@@ -12,6 +12,7 @@ import build
 import eval_coco
 import runtime
 import train_coco
+import training_loop
 from build import build_loader
 from optim import set_lr
 from presets import PRESETS, RANGES, TrainConfig, check_config, parse
@@ -102,7 +103,7 @@ def effects(config: TrainConfig) -> dict:
         found["due"] += [is_due(config.eval_every, run), is_due(config.checkpoint_every, run)]
     with pytest.raises(RuntimeError, match="in a row"):
         for _ in range(100):
-            train_coco.skip_step(run, 0, [], losses, 0.0)
+            training_loop.skip_step(run, 0, [], losses, 0.0)
     found["patience"] = run.progress.not_finite
     if config.compile:
         train_coco.train(dataclasses.replace(run, config=dataclasses.replace(config, steps=0)), None, None)
