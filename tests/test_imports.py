@@ -35,7 +35,7 @@ ONLY = {  # rooms that may import even less
     "weights": {"files", "ledger"},
     "loss": {"arguments", "config", "fcos"},
     "sources": {"arguments", "data", "files"},
-    "draw": {"sources"},
+    "draw": {"arguments", "sources"},
     "results": {"arguments", "draw", "sources"},
     "inference": {"arguments", "batching", "config", "data", "fcos", "nms", "results", "sources"},
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},

@@ -6,13 +6,14 @@ import pytest
 from launch import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "recipes" / "guides").glob("*.md"))]
-TESTS = {name for file in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())}
+FILES = sorted((ROOT / "tests").glob("test_*.py"))
+TESTS = {name for file in FILES for name in re.findall(r"def (test_\w+)", file.read_text())}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tests_files_and_links_exist(page):
     text = page.read_text()
-    named = set(re.findall(r"`(test_\w+)`", text)) - {file.stem for file in (ROOT / "tests").glob("*.py")}
+    named = set(re.findall(r"`(test_\w+)`", text)) - {file.stem for file in FILES}
     assert named <= TESTS
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (page.parent / link).exists(), link

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .arguments import check_flag, check_kind, check_tensor
-from .draw import DISPLAY_SCORE, draw_detections
+from .arguments import check_flag, check_kind
+from .draw import DISPLAY_SCORE, check_detection, draw_detections
 from .sources import ImageLike, to_rgb
 
 
@@ -96,7 +96,7 @@ def to_coco_results(
     check_ids("category_ids", category_ids)
     check_flag("plus_one", plus_one)
     for detection in detections:
-        check_detection(detection)
+        check_detection("detections", detection)
     if len(detections) != len(image_ids):
         raise ValueError(f"{len(detections)} detections for {len(image_ids)} image ids")
     rows = []
@@ -114,16 +114,6 @@ def to_coco_results(
             for box, score, label in zip(boxes.tolist(), detection["scores"].tolist(), labels, strict=True)
         ]
     return rows
-
-
-def check_detection(detection: dict[str, Tensor]) -> None:
-    """Raise `ValueError` unless a detection has boxes [N,4], scores [N] and labels [N]."""
-    check_kind("detections", detection, dict, "dicts of tensors")
-    if missing := {"boxes", "scores", "labels"} - detection.keys():
-        raise ValueError(f"detections must have {', '.join(sorted(missing))}")
-    check_tensor("detections' boxes", detection["boxes"], ("N", 4), "")
-    check_tensor("detections' scores", detection["scores"], (len(detection["boxes"]),), "")
-    check_tensor("detections' labels", detection["labels"], (len(detection["boxes"]),), "whole")
 
 
 def check_ids(name: str, ids: Sequence[int]) -> None:
