@@ -529,12 +529,13 @@ class FakeHalf:
 FUNCTIONS = [
     "FCOS", "FCOS.forward", "FCOS.forward_features", "FCOS.forward_head", "FCOS.set_grad_checkpointing",
     "FCOS.from_pretrained", "FCOS.save_pretrained", "FCOS.push_to_hub", "FCOS.complete_config",
-    "FCOS.generate_model_card", "FCOSLoss", "FCOSLoss.of", "FCOSLoss.forward", "FCOSLoss.compare", "FCOSLoss.assign",
-    "FCOSLoss.normalizers", "Predictions", "assign_targets", "compile_detector", "the function of compile_detector",
-    "create_detector", "list_detectors", "postprocess", "predict", "CocoDataset", "coco_metrics", "to_coco_results", "draw_detections",
-    "gather_results", "format_table", "load_engine", "available", "class_nms", "nms_fixed", "use_winograd",
-    "fuse_for_training", "freeze", "is_eligible", "FrozenWinogradConv2d", "conv3x3", "conv3x3_frozen",
-    "transform_weight", "weight_gradient", "convert", "convert_file", "publish_model", "push", "checked_card",
+    "FCOS.generate_model_card", "FCOSLoss", "FCOSLoss.of", "FCOSLoss.forward", "FCOSLoss.compare",
+    "FCOSLoss.assign", "FCOSLoss.normalizers", "Predictions", "assign_targets", "compile_detector",
+    "create_detector", "list_detectors", "postprocess", "predict", "CocoDataset", "coco_metrics", "to_coco_results",
+    "draw_detections", "gather_results", "format_table", "load_engine", "available", "class_nms", "nms_fixed",
+    "use_winograd", "fuse_for_training", "freeze", "is_eligible", "FrozenWinogradConv2d", "conv3x3",
+    "conv3x3_frozen", "transform_weight", "weight_gradient", "convert", "convert_file", "publish_model", "push",
+    "checked_card",
 ]  # fmt: skip
 
 
