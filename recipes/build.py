@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loading import Batches
 from presets import TrainConfig, with_defaults
@@ -146,13 +146,18 @@ def prepare_for_training(model: FCOS, config: TrainConfig, device: torch.device)
 
     The model computes the same as before, apart from rounding.
     """
+    prepare_blocks(model, config, device)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
+
+
+def prepare_blocks(model: nn.Module, config: Any, device: torch.device) -> None:
+    """Move any model to the device, and put the faster blocks in that fit it; only rounding changes."""
     model.to(device, memory_format=torch.channels_last).train()
     fuse_for_training(model)
     if config.winograd and device.type == "cpu" and config.precision != "fp16":
         if config.precision == "float32" or not has_amx():
             use_winograd(model)
-    if config.grad_checkpointing:
-        model.set_grad_checkpointing()
 
 
 def build_loader(
@@ -180,14 +185,16 @@ def build_loader(
     return Batches(
         dataset,
         workers=config.workers,
-        collate_fn=functools.partial(collate_parts, count=config.accum, num_classes=len(dataset.class_names)),
+        collate_fn=functools.partial(
+            collate_parts, count=config.accum, collate=functools.partial(collate, num_classes=len(dataset.class_names))
+        ),
         stop=stop,
         batch_sampler=sampler,
         pin_memory=device.type == "cuda",
     )
 
 
-def collate_parts(samples: list, count: int, num_classes: int) -> list[dict[str, Tensor]]:
+def collate_parts(samples: list, count: int, collate: Callable) -> list[dict[str, Tensor]]:
     """Make `count` batches of equal size from a list of samples."""
     size = len(samples) // count
-    return [collate(samples[i * size : (i + 1) * size], num_classes=num_classes) for i in range(count)]
+    return [collate(samples[i * size : (i + 1) * size]) for i in range(count)]

@@ -22,7 +22,7 @@ def create_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
     A bias is a parameter with "bias" in its name, as in the published training. Groups carry `lr_factor`, which
     `set_lr` multiplies by the schedule.
     """
-    depth = depth_below_top(model.backbone)
+    depth = depth_below_top(model.backbone) if config.layer_decay is not None else {}
     takes_fused = "fused" in inspect.signature(get_optimizer_class(config.optimizer, bind_defaults=False)).parameters
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -12,9 +12,9 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from options import Range, check_options
+from vovnet_zoo.config import RANGES as MODEL_RANGES
 from vovnet_zoo.config import VARIANTS, VariantName
-from vovnet_zoo.detectors import DETECTORS
-from vovnet_zoo.fcos import RANGES as MODEL_RANGES
+from vovnet_zoo.ledger import DETECTORS
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class TrainConfig:
     model: str | None = None
     """A name of list_detectors(), or "fcos" with --backbone; default: fcos_vovnet39_fpn, or the network of --init."""
     backbone: str | None = None
-    """Any timm model with feature maps at strides 8, 16, 32; for --model fcos only."""
+    """Any timm model with feature maps at strides 8, 16, 32, or local-dir:FOLDER or hf-hub:NAME, a classifier to start
+    from; for --model fcos only."""
     variant: VariantName | None = None
     """Conventions of data, model, loss and evaluation: "improved" (the default), or "published" for the conventions of
     the 2019 detectors. With --init the detector keeps its own conventions."""

@@ -99,7 +99,7 @@ class RunLog:
         starts.append({"step": start_step, **environment()})
         about = {"config": dataclasses.asdict(config), "starts": starts}
         write_whole(folder / "run.json", json.dumps(about, indent=2, default=str).encode())
-        kept = [row for row in self.rows() if row["step"] < (scored if "AP" in row else start_step)]
+        kept = [row for row in self.rows() if row["step"] < (start_step if "loss" in row else scored)]
         write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed by close)
         try:
@@ -252,7 +252,7 @@ def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainCo
     Returns the names of what differs. A field that is newer than the checkpoint had its default value. The network
     cannot change while it is trained.
     """
-    defaults = {field.name: repr(field.default) for field in dataclasses.fields(TrainConfig)}
+    defaults = {field.name: repr(field.default) for field in dataclasses.fields(config)}
     defaults["accum"] = asked.get("accum")  # checkpoints of version 0.2 and before do not hold it
     free = FREE - asked.keys()
     if saved.get("init") == asked["init"] != repr(None):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import time
 from collections.abc import Iterator
 from types import ModuleType
@@ -21,7 +20,6 @@ PARSE = functools.partial(parse, description=__doc__)
 if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
     CONFIG = parse_command(PARSE)
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,13 +27,13 @@ from tqdm import tqdm
 from build import build_loader
 from memory import peak_memory
 from optim import set_lr
-from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_image, note_not_finite, note_skipped
+from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_image, note_skipped
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
-from training_run import Run, are_finite, batch_statistics, is_due, is_trusted, put_back, save, save_finished, set_up
+from training_loop import log_graphs, log_step, seed_of, update
+from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, set_up
 from vovnet_zoo.coco_eval import format_table
-from vovnet_zoo.commands import CommandError
 
 
 def main(config: TrainConfig) -> dict | None:
@@ -74,18 +72,13 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     began = time.perf_counter()
     for step in bar:
         # Data: this process's share of the batch, in parts that are computed one after the other to save memory.
-        try:
-            parts = next_parts(run, step, batches)
-        except Stopped:  # the batch did not come
-            save(run)
-            raise
+        parts = next_parts(run, step, batches)
         data_wait = time.perf_counter() - began
 
         # Targets and normalizers of the global batch. All processes divide their losses by the same normalizers and pad
         # their images to the same size (GroupNorm sees the padding), so that neither the number of processes nor the
         # number of parts changes the result. With the size they learn whether one of them received a stop signal.
-        height, width, stopping = largest_size(parts, stop.received)
-        height, width = room_for_norms(model, parts, height, width)
+        height, width, stopping = common_size(model, parts, stop.received)
         assigned = [find(model, criterion, part["boxes"], part["labels"], height, width) for part in parts]
         normalizers = all_reduce(sum(n for _, n in assigned))
 
@@ -132,7 +125,11 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
 
 def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[str, Tensor]]:
     """Move this process's next share of a batch, in parts, to its device; notes images that could not be read."""
-    parts = next(batches)
+    try:
+        parts = next(batches)
+    except Stopped:  # the batch did not come
+        save(run)
+        raise
     skipped = [image for part in parts for image in part.get("skipped", [])]
     note_skipped(run.config.out, step, skipped)
     return [
@@ -140,12 +137,13 @@ def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[
     ]
 
 
-def largest_size(parts: list[dict[str, Tensor]], received: int) -> list[int]:
-    """Return the largest height and width of images in all parts and processes, and the number of the signal that a
-    process received, or 0."""
+def common_size(model: nn.Module, parts: list[dict[str, Tensor]], received: int) -> tuple[int, int, int]:
+    """Return the height and width to pad images to, the largest of all parts and processes, and the number of the
+    signal that a process received, or 0."""
     device = parts[0]["images"].device
     sizes = torch.tensor([(*part["images"].shape[-2:], received) for part in parts], device=device)
-    return all_reduce(sizes.amax(0), torch.distributed.ReduceOp.MAX).tolist()
+    height, width, stopping = all_reduce(sizes.amax(0), torch.distributed.ReduceOp.MAX).tolist()
+    return *room_for_norms(model, parts, height, width), stopping
 
 
 def room_for_norms(model: nn.Module, parts: list[dict[str, Tensor]], height: int, width: int) -> tuple[int, int]:
@@ -168,56 +166,6 @@ def room_for_norms(model: nn.Module, parts: list[dict[str, Tensor]], height: int
 def pad_images(images: Tensor, height: int, width: int) -> Tensor:
     """Pad images [B,3,h,w] below and at the right."""
     return nn.functional.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
-
-
-def update(run: Run, step: int, parts: list[dict], losses: dict[str, float]) -> float:
-    """Change the weights by their gradients, and clear these; returns the gradient's norm.
-
-    A step whose loss or gradient is not finite is skipped instead, and the statistics of batch norms are put back. With
-    float16, a gradient that overflows is no such case: GradScaler leaves out the change of the weights and lowers its
-    scale.
-    """
-    run.scaler.unscale_(run.optimizer)
-    max_norm = run.config.clip_grad or float("inf")
-    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm).item()
-    if all(map(math.isfinite, losses.values())) and (run.scaler.is_enabled() or math.isfinite(grad_norm)):
-        run.updating = True
-        run.scaler.step(run.optimizer)
-        if run.ema:
-            run.ema.update(run.model, step=step + 1)
-        run.progress.not_finite = 0
-    else:
-        put_back(run)
-        skip_step(run, step, parts, losses, grad_norm)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.progress.step, run.statistics, run.updating = step + 1, [], False  # the step is finished
-    return grad_norm
-
-
-def skip_step(run: Run, step: int, parts: list[dict], losses: dict[str, float], grad_norm: float) -> None:
-    """Note a step that is skipped, with its images.
-
-    `CommandError` after too many in a row, or if the weights themselves are not finite at the end of the run.
-    """
-    run.progress.not_finite += 1
-    path = note_not_finite(run.config.out, step, run.rank, parts, losses, grad_norm)
-    too_many = run.progress.not_finite >= run.config.max_not_finite
-    if too_many or (step + 1 == run.config.steps and not are_finite(run.averaged)):
-        raise CommandError(
-            f"{run.progress.not_finite} steps in a row were not finite, the last batch is in {path}; "
-            "lower --lr, set --clip-grad, or look at the images and boxes named there"
-        )
-
-
-def log_step(
-    run: Run, run_log: RunLog, bar: tqdm, step: int, losses: dict[str, float], seconds: float, **values: float
-) -> None:
-    """Write a row of the log, and show the most important numbers beside the progress bar."""
-    loss, rate = sum(losses.values()), run.config.batch_size / seconds
-    memory = peak_memory(run.device)
-    run_log.write(step, loss=loss, **losses, **values, images_per_s=rate, peak_memory_gib=memory)
-    bar.set_postfix_str(f"loss {loss:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s")
 
 
 def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
@@ -263,18 +211,6 @@ def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
         log_graphs()
     log.info("best model: %s", config.out / "best")
     draw_pictures(pictures, config.out, run_log.rows(), run.averaged, run.val_set)
-
-
-def log_graphs() -> None:
-    """Say how many graphs torch.compile made, and how often it had to break one."""
-    counters = torch._dynamo.utils.counters
-    breaks = sum(counters["graph_break"].values())
-    log.info("torch.compile made %d graphs, with %d breaks", counters["stats"]["unique_graphs"], breaks)
-
-
-def seed_of(*numbers: int) -> int:
-    """Make one seed of several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -16,7 +18,7 @@ from optim import create_optimizer, load_changed
 from presets import TrainConfig
 from run_folder import describe_run, load_checkpoint, refuse_changes, save_checkpoint, was_bad
 from runtime import broadcast_weights, log
-from vovnet_zoo import FCOS, FCOSLoss
+from vovnet_zoo import FCOSLoss
 from vovnet_zoo.config import DEFAULT_VARIANT, VARIANTS
 from vovnet_zoo.data import CocoDataset
 
@@ -27,7 +29,7 @@ class Progress:
 
     step: int = 0  # steps done
     scored: int = 0  # steps that were done at the last evaluation
-    best: float = -1.0  # the highest AP
+    best: float = -1.0  # the highest score, AP for a detector
     metrics: dict | None = None  # of the last evaluation
     train_seconds: float = 0.0
     not_finite: int = 0  # the last steps that were skipped, in a row
@@ -37,15 +39,16 @@ class Progress:
 class Run:
     """A run has these parts. A checkpoint holds `identity`, `progress` and the states of the parts in `stateful`."""
 
-    config: TrainConfig
+    config: Any  # a TrainConfig, or another recipe's configuration
     rank: int
     world_size: int
     device: torch.device
-    train_set: CocoDataset
-    val_set: CocoDataset
-    model: FCOS
+    train_set: Any
+    val_set: Any
+    model: Any
+    model_config: Mapping  # builds the model without what it started from
     ema: ModelEmaV3 | None
-    criterion: FCOSLoss
+    criterion: nn.Module
     gradients: GradientSum
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -58,7 +61,7 @@ class Run:
     saved: int = 0  # steps that were done at the last checkpoint
 
     @property
-    def averaged(self) -> FCOS:
+    def averaged(self) -> Any:
         """Return the model to score and publish: with the moving average of the weights, if the run keeps one."""
         return self.ema.module if self.ema else self.model
 
@@ -88,22 +91,40 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     assert model.config["plus_one"] == plus_one
     prepare_for_training(model, config, device)
     log.info("%d images, %d classes: %s", len(train_set), len(train_set.class_names), ", ".join(train_set.class_names))
+    return assemble(
+        saved,
+        changed,
+        config=config,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        train_set=train_set,
+        val_set=val_set,
+        model=model,
+        model_config=model.config,
+        criterion=FCOSLoss.of(model),
+        identity=identity,
+        notes=notes,
+    )
+
+
+def assemble(saved: dict | None, changed: list[str], *, config: Any, model: nn.Module, **parts: Any) -> Run:
+    """Add the average, the optimizer and what else follows from the configuration to the parts of a run, and load what
+    its checkpoint `saved` holds, if there is one.
+
+    Args:
+        changed: the names of what has changed in the configuration since the checkpoint.
+    """
+    device = parts["device"]
     run = Run(
-        config,
-        rank,
-        world_size,
-        device,
-        train_set,
-        val_set,
-        model,
-        ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None,
-        FCOSLoss.of(model),
-        GradientSum(model),
-        create_optimizer(model, config),
-        torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        identity,
-        Progress(),
-        notes,
+        config=config,
+        model=model,
+        ema=ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None,
+        gradients=GradientSum(model),
+        optimizer=create_optimizer(model, config),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        progress=Progress(),
+        **parts,
     )
     if saved:
         load_states(run, saved, changed)
@@ -194,7 +215,7 @@ def save(run: Run) -> None:
     if run.rank == 0:
         states = {name: part.state_dict() for name, part in run.stateful.items()}
         state = {"run": run.identity, "progress": dataclasses.asdict(run.progress), **states}
-        state |= {"config": run.model.config, "parameters": parameter_names(run)}
+        state |= {"config": run.model_config, "parameters": parameter_names(run)}
         save_checkpoint(run.config.out / "checkpoints", run.progress.step, state)
     run.saved = run.progress.step
 

@@ -308,6 +308,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
                 annotation_file=[*NOT_A_PATH, "nosuch.json"],
                 transforms=[5, "flip"],
                 **dict.fromkeys(("drop_empty", "plus_one", "skip_bad_images"), NOT_A_FLAG),
+                known_classes=[5, None, "cat", [3]],
             ),
             {"images_dir": "images_dir|folder of images", "annotation_file": "annotation[_ ]file"},
         ),
@@ -322,6 +323,25 @@ def make_table(model, folder, coco) -> dict[str, Row]:
                 engine=["nosuch", None, 5],
             ),
             {"annotations": "annotation", "results": "result", "image_ids": "image_ids|images with the ids"},
+        ),
+        "draw_detections": Row(
+            vovnet_zoo.draw_detections,
+            dict(image=pixels[0], detection=detection),
+            dict(
+                image=[None, 5, "nosuch.png", zeros(64, 64), np.zeros((3, 4))],
+                detection=[
+                    None,
+                    {},
+                    {"boxes": boxes[0]},
+                    {**detection, "boxes": zeros(1, 5)},
+                    {**detection, "labels": torch.tensor([0.5])},
+                    {**detection, "scores": zeros(2)},
+                ],
+                class_names=["cat", 5, []],
+                score_threshold=NOT_A_SHARE,
+                enlarge=[0, -1, 1.5, 1000, "x", True],
+            ),
+            {"image": "image"},
         ),
         "to_coco_results": Row(
             evaluation.to_coco_results,
@@ -411,6 +431,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
             dict(
                 file=[*NOT_A_PATH, "nosuch.pth", folder, files[1]],
                 out=[*NOT_A_PATH],
+                part=[5, None, "head"],
                 overwrite=NOT_A_FLAG,
             ),
             {"file": "file|checkpoint"},
@@ -508,12 +529,13 @@ class FakeHalf:
 FUNCTIONS = [
     "FCOS", "FCOS.forward", "FCOS.forward_features", "FCOS.forward_head", "FCOS.set_grad_checkpointing",
     "FCOS.from_pretrained", "FCOS.save_pretrained", "FCOS.push_to_hub", "FCOS.complete_config",
-    "FCOS.generate_model_card", "FCOSLoss", "FCOSLoss.of", "FCOSLoss.forward", "FCOSLoss.compare", "FCOSLoss.assign",
-    "FCOSLoss.normalizers", "Predictions", "assign_targets", "compile_detector", "the function of compile_detector",
+    "FCOS.generate_model_card", "FCOSLoss", "FCOSLoss.of", "FCOSLoss.forward", "FCOSLoss.compare",
+    "FCOSLoss.assign", "FCOSLoss.normalizers", "Predictions", "assign_targets", "compile_detector",
     "create_detector", "list_detectors", "postprocess", "predict", "CocoDataset", "coco_metrics", "to_coco_results",
-    "gather_results", "format_table", "load_engine", "available", "class_nms", "nms_fixed", "use_winograd",
-    "fuse_for_training", "freeze", "is_eligible", "FrozenWinogradConv2d", "conv3x3", "conv3x3_frozen",
-    "transform_weight", "weight_gradient", "convert", "convert_file", "publish_model", "push", "checked_card",
+    "draw_detections", "gather_results", "format_table", "load_engine", "available", "class_nms", "nms_fixed",
+    "use_winograd", "fuse_for_training", "freeze", "is_eligible", "FrozenWinogradConv2d", "conv3x3",
+    "conv3x3_frozen", "transform_weight", "weight_gradient", "convert", "convert_file", "publish_model", "push",
+    "checked_card",
 ]  # fmt: skip
 
 
@@ -562,7 +584,7 @@ def test_the_table_has_every_public_function(table):
         for name in set().union(*map(vars, bases)):
             if name[0] != "_" and callable(getattr(cls, name)):
                 public[f"{cls.__name__}.{name}"] = getattr(cls, name)
-    not_yet = {"ImageDetections", "draw_detections"}  # their wrong arguments are not in the table
+    not_yet = {"ImageDetections"}  # `predict` makes it
     assert {name for name, value in public.items() if callable(value)} - set(FUNCTIONS) == not_yet
 
 
@@ -592,4 +614,6 @@ def test_what_the_messages_say(tiny_detector):
     with pytest.raises(ValueError, match="class_names='cat': give a list of names"):
         vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", num_classes=1, class_names="cat")
     with pytest.raises(ValueError, match="class_names='cat': give a list of names"):
-        draw_detections(zeros(3, 8, 8, dtype=torch.uint8), {"boxes": zeros(0, 4), "labels": zeros(0)}, "cat")
+        draw_detections(
+            zeros(3, 8, 8, dtype=torch.uint8), {"boxes": zeros(0, 4), "labels": zeros(0, dtype=torch.int64)}, "cat"
+        )

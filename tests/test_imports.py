@@ -23,7 +23,8 @@ LAYERS = [
     {"draw"},
     {"results"},
     {"inference", "loss", "vovnet"},
-    {"compiled", "detectors", "evaluation", "predict_files"},
+    {"classifiers", "compiled", "evaluation", "predict_files"},
+    {"detectors"},
     {"publish"},
     {"__init__", "check_data", "cli", "coco_eval"},  # check_data and coco_eval are former paths of moved modules
 ]
@@ -36,7 +37,7 @@ ONLY = {  # rooms that may import even less
     "weights": {"files", "ledger", "web"},
     "loss": {"arguments", "config", "fcos"},
     "sources": {"arguments", "data", "files", "video", "web"},
-    "draw": {"sources"},
+    "draw": {"arguments", "sources"},
     "results": {"arguments", "draw", "sources"},
     "inference": {"arguments", "batching", "config", "data", "fcos", "nms", "results", "sources", "tiles"},
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},

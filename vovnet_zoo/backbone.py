@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -14,17 +15,30 @@ STRIDES = (8, 16, 32)
 Backbone = Any  # a module that timm builds with features_only=True; timm does not declare the attributes of all kinds
 
 
-def create_backbone(name: str, pretrained: bool = False) -> Backbone:
+def create_backbone(name: str, pretrained: bool = False, weights: Mapping[str, Tensor] | None = None) -> Backbone:
     """Build the feature extractor of a timm model.
+
+    Args:
+        name: of timm's registry.
+        pretrained: load the weights that timm knows under this name.
+        weights: load these tensors of the whole classifier instead.
 
     Raises:
         ValueError: timm has no such model or cannot extract its feature maps, or some of `STRIDES` are missing.
     """
-    if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
+    if ":" in name:  # in timm's terms a folder or a repository, which a detector's config must not depend on
+        raise ValueError(
+            f"backbone {name!r} is no name of timm's registry; create_detector('fcos', backbone={name!r}) starts a "
+            "detector from the weights there"
+        )
+    if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise ValueError(f"timm has no model {name!r}, which shall be the backbone{hint}")
-    body = _features(name, pretrained)
+    options: dict[str, Any] = {}
+    if weights is not None:
+        pretrained, options = True, {"pretrained_cfg_overlay": {"state_dict": dict(weights), "num_classes": -1}}
+    body = _features(name, pretrained, **options)
     reductions = body.feature_info.reduction()
     if missing := [stride for stride in STRIDES if stride not in reductions]:
         raise ValueError(
@@ -32,7 +46,7 @@ def create_backbone(name: str, pretrained: bool = False) -> Backbone:
         )
     # timm's window transformers fix the input size unless told otherwise
     if any(getattr(module, "strict_img_size", False) for module in body.modules()):
-        body = _features(name, pretrained, strict_img_size=False)
+        body = _features(name, pretrained, strict_img_size=False, **options)
     return body
 
 

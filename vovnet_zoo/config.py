@@ -17,6 +17,15 @@ Pictures = Literal["jpg", "png", "none"]  # format of the pictures of detections
 # The least and the most: side of a window in pixels, part of it that two windows share, scale of a view.
 TILES, OVERLAPS, SCALES = (32, 1_000_000), (0, 0.99), (0.1, 10)
 
+# Least and largest whole number; the largest are far beyond use, and keep a damaged file from taking memory.
+RANGES = {
+    "num_classes": (1, 100_000, "; a detector needs at least one foreground class"),
+    "channels": (64, 8192, "; the head's GroupNorm has 32 groups of at least 2 channels"),
+    "num_convs": (0, 64, ""),
+    "min_size": (1, 65_535, ""),
+    "max_size": (1, 65_535, ""),
+}
+
 
 class Variant(TypedDict):
     """A variant consists of these arguments of `FCOS`; those from `plus_one` on are also arguments of `FCOSLoss`."""

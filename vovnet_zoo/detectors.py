@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import reprlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Unpack
 
 import torch
+from torch import Tensor
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from . import hub, vovnet
 from .arguments import check_choice, check_flag
 from .backbone import create_backbone
+from .classifiers import SOURCES, load_classifier
 from .config import DEFAULT_VARIANT, VARIANTS, DetectorOptions, VariantName
 from .convert import Converted, Layout, convert
 from .fcos import FCOS
@@ -54,7 +57,7 @@ def create_detector(
     name: str,
     *,
     pretrained: bool = False,
-    pretrained_backbone: bool = False,
+    pretrained_backbone: bool | str | Path = False,
     variant: VariantName | None = None,
     num_classes: int | None = None,
     **kwargs: Unpack[DetectorOptions],
@@ -66,7 +69,9 @@ def create_detector(
             that gives maps at strides 8, 16, 32.
         pretrained: load the detector's trained weights, with the settings they were trained with.
         pretrained_backbone: load the backbone's ImageNet weights through timm: the weights of `STARTS`, or where that
-            table has none the weights that timm chooses. `config` gets the mean and std that they were trained with.
+            table has none the weights that timm chooses; or, where this names a folder of a saved classifier or
+            "hf-hub:organisation/name", the weights there. `backbone="local-dir:FOLDER"` or "hf-hub:..." does the same.
+            `config` gets the mean and std that they were trained with, and the name of the architecture only.
         variant: "improved" or "published", see `VARIANTS`; None is "improved", or with `pretrained` whatever the
             weights are.
         num_classes: foreground classes; None is 80, or with `pretrained` the number that the weights have.
@@ -81,18 +86,19 @@ def create_detector(
     if variant is not None:
         check_choice("variant", variant, VARIANTS)
     check_flag("pretrained", pretrained)
-    check_flag("pretrained_backbone", pretrained_backbone)
+    if not isinstance(pretrained_backbone, str | Path):
+        check_flag("pretrained_backbone", pretrained_backbone)
     if unknown := kwargs.keys() - DetectorOptions.__annotations__.keys():
         raise ValueError(f"unknown {sorted(unknown)}: create_detector has {sorted(DetectorOptions.__annotations__)}")
     base, _, tag = name.partition(".")
     if base == "fcos" and not tag and not pretrained:
-        if "backbone" not in kwargs:
+        if "backbone" not in kwargs and isinstance(pretrained_backbone, bool):
             raise ValueError("create_detector('fcos') needs backbone=, the name of a timm model")
         arch = {}
     elif base in DETECTORS:
         arch = DETECTORS[base]
         if tag and not pretrained:
-            raise ValueError(f"{name!r} is a name of weights: add pretrained=True, or leave {'.' + tag!r} out")
+            raise ValueError(f"name={name!r} is a name of weights: add pretrained=True, or leave {'.' + tag!r} out")
     else:
         known = [*DETECTORS, *WEIGHTS] if pretrained else ["fcos", *DETECTORS]
         near = difflib.get_close_matches(name, known, n=1)
@@ -101,14 +107,18 @@ def create_detector(
     if pretrained:
         return _load(name, variant, num_classes, kwargs)
 
+    start, arch, kwargs = _find_start(pretrained_backbone, arch, kwargs)
     settings: dict[str, Any] = {"num_classes": NUM_CLASSES if num_classes is None else num_classes}
     settings |= {**VARIANTS[variant or DEFAULT_VARIANT], **arch, **kwargs}
-    if pretrained_backbone:
-        start = STARTS[base] if base in STARTS and settings["backbone"] == arch["backbone"] else settings["backbone"]
-        body = create_backbone(start, pretrained=True)
+    body = None
+    if start is not None:
+        body = create_backbone(settings["backbone"], weights=start)
+    elif pretrained_backbone:
+        tagged = STARTS[base] if base in STARTS and settings["backbone"] == arch["backbone"] else settings["backbone"]
+        body = create_backbone(tagged, pretrained=True)
         settings = {"image_mean": body.pretrained_cfg["mean"], "image_std": body.pretrained_cfg["std"], **settings}
     model = FCOS(**settings)
-    if pretrained_backbone:
+    if body is not None:
         weights = body.state_dict()
         if model.config["frozen_norm"]:
             weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
@@ -143,6 +153,36 @@ def archs() -> dict[str, Layout]:
 def coco_class_names() -> list[str]:
     """List COCO's 80 classes in the order of their ids; torchvision lists them among 91 places."""
     return [x for x in FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if x not in ("__background__", "N/A")]
+
+
+def _find_start(
+    source: bool | str | Path, arch: dict[str, str], kwargs: DetectorOptions
+) -> tuple[dict[str, Tensor] | None, dict[str, str], DetectorOptions]:
+    """Load the classifier that the backbone starts from, if `source` or `backbone` tells its folder or repository.
+
+    Returns:
+        Its tensors, or None; `arch` with the name of its architecture; `kwargs` without the folder or repository, and
+        with the mean and std that the classifier was trained with.
+
+    Raises:
+        ValueError: the classifier cannot be loaded, or is of another architecture than asked for.
+    """
+    rest: Any = dict(kwargs)
+    asked, option = rest.pop("backbone", arch.get("backbone")), "pretrained_backbone"
+    if isinstance(asked, str) and asked.startswith(SOURCES):
+        if not isinstance(source, bool):
+            raise ValueError(f"backbone={asked!r} and pretrained_backbone={str(source)!r}: give one of them")
+        source, option, asked = asked, "backbone", arch.get("backbone")
+    if isinstance(source, bool):
+        return None, arch, kwargs
+    try:
+        classifier, name, cfg = load_classifier(source)
+    except ValueError as error:
+        raise ValueError(f"{option}={str(source)!r}: {error}") from error
+    if asked not in (None, name):
+        raise ValueError(f"{source} holds a {name}, not a {asked}; to use it, give create_detector('fcos', backbone=)")
+    rest = {"image_mean": cfg.get("mean"), "image_std": cfg.get("std"), **rest}
+    return classifier.state_dict(), {"backbone": name}, rest
 
 
 def _load(name: str, variant: VariantName | None, num_classes: int | None, kwargs: DetectorOptions) -> FCOS:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
+from .arguments import check_kind, check_number, check_tensor
 from .sources import ImageLike, to_rgb
 
 DISPLAY_SCORE = 0.3  # what people are shown scores at least this, unless they or the model's config say otherwise
@@ -54,11 +55,22 @@ def draw_detections(
         class_names: names in label order; None writes the numbers. A name is written by its number if no font of this
             machine has its letters.
         score_threshold: boxes with a lower score are left out.
-        enlarge: how many times larger than the image the picture is; None makes images of less than 384 pixels larger,
-            by a whole number, and others not.
+        enlarge: how many times larger than the image the picture is, 1 to 100; None makes images of less than 384
+            pixels larger, by a whole number, and others not.
+
+    Raises:
+        ValueError: the image cannot be used, `detection` has other tensors, a label has no name, or a number is out of
+            range.
     """
-    if isinstance(class_names, str):
+    check_detection("detection", detection, scored=False)
+    labels_above = max(detection["labels"].tolist(), default=-1) + 1
+    if class_names is not None and (isinstance(class_names, str) or not isinstance(class_names, Sequence)):
         raise ValueError(f"class_names={class_names!r}: give a list of names")
+    if class_names is not None and len(class_names) < labels_above:
+        raise ValueError(f"class_names has {len(class_names)} names, and there is a label {labels_above - 1}")
+    check_number("score_threshold", score_threshold, 0, 1)
+    if enlarge is not None:
+        check_number("enlarge", enlarge, 1, 100, whole=True)
     boxes, labels, scores = detection["boxes"].cpu(), detection["labels"].tolist(), detection.get("scores")
     texts = [_readable_name(class_names[label], label) if class_names else str(label) for label in labels]
     chosen = list(range(len(labels)))
@@ -87,6 +99,18 @@ def draw_detections(
         canvas.rectangle([x, y, x + w - 1, y + h - 1], fill=colour)
         canvas.text((x + margin, y + margin), text, fill="black", font=font)
     return picture
+
+
+def check_detection(name: str, detection: Mapping[str, Tensor], scored: bool = True) -> None:
+    """Raise `ValueError` unless a detection has boxes [N,4], labels [N] and, if `scored`, scores [N]."""
+    check_kind(name, detection, Mapping, "dicts of tensors" if name.endswith("s") else "a dict of tensors")
+    if missing := {"boxes", "labels", *(["scores"] if scored else [])} - detection.keys():
+        raise ValueError(f"{name} must have {', '.join(sorted(missing))}")
+    check_tensor(f"{name}: boxes", detection["boxes"], ("N", 4), "")
+    for key in ("scores", "labels"):
+        if key in detection:
+            kind = "whole" if key == "labels" else ""
+            check_tensor(f"{name}: {key}", detection[key], (len(detection["boxes"]),), kind)
 
 
 def class_colour(label: int) -> tuple[int, int, int]:

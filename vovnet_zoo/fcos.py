@@ -18,7 +18,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from .arguments import check_choice, check_flag, check_number, check_tensor, is_number
 from .backbone import Backbone, backbone_maps, create_backbone, probe_channels
-from .config import DEFAULTS, VARIANTS, BoxLoss, CenternessOn, DetectorConfig, Distance
+from .config import DEFAULTS, RANGES, VARIANTS, BoxLoss, CenternessOn, DetectorConfig, Distance
 from .hub import StrictHubMixin
 
 
@@ -209,14 +209,6 @@ class FCOS(
         return self.head(features)
 
 
-# Least and largest whole number; the largest are far beyond use, and keep a damaged file from taking memory.
-RANGES = {
-    "num_classes": (1, 100_000, "; a detector needs at least one foreground class"),
-    "channels": (64, 8192, "; the head's GroupNorm has 32 groups of at least 2 channels"),
-    "num_convs": (0, 64, ""),
-    "min_size": (1, 65_535, ""),
-    "max_size": (1, 65_535, ""),
-}
 CHOICES = {"distance": ("relu", "exp"), "centerness_on": ("box", "cls"), "box_loss": ("giou", "iou")}
 
 

@@ -65,8 +65,14 @@ class Weights:
     measured: Measured | None = None
 
 
-HOW_TO_MAKE_BACKBONES = "convert a checkpoint that you have (vovnet-zoo convert FILE.pth FOLDER)"
-HOW_TO_MAKE_DETECTORS = f"{HOW_TO_MAKE_BACKBONES}, or train a preset (python recipes/train_coco.py --help lists them)"
+HOW_TO_MAKE_BACKBONES = (
+    "convert a checkpoint that you have (vovnet-zoo convert FILE.pth FOLDER), or train a classifier "
+    "(python recipes/train_imagenet.py rsb_a3 --model NAME --data ROOT)"
+)
+HOW_TO_MAKE_DETECTORS = (
+    "convert a checkpoint that you have (vovnet-zoo convert FILE.pth FOLDER), or train a preset "
+    "(python recipes/train_coco.py --help lists them)"
+)
 
 # ---- backbones, ImageNet-1k classifiers with 1,000 classes
 
@@ -319,6 +325,7 @@ def find(name: str, table: Mapping[str, Weights], how_to_make: str) -> tuple[str
 def instead(name: str, table: Mapping[str, Weights], how_to_make: str) -> str:
     """Say in one clause what can be had instead of the weights `name`, and how to get these."""
     there = [key for key in table if available(key, table) and key != name]
+    how_to_make = how_to_make.replace("NAME", name.partition(".")[0])
     return f"take {', '.join(there)}, or {how_to_make}" if there else how_to_make
 
 

@@ -11,31 +11,21 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import huggingface_hub
-import timm
 import torch
 from huggingface_hub import CommitOperationAdd, ModelCard, ModelCardData
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import detectors, hub, vovnet
-from .arguments import check_flag, check_kind, check_path
+from .arguments import check_choice, check_flag, check_kind, check_path
+from .classifiers import build_for_timm, load_for_timm
 from .convert import FORMS, convert
 from .fcos import FCOS
-from .files import (
-    free_to_write,
-    hash_file,
-    read_json,
-    read_metadata,
-    read_safetensors,
-    read_shapes,
-    staged,
-    write_safetensors,
-)
+from .files import free_to_write, hash_file, read_json, read_metadata, staged, write_safetensors
 from .ledger import BACKBONE_WEIGHTS, DETECTOR_WEIGHTS, Measured, Weights
 from .weights import read_checkpoint, unwrapped
 
 SECRET = re.compile("token|password|passwd|secret|credential|api.?key", re.IGNORECASE)  # in the name of an option
-TIMM_NAME = "vovnet39a"  # timm's own name of the class that every published V1 backbone is built from
 BACKBONE_CARD = ModelCardData(
     library_name="timm", pipeline_tag="image-classification", tags=["timm", "vovnet"], license="apache-2.0"
 )
@@ -117,6 +107,7 @@ def convert_file(file: str | Path, out: str | Path, *, part: str = "all", overwr
     """
     check_path("file", file)
     check_path("out", out)
+    check_choice("part", part, ("all", "backbone"))
     check_flag("overwrite", overwrite)
     file, out = Path(file), Path(out)
     free_to_write([out / hub.CONFIG, out / hub.WEIGHTS], [file], overwrite)
@@ -164,62 +155,6 @@ def check_push(**options: Unpack[PushOptions]) -> None:
             check_kind(name, value, str, "a text")
 
 
-def build_for_timm(name: str, state_dict: dict[str, Tensor]) -> tuple[nn.Module, dict]:
-    """Build a backbone and the `config.json` with which timm builds it, V1 also without this package.
-
-    V1 is timm's own class with other arguments. V2 is a class of this package, and its config names the model here.
-
-    Args:
-        name: one of `vovnet.model_cfgs`.
-        state_dict: the tensors under timm's names; without a classifier the model gives features.
-    """
-    num_classes = state_dict["head.fc.bias"].numel() if "head.fc.bias" in state_dict else 0
-    args, architecture = vovnet.model_cfgs[name], timm_name(name)
-    with torch.device("meta"):  # the checkpoint may ask for any number of classes
-        skeleton = timm.create_model(architecture, num_classes=num_classes, **args)
-    hub.check_fit(skeleton, {key: list(x.shape) for key, x in state_dict.items()}, "the checkpoint")
-    model = timm.create_model(architecture, num_classes=num_classes, **args)
-    hub.load_strict(model, state_dict, "the checkpoint")
-    cfg = {**vovnet.timm_cfg(Weights("hub", license="other")), "num_classes": num_classes, "tag": name}
-    del cfg["url"], cfg["license"], cfg["notes"]
-    config = {
-        "architecture": architecture,
-        "num_classes": num_classes,
-        "num_features": args["stage_out_chs"][-1],
-        "model_args": args,
-        "pretrained_cfg": cfg,
-    }
-    return model.eval(), config
-
-
-def timm_name(name: str) -> str:
-    """Tell under which name timm builds a model of `vovnet.model_cfgs`, given its arguments."""
-    return name if name in vovnet.v2_cfgs else TIMM_NAME
-
-
-def load_for_timm(folder: Path) -> tuple[nn.Module, str]:
-    """Load the backbone in a folder that `convert_file` made, and tell its name among `vovnet.model_cfgs`.
-
-    timm's "local-dir:" loads it too, but in older releases reads no safetensors, and does whatever `model_args` say.
-
-    Raises:
-        ValueError: the config is none that `build_for_timm` makes, or a tensor does not fit.
-    """
-    config, weights = read_json(folder / hub.CONFIG, hub.MAX_CONFIG_BYTES), folder / hub.WEIGHTS
-    num_classes = config.get("num_classes")
-    for name, args in vovnet.model_cfgs.items():
-        architecture = timm_name(name)
-        same = config.get("model_args") == json.loads(json.dumps(args)) and config["architecture"] == architecture
-        if same and type(num_classes) is int and 0 <= num_classes <= 100_000:
-            with torch.device("meta"):
-                skeleton = timm.create_model(architecture, num_classes=num_classes, **args)
-            hub.check_fit(skeleton, read_shapes(weights), str(weights))
-            model = timm.create_model(architecture, num_classes=num_classes, **args).eval()
-            hub.load_strict(model, read_safetensors(weights), str(weights))
-            return model, name
-    raise ValueError(f"{folder / hub.CONFIG} is none that `vovnet-zoo convert` writes: convert the checkpoint again")
-
-
 def checked_card(folder: str | Path, **facts: object) -> ModelCard:
     """Load the model in a folder strictly, run it, and make a card of what is known of it and the further `facts`.
 
@@ -260,11 +195,13 @@ def checked_card(folder: str | Path, **facts: object) -> ModelCard:
         known["input"] = "as in the training of the file, which does not tell the order and the scale of its channels"
         return hub.model_card(known, BACKBONE_V2_CARD)
     known["architecture"] = f"{name}: timm's {architecture} with the model_args of config.json"
+    if name == architecture:
+        known["architecture"] = f"timm's {name}"
     return hub.model_card(known, BACKBONE_CARD)
 
 
 def training_facts(run: Path, model: str) -> dict[str, object]:
-    """Read what a run folder of recipes/train_coco.py tells of its model "best" or "last"; {} for any other folder.
+    """Read what a run folder of a training recipe tells of its model "best" or "last"; {} for any other folder.
 
     Raises:
         ValueError: `run.json` is damaged.
@@ -282,7 +219,7 @@ def training_facts(run: Path, model: str) -> dict[str, object]:
         raise ValueError(f"{run / 'run.json'} does not describe a training ({error!r}); give another run") from error
     scored = _scores(run / "metrics.jsonl")
     if model != "last":
-        scored.sort(key=lambda row: row["AP"])
+        scored.sort(key=lambda row: row["AP"] if "AP" in row else row["top1"])
     data = "the validation split of the training data"
     return {"measured": Measured(data, scored[-1], facts["training_command"]) if scored else "not scored", **facts}
 
@@ -297,9 +234,9 @@ def _scores(log: Path) -> list[dict[str, float]]:
             continue
         if isinstance(row, dict):
             scores = {
-                key: value for key, value in row.items() if key.startswith("AP") and isinstance(value, int | float)
+                key: value for key, value in row.items() if re.match("AP|top", key) and isinstance(value, int | float)
             }
-            scored += [scores] if "AP" in scores else []
+            scored += [scores] if {"AP", "top1"} & scores.keys() else []
     return scored
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
-from .arguments import check_flag, check_kind, check_tensor
-from .draw import DISPLAY_SCORE, draw_detections
+from .arguments import check_flag, check_kind
+from .draw import DISPLAY_SCORE, check_detection, draw_detections
 from .sources import ImageLike, to_rgb
 
 
@@ -98,7 +98,7 @@ def to_coco_results(
     check_ids("category_ids", category_ids)
     check_flag("plus_one", plus_one)
     for detection in detections:
-        check_detection(detection)
+        check_detection("detections", detection)
     if len(detections) != len(image_ids):
         raise ValueError(f"{len(detections)} detections for {len(image_ids)} image ids")
     rows = []
@@ -138,16 +138,6 @@ def default_category_ids(class_names: Sequence[str] | None, num_classes: int) ->
     ids = {name: i for i, name in enumerate(FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"])}
     names = [name for name in ids if name not in ("__background__", "N/A")]
     return [ids[name] for name in names] if class_names == names else list(range(1, num_classes + 1))
-
-
-def check_detection(detection: dict[str, Tensor]) -> None:
-    """Raise `ValueError` unless a detection has boxes [N,4], scores [N] and labels [N]."""
-    check_kind("detections", detection, dict, "dicts of tensors")
-    if missing := {"boxes", "scores", "labels"} - detection.keys():
-        raise ValueError(f"detections must have {', '.join(sorted(missing))}")
-    check_tensor("detections' boxes", detection["boxes"], ("N", 4), "")
-    check_tensor("detections' scores", detection["scores"], (len(detection["boxes"]),), "")
-    check_tensor("detections' labels", detection["labels"], (len(detection["boxes"]),), "whole")
 
 
 def check_ids(name: str, ids: Sequence[int]) -> None:

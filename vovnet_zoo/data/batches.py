@@ -15,8 +15,9 @@ class TrainSampler:
     """This batch sampler shuffles for training without end; its batches depend on its arguments only.
 
     Each step yields the keys `(index, seed)` of one rank, a contiguous part of the global batch. The global batch of
-    step n is the same for any world size, number of workers and starting step. Every epoch visits all images once;
-    images that do not fill a batch wait for the next epoch. The seed of a sample depends on (seed, epoch, index).
+    step n is the same for any world size, number of workers and starting step. Every epoch visits all images once (but
+    see `repeats`); images that do not fill a batch wait for the next epoch. The seed of a sample depends on
+    (seed, epoch, index).
 
     Args:
         aspect_ratios: [N] height / width of the images.
@@ -26,6 +27,8 @@ class TrainSampler:
         rank, world_size: which part of each batch this process takes, of how many.
         start_step: the first step, to resume a training.
         group_by_aspect: make each batch of wide images or of tall ones, to save padding.
+        repeats: give each image so many times in a row, with other seeds, and so many fewer images in an epoch
+            (repeated augmentation, arXiv 1902.05509).
 
     Raises:
         ValueError: `batch_size` is not a multiple of `world_size`, or another argument is out of range.
@@ -42,6 +45,7 @@ class TrainSampler:
         world_size: int = 1,
         start_step: int = 0,
         group_by_aspect: bool = True,
+        repeats: int = 1,
     ):
         tall = np.asarray(aspect_ratios) >= 1
         if len(tall) == 0:
@@ -56,7 +60,7 @@ class TrainSampler:
             )
         self.groups = tall if group_by_aspect else np.zeros_like(tall)
         self.batch_size, self.num_steps, self.start_step = batch_size, num_steps, start_step
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.rank, self.world_size, self.repeats = seed, rank, world_size, repeats
 
     def __len__(self) -> int:
         return max(0, self.num_steps - self.start_step)
@@ -64,21 +68,28 @@ class TrainSampler:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.batch_size // self.world_size
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        for batch in itertools.islice(self._global_batches(), self.start_step, max(self.start_step, self.num_steps)):
+        if len(set(self.groups.tolist())) == 1:  # images come in the order of their epoch: no earlier epoch matters
+            first, batches = 0, self._global_batches(*divmod(self.start_step * self.batch_size, len(self.groups)))
+        else:
+            first, batches = self.start_step, self._global_batches()
+        for batch in itertools.islice(batches, first, first + len(self)):
             yield batch[mine]
 
-    def _global_batches(self) -> Iterator[list[tuple[int, int]]]:
+    def _global_batches(self, first_epoch: int = 0, skip: int = 0) -> Iterator[list[tuple[int, int]]]:
+        """Give the batches from an epoch on, without the first `skip` images of that epoch."""
         groups = self.groups.tolist()
         waiting: tuple[list, list] = ([], [])
-        for epoch in itertools.count():
+        for epoch in itertools.count(first_epoch):
             rng = np.random.default_rng((self.seed, epoch))
             order, seeds = rng.permutation(len(groups)).tolist(), rng.integers(2**63, size=len(groups)).tolist()
-            for index in order:
+            for place in range(skip, len(order)):
+                index = order[place // self.repeats]
                 group = waiting[groups[index]]
-                group.append((index, seeds[index]))
+                group.append((index, seeds[index] + place % self.repeats))
                 if len(group) == self.batch_size:
                     yield list(group)
                     group.clear()
+            skip = 0
 
 
 class Batch(TypedDict):

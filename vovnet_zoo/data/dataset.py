@@ -75,6 +75,9 @@ class CocoDataset(torch.utils.data.Dataset):
             raise ValueError(f"transforms must be a function of (image, target), got {type(transforms).__name__}")
         for name, flag in (("drop_empty", drop_empty), ("plus_one", plus_one), ("skip_bad_images", skip_bad_images)):
             check_flag(name, flag)
+        collection = isinstance(known_classes, Collection) and not isinstance(known_classes, str)
+        if not collection or not all(isinstance(name, str) for name in known_classes):
+            raise ValueError(f"known_classes={known_classes!r}: give the names of classes, as a list of texts")
         self.images_dir, self.annotation_file = Path(images_dir), Path(annotation_file)
         self.transforms, self.skip_bad_images = transforms, skip_bad_images
         coco = read_annotations(annotation_file)

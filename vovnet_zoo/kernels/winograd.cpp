@@ -35,15 +35,23 @@ using torch::stable::Tensor;
 #if defined(__AVX512F__)
 constexpr int W = 16;  // floats in a register
 constexpr int ROWS = 14, GRADIENT_ROWS = 8;  // rows of a product whose sums stay in the registers
+constexpr int LEAST_TILES = 28, MOST_TILES = 28;  // tiles that a thread takes at a time
+constexpr int64_t CACHE = 3 << 17;  // floats that stay in the cache of a core (1.5 MiB)
 #elif defined(__AVX__)
 constexpr int W = 8;
 constexpr int ROWS = 6, GRADIENT_ROWS = 4;
+constexpr int LEAST_TILES = ROWS, MOST_TILES = 56;
+constexpr int64_t CACHE = 0;
 #elif defined(__aarch64__)
 constexpr int W = 4;
 constexpr int ROWS = 6, GRADIENT_ROWS = 4;
+constexpr int LEAST_TILES = ROWS, MOST_TILES = 56;
+constexpr int64_t CACHE = 0;
 #else
 constexpr int W = 4;
 constexpr int ROWS = 2, GRADIENT_ROWS = 2;
+constexpr int LEAST_TILES = ROWS, MOST_TILES = 56;
+constexpr int64_t CACHE = 0;
 #endif
 constexpr int PANEL = 16;  // outputs whose weights lie side by side, and inputs of a tile that do
 constexpr int COLUMNS = std::max(PANEL, 2 * W);  // outputs that a product computes at a time
@@ -229,26 +237,27 @@ void tile_out(const float* m, int64_t place, T* y, const Shape& s, int64_t t, in
 // ---- products of matrices ------------------------------------------------------------------------------------------
 
 // c[r][0 .. N*W) = (if ADD: +=) the sum over k of a[r * A_ROW + k * A_K] * b[k][0 .. N*W), in `groups` groups of `inner`
-// values of k. A row of b has `b_k` floats; after PANEL columns b goes on `b_next` floats further.
+// values of k. A row of b has `b_k` floats; after PANEL columns b goes on `b_next` floats further. Unless ADD, b is large
+// and is fetched into the cache two groups ahead; `next` is the b of the product that follows.
 template <int R, int N, int A_ROW, int A_K, bool ADD>
 void gemm(const float* a, int64_t a_group, const float* b, int64_t b_k, int64_t b_next, int64_t groups, int64_t inner,
-          float* c, int64_t c_row) {
+          float* c, int64_t c_row, const float* next = nullptr) {
     vec sum[R][N] = {};
     if constexpr (ADD)
         unroll<R>([&](auto r) INLINE { unroll<N>([&](auto j) INLINE { sum[r][j] = load(c + r * c_row + j * W); }); });
-    for (int64_t g = 0; g < groups; ++g, a += a_group)
+    for (int64_t g = 0; g < groups; ++g, a += a_group) {
+        const float* ahead = g + 2 < groups ? b + 2 * inner * b_k : next + (g + 2 - groups) * inner * b_k;
         for (int64_t k = 0; k < inner; ++k, b += b_k) {
+            if constexpr (!ADD)
+                unroll<N * W / PANEL>([&](auto j) INLINE { __builtin_prefetch(ahead + k * b_k + j * b_next); });
             vec row[N];
-            if constexpr (!ADD)  // b is read once and is large
-                unroll<N>([&](auto j) INLINE {
-                    __builtin_prefetch(b + 32 * b_k + j * W / PANEL * b_next + j * W % PANEL);
-                });
             unroll<N>([&](auto j) INLINE { row[j] = load(b + j * W / PANEL * b_next + j * W % PANEL); });
             unroll<R>([&](auto r) INLINE {
                 vec x = a[r * A_ROW + k * A_K] - vec{};
                 unroll<N>([&](auto j) INLINE { sum[r][j] += x * row[j]; });
             });
         }
+    }
     unroll<R>([&](auto r) INLINE { unroll<N>([&](auto j) INLINE { store(c + r * c_row + j * W, sum[r][j]); }); });
 }
 
@@ -278,11 +287,13 @@ float* scratch(int slot, size_t floats) {
     return x.memory;
 }
 
-// Calls work(0), .. work(count - 1); each thread takes the next item when it is free.
+// Calls work(0), .. work(count - 1). Thread i begins with item i, so that what it wrote in one call is in its cache in
+// the next; then each thread takes the next item when it is free.
 template <class F> void share_out(int64_t count, const F& work) {
-    std::atomic<int64_t> next{0};
     int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    std::atomic<int64_t> next{threads};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) work(i);
         for (int64_t i; (i = next.fetch_add(1)) < count;) work(i);
     });
 }
@@ -294,8 +305,8 @@ template <class F> void share_out(int64_t count, const F& work) {
 template <class T> void convolve(const T* x, const float* u, T* y, const Shape& s, const Finish<T>& finish) {
     if (!s.tiles) return;
     // A block reads all of u once, so the larger u is, the more tiles share a reading.
-    int64_t depth = s.groups * PANEL, least = std::max<int64_t>(ROWS, (1 << 16) / (36 * depth));
-    int64_t most = std::clamp<int64_t>(s.C * s.O / 1024, std::min<int64_t>(least, 56), 56);
+    int64_t depth = s.groups * PANEL, least = std::max<int64_t>(LEAST_TILES, (1 << 16) / (36 * depth));
+    int64_t most = std::clamp<int64_t>(s.C * s.O / 1024, std::min<int64_t>(least, MOST_TILES), MOST_TILES);
     int64_t threads = torch::stable::get_num_threads();
     int64_t blocks = std::max((s.tiles + most - 1) / most, std::min(threads, (s.tiles + ROWS - 1) / ROWS));
     if (blocks >= threads) blocks = (blocks + threads - 1) / threads * threads;
@@ -305,23 +316,31 @@ template <class T> void convolve(const T* x, const float* u, T* y, const Shape& 
     share_out(blocks * splits, [&](int64_t item) {
         int64_t first = item / splits * size, n = std::min(size, s.tiles - first), split = item % splits;
         int64_t p0 = split * s.panels / splits, p1 = (split + 1) * s.panels / splits;
-        int64_t v_place = n * depth + 16, m_row = (p1 - p0) * PANEL, m_place = n * m_row + 16;
+        // If v stays in the cache, m does too where it is of few panels at a time. Else v is read once for all panels.
+        int64_t wide = 36 * depth * (n + COLUMNS) <= CACHE ? COLUMNS / PANEL : p1 - p0;
+        int64_t v_place = n * depth + 16, m_row = wide * PANEL, m_place = n * m_row + 16;
         float* v = scratch(0, 36 * v_place);  // [36,groups,n,16]; the 16 keep places from sharing cache lines
-        float* m = scratch(1, 36 * m_place);  // [36,n,panels,16]
+        float* m = scratch(1, 36 * m_place);  // [36,n,wide,16]
         for (int64_t t = 0; t < n; ++t)
             tile_in<BT>(x, s, s.x_step, 0, s.C, first + t, v + t * PANEL, v_place, n * PANEL);
         int64_t parts = (n + ROWS - 1) / ROWS, rows = (n + parts - 1) / parts;
-        for (int64_t q = 0; q < 36; ++q)
-            for (int64_t p = p0; p < p1; p += COLUMNS / PANEL) {
-                auto& products = p + COLUMNS / PANEL <= p1 ? FORWARD<COLUMNS / W> : FORWARD<PANEL / W>;
-                for (int64_t r = 0; r < n; r += rows)
-                    products[std::min(rows, n - r) - 1](
-                        v + q * v_place + r * PANEL, n * PANEL, u + (q * s.panels + p) * depth * PANEL, PANEL,
-                        depth * PANEL, s.groups, PANEL, m + q * m_place + r * m_row + (p - p0) * PANEL, m_row);
-            }
-        for (int64_t t = 0; t < n; ++t)
-            for (int64_t o = p0 * PANEL; o < std::min(s.O, p1 * PANEL); o += W)
-                tile_out(m + t * m_row + o - p0 * PANEL, m_place, y, s, first + t, o, finish);
+        for (int64_t w0 = p0, w1; w0 < p1; w0 = w1) {
+            w1 = std::min(p1, w0 + wide);
+            for (int64_t q = 0; q < 36; ++q)
+                for (int64_t p = w0, p_next; p < w1; p = p_next) {
+                    p_next = p + COLUMNS / PANEL;
+                    auto& products = p_next <= w1 ? FORWARD<COLUMNS / W> : FORWARD<PANEL / W>;
+                    const float* b = u + (q * s.panels + p) * depth * PANEL;
+                    int64_t after = p_next < w1 ? q * s.panels + p_next : (q + 1) * s.panels + w0;
+                    for (int64_t r = 0; r < n; r += rows)
+                        products[std::min(rows, n - r) - 1](
+                            v + q * v_place + r * PANEL, n * PANEL, b, PANEL, depth * PANEL, s.groups, PANEL,
+                            m + q * m_place + r * m_row + (p - w0) * PANEL, m_row, u + after * depth * PANEL);
+                }
+            for (int64_t t = 0; t < n; ++t)
+                for (int64_t o = w0 * PANEL; o < std::min(s.O, w1 * PANEL); o += W)
+                    tile_out(m + t * m_row + o - w0 * PANEL, m_place, y, s, first + t, o, finish);
+        }
     });
 }
 
@@ -330,21 +349,29 @@ template <class T> void convolve(const T* x, const float* u, T* y, const Shape& 
 void transform(const float* weight, float* u, int64_t C, int64_t O, bool transposed) {
     int64_t depth = (C + PANEL - 1) / PANEL * PANEL, panels = (O + PANEL - 1) / PANEL;
     int64_t c_step = transposed ? 9 * O : 9, o_step = transposed ? 9 : 9 * C;
-    share_out(panels * depth / PANEL, [&](int64_t item) {
+    auto block = [&](int64_t item) {
         int64_t p = item / (depth / PANEL), c0 = item % (depth / PANEL) * PANEL;
-        float block[36][PANEL * PANEL];  // the 36 places are far apart in u, and are written one after the other
-        for (int64_t c = 0; c < PANEL; ++c) {
-            float g[9][PANEL] = {};
-            if (c0 + c < C)
-                for (int64_t o = 0; o < std::min<int64_t>(PANEL, O - p * PANEL); ++o)
-                    for (int k = 0; k < 9; ++k)
-                        g[k][o] = weight[(p * PANEL + o) * o_step + (c0 + c) * c_step + (transposed ? 8 - k : k)];
+        int64_t o0 = p * PANEL, c1 = std::min<int64_t>(PANEL, C - c0), o1 = std::min<int64_t>(PANEL, O - o0);
+        const float* from = weight + c0 * c_step + o0 * o_step;
+        float g[PANEL][9][PANEL] = {};
+        if (transposed)  // either way the weight is read in the order of memory
+            for (int64_t c = 0; c < c1; ++c)
+                for (int64_t o = 0; o < o1; ++o)
+                    for (int k = 0; k < 9; ++k) g[c][8 - k][o] = from[c * c_step + o * o_step + k];
+        else
+            for (int64_t o = 0; o < o1; ++o)
+                for (int64_t c = 0; c < c1; ++c)
+                    for (int k = 0; k < 9; ++k) g[c][k][o] = from[c * c_step + o * o_step + k];
+        for (int64_t c = 0; c < PANEL; ++c)
             for (int o = 0; o < PANEL; o += W)
-                sandwich<G>([&](int i, int j) INLINE { return load(g[i * 3 + j] + o); },
-                            [&](int i, int j, vec r) INLINE { store(block[i * 6 + j] + c * PANEL + o, r); });
-        }
-        for (int64_t q = 0; q < 36; ++q)
-            memcpy(u + ((q * panels + p) * depth + c0) * PANEL, block[q], sizeof block[q]);
+                sandwich<G>([&](int i, int j) INLINE { return load(g[c][i * 3 + j] + o); },
+                            [&](int i, int j, vec r) INLINE {
+                                store(u + (((i * 6 + j) * panels + p) * depth + c0 + c) * PANEL + o, r);
+                            });
+    };
+    int64_t count = panels * depth / PANEL, threads = torch::stable::get_num_threads();
+    share_out(threads, [&](int64_t part) {  // neighbours by one thread, as `convolve` reads them
+        for (int64_t i = part * count / threads; i < (part + 1) * count / threads; ++i) block(i);
     });
 }
 

@@ -29,7 +29,7 @@ from .surgery import become
 log = logging.getLogger("vovnet_zoo")
 
 DTYPES = (torch.float32, torch.bfloat16)  # of maps
-TRAINING_TILES, FROZEN_TILES = 48, 9  # from which Winograd gains: with a weight to transform, and without
+TRAINING_TILES, FROZEN_TILES = 36, 9  # from which Winograd gains: with a weight to transform, and without
 
 
 class WinogradConv2d(Float32Conv2d):

@@ -1,0 +1,198 @@
+"""Train a classifier on ImageNet or your own images: `python recipes/train_imagenet.py PRESET --data ROOT [--lr ...]`.
+
+Under torchrun (`torchrun --nproc-per-node 8 recipes/train_imagenet.py rsb_a3 --model vovnet75 --data ROOT`) the batch
+is shared out over the processes. Batch norms see the images of their own process, as is usual for classifiers; with
+--frozen-norm the result does not depend on the number of processes. When a run was stopped, for whatever reason, the
+same command goes on with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from pathlib import Path
+
+import tyro
+
+from imagenet_presets import PRESETS, ClassifierConfig
+from vovnet_zoo.commands import parse_command
+
+PARSE = functools.partial(tyro.extras.overridable_config_cli, PRESETS, description=__doc__)
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = parse_command(PARSE)
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from classifier_run import set_up
+from image_data import eval_batches, train_batches
+from memory import peak_memory
+from optim import set_lr
+from run_folder import RunLog, locked
+from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
+from step import compiled
+from training_loop import log_graphs, log_step, seed_of, update
+from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished
+from vovnet_zoo.classifiers import save_classifier
+from vovnet_zoo.data import normalize
+
+
+def main(config: ClassifierConfig) -> dict | None:
+    """Train as `config` says; returns the last evaluation on rank 0, None on the others."""
+    with (
+        process_group(config.device) as (rank, world_size, device),
+        StopSignal() as stop,
+        locked(config.out, rank),
+    ):
+        run = set_up(config, rank, world_size, device)
+        with contextlib.closing(RunLog(config.out, run.config, rank, run.progress.step, run.progress.scored)) as rows:
+            try:
+                train(run, rows, stop)
+            except Exception:
+                save_finished(run)
+                raise
+            if rank == 0:
+                summarize(run)
+        return run.progress.metrics
+
+
+def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
+    """Do the steps that are left of a run, with the checkpoints and evaluations that are due."""
+    config, progress, cfg = run.config, run.progress, run.model_config["pretrained_cfg"]
+    compute = compiled(compute_loss) if config.compile else compute_loss
+    score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
+    num_classes = len(run.model_config["class_names"])
+    batches = train_batches(config, run.train_set, num_classes, progress.step, run.rank, run.world_size)
+    steps = range(progress.step, config.steps)
+    bar = tqdm(steps, total=config.steps, initial=progress.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
+    began = time.perf_counter()
+    for step in bar:
+        # Data: this process's share of the batch, in parts that are computed one after the other to save memory.
+        parts = [{name: x.to(run.device, non_blocking=True) for name, x in part.items()} for part in next(batches)]
+        data_wait, stopping = time.perf_counter() - began, stop.agreed(run.device)
+
+        # Forward and backward, part by part; autograd adds up the gradients of the parts. Each part counts by its share
+        # of the global batch, so that gradients add up over the processes too. The seed of drop path depends on the
+        # step only, so that a resumed run draws the same numbers.
+        torch.manual_seed(seed_of(config.seed, step, run.rank))
+        run.statistics, total = batch_statistics(run.model), torch.zeros(1, device=run.device)
+        for part in parts:
+            loss = compute(run.model, run.criterion, part["images"], part["labels"], cfg, config.precision)
+            loss = loss * (len(part["images"]) / config.batch_size)
+            if part is parts[-1]:
+                run.gradients.start()  # each gradient that this backward pass completes is sent at once
+            run.scaler.scale(loss).backward()
+            total += loss.detach()
+
+        # One gradient everywhere, and the batch norms' statistics are averaged: every process has the same model.
+        run.gradients.finish()
+        average([x for x, _ in run.statistics])
+        lr = set_lr(run.optimizer, config, step)
+        losses = {"loss": all_reduce(total).item()}
+        grad_norm = update(run, step, parts, losses)
+        seconds = time.perf_counter() - began
+        progress.train_seconds += seconds
+        log_step(run, run_log, bar, step, losses, seconds, lr=lr, grad_norm=grad_norm, data_wait_s=data_wait)
+
+        # Save, then score: the evaluation takes long and can fail, and no finished step is to be lost.
+        if stopping or is_due(config.checkpoint_every, run) or is_due(config.eval_every, run):
+            save(run)
+        if stopping:
+            bar.close()
+            log.warning("stopped by a signal; %d steps are saved, and the same command goes on from there", run.saved)
+            raise Stopped(128 + stopping)
+        score_if_due(run, run_log, stop)
+        began = time.perf_counter()
+
+
+def compute_loss(
+    model: nn.Module, criterion: nn.Module, images: Tensor, labels: Tensor, cfg: dict, precision: str
+) -> Tensor:
+    """Compute the mean loss of images, uint8 [B,3,H,W]: the network runs under autocast, the loss in float32."""
+    logits = compute_logits(model, images, cfg, precision)
+    return criterion(logits.float(), labels)
+
+
+def compute_logits(model: nn.Module, images: Tensor, cfg: dict, precision: str) -> Tensor:
+    """Compute the logits [B,K] of images, uint8 [B,3,H,W]."""
+    sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
+    images = normalize(images, sizes, cfg["mean"], cfg["std"]).contiguous(memory_format=torch.channels_last)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    with torch.autocast(images.device.type, dtype, enabled=precision != "float32"):
+        return model(images)
+
+
+def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
+    """Score the model if this is due and was not done yet; write `last/`, and `best/` if there was no better one."""
+    config, progress = run.config, run.progress
+    if progress.scored == progress.step or not is_due(config.eval_every, run) or not is_trusted(run):
+        return
+    try:
+        metrics = score(run, stop)
+    except Stopped:
+        log.warning("stopped by a signal in the evaluation after step %d; the same command repeats it", progress.step)
+        raise
+    progress.scored = progress.step
+    if run.rank == 0:
+        run_log.write(progress.step - 1, **metrics)
+        log.info("step %d: top-1 %.4f, top-5 %.4f", progress.step, metrics["top1"], metrics["top5"])
+        save_model(run, config.out / "last")
+        if metrics["top1"] >= progress.best:
+            save_model(run, config.out / "best")
+        progress.best, progress.metrics = max(progress.best, metrics["top1"]), metrics
+    save(run)
+
+
+@torch.no_grad()
+def score(run: Run, stop: StopSignal) -> dict[str, float]:
+    """Compute the accuracies top-1 and top-5 on all held-out images, shared out over the processes.
+
+    `Stopped` is raised, in all processes, one batch after one of them received a stop signal.
+    """
+    model, cfg = run.averaged, run.model_config["pretrained_cfg"]
+    training, counts = model.training, torch.zeros(3, device=run.device)  # right, right in 5, all
+    model.eval()
+    batches = eval_batches(run.config, run.val_set, run.rank, run.world_size)
+    while True:
+        batch = next(batches, None)
+        state = torch.tensor([batch is not None, stop.received], device=run.device)
+        more, received = all_reduce(state, torch.distributed.ReduceOp.MAX).tolist()
+        if received:
+            raise Stopped(128 + received)
+        if not more:
+            break
+        if batch is not None:
+            images, labels = (batch[name].to(run.device, non_blocking=True) for name in ("images", "labels"))
+            logits = compute_logits(model, images, cfg, run.config.precision)
+            right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            counts += torch.stack([right[:, 0].sum(), right.sum(), torch.tensor(len(labels), device=run.device)])
+    model.train(training)
+    top1, top5, count = all_reduce(counts).tolist()
+    return {"top1": top1 / count, "top5": top5 / count}
+
+
+def save_model(run: Run, folder: Path) -> None:
+    """Save the classifier in timm's form, with what its images have to look like."""
+    about = run.model_config
+    save_classifier(
+        run.averaged, about["architecture"], folder, class_names=about["class_names"], cfg=about["pretrained_cfg"]
+    )
+
+
+def summarize(run: Run) -> None:
+    """Print the last evaluation, the speed, and what to do with the model."""
+    config, metrics, seconds = run.config, run.progress.metrics, run.progress.train_seconds
+    print(f"top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(run.val_set)} held-out images")
+    rate = config.steps * config.batch_size / seconds
+    log.info("trained %.0f s, %.2f images/s, peak %.2f GiB", seconds, rate, peak_memory(run.device))
+    if config.compile:
+        log_graphs()
+    best = config.out / "best"
+    log.info("best model: %s (top-1 %.4f); a detector starts from it with", best, run.progress.best)
+    log.info("python recipes/train_coco.py finetune --model fcos --backbone local-dir:%s --data ROOT", best)
+
+
+if __name__ == "__main__":
+    run_command(main, CONFIG)
