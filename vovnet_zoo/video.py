@@ -46,10 +46,10 @@ class Video:
         """Decode one frame after the other, uint8 [H,W,3] RGB, upright as the video's rotation says.
 
         Raises:
-            ValueError: there is no such file or camera, it is no video, or it is damaged; the frames before the damage
-                have been given.
+            ValueError: there is no such file or camera, it is no video, or it is damaged or cut off; the frames that
+                can be decoded have been given before.
         """
-        av, number = load_av(), 0
+        av, number, damaged, end = load_av(), 0, 0, 0.0
         try:
             with self._open(av) as container:
                 if not container.streams.video:
@@ -57,15 +57,30 @@ class Video:
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"  # several cores decode
                 self.rate = stream.average_rate or DEFAULT_RATE
-                for frame in container.decode(stream):
-                    yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-                    number += 1
-                if not number:
-                    raise ValueError("it has no frames")
+                for packet in container.demux(stream):
+                    damaged += packet.is_corrupt
+                    try:
+                        decoded = packet.decode()
+                    except av.InvalidDataError:
+                        damaged += 1
+                        continue
+                    for frame in decoded:
+                        damaged += frame.is_corrupt
+                        yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                        number += 1
+                        start = stream.start_time or 0
+                        end = float(((frame.pts or start) + (frame.duration or 0) - start) * stream.time_base)
+                length = _length(container, stream)
+            if not number:
+                raise ValueError("it has no frames")
+            if damaged:
+                raise ValueError(f"{damaged} frames are damaged")
+            if length - end > max(2.0, length / 10):
+                raise ValueError(f"it ends after {end:.1f} of {length:.1f} seconds")
         except (av.FFmpegError, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            where = f" after {number} frames" if number else ""
-            raise ValueError(f"{self.name}: cannot read the video{where}: {reason}") from error
+            where = f"{number} frames are used; " if number else ""
+            raise ValueError(f"{self.name}: cannot read the video: {where}{reason}") from error
 
     def _open(self, av: ModuleType) -> Any:
         if self.camera is None:
@@ -98,7 +113,8 @@ class VideoWriter:
         av = load_av()
         path.unlink(missing_ok=True)  # a link is replaced, not followed
         self.av, self.path, self.rate, self.stream = av, path, rate, None
-        self.container = av.open(f"file:{path}", "w", format="mp4", options={"movflags": "frag_keyframe+empty_moov"})
+        options = {"movflags": "frag_keyframe+empty_moov", "flush_packets": "1"}  # each second is on the disk at once
+        self.container = av.open(f"file:{path}", "w", format="mp4", options=options)
 
     def write(self, picture: np.ndarray) -> None:
         """Append a frame, uint8 [H,W,3] RGB. All have the size of the first, which they are resized to."""
@@ -110,7 +126,7 @@ class VideoWriter:
             self.stream = self.container.add_stream(codec, rate=self.rate, options={"preset": "veryfast"})
             self.stream.height, self.stream.width = picture.shape[:2]
             self.stream.pix_fmt = "yuv420p"
-            self.stream.gop_size = max(1, round(self.rate))  # a second; what is whole is on the disk
+            self.stream.gop_size = max(1, round(self.rate))  # a second
         frame = self.av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
         self._encode(frame.reformat(self.stream.width, self.stream.height))
 
@@ -126,6 +142,14 @@ class VideoWriter:
         assert self.stream is not None
         for packet in self.stream.encode(frame):
             self.container.mux(packet)
+
+
+def _length(container: Any, stream: Any) -> float:
+    """Return how many seconds the pictures of a file last, as far as its header says; 0 otherwise."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    alone = len(container.streams) == 1 and container.duration  # with sound, the sound may last longer
+    return container.duration / 1_000_000 if alone else 0.0  # microseconds
 
 
 def load_av() -> ModuleType:
