@@ -1,11 +1,17 @@
 """What `predict` can be pointed at: files, folders, patterns, lists of paths, and images in memory."""
 
+import io
+import threading
+from urllib.request import Request
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_weights import FileServer
 
-from vovnet_zoo.sources import Frame, frames, to_rgb
+from vovnet_zoo import predict, sources, web
+from vovnet_zoo.sources import Frame, check_url, frames, to_rgb
 
 
 @pytest.fixture
@@ -65,3 +71,81 @@ def test_images_in_memory(folder):
     for wrong in (3, {"a": 1}, b"bytes", [None]):
         with pytest.raises(ValueError, match="an image must be a path, PIL image, uint8 array or tensor, not"):
             list(frames(wrong))
+
+
+@pytest.fixture
+def server():
+    """Serve a PNG, a page, and an image file that ends too soon."""
+    server, file = FileServer(), io.BytesIO()
+    Image.new("RGB", (40, 30), (9, 8, 7)).save(file, "PNG")
+    image = file.getvalue()
+    server.files = {"/photo.png": image, "/page.html": b"<html>no image", "/half.png": image[: len(image) // 2]}
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_addresses(server, tmp_path, tiny_detector):
+    """Images come from a server, by a list too, if the user says so; nothing is asked of it otherwise."""
+    url = f"{server.url}/photo.png?size=large"
+    (tmp_path / "list.txt").write_text(f"{url}\nhere.png\n")
+    Image.new("RGB", (40, 30)).save(tmp_path / "here.png")
+    for source in (url, tmp_path / "list.txt", [url]):
+        with pytest.raises(ValueError, match="photo.png.*: images come from a server only with urls=True"):
+            list(frames(source))
+    assert server.requests == 0
+    found = list(frames(tmp_path / "list.txt", urls=True))
+    assert [frame.name for frame in found] == [url, str(tmp_path / "here.png")] and server.requests == 0
+    assert to_rgb(found[0].image()).tolist() == torch.tensor([9, 8, 7])[:, None, None].expand(3, 30, 40).tolist()
+    assert [x.source for x in predict(tiny_detector, [url, url], urls=True)] == [url, url]
+
+
+@pytest.mark.parametrize(
+    ("path", "fault", "limits", "message"),
+    [
+        ("/nosuch.png", None, {}, "404"),
+        ("/photo.png", "refuse", {}, "403"),
+        ("/page.html", None, {}, "page.html: not an image"),
+        ("/half.png", None, {}, "half.png: cannot decode"),
+        ("/photo.png", "truncate", {}, "broke off"),
+        ("/photo.png", None, dict(MAX_URL_BYTES=20), "more than 20"),
+        ("/photo.png", "endless", dict(MAX_URL_BYTES=10_000), "goes on after 10000 bytes"),
+        ("/photo.png", "endless", dict(MAX_URL_SECONDS=0.2), "not here after 0.2 seconds"),
+        ("/photo.png", "ftp://127.0.0.1/photo.png", {}, "begins with http"),
+        ("/photo.png", "file:///etc/passwd", {}, "not allowed|begins with http"),
+    ],
+)
+def test_a_server_that_misbehaves(server, monkeypatch, tiny_detector, path, fault, limits, message):
+    """The image is left out, and the next one is read."""
+    server.faults[:] = [fault]
+    for name, value in limits.items():
+        monkeypatch.setattr(sources, name, value)
+    with pytest.raises(ValueError, match=message) as error:
+        predict(tiny_detector, server.url + path, urls=True)
+    assert server.url in str(error.value) or fault in str(error.value)
+    server.faults[:], errors = [fault], []
+    images = [server.url + path, np.zeros((8, 8, 3), np.uint8)]
+    found = predict(
+        tiny_detector, images, urls=True, workers=0, on_error=lambda frame, error: errors.append(frame.name)
+    )
+    assert len(found) == 1 and errors == [server.url + path]
+
+
+def test_redirects_of_images():
+    """They lead neither to an unencrypted address from an encrypted one, nor to the machine itself."""
+    redirects = web.Redirects(check_url)
+    for start, target, message in [
+        ("https://example.com/a.png", "http://example.com/a.png", "not https"),
+        ("http://example.com/a.png", "http://localhost/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "https://127.0.0.1/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "https:///a.png", "begins with http"),
+        ("http://example.com/a.png", "https://example.com/b.png", None),
+        ("http://example.com/a.png", "http://example.org/b.png", None),
+    ]:
+        call = redirects.redirect_request, (Request(start), None, 302, "", {}, target)
+        if message is None:
+            assert call[0](*call[1]).full_url == target
+        else:
+            with pytest.raises(ValueError, match=message):
+                call[0](*call[1])
