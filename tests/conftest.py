@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 from pathlib import Path
@@ -89,6 +90,18 @@ def tiny_detector() -> vovnet_zoo.FCOS:
         return vovnet_zoo.create_detector(
             "fcos_vovnet27_slim_fpn", num_classes=2, class_names=["cat", "dog"], channels=64, num_convs=1, min_size=64
         ).eval()
+
+
+@pytest.fixture(scope="session")
+def detector_folder(tiny_detector, tmp_path_factory) -> Path:
+    """Save a detector that sees a cat or a dog everywhere; no test may change the folder."""
+    model = copy.deepcopy(tiny_detector)
+    torch.nn.init.constant_(model.head.cls_logits.bias, 2.0)
+    torch.nn.init.constant_(model.head.centerness.bias, 2.0)
+    torch.nn.init.constant_(model.head.box_distances.bias, 1.0)
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

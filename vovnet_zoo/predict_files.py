@@ -158,8 +158,7 @@ class ResultFolder:
         config = model.config
         self.out, self.pictures, self.crops, self.labels = out, pictures, crops, labels
         class_names = config["class_names"] or [str(label) for label in range(config["num_classes"])]
-        taken: set[str] = set()
-        self.folders = [unique(re.sub(NO_PLACE_FOR, "_", name) or "_", taken) for name in class_names]
+        self.folders = folder_names(class_names)
         self.category_ids = default_category_ids(config["class_names"], config["num_classes"])
         self.video: Video | None = None
         self.writer: VideoWriter | None = None
@@ -271,6 +270,12 @@ class AppendedFile:
             self.file.seek(at)
             self.file.write(self.end)
             raise OSError(error.errno, error.strerror, self.name) from error
+
+
+def folder_names(class_names: Sequence[str]) -> list[str]:
+    """Choose a folder's name for each class, which no system refuses."""
+    taken: set[str] = set()
+    return [unique(re.sub(NO_PLACE_FOR, "_", name)[:100] or "_", taken) for name in class_names]
 
 
 def check_targets(

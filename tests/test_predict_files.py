@@ -1,0 +1,222 @@
+"""`vovnet-zoo predict` writes what it finds as it goes, in every format, and loses nothing of it."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import ROOT, run_python
+from PIL import Image
+from test_video import draw_video
+
+from vovnet_zoo import FCOS, predict, predict_files
+from vovnet_zoo.results import default_category_ids
+from vovnet_zoo.video import Video
+
+
+def start(*options, **settings) -> subprocess.Popen:
+    """Start the command in a process."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "vovnet_zoo.cli", "predict", *map(str, options)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, env=environment, **pipes, **settings)
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "detections.jsonl").read_text().splitlines()]
+
+
+def draw_images(folder, *names, size=(64, 48)):
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        Image.new("RGB", size, "gray").save(folder / name)
+    return folder
+
+
+def test_every_format(detector_folder, tmp_path):
+    """Of images, one of them from two folders, and of a video."""
+    images = [draw_images(tmp_path / "a", "x.png") / "x.png", draw_images(tmp_path / "b", "x.png", size=(50, 70))]
+    clip = draw_video(tmp_path / "clip.mp4", 12, size=(64, 48))
+    out, model = tmp_path / "out", FCOS.from_pretrained(detector_folder)
+    options = dict(score_threshold=0.5, max_detections=4, flip=True)
+    bad = predict_files.predict_files(
+        model, [*images, clip], out, pictures="png", crops=True, labels=True, coco=tmp_path / "coco.json", **options
+    )
+    assert bad == 0
+    found = predict(model, [*images, clip], **options)
+    rows, coco = lines(out), json.loads((tmp_path / "coco.json").read_text())
+    names = ["x", "x_2", *(f"clip/{i:06d}" for i in range(12))]
+    pictures = ["x.png", "x_2.png", *["clip.mp4"] * 12]
+    assert (out / "classes.txt").read_text() == "cat\ndog\n"
+    assert len(found) == len(rows) == 14 and sum(len(x["boxes"]) for x in found) == len(coco) > 20
+    for i, (row, wanted, name) in enumerate(zip(rows, found, names, strict=True)):
+        assert (row["image"], row["picture"], row["image_id"]) == (wanted.source, pictures[i], i + 1)
+        assert np.allclose(row["boxes"], wanted["boxes"]) and row["names"] == wanted.names
+        mine = [x for x in coco if x["image_id"] == i + 1]
+        assert [x["category_id"] - 1 for x in mine] == row["labels"] and np.allclose(
+            [x["score"] for x in mine], row["scores"]
+        )
+        labels = np.loadtxt(out / "labels" / f"{name}.txt", ndmin=2)
+        height, width = wanted.size
+        x, y, w, h = (labels[:, 1:] * [width, height, width, height]).T
+        boxes = np.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1)
+        assert labels[:, 0].tolist() == row["labels"] and np.abs(boxes - row["boxes"]).max() < 1e-3
+        for k, (box, label) in enumerate(zip(row["boxes"], row["names"], strict=True)):
+            crop = Image.open(out / "crops" / label / f"{name}_{k}.png")
+            assert abs(crop.width - (box[2] - box[0])) <= 2 and abs(crop.height - (box[3] - box[1])) <= 2
+    assert sum(1 for _ in out.glob("crops/**/*.png")) == len(coco)
+    drawn = list(Video(str(out / "clip.mp4")).read())
+    assert len(drawn) == 12 and drawn[0].shape == (288, 384, 3)  # enlarged, so that labels can be read
+    plain = next(Video(str(clip)).read()).repeat(6, 0).repeat(6, 1).astype(int)
+    assert np.abs(drawn[0] - plain).max() > 100 and (out / "x_2.png").is_file()
+
+
+def test_ids(detector_folder, tmp_path):
+    """Images whose names are numbers keep them, as COCO's do; COCO's classes have COCO's ids."""
+    images = draw_images(tmp_path / "images", "000000000139.jpg", "000000000285.jpg")
+    options = ["--model", detector_folder, "--save-pictures", "none", "--coco"]
+    assert start(images, "--out", tmp_path / "a", *options, tmp_path / "a.json").wait() == 0
+    assert {row["image_id"] for row in json.loads((tmp_path / "a.json").read_text())} == {139, 285}
+    assert [row["image_id"] for row in lines(tmp_path / "a")] == [139, 285]
+    assert (
+        predict_files.image_ids(["a/1.jpg", "b/1.jpg"]) is None and predict_files.image_ids(["1.jpg", "a.jpg"]) is None
+    )
+    from vovnet_zoo.detectors import coco_class_names
+
+    ids = default_category_ids(coco_class_names(), 80)
+    assert (ids[0], ids[11], ids[79], len(ids)) == (1, 13, 90, 80)
+    assert default_category_ids(["cat", "dog"], 2) == [1, 2] == default_category_ids(None, 2)
+
+
+def test_names_of_classes_that_are_no_names_of_folders():
+    names = ["a/b", "A:b", "..", "собака", "犬", "", "x" * 300]
+    assert predict_files.folder_names(names) == ["a_b", "A_b_2", "_", "собака", "犬", "__2", "x" * 100]
+
+
+@pytest.mark.parametrize("target", ["crops", "labels/clip", "clip.mp4", "coco.json", "classes.txt", "labels/x.txt"])
+def test_nothing_is_written_over(detector_folder, tmp_path, target):
+    """Old crops and labels never stay among new ones, and other files are replaced only with overwrite."""
+    image = draw_images(tmp_path / "in", "x.png")
+    clip = draw_video(tmp_path / "in" / "clip.mp4", 2)
+    file = tmp_path / "out" / target / "old" if target in ("crops", "labels/clip") else tmp_path / "out" / target
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    model = FCOS.from_pretrained(detector_folder)
+    options = dict(crops=True, labels=True, coco=tmp_path / "out" / "coco.json")
+    for overwrite in (False, True):
+        if overwrite and file.name != "old":
+            continue
+        with pytest.raises(ValueError, match="is there already|is not empty"):
+            predict_files.predict_files(model, [image, clip], tmp_path / "out", overwrite=overwrite, **options)
+        assert file.read_text() == "mine" and not (tmp_path / "out" / "detections.jsonl").exists()
+    with pytest.raises(ValueError, match="other results are written there"):
+        wrong = dict(options, coco=tmp_path / "new" / "detections.jsonl")
+        predict_files.predict_files(model, [image], tmp_path / "new", **wrong)
+
+
+def test_interrupted(detector_folder, tmp_path):
+    """By a real Ctrl-C in the middle of a video: all files are whole, and nothing found is lost."""
+    clip = draw_video(tmp_path / "clip.mp4", 3000, size=(64, 48))
+    out = tmp_path / "out"
+    process = start(clip, "--model", detector_folder, "--out", out, "--coco", tmp_path / "coco.json", "--labels")
+    end = time.monotonic() + 120
+    while not (out / "detections.jsonl").exists() or (out / "detections.jsonl").read_bytes().count(b"\n") < 20:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted; what was found until now is in" in errors
+    assert "Traceback" not in errors
+    rows, coco = lines(out), json.loads((tmp_path / "coco.json").read_text())
+    assert 20 <= len(rows) < 3000 and f"{len(rows)} images and frames of 1 sources" in printed
+    assert printed.count("detections\n") in (len(rows), len(rows) - 1)
+    written = {row["image_id"] for row in coco}
+    assert set(range(1, len(rows) + 1)) <= written <= set(range(1, len(rows) + 2))
+    frames = len(list(Video(str(out / "clip.mp4")).read()))
+    assert len(rows) <= frames <= len(rows) + 1 and len(list(out.glob("labels/clip/*.txt"))) >= len(rows)
+
+
+def test_a_full_disk(detector_folder, tmp_path):
+    """A limit on the size of files stands for it; the lines and rows that fitted are whole."""
+    clip = draw_video(tmp_path / "clip.mp4", 200, size=(64, 48))
+    limit = 60_000
+    options = ["--model", detector_folder, "--save-pictures", "none", "--coco", tmp_path / "coco.json"]
+    process = start(
+        clip, "--out", tmp_path / "out", *options,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and "File too large" in errors and "Traceback" not in errors
+    assert "coco.json" in errors or "detections.jsonl" in errors
+    rows = lines(tmp_path / "out")
+    ids = {row["image_id"] for row in json.loads((tmp_path / "coco.json").read_text())}
+    assert 0 < len(rows) < 200 and set(range(1, len(rows) + 1)) <= ids <= set(range(1, len(rows) + 2))
+
+
+@pytest.mark.parametrize("options", [["--out", "/proc/here"], ["--out", "OUT", "--coco", "/proc/coco.json"]], ids=str)
+def test_a_place_that_cannot_be_written(detector_folder, tmp_path, options):
+    """Nobody, root neither, can write there; it is one line."""
+    if not Path("/proc/self").exists():
+        pytest.skip("Linux has /proc")
+    image = draw_images(tmp_path / "in", "x.png")
+    process = start(image, "--model", detector_folder, *(str(x).replace("OUT", str(tmp_path / "out")) for x in options))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and len(errors.splitlines()) == 1 and errors.startswith("vovnet-zoo: /proc/")
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from vovnet_zoo import FCOS, predict_files
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+def run(images, out, **options):
+    return predict_files.predict_files(model, [images], Path(out), labels=True, **options)
+model = FCOS.from_pretrained(sys.argv[1])
+run(Path(sys.argv[2]), sys.argv[4] + "/small", **OPTIONS)
+before = peak()
+bad = run(Path(sys.argv[3]), sys.argv[4] + "/large", **OPTIONS)
+print("grown", peak() - before, "bad", bad)
+"""
+
+
+def grown(options: str, *arguments) -> tuple[float, int]:
+    """Measure in a process how many MiB the peak of memory grows from a short to a long source."""
+    code = f"import sys; sys.argv = {['-c', *map(str, arguments)]!r}\n" + MEMORY.replace("**OPTIONS", options)
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    _, mib, _, bad = result.stdout.splitlines()[-1].split()
+    return float(mib), int(bad)
+
+
+def test_a_folder_of_1000(detector_folder, tmp_path):
+    """Three of them are bad; 1,000 images of 0.75 MiB are not kept in memory."""
+    few, many = draw_images(tmp_path / "few", "a.jpg", size=(512, 512)), tmp_path / "many"
+    many.mkdir()
+    for i in range(20):
+        os.link(few / "a.jpg", few / f"{i}.jpg")
+    for i in range(1000):
+        os.link(few / "a.jpg", many / f"{i:04d}.jpg")
+    for i in (0, 500, 999):
+        (many / f"{i:04d}.jpg").unlink()
+        (many / f"{i:04d}.jpg").write_bytes(b"bad")
+    mib, bad = grown("batch_size=8, pictures='none', max_detections=5", detector_folder, few, many, tmp_path)
+    rows = lines(tmp_path / "large")
+    assert bad == 3 and len(rows) == 997 and len(list((tmp_path / "large" / "labels").iterdir())) == 997
+    assert [row["image"] for row in rows] == [str(many / f"{i:04d}.jpg") for i in range(1000) if i not in (0, 500, 999)]
+    assert mib < 60
+
+
+def test_a_video_of_300_frames(detector_folder, tmp_path):
+    """With a video of the pictures; 300 frames of 0.9 MiB are not kept in memory."""
+    few = draw_video(tmp_path / "few.mp4", 40, size=(640, 480))
+    many = draw_video(tmp_path / "many.mp4", 300, size=(640, 480))
+    mib, bad = grown("batch_size=4, max_detections=5", detector_folder, few, many, tmp_path)
+    assert bad == 0 and len(lines(tmp_path / "large")) == 300
+    assert len(list(Video(str(tmp_path / "large" / "many.mp4")).read())) == 300
+    assert mib < 80
