@@ -11,6 +11,7 @@ import json
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,11 +169,15 @@ def run_predict(command: Predict) -> None:
     texts = (text for text in command.images if not (is_url(text) or glob.has_magic(text) or text.isdecimal()))
     refuse_missing(*map(Path, texts))
     refuse_model(command.model)
+    from PIL import Image
+
     from . import inference
     from .detectors import create_detector
     from .fcos import FCOS
     from .predict_files import predict_files
 
+    # a user's own photo may have 100 megapixels; Pillow refuses twice its limit, about 179 megapixels, all the same
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     device = find_device(command.device)
     if command.model.split(".")[0] in ledger.DETECTORS and not Path(command.model).is_dir():
         model = create_detector(command.model, pretrained=True)

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
-from torchvision.utils import draw_bounding_boxes
 
 from .arguments import check_kind, check_number, check_tensor
 from .sources import ImageLike, to_rgb
@@ -83,13 +83,15 @@ def draw_detections(
     # Enlarge by whole pixels, so that the picture shows what the network saw.
     pixels = to_rgb(image).cpu()
     times = enlarge or max(1, round(READABLE / max(pixels.shape[-2:])))
-    pixels = pixels.repeat_interleave(times, dim=-2).repeat_interleave(times, dim=-1)  # [3,H,W]
-    boxes, side = boxes[order] * times, min(pixels.shape[-2:])
-
-    if order:
-        pixels = draw_bounding_boxes(pixels, boxes, colors=colours, width=max(1, round(side / 250)))
     picture = to_pil_image(pixels)
+    if times > 1:
+        picture = picture.resize((times * picture.width, times * picture.height), Image.Resampling.NEAREST)
+    boxes, side = boxes[order] * times, min(picture.size)
+
     canvas, size = ImageDraw.Draw(picture), max(10, side / 45)
+    # as torchvision's draw_bounding_boxes does, but that copies the image several times, and it may have 100 megapixels
+    for box, colour in zip(boxes.to(torch.int64).tolist(), colours, strict=True):
+        canvas.rectangle(box, outline=colour, width=max(1, round(side / 250)))
     fonts = [_font(_font_of(text), size) for text in texts]
     margin = max(1, round(size / 10))
     extents = [canvas.textbbox((0, 0), text, font=font)[2:] for text, font in zip(texts, fonts, strict=True)]

@@ -118,7 +118,8 @@ def pil_to_rgb(image: Image.Image, name: str | Path = "") -> Tensor:
     """
     name = name or getattr(image, "filename", "") or "a Pillow image"
     deep = image.mode.startswith("I") or any(";16" in str(tile) for tile in getattr(image, "tile", ()))
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)  # which copies an upright image too
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined range, convert it to 8 bit")
     if image.mode.startswith("I"):  # Pillow would clip 16 bits to 8
@@ -128,7 +129,7 @@ def pil_to_rgb(image: Image.Image, name: str | Path = "") -> Tensor:
         dark = 0 < grey.max() < 4096
         pixels = torch.from_numpy((grey >> 8).astype(np.uint8)).repeat(3, 1, 1)
     else:
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        pixels = _rgb(image)
         dark = deep and 0 < pixels.max() < 16
     if dark:
         warnings.warn(
@@ -138,6 +139,15 @@ def pil_to_rgb(image: Image.Image, name: str | Path = "") -> Tensor:
             stacklevel=2,
         )
     return pixels
+
+
+def _rgb(image: Image.Image, rows: int = 1024) -> Tensor:
+    """Copy the pixels of an image, uint8 [3,H,W], some rows at a time: at once, Pillow takes 4 copies of the image."""
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for y in range(0, image.height, rows):
+        strip = image.crop((0, y, image.width, min(y + rows, image.height))) if image.height > rows else image
+        pixels[y : y + rows] = np.asarray(strip.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _jpeg_ends(data: bytes) -> bool:
