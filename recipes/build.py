@@ -13,8 +13,9 @@ from presets import TrainConfig
 from quickstart_data import make_shapes
 from runtime import barrier, ignore_stop_signals
 from vovnet_zoo import FCOS, create_detector
-from vovnet_zoo.config import VARIANTS, DetectorConfig, DetectorOptions
+from vovnet_zoo.config import VARIANTS, DetectorConfig, DetectorOptions, Resize
 from vovnet_zoo.data import CocoDataset, TrainSampler, collate, find_split, train_transforms
+from vovnet_zoo.detectors import load_detector
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import has_amx, use_winograd
 
@@ -27,7 +28,7 @@ def load_start(config: TrainConfig) -> FCOS | None:
     """
     if config.init is None:
         return None
-    start = FCOS.from_pretrained(config.init)
+    start = load_detector(config.init)
     config_of_start: dict[str, Any] = {**start.config}
     wanted: dict[str, Any] = {**VARIANTS[config.variant]} if config.variant else {}
     wanted.pop("frozen_norm", None)  # an option of its own
@@ -39,10 +40,12 @@ def load_start(config: TrainConfig) -> FCOS | None:
     return start
 
 
-def build_datasets(config: TrainConfig, plus_one: bool, rank: int, world_size: int) -> tuple[CocoDataset, CocoDataset]:
+def build_datasets(
+    config: TrainConfig, plus_one: bool, resize: Resize, rank: int, world_size: int
+) -> tuple[CocoDataset, CocoDataset]:
     """Open the training and the validation set; `ValueError` where they do not fit each other or the configuration.
 
-    Boxes follow the published pixel convention with `plus_one`.
+    Boxes follow the published pixel convention with `plus_one`, and images are resized by the rule `resize`.
     """
     if config.draw_shapes:
         if rank == 0:
@@ -51,7 +54,12 @@ def build_datasets(config: TrainConfig, plus_one: bool, rank: int, world_size: i
     train_set = CocoDataset(
         *find_split(config.data, "train"),
         transforms=train_transforms(
-            config.min_size, config.max_size, config.augment, scale=config.zoom, plus_one=plus_one
+            config.min_size,
+            config.max_size,
+            config.augment,
+            scale=config.zoom,
+            plus_one=plus_one,
+            resize=resize,
         ),
         drop_empty=config.drop_empty,
         plus_one=plus_one,
@@ -78,7 +86,11 @@ def check_config(config: TrainConfig, train_set: CocoDataset, val_set: CocoDatas
 
 
 def build_model(
-    config: TrainConfig, class_names: list[str], start: FCOS | None, saved: DetectorConfig | None = None
+    config: TrainConfig,
+    class_names: list[str],
+    category_ids: list[int],
+    start: FCOS | None,
+    saved: DetectorConfig | None = None,
 ) -> FCOS:
     """Create the detector that is to learn these classes: a new one, or one that begins with the weights of `start`.
 
@@ -87,7 +99,11 @@ def build_model(
     """
     num_classes = len(class_names)
     options: DetectorOptions = dict(
-        class_names=class_names, min_size=config.test_size, max_size=config.max_size, thresholds=None
+        class_names=class_names,
+        category_ids=category_ids,
+        min_size=config.test_size,
+        max_size=config.max_size,
+        thresholds=None,
     )
     if saved is not None:
         return FCOS(**{**saved, "num_classes": num_classes, **options})

@@ -19,6 +19,7 @@ from scoring import score_dataset
 from vovnet_zoo import FCOS
 from vovnet_zoo.coco_eval import format_table, load_engine
 from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.detectors import load_detector
 from vovnet_zoo.inference import Precision
 
 
@@ -27,7 +28,7 @@ class EvalConfig:
     """The settings of an evaluation."""
 
     model: str
-    """Folder or Hub name of a detector."""
+    """Folder, Hub name or name of list_detectors(pretrained=True) of a detector."""
     data: Path
     """COCO-format dataset: annotations/instances_{split}*.json beside the image folders."""
     split: str = "val"
@@ -55,7 +56,7 @@ def main(config: EvalConfig) -> dict | None:
     with process_group(config.device) as (rank, world_size, device):
         if rank == 0 and config.out is not None:
             check_out(config.out)  # so is a place that cannot be written
-        model = FCOS.from_pretrained(config.model).to(device)
+        model = load_detector(config.model).to(device)
         if config.size is not None:
             model.config["min_size"] = config.size
         dataset = CocoDataset(*find_split(config.data, config.split))

@@ -30,14 +30,15 @@ class TrainConfig:
     backbone: str | None = None
     """Any timm model with feature maps at strides 8, 16, 32; use it with --model fcos."""
     variant: VariantName | None = None
-    """Conventions of data, model, loss and evaluation: "improved" (the default), or "published" for the conventions of
-    the 2019 detectors. With --init the detector keeps its own conventions."""
+    """Conventions of data, model, loss and evaluation: "improved" (the default), "published" for the conventions of
+    the 2019 detectors, or "torchvision". With --init the detector keeps its own conventions."""
     channels: int = 256
     """Channels of FPN and head."""
     num_convs: int = 4
     """Convolutions in each of the head's towers."""
     init: str | None = None
-    """Start from this detector (folder or Hub name); its head is kept if it has as many classes."""
+    """Start from this detector (folder, Hub name or a name of list_detectors(pretrained=True)); its head is kept if
+    it has the same classes."""
     pretrained_backbone: bool = False
     """Start from the backbone's ImageNet weights, through timm."""
     frozen_norm: bool = False

@@ -16,7 +16,7 @@ from presets import TrainConfig
 from run_folder import describe_run, load_checkpoint, refuse_changes, save_checkpoint
 from runtime import broadcast_weights, log
 from vovnet_zoo import FCOS, FCOSLoss
-from vovnet_zoo.config import DEFAULT_VARIANT, VARIANTS
+from vovnet_zoo.config import DEFAULT_VARIANT, DEFAULTS, VARIANTS
 from vovnet_zoo.data import CocoDataset
 
 
@@ -73,12 +73,13 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     known = saved.get("config") if saved else None  # checkpoints of version 0.2 and before do not hold it
     torch.manual_seed(config.seed)
     start = None if known else load_start(config)
-    plus_one = (known or (start.config if start else VARIANTS[config.variant or DEFAULT_VARIANT]))["plus_one"]
-    train_set, val_set = build_datasets(config, plus_one, rank, world_size)
+    conventions = known or (start.config if start else VARIANTS[config.variant or DEFAULT_VARIANT])
+    plus_one, resize = conventions["plus_one"], conventions.get("resize", DEFAULTS["resize"])
+    train_set, val_set = build_datasets(config, plus_one, resize, rank, world_size)
     identity = describe_run(config, train_set, val_set)
     changed = refuse_changes(saved["run"], identity, config) if saved else []
-    model = build_model(config, train_set.class_names, start, known)
-    assert model.config["plus_one"] == plus_one
+    model = build_model(config, train_set.class_names, train_set.category_ids, start, known)
+    assert (model.config["plus_one"], model.config["resize"]) == (plus_one, resize)
     prepare_for_training(model, config, device)
     log.info("%d images, %d classes: %s", len(train_set), len(train_set.class_names), ", ".join(train_set.class_names))
     run = Run(

@@ -26,7 +26,7 @@ LAYERS = [
     {"__init__", "check_data", "cli", "coco_eval"},  # check_data and coco_eval are former paths of moved modules
 ]
 ONLY = {  # rooms that may import even less
-    "data": {"files"},
+    "data": {"config", "files"},
     "hub": {"files"},
     "nms": {"kernels"},
     "fcos": {"backbone", "config", "hub"},

@@ -14,8 +14,7 @@ import tyro
 
 from . import hub, inference, publish
 from .data import check
-from .detectors import DETECTORS, create_detector
-from .fcos import FCOS
+from .detectors import load_detector
 from .files import read_json
 from .predict_files import Pictures, predict_files
 
@@ -73,7 +72,7 @@ class Convert:
     """Convert a published checkpoint (.pth) to safetensors, a configuration and a model card, and verify it."""
 
     file: tyro.conf.Positional[Path]
-    """A detector, classifier or VoVNetV2 body of the authors, or a classifier of pytorchcv, also in a zip."""
+    """A detector, classifier or VoVNetV2 body of the authors, torchvision's FCOS, or pytorchcv's classifier; also in a zip."""
     out: tyro.conf.Positional[Path]
     """Folder to make."""
     part: Literal["all", "backbone"] = "all"
@@ -130,11 +129,7 @@ def main() -> None:
 def run_predict(command: Predict) -> None:
     if missing := [str(path) for path in command.images if not (path.exists() or glob.has_magic(str(path)))]:
         raise ValueError(f"no such file or folder: {', '.join(missing)}")
-    if command.model.split(".")[0] in DETECTORS and not Path(command.model).is_dir():
-        model = create_detector(command.model, pretrained=True)
-    else:
-        model = FCOS.from_pretrained(command.model)
-    model.to(command.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_detector(command.model).to(command.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: inference.PredictOptions = dict(
         recursive=command.recursive,
         batch_size=command.batch_size,

@@ -1,25 +1,68 @@
-"""A detector has these settings, and the table of variants says what "improved" and "published" mean."""
+"""A detector has these settings, and the table of variants says what "improved", "published" and "torchvision" mean."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NamedTuple, NotRequired, TypedDict
 
-VariantName = Literal["improved", "published"]
+from torch import Tensor
+
+VariantName = Literal["improved", "published", "torchvision"]
 Distance = Literal["relu", "exp"]
 CenternessOn = Literal["box", "cls"]
 BoxLoss = Literal["giou", "iou"]
+Matching = Literal["paper", "torchvision"]
+Points = Literal["center", "corner"]
+Resize = Literal["antialias", "torchvision"]
+
+
+class Thresholds(NamedTuple):
+    """These numbers decide which predictions become detections (arXiv 1904.01355, section 4)."""
+
+    score_threshold: float | Tensor = 0.0
+    """A detection is returned if its score is at least this: one number, or a tensor [K] of one for each class."""
+    candidate_threshold: float = 0.05
+    """A class at a location is a candidate if its probability, without centerness, is higher."""
+    nms_threshold: float = 0.6
+    """A box is dropped if its IoU with a better box of its class is higher."""
+    topk: int = 1000
+    """Candidates kept per level and image, the best by class probability times centerness."""
+    max_detections: int = 100
+    """Detections kept per image."""
+
+
+THRESHOLDS = Thresholds()
+
+
+class ThresholdOptions(TypedDict, total=False):
+    """These options of `predict`, `postprocess` and `compile_detector` are the fields of `Thresholds`.
+
+    `predict` and `compile_detector` know the model, so there `score_threshold` can also map class names to numbers.
+    """
+
+    score_threshold: float | Mapping[str, float] | Tensor
+    candidate_threshold: float
+    nms_threshold: float
+    topk: int
+    max_detections: int
 
 
 class Variant(TypedDict):
-    """A variant consists of these arguments of `FCOS`; those from `plus_one` on are also arguments of `FCOSLoss`."""
+    """A variant consists of these arguments of `FCOS`; `LossOptions` names the ones that `FCOSLoss` has too."""
 
     distance: Distance
     centerness_on: CenternessOn
     frozen_norm: NotRequired[bool]
+    points: Points
+    resize: Resize
+    keep_empty: bool
+    candidate_threshold: NotRequired[float]
+    score_threshold: NotRequired[float]
     plus_one: bool
     center_radius: float | None
+    matching: Matching
     box_loss: BoxLoss
+    weigh_boxes: bool
     add_images: bool
 
 
@@ -28,9 +71,14 @@ VARIANTS: dict[VariantName, Variant] = {
     "improved": dict(
         distance="relu",
         centerness_on="box",
+        points="center",
+        resize="antialias",
+        keep_empty=False,
         plus_one=False,
         center_radius=1.5,
+        matching="paper",
         box_loss="giou",
+        weigh_boxes=True,
         add_images=False,
     ),
     # the detectors that were published in 2019 (arXiv 1904.01355)
@@ -38,10 +86,32 @@ VARIANTS: dict[VariantName, Variant] = {
         distance="exp",
         centerness_on="cls",
         frozen_norm=True,
+        points="center",
+        resize="antialias",
+        keep_empty=False,
         plus_one=True,
         center_radius=None,
+        matching="paper",
         box_loss="iou",
+        weigh_boxes=True,
         add_images=True,
+    ),
+    # torchvision.models.detection.fcos_resnet50_fpn
+    "torchvision": dict(
+        distance="relu",
+        centerness_on="box",
+        frozen_norm=True,
+        points="corner",
+        resize="torchvision",
+        keep_empty=True,
+        candidate_threshold=0.0,
+        score_threshold=0.2,
+        plus_one=False,
+        center_radius=1.5,
+        matching="torchvision",
+        box_loss="giou",
+        weigh_boxes=False,
+        add_images=False,
     ),
 }
 DEFAULT_VARIANT: VariantName = "improved"
@@ -53,7 +123,9 @@ class LossOptions(TypedDict, total=False):
 
     plus_one: bool
     center_radius: float | None
+    matching: Matching
     box_loss: BoxLoss
+    weigh_boxes: bool
     add_images: bool
 
 
@@ -63,6 +135,8 @@ class DetectorOptions(TypedDict, total=False):
     add_images: bool
     backbone: str
     box_loss: BoxLoss
+    candidate_threshold: float
+    category_ids: Sequence[int] | None
     center_radius: float | None
     centerness_on: CenternessOn
     channels: int
@@ -71,12 +145,21 @@ class DetectorOptions(TypedDict, total=False):
     frozen_norm: bool
     image_mean: Sequence[float] | None
     image_std: Sequence[float] | None
+    keep_empty: bool
+    matching: Matching
+    max_detections: int
     max_size: int
     min_size: int
+    nms_threshold: float
     num_convs: int
     plus_one: bool
+    points: Points
     prior: float
+    resize: Resize
+    score_threshold: float
     thresholds: Mapping[str, float] | None
+    topk: int
+    weigh_boxes: bool
 
 
 class DetectorConfig(TypedDict):
@@ -85,6 +168,7 @@ class DetectorConfig(TypedDict):
     backbone: str
     num_classes: int
     class_names: list[str] | None
+    category_ids: list[int] | None
     channels: int
     num_convs: int
     distance: Distance
@@ -96,7 +180,17 @@ class DetectorConfig(TypedDict):
     min_size: int
     max_size: int
     thresholds: dict[str, float] | None
+    resize: Resize
+    points: Points
     plus_one: bool
+    keep_empty: bool
+    candidate_threshold: float
+    score_threshold: float
+    nms_threshold: float
+    topk: int
+    max_detections: int
     center_radius: float | None
+    matching: Matching
     box_loss: BoxLoss
+    weigh_boxes: bool
     add_images: bool

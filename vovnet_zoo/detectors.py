@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Unpack
 
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
@@ -11,11 +12,12 @@ from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 from . import hub, vovnet
 from .backbone import create_backbone
 from .config import DEFAULT_VARIANT, VARIANTS, DetectorOptions, VariantName
-from .convert import BGR_MEAN, Converted, Layout, convert
+from .convert import BGR_MEAN, COCO_IDS, Converted, Layout, convert
 from .fcos import FCOS
 from .weights import Weights, available, fetch, find, read_checkpoint
 
 NUM_CLASSES = 80  # as COCO has
+VARIANT_OF: dict[str, VariantName] = {"authors_detector": "published", "torchvision_detector": "torchvision"}
 
 DETECTORS = {
     "fcos_resnet50_fpn": dict(backbone="resnet50"),
@@ -57,6 +59,14 @@ def _authors(file: str, ap: str) -> Weights:
 
 # The published schedules are 1x, 90,000 iterations; 2x, twice as many; ms, with the shorter side drawn from 640..800.
 WEIGHTS = {
+    "fcos_resnet50_fpn.tv_coco": Weights(
+        "url",
+        "https://download.pytorch.org/models/fcos_resnet50_fpn_coco-99b0c9b7.pth",
+        sha256="99b0c9b7cfb1527d782db86b91d207f00547c792fb4103fc612b651d0a07b9e7",
+        license="bsd-3-clause",
+        score="COCO val2017 AP 39.2 (torchvision)",
+        size=(800, 1333),
+    ),
     "fcos_resnet50_fpn.fcos_1x_coco": Weights("unpublished"),
     "fcos_resnet101_fpn.fcos_2x_ms_coco": Weights("unpublished"),
     "fcos_resnext101_32x8d_fpn.fcos_2x_ms_coco": Weights("unpublished"),
@@ -90,8 +100,8 @@ def create_detector(
         pretrained: load the detector's trained weights, with the settings they were trained with.
         pretrained_backbone: load the backbone's ImageNet weights through timm: the weights of `STARTS`, or where that
             table has none the weights that timm chooses. `config` gets the mean and std that they were trained with.
-        variant: "improved" or "published", see `VARIANTS`; None is "improved", or with `pretrained` whatever the
-            weights are.
+        variant: "improved", "published" or "torchvision", see `VARIANTS`; None is "improved", or with `pretrained`
+            whatever the weights are.
         num_classes: foreground classes; None is 80, or with `pretrained` the number that the weights have.
         kwargs: further arguments of `FCOS`, see `DetectorOptions`; they win over the arguments of the variant.
 
@@ -131,6 +141,18 @@ def create_detector(
     return model
 
 
+def load_detector(source: str) -> FCOS:
+    """Load a trained detector: from a folder, from the Hub ("organisation/name"), or of the table ("name.tag").
+
+    Raises:
+        ValueError: see `FCOS.from_pretrained` and `create_detector`.
+        OSError: see there.
+    """
+    if source.split(".")[0] in DETECTORS and not Path(source).is_dir():
+        return create_detector(source, pretrained=True)
+    return FCOS.from_pretrained(source)
+
+
 def list_detectors(*, pretrained: bool = False) -> list[str]:
     """List the names of the detectors or, with `pretrained`, each `name.tag` whose weights can be downloaded."""
     return sorted(key for key in WEIGHTS if available(key, WEIGHTS)) if pretrained else sorted(DETECTORS)
@@ -138,9 +160,10 @@ def list_detectors(*, pretrained: bool = False) -> list[str]:
 
 def build_converted(converted: Converted, **kwargs: Unpack[DetectorOptions]) -> FCOS:
     """Build the detector of a published checkpoint, with its weights loaded; `kwargs` are arguments of `FCOS`."""
-    names = coco_class_names()
-    class_names = names if len(names) == converted.config["num_classes"] else None
-    model = FCOS(**{**VARIANTS["published"], "class_names": class_names, **converted.config, **kwargs})
+    known: dict[str, Any] = {**VARIANTS[VARIANT_OF[converted.form]], **converted.config}
+    if known.get("category_ids") == COCO_IDS or (converted.form == "authors_detector" and known["num_classes"] == 80):
+        known |= {"class_names": coco_class_names(), "category_ids": COCO_IDS}
+    model = FCOS(**{**known, **kwargs})
     hub.load_strict(model, converted.state_dict, "the checkpoint")
     return model.eval()
 
@@ -152,15 +175,17 @@ def archs() -> dict[str, Layout]:
 
 def coco_class_names() -> list[str]:
     """List COCO's 80 classes in the order of their ids; torchvision lists them among 91 places."""
-    return [x for x in FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if x not in ("__background__", "N/A")]
+    names = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return [names[i] for i in COCO_IDS]
 
 
 def _load(name: str, variant: VariantName | None, num_classes: int | None, kwargs: DetectorOptions) -> FCOS:
     key, repo_id = find(name, WEIGHTS, HOW_TO_MAKE)
     if repo_id is None:
-        converted = convert(read_checkpoint(fetch(WEIGHTS[key].url, WEIGHTS[key].sha1)), archs())
+        row = WEIGHTS[key]
+        converted = convert(read_checkpoint(fetch(row.url, row.sha1, sha256=row.sha256)), archs())
         if not converted.config:
-            raise ValueError(f"{WEIGHTS[key].url} holds {converted.form}, not a detector")
+            raise ValueError(f"{row.url} holds {converted.form}, not a detector")
         model = build_converted(converted, **kwargs)
     else:
         model = FCOS.from_pretrained(repo_id, **kwargs)

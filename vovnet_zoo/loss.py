@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
-from .config import DEFAULT_VARIANT, DEFAULTS, VARIANTS, LossOptions, VariantName
+from .config import DEFAULT_VARIANT, DEFAULTS, VARIANTS, LossOptions, Matching, VariantName
 from .fcos import FCOS, Predictions
 
 
@@ -17,12 +17,15 @@ class FCOSLoss(nn.Module):
     """The loss has three parts: focal loss of classes, IoU loss of boxes weighted by centerness, and centerness loss.
 
     Args:
-        variant: "improved" (arXiv 2006.09214) or "published" (the 2019 detectors, arXiv 1904.01355), a key of
-            `VARIANTS`; it sets the defaults of the next four arguments.
+        variant: "improved" (arXiv 2006.09214), "published" (the 2019 detectors, arXiv 1904.01355) or "torchvision", a
+            key of `VARIANTS`; it sets the defaults of the next six arguments.
         center_radius: only locations within this many strides of a box's centre learn the box; None lets all locations
             inside the box learn it.
+        matching: how a location's box is chosen, see `assign_targets`.
         box_loss: "giou" (arXiv 1902.09630) or "iou": `-log((intersection + 1) / (union + 1))`.
         plus_one: areas of boxes count pixels, `(w + 1) * (h + 1)`, when the smallest box is chosen.
+        weigh_boxes: the box loss of a location has its centerness as weight, and the sum is divided by the sum of these
+            weights instead of the number of positives.
         add_images: the classification loss is divided by positives + images instead of positives.
         alpha, gamma: parameters of the focal loss (arXiv 1708.02002).
     """
@@ -43,11 +46,15 @@ class FCOSLoss(nn.Module):
         default = VARIANTS[variant]
         self.center_radius = overrides.get("center_radius", default["center_radius"])
         self.plus_one = overrides.get("plus_one", default["plus_one"])
+        self.matching = overrides.get("matching", default["matching"])
         self.box_loss = overrides.get("box_loss", default["box_loss"])
+        self.weigh_boxes = overrides.get("weigh_boxes", default["weigh_boxes"])
         self.add_images = overrides.get("add_images", default["add_images"])
         self.alpha, self.gamma = alpha, gamma
         if self.box_loss not in ("giou", "iou"):
             raise ValueError(f"box_loss={self.box_loss!r}: 'giou' or 'iou'")
+        if self.matching not in ("paper", "torchvision"):
+            raise ValueError(f"matching={self.matching!r}: 'paper' or 'torchvision'")
 
     @classmethod
     def of(cls, model: FCOS) -> FCOSLoss:
@@ -56,7 +63,9 @@ class FCOSLoss(nn.Module):
         return cls(
             plus_one=config["plus_one"],
             center_radius=config["center_radius"],
+            matching=config["matching"],
             box_loss=config["box_loss"],
+            weigh_boxes=config["weigh_boxes"],
             add_images=config["add_images"],
         )
 
@@ -103,7 +112,7 @@ class FCOSLoss(nn.Module):
         distances = torch.where(positive[..., None], distances, 1.0)
         wanted = torch.where(positive[..., None], targets.distances, 1.0)
         box_losses = giou_loss(distances, wanted) if self.box_loss == "giou" else iou_loss(distances, wanted)  # [B,P]
-        loss_box = (box_losses * targets.centerness).sum() / box_norm
+        loss_box = (box_losses * (targets.centerness if self.weigh_boxes else positive)).sum() / box_norm
 
         ctr_losses = F.binary_cross_entropy_with_logits(centerness, targets.centerness, reduction="none")  # [B,P]
         loss_ctr = (ctr_losses * positive).sum() / ctr_norm
@@ -111,17 +120,26 @@ class FCOSLoss(nn.Module):
 
     def assign(self, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor) -> Targets:
         """Call `assign_targets` with the options of this loss."""
-        return assign_targets(points, strides, boxes, labels, center_radius=self.center_radius, plus_one=self.plus_one)
+        return assign_targets(
+            points,
+            strides,
+            boxes,
+            labels,
+            center_radius=self.center_radius,
+            plus_one=self.plus_one,
+            matching=self.matching,
+        )
 
     def normalizers(self, targets: Targets) -> Tensor:
         """Count the divisors [3] of the three losses, which add up over the parts of a batch.
 
         They are the number of positives (with `add_images` plus the number of images), the sum of the centerness
-        targets, and the number of positives.
+        targets (without `weigh_boxes` the number of positives), and the number of positives.
         """
         num_positive = (targets.labels >= 0).sum().to(targets.centerness.dtype)
         num_images = targets.labels.shape[0] if self.add_images else 0
-        return torch.stack([num_positive + num_images, targets.centerness.sum(), num_positive])
+        weights = targets.centerness.sum() if self.weigh_boxes else num_positive
+        return torch.stack([num_positive + num_images, weights, num_positive])
 
 
 class Targets(NamedTuple):
@@ -140,6 +158,7 @@ def assign_targets(
     *,
     center_radius: float | None = DEFAULTS["center_radius"],
     plus_one: bool = DEFAULTS["plus_one"],
+    matching: Matching = DEFAULTS["matching"],
 ) -> Targets:
     """Give each location the smallest of the boxes that have the size of its level and that it lies strictly inside of.
 
@@ -155,6 +174,9 @@ def assign_targets(
         center_radius: the location must also lie within `center_radius * stride` of the box's centre in x and in y
             (arXiv 2006.09214); None switches this off.
         plus_one: areas are `(w + 1) * (h + 1)`.
+        matching: "paper", or "torchvision": 4s and 8s are excluded, so that a box whose furthest side is exactly 64
+            pixels away has the size of neither level, and areas are compared as `1e8 - area` in the dtype of the boxes,
+            so that in float32 the first of several boxes wins whose areas differ by less than about 8 square pixels.
     """
     if boxes.ndim != 3 or boxes.shape[-1] != 4 or labels.shape != boxes.shape[:2]:
         raise ValueError(f"boxes must be [B,M,4] and labels [B,M], got {list(boxes.shape)} and {list(labels.shape)}")
@@ -172,9 +194,15 @@ def assign_targets(
     furthest = torch.maximum(torch.maximum(left, right), torch.maximum(top, bottom))  # [B,P,M]
     low = torch.where(strides == strides.amin(), 0.0, 4 * strides)[:, None]  # [P,1]
     high = torch.where(strides == strides.amax(), torch.inf, 8 * strides)[:, None]
-    candidate = inside & (furthest >= low) & (furthest <= high) & (labels[:, None] >= 0)  # [B,P,M]
+    if matching == "torchvision":
+        fits = (furthest > low) & (furthest < high)  # [B,P,M]
+    else:
+        fits = (furthest >= low) & (furthest <= high)
+    candidate = inside & fits & (labels[:, None] >= 0)  # [B,P,M]
 
     area = (x2 - x1 + plus_one) * (y2 - y1 + plus_one)  # [B,1,M]
+    if matching == "torchvision":
+        area = -(1e8 - area)  # rounded as there
     smallest = torch.where(candidate, area, torch.inf).argmin(-1)  # [B,P], the first among equals
     positive = candidate.gather(-1, smallest[..., None]).squeeze(-1)  # [B,P]
 

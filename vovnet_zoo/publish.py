@@ -109,16 +109,16 @@ def convert_file(file: str | Path, out: str | Path, *, part: str = "all", overwr
     free_to_write([out / hub.CONFIG, out / hub.WEIGHTS], [file], overwrite)
     with unwrapped(file, str(file)) as checkpoint_file:
         checkpoint = read_checkpoint(checkpoint_file, str(file))
-        sha1, sha256 = hash_file(checkpoint_file, "sha1"), hash_file(checkpoint_file)
+        hashes = [hash_file(checkpoint_file, "sha1"), hash_file(checkpoint_file)]
     try:
         converted = convert(checkpoint, detectors.archs(), part)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    source = {"converted_from": f"{file.name}, {FORMS[converted.form]}, sha256 {sha256}"}
+    source = {"converted_from": f"{file.name}, {FORMS[converted.form]}, sha256 {hashes[1]}"}
     if converted.left_out:
         source["left_out"] = f"{len(converted.left_out)} tensors beside the backbone"
-    for name, weights in vovnet.WEIGHTS.items():
-        if weights.sha1 == sha1:
+    for name, weights in {**vovnet.WEIGHTS, **detectors.WEIGHTS}.items():
+        if weights.sha1 == hashes[0] or weights.sha256 == hashes[1]:
             source |= {"known_as": name, "published_score": weights.score, "license": weights.license}
     with staged(out, keep=[hub.CARD]) as folder:
         model: nn.Module

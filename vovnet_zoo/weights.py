@@ -27,6 +27,7 @@ from .files import hash_file, known_mistake, read_safetensors, temporary
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError)
 MAX_BYTES = 8 << 30  # of a checkpoint; the largest that is published has less than 1 GiB, its optimizer included
+INSTEAD = "try again, or get the file elsewhere and run `vovnet-zoo convert FILE FOLDER`"
 MAX_SECONDS = 2 * 3600  # of a download
 MAX_FREE_BYTES, MAX_RATIO = 256 << 20, 20  # a zip may unpack to the former, or to the latter times its own size
 
@@ -38,6 +39,7 @@ class Weights:
     state: str  # "hub": a repository of ORGANISATION; "url": at `url`; "gone": `url` is said to refuse; "unpublished"
     url: str = ""
     sha1: str = ""  # hash of the .pth file, which may come in a zip
+    sha256: str = ""  # another hash of the same file, where its publisher tells this one
     license: str = "not stated"
     score: str = ""  # the published score, and who published it
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # per RGB channel, for pixels in 0..1
@@ -83,44 +85,48 @@ def available(key: str, table: Mapping[str, Weights]) -> bool:
     return bool(os.environ.get(ORGANISATION_VARIABLE)) or table[key].state in ("hub", "url")
 
 
-def fetch(url: str, sha1: str = "", cache_dir: str | Path | None = None) -> Path:
+def fetch(url: str, sha1: str = "", cache_dir: str | Path | None = None, *, sha256: str = "") -> Path:
     """Download the checkpoint at `url`, or in the zip there, to the cache, and return the file.
 
-    Every call checks the file in the cache, by its `sha1` or else by the checksums of its parts, and downloads a
+    Every call checks the file in the cache, by its hash or else by the checksums of its parts, and downloads a
     damaged file again. Neither torch.hub nor pooch serves: torch.hub keeps a truncated body as if it were whole, and
     pooch knows one hash of the downloaded file, while these hashes are of the .pth in the zip and most rows have none.
 
     Args:
-        sha1: hash of the checkpoint itself, outside its zip; "" if it is not known.
+        sha1, sha256: hashes of the checkpoint itself, outside its zip; "" for one that is not known.
         cache_dir: None is the cache of torch.hub.
 
     Raises:
         ConnectionError: the server cannot be reached, refuses, breaks off, or sends too much or too slowly.
-        ValueError: the address is not https://, or the file is damaged, wants to run code, or has another `sha1`;
+        ValueError: the address is not https://, or the file is damaged, wants to run code, or has another hash;
             nothing is kept.
     """
+    hashes = {name: value for name, value in (("sha1", sha1), ("sha256", sha256)) if value}
     folder = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
     base = Path(urlparse(url).path).name.removesuffix(".zip").removesuffix(".tar").removesuffix(".pth")
     target = folder / f"{base}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.pth"
     if target.exists():
         with contextlib.suppress(ValueError):
-            _check(target, sha1, url)
+            _check(target, hashes, url)
             return target
     with temporary(target) as body:
         _http_get(url, body)
         with unwrapped(body, url) as whole:
-            _check(whole, sha1, url)
+            _check(whole, hashes, url)
             read_checkpoint(whole, url)
             os.replace(whole, target)
     return target
 
 
-def _check(path: Path, sha1: str, source: str) -> None:
-    if not sha1:
+def _check(path: Path, hashes: Mapping[str, str], source: str) -> None:
+    if not hashes:
         check_parts(path, source)
-    elif (found := hash_file(path, "sha1")) != sha1:
-        raise ValueError(f"{source}: the checkpoint's sha1 is {found}, expected {sha1}; nothing was kept, try again")
+    for kind, wanted in hashes.items():
+        if (found := hash_file(path, kind)) != wanted:
+            raise ValueError(
+                f"{source}: the checkpoint's {kind} is {found}, expected {wanted}; nothing was kept, {INSTEAD}"
+            )
 
 
 def _http_get(url: str, path: Path) -> None:
@@ -138,10 +144,10 @@ def _http_get(url: str, path: Path) -> None:
                 if time.monotonic() > end:
                     raise ConnectionError(f"it is not here after {MAX_SECONDS} seconds, {f.tell()} bytes are")
     except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(f"{url}: {error}; nothing was kept, try again or get the file elsewhere") from error
+        raise ConnectionError(f"{url}: {error}; nothing was kept, {INSTEAD}") from error
     if length.isdigit() and int(length) != path.stat().st_size:
         raise ConnectionError(
-            f"{url}: the server broke off after {path.stat().st_size} of {length} bytes; nothing was kept, try again"
+            f"{url}: the server broke off after {path.stat().st_size} of {length} bytes; nothing was kept, {INSTEAD}"
         )
 
 

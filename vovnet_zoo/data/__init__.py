@@ -36,6 +36,7 @@ from .transforms import (
     RandomShortestSide,
     eval_transforms,
     hflip_boxes,
+    resize_image,
     resize_size,
     train_transforms,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "read_image",
     "read_image_bytes",
     "repeated",
+    "resize_image",
     "resize_size",
     "split_candidates",
     "train_transforms",
