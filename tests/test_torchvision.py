@@ -17,7 +17,7 @@ from vovnet_zoo import FCOS, FCOSLoss, compile_detector, postprocess, predict
 from vovnet_zoo.config import VARIANTS
 from vovnet_zoo.convert import names
 from vovnet_zoo.data import read_image, resize_image, resize_size
-from vovnet_zoo.inference import thresholds_of
+from vovnet_zoo.inference import choose_thresholds
 
 MIN_SIZE, MAX_SIZE = 200, 333  # as 800 and 1333, in a quarter of the time
 PHOTOS = [(150, 222), (427, 301), (333, 500), (64, 640)]  # (height, width): enlarged, reduced, reduced, a panorama
@@ -132,7 +132,7 @@ def test_a_batch(theirs, ours, photos):
     assert empty > 0
     with torch.no_grad():
         preds = ours(batch.tensors)
-    thresholds = thresholds_of(ours.config, {})._asdict()
+    thresholds = choose_thresholds(ours, {})._asdict()
     found = postprocess(preds, batch.image_sizes, keep_empty=True, **thresholds)
     for f, want, image, size in zip(found, wanted, images, batch.image_sizes, strict=True):
         scale = torch.tensor([image.shape[2] / size[1], image.shape[1] / size[0]]).repeat(2)

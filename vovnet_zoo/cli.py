@@ -18,8 +18,6 @@ from .detectors import load_detector
 from .files import read_json
 from .predict_files import Pictures, predict_files
 
-DEFAULTS = inference.Thresholds()
-
 
 @dataclass(frozen=True)
 class Predict:
@@ -35,10 +33,10 @@ class Predict:
     """Folder for the results."""
     score: float | None = None
     """Leave out detections that score less; default: the thresholds in the model's config, else 0.3."""
-    nms_threshold: float = DEFAULTS.nms_threshold
-    """Leave out a box whose IoU with a better box of its class is higher."""
-    max_detections: int = DEFAULTS.max_detections
-    """Detections per image, at most."""
+    nms_threshold: float | None = None
+    """Leave out a box whose IoU with a better box of its class is higher; default: what the model's config says."""
+    max_detections: int | None = None
+    """Detections per image, at most; default: what the model's config says."""
     batch_size: int = 1
     """Images that the network sees together, at most; the detections do not depend on it."""
     precision: inference.Precision = "float32"
@@ -72,7 +70,7 @@ class Convert:
     """Convert a published checkpoint (.pth) to safetensors, a configuration and a model card, and verify it."""
 
     file: tyro.conf.Positional[Path]
-    """A detector, classifier or VoVNetV2 body of the authors, torchvision's FCOS, or pytorchcv's classifier; also in a zip."""
+    """A detector, classifier or VoVNetV2 body of the authors, torchvision's FCOS, pytorchcv's classifier; also zipped."""
     out: tyro.conf.Positional[Path]
     """Folder to make."""
     part: Literal["all", "backbone"] = "all"
@@ -135,9 +133,11 @@ def run_predict(command: Predict) -> None:
         batch_size=command.batch_size,
         precision=command.precision,
         compile=command.compile,
-        nms_threshold=command.nms_threshold,
-        max_detections=command.max_detections,
     )
+    if command.nms_threshold is not None:
+        options["nms_threshold"] = command.nms_threshold
+    if command.max_detections is not None:
+        options["max_detections"] = command.max_detections
     if command.score is not None:
         options["score_threshold"] = command.score
     bad = predict_files(
