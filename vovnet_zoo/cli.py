@@ -70,7 +70,7 @@ class Convert:
     """Convert a published checkpoint (.pth) to safetensors, a configuration and a model card, and verify it."""
 
     file: tyro.conf.Positional[Path]
-    """A detector, classifier or VoVNetV2 body of the authors, torchvision's FCOS, pytorchcv's classifier; also zipped."""
+    """A detector, classifier or VoVNetV2 body of the authors, torchvision's FCOS or a classifier of pytorchcv."""
     out: tyro.conf.Positional[Path]
     """Folder to make."""
     part: Literal["all", "backbone"] = "all"
