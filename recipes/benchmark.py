@@ -29,27 +29,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import detection as peers
 
-from benchmark_runtimes import RUNTIMES, Network, RuntimeName, compare_outputs, imported_versions, load_runtimes
-from memory import kept_by
-from presets import PUBLISHED
-from runtime import environment, log, process_group, synchronize
-from step import compiled, compute_losses, find_targets
-from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector
-from vovnet_zoo.compiled import detect
-from vovnet_zoo.data import normalize
-from vovnet_zoo.fcos import backbone_maps
-from vovnet_zoo.inference import Thresholds
-from vovnet_zoo.kernels.osa import fuse_for_training
-from vovnet_zoo.kernels.winograd import use_winograd
+from vovnet_zoo.commands import parse_command
 
-CLASSES = 80
-DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+RuntimeName = Literal["openvino", "onnxruntime", "ncnn"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +66,33 @@ class BenchmarkConfig:
     """Folder of benchmark.json and benchmark.png."""
 
 
+PARSE = functools.partial(tyro.cli, BenchmarkConfig, description=__doc__)
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = parse_command(PARSE)
+
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import detection as peers
+
+from benchmark_runtimes import RUNTIMES, Network, compare_outputs, imported_versions, load_runtimes
+from memory import kept_by
+from presets import PUBLISHED
+from runtime import environment, log, make_folder, process_group, run_command, synchronize
+from step import compiled, compute_losses, find_targets
+from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector
+from vovnet_zoo.compiled import detect
+from vovnet_zoo.data import normalize
+from vovnet_zoo.fcos import backbone_maps
+from vovnet_zoo.inference import Thresholds
+from vovnet_zoo.kernels.osa import fuse_for_training
+from vovnet_zoo.kernels.winograd import use_winograd
+
+CLASSES = 80
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+
+
 @dataclass
 class Row:
     """One line of the table. Memory is the highest of a call above what was there before it."""
@@ -112,6 +123,7 @@ def main(config: BenchmarkConfig) -> list[Row]:
                 f"--runtimes run in float32 on the CPU, and this is {', '.join(precisions)} on {device.type}; "
                 "leave --runtimes out, or change --precisions or --device"
             )
+        make_folder(config.out, f"--out {config.out}")
         record = {
             "config": asdict(config),
             **environment(),
@@ -144,7 +156,6 @@ def main(config: BenchmarkConfig) -> list[Row]:
         if published:
             record["published"] = {preset: row._asdict() for preset, row in PUBLISHED.items()}
             print(*format_published(rows), sep="\n")
-        config.out.mkdir(parents=True, exist_ok=True)
         (config.out / "benchmark.json").write_text(json.dumps(record, indent=2, default=str))
         draw_rows(rows, config.out / "benchmark.png")
         log.info("%s and benchmark.png beside it", config.out / "benchmark.json")
@@ -570,4 +581,4 @@ def draw_rows(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BenchmarkConfig, description=__doc__))
+    run_command(main, CONFIG)

@@ -20,16 +20,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torchvision
 import tyro
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.transforms import v2
 
-from vovnet_zoo.data import CocoDataset, collate, find_split, train_transforms
+from vovnet_zoo.commands import parse_command
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,26 @@ class BenchmarkConfig:
     """Write the numbers there, as JSON."""
 
 
+PARSE = functools.partial(tyro.cli, BenchmarkConfig, description=__doc__)
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = parse_command(PARSE)
+
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.transforms import v2
+
+from runtime import check_out, run_command
+from vovnet_zoo.data import CocoDataset, collate, find_split, train_transforms
+
+
 def main(config: BenchmarkConfig) -> dict:
+    if config.out is not None:
+        check_out(config.out)
     torch.set_num_threads(1)  # as in the worker
     folder, file = find_split(config.data, config.split)
     transforms = train_transforms((config.min_size, config.min_size), config.max_size, "flip")
@@ -94,7 +106,6 @@ def main(config: BenchmarkConfig) -> dict:
     }
     print(format_report(report))
     if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text(json.dumps(report, indent=2))
     return report
 
@@ -166,4 +177,4 @@ def format_report(report: dict) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BenchmarkConfig, description=__doc__))
+    run_command(main, CONFIG)

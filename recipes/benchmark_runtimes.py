@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from torch import Tensor, nn
 from runtime import log
 from vovnet_zoo import FCOS
 
-RuntimeName = Literal["openvino", "onnxruntime", "ncnn"]
 Outputs = Sequence[np.ndarray]
 OUTPUTS = ["logits", "distances", "centerness"]
 
@@ -61,9 +59,7 @@ class Network(nn.Module):
         return predictions.logits, predictions.distances, predictions.centerness
 
 
-def load_runtimes(
-    names: Sequence[RuntimeName], network: nn.Module, images: Tensor
-) -> dict[RuntimeName, Callable[[], Outputs]]:
+def load_runtimes(names: Sequence[str], network: nn.Module, images: Tensor) -> dict[str, Callable[[], Outputs]]:
     """Export `network` to every runtime of `names` that can be used, and return a call for each (see `Runtime`).
 
     The log has one line for each runtime that is left out, and says why.
@@ -82,7 +78,7 @@ def load_runtimes(
     return {name: RUNTIMES[name].load(network, images, torch.get_num_threads()) for name in used}
 
 
-def why_left_out(name: RuntimeName, batch: int) -> str | None:
+def why_left_out(name: str, batch: int) -> str | None:
     """Say in one line why a runtime cannot be used for `batch` images a call; None where it can be used."""
     try:
         for package in RUNTIMES[name].packages:
@@ -187,7 +183,7 @@ def load_ncnn(network: nn.Module, images: Tensor, threads: int) -> Callable[[], 
     return run
 
 
-RUNTIMES: dict[RuntimeName, Runtime] = {
+RUNTIMES: dict[str, Runtime] = {
     "openvino": Runtime("OpenVINO", ("openvino",), load_openvino),
     "onnxruntime": Runtime("ONNX Runtime", ("onnxruntime", "onnx", "onnxscript"), load_onnxruntime),
     "ncnn": Runtime("ncnn", ("ncnn", "pnnx"), load_ncnn, batched=False),

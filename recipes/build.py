@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from presets import TrainConfig
+from loading import Batches
+from presets import TrainConfig, with_defaults
 from quickstart_data import make_shapes
-from runtime import barrier, ignore_stop_signals
+from runtime import StopSignal, barrier, log
 from vovnet_zoo import FCOS, create_detector
-from vovnet_zoo.config import VARIANTS, DetectorConfig, DetectorOptions, Resize
+from vovnet_zoo.config import DEFAULTS, THRESHOLDS, VARIANTS, DetectorConfig, DetectorOptions, Resize
 from vovnet_zoo.data import CocoDataset, TrainSampler, collate, find_split, train_transforms
-from vovnet_zoo.detectors import load_detector
+from vovnet_zoo.detectors import DETECTORS, load_detector
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import has_amx, use_winograd
 
@@ -24,28 +25,43 @@ def load_start(config: TrainConfig) -> FCOS | None:
     """Load the detector that the training starts from, which `config.init` names; None where it names none.
 
     Raises:
-        ValueError: `config.variant` contradicts the conventions of that detector.
+        ValueError: an option contradicts that detector, see `check_start`.
     """
     if config.init is None:
         return None
     start = load_detector(config.init)
-    config_of_start: dict[str, Any] = {**start.config}
-    wanted: dict[str, Any] = {**VARIANTS[config.variant]} if config.variant else {}
-    wanted.pop("frozen_norm", None)  # an option of its own
-    if wrong := [f"{k}={config_of_start[k]!r}, not {v!r}" for k, v in wanted.items() if config_of_start[k] != v]:
-        raise ValueError(
-            f"--variant {config.variant} does not fit --init {config.init}, which has {', '.join(wrong)}; "
-            "a detector keeps its conventions: leave --variant out, or give --variant None where the preset sets it"
-        )
+    check_start(config, start.config)
     return start
 
 
+def check_start(config: TrainConfig, start: DetectorConfig) -> None:
+    """Raise `ValueError` where an option says that the detector of `config.init` is another than it is."""
+    known: dict[str, Any] = {**DEFAULTS, **THRESHOLDS._asdict(), **start}  # an older run's config says less
+    backbone = config.backbone or DETECTORS.get(config.model or "", {}).get("backbone")
+    wanted: dict[str, dict[str, Any]] = {  # by option
+        f"--model {config.model}" if config.backbone is None else f"--backbone {config.backbone}": {
+            "backbone": backbone
+        },
+        f"--channels {config.channels}": {"channels": config.channels},
+        f"--num-convs {config.num_convs}": {"num_convs": config.num_convs},
+        f"--variant {config.variant}": {**VARIANTS[config.variant]} if config.variant else {},
+    }
+    for option, settings in wanted.items():
+        settings.pop("frozen_norm", None)  # an option of its own, which is followed
+        if wrong := [f"{k}={known[k]!r}, not {v!r}" for k, v in settings.items() if v is not None and known[k] != v]:
+            raise ValueError(
+                f"{option} does not fit --init {config.init}, which has {', '.join(wrong)}; a detector keeps its "
+                f"network and conventions: leave {option.split()[0]} out (in Python, None)"
+            )
+
+
 def build_datasets(
-    config: TrainConfig, plus_one: bool, resize: Resize, rank: int, world_size: int
+    config: TrainConfig, plus_one: bool, resize: Resize, rank: int, world_size: int, known: Sequence[str] = ()
 ) -> tuple[CocoDataset, CocoDataset]:
     """Open the training and the validation set; `ValueError` where they do not fit each other or the configuration.
 
-    Boxes follow the published pixel convention with `plus_one`, and images are resized by the rule `resize`.
+    Boxes follow the published pixel convention with `plus_one`, and images are resized by the rule `resize`. A run that
+    goes on knows its classes (`known`).
     """
     if config.draw_shapes:
         if rank == 0:
@@ -64,25 +80,32 @@ def build_datasets(
         drop_empty=config.drop_empty,
         plus_one=plus_one,
         skip_bad_images=config.skip_bad_images,
+        known_classes=known,
     )
-    val_set = CocoDataset(*find_split(config.data, "val"), plus_one=plus_one, skip_bad_images=config.skip_bad_images)
-    check_config(config, train_set, val_set, world_size)
+    val_set = CocoDataset(
+        *find_split(config.data, "val"),
+        plus_one=plus_one,
+        skip_bad_images=config.skip_bad_images,
+        known_classes=train_set.class_names,
+    )
+    check_data(config, train_set, val_set, world_size)
     return train_set, val_set
 
 
-def check_config(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset, world_size: int) -> None:
+def check_data(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset, world_size: int) -> None:
     """Raise `ValueError` where the configuration and the data do not go together."""
     if (train_set.category_ids, train_set.class_names) != (val_set.category_ids, val_set.class_names):
         raise ValueError(
             f"{config.data}: the splits have different classes: train {train_set.class_names} with ids "
             f"{train_set.category_ids}, val {val_set.class_names} with ids {val_set.category_ids}"
         )
+    for dataset, what in ((train_set, "only background is learnt"), (val_set, "the AP will be -1")):
+        if not dataset.num_boxes:
+            log.warning("%s: no image has a box, so %s", dataset.annotation_file, what)
     if config.batch_size % (world_size * config.accum):
         raise ValueError(
             f"batch_size {config.batch_size} cannot be shared out over {world_size} processes x {config.accum} parts"
         )
-    if config.steps < 1:
-        raise ValueError(f"steps is {config.steps}; training needs at least 1")
 
 
 def build_model(
@@ -108,6 +131,7 @@ def build_model(
     if saved is not None:
         return FCOS(**{**saved, "num_classes": num_classes, **options})
     if start is None:
+        config = with_defaults(config)
         if config.backbone is not None:
             options["backbone"] = config.backbone
         return create_detector(
@@ -120,8 +144,11 @@ def build_model(
             num_convs=config.num_convs,
             **options,
         )
-    model = FCOS(**{**start.config, "num_classes": num_classes, **options})
+    frozen_norm = start.config["frozen_norm"] or config.frozen_norm
+    model = FCOS(**{**start.config, "num_classes": num_classes, "frozen_norm": frozen_norm, **options})
     weights = start.state_dict()
+    if frozen_norm:  # fixed batch norms do not count batches
+        weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
     if start.config["class_names"] != class_names:  # other classes need a new class layer
         weights |= {k: v for k, v in model.state_dict().items() if k.startswith("head.cls_logits.")}
     model.load_state_dict(weights, strict=True)
@@ -143,8 +170,14 @@ def prepare_for_training(model: FCOS, config: TrainConfig, device: torch.device)
 
 
 def build_loader(
-    config: TrainConfig, dataset: CocoDataset, start_step: int, rank: int, world_size: int, device: torch.device
-) -> DataLoader:
+    config: TrainConfig,
+    dataset: CocoDataset,
+    start_step: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    stop: StopSignal | None = None,
+) -> Batches:
     """Create a loader that gives, for each step from `start_step` on, this process's share of the batch in parts.
 
     An item of the loader is a list of `config.accum` dicts, see `vovnet_zoo.data.collate`.
@@ -158,17 +191,17 @@ def build_loader(
         world_size=world_size,
         start_step=start_step,
     )
-    return DataLoader(
+    return Batches(
         dataset,
+        workers=config.workers,
+        collate_fn=functools.partial(collate_parts, count=config.accum, num_classes=len(dataset.class_names)),
+        stop=stop,
         batch_sampler=sampler,
-        collate_fn=functools.partial(collate_parts, count=config.accum),
-        num_workers=config.workers,
-        worker_init_fn=ignore_stop_signals,
         pin_memory=device.type == "cuda",
     )
 
 
-def collate_parts(samples: list, count: int) -> list[dict[str, Tensor]]:
+def collate_parts(samples: list, count: int, num_classes: int) -> list[dict[str, Tensor]]:
     """Make `count` batches of equal size from a list of samples."""
     size = len(samples) // count
-    return [collate(samples[i * size : (i + 1) * size]) for i in range(count)]
+    return [collate(samples[i * size : (i + 1) * size], num_classes=num_classes) for i in range(count)]

@@ -5,22 +5,17 @@ Under torchrun the images are shared out over the processes.
 
 from __future__ import annotations
 
+import functools
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from run_folder import write_whole
-from runtime import StopSignal, log, process_group
-from scoring import score_dataset
-from vovnet_zoo import FCOS
-from vovnet_zoo.coco_eval import format_table, load_engine
-from vovnet_zoo.data import CocoDataset, find_split
-from vovnet_zoo.detectors import load_detector
-from vovnet_zoo.inference import Precision
+from options import Range, check_options
+from vovnet_zoo.commands import parse_command
+from vovnet_zoo.config import Precision
 
 
 @dataclass(frozen=True)
@@ -50,16 +45,40 @@ class EvalConfig:
     """The package that computes the scores; "faster" gives the same numbers and needs faster-coco-eval installed."""
 
 
+PARSE = functools.partial(tyro.cli, EvalConfig, description=__doc__)
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = parse_command(PARSE)
+
+
+from run_folder import write_whole
+from runtime import StopSignal, check_out, log, process_group, run_command
+from scoring import score_dataset
+from vovnet_zoo import FCOS
+from vovnet_zoo.coco_eval import format_table, load_engine
+from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.detectors import load_detector
+from vovnet_zoo.fcos import RANGES as MODEL_RANGES
+
+RANGES = {"size": Range(*MODEL_RANGES["min_size"][:2]), "workers": Range(0), "batch_size": Range(1)}
+
+
 def main(config: EvalConfig) -> dict | None:
     """Score the detector; returns the metrics on rank 0, None on the others."""
+    check_options(config, RANGES)
     load_engine(config.engine)  # an engine that is not installed is reported now, not after the last image
     with process_group(config.device) as (rank, world_size, device):
         if rank == 0 and config.out is not None:
             check_out(config.out)  # so is a place that cannot be written
         model = load_detector(config.model).to(device)
         if config.size is not None:
+            if config.size > (limit := model.config["max_size"]):
+                raise ValueError(
+                    f"size={config.size}: the model limits the longer side to {limit}; give {limit} at most"
+                )
             model.config["min_size"] = config.size
-        dataset = CocoDataset(*find_split(config.data, config.split))
+        dataset = CocoDataset(*find_split(config.data, config.split), known_classes=model.config["class_names"] or ())
+        if not dataset.num_boxes:
+            log.warning("%s: no image has a box, so the AP will be -1", dataset.annotation_file)
         check_classes(model, dataset)
         with StopSignal() as stop:
             results, metrics = score_dataset(
@@ -82,18 +101,6 @@ def main(config: EvalConfig) -> dict | None:
         return metrics
 
 
-def check_out(path: Path) -> None:
-    """Make the folder of the file that is to be written; `ValueError` unless the file can be written there."""
-    if path.is_dir():
-        raise ValueError(f"--out {path} is a folder; give the name of a file, such as {path / 'detections.json'}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {path} cannot be written: {error.strerror}; give another place") from error
-
-
 def check_classes(model: FCOS, dataset: CocoDataset) -> None:
     """Raise `ValueError` unless the model has the dataset's classes, in the same order."""
     names = model.config["class_names"]
@@ -109,4 +116,4 @@ def check_classes(model: FCOS, dataset: CocoDataset) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(EvalConfig, description=__doc__))
+    run_command(main, CONFIG)

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
-def peak_memory(device: torch.device) -> float:
-    """Return the most memory used so far, in GiB: allocated on a GPU, otherwise resident memory of this process."""
+
+def peak_memory(device: torch.device) -> float | None:
+    """Return the most memory used so far, in GiB: allocated on a GPU, otherwise resident memory of this process.
+
+    Windows does not tell a process its resident memory; the result is then None.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def kept_by(call: Callable) -> float:

@@ -11,7 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
+from options import Range, check_options
 from vovnet_zoo.config import VARIANTS, VariantName
+from vovnet_zoo.detectors import DETECTORS
+from vovnet_zoo.fcos import RANGES as MODEL_RANGES
 
 
 @dataclass(frozen=True)
@@ -25,24 +28,25 @@ class TrainConfig:
     draw_shapes: bool = False
     """Draw a dataset of shapes into --data, if nothing is there."""
 
-    model: str = "fcos_vovnet39_fpn"
-    """A name of list_detectors(), or "fcos" with --backbone."""
+    model: str | None = None
+    """A name of list_detectors(), or "fcos" with --backbone; default: fcos_vovnet39_fpn, or the network of --init."""
     backbone: str | None = None
-    """Any timm model with feature maps at strides 8, 16, 32; use it with --model fcos."""
+    """Any timm model with feature maps at strides 8, 16, 32; for --model fcos only."""
     variant: VariantName | None = None
     """Conventions of data, model, loss and evaluation: "improved" (the default), "published" for the conventions of
     the 2019 detectors, or "torchvision". With --init the detector keeps its own conventions."""
-    channels: int = 256
-    """Channels of FPN and head."""
-    num_convs: int = 4
-    """Convolutions in each of the head's towers."""
+    channels: int | None = None
+    """Channels of FPN and head; default: 256, or what --init has."""
+    num_convs: int | None = None
+    """Convolutions in each of the head's towers; default: 4, or what --init has."""
     init: str | None = None
-    """Start from this detector (folder, Hub name or a name of list_detectors(pretrained=True)); its head is kept if
-    it has the same classes."""
+    """Start from this detector (folder, Hub name or a name of list_detectors(pretrained=True)); its head is kept if it
+    has the same classes. It keeps its network: an option that says otherwise is refused."""
     pretrained_backbone: bool = False
-    """Start from the backbone's ImageNet weights, through timm."""
+    """Start from the backbone's ImageNet weights, through timm; not with --init."""
     frozen_norm: bool = False
-    """Keep the backbone's batch norms fixed; recommended with pretrained weights and few images per device."""
+    """Keep the backbone's batch norms fixed; recommended with pretrained weights and few images per device. Those that
+    are fixed in --init stay so."""
 
     min_size: tuple[int, int] = (640, 800)
     """Range of the shorter side in training."""
@@ -80,7 +84,7 @@ class TrainConfig:
     schedule: Literal["multistep", "cosine"] = "multistep"
     """Course of the learning rate after the warm-up."""
     milestones: tuple[int, ...] = (60_000, 80_000)
-    """Steps where multistep multiplies the learning rate by 0.1."""
+    """Steps where multistep multiplies the learning rate by 0.1; cosine has none."""
     warmup: Literal["constant", "linear"] = "linear"
     """Course of the learning rate in the warm-up."""
     warmup_steps: int = 500
@@ -114,6 +118,96 @@ class TrainConfig:
     """Stop after this many steps in a row whose loss is not finite; such a step is skipped."""
     allow_changes: bool = False
     """Go on from the checkpoints in --out although the configuration or the data has changed."""
+
+
+# These options decide the network. With --init they can only say what that detector is.
+NETWORK = ("model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone", "frozen_norm")
+NETWORK_DEFAULTS = dict(model="fcos_vovnet39_fpn", channels=256, num_convs=4)  # without --init
+
+RANGES = {
+    **{name: Range(*MODEL_RANGES[name][:2]) for name in ("channels", "num_convs", "max_size")},
+    **{name: Range(*MODEL_RANGES["min_size"][:2]) for name in ("min_size", "test_size")},
+    **dict.fromkeys(("batch_size", "accum", "steps", "milestones"), Range(1)),
+    **dict.fromkeys(("eval_every", "checkpoint_every", "max_not_finite"), Range(1)),
+    **dict.fromkeys(("workers", "warmup_steps", "weight_decay", "bias_lr_factor"), Range(0)),
+    **dict.fromkeys(("lr", "clip_grad"), Range(0, inside=True)),
+    "zoom": Range(0, inside=True),
+    "warmup_factor": Range(0, 1),
+    "ema": Range(0, 1, inside=True),
+    "layer_decay": Range(1e-6, 1),
+    "seed": Range(0, 2**63 - 1),
+}
+
+
+def check_config(config: TrainConfig) -> None:
+    """Raise `ValueError`, naming the option, where one is out of its range or would have no effect."""
+    check_options(config, RANGES)
+    if config.min_size[0] > config.min_size[1]:
+        raise ValueError(f"min_size={config.min_size}: give the lower end of the range first")
+    if (size := max(config.min_size[1], config.test_size)) > config.max_size:
+        name = "min_size" if size == config.min_size[1] else "test_size"
+        raise ValueError(
+            f"{name}={getattr(config, name)}: the shorter side cannot be longer than max_size={config.max_size}, the "
+            f"limit of the longer side; raise --max-size, or lower --{name.replace('_', '-')}"
+        )
+    if config.zoom[0] > config.zoom[1]:
+        raise ValueError(f"zoom={config.zoom}: give the lower end of the range first")
+    if config.zoom != TrainConfig.zoom and config.augment != "jitter_crop":
+        raise ValueError(f"zoom={config.zoom}: only --augment jitter_crop zooms; leave it out")
+    if list(config.milestones) != sorted(set(config.milestones)):
+        raise ValueError(f"milestones={config.milestones}: give different steps, the first step first")
+    if config.schedule == "cosine" and config.milestones != TrainConfig.milestones:
+        raise ValueError(f"milestones={config.milestones}: the cosine schedule has none; leave them out")
+    if config.model not in (None, "fcos", *DETECTORS):
+        raise ValueError(f"model={config.model!r}: give fcos with a --backbone, or one of {', '.join(DETECTORS)}")
+    if config.model == "fcos" and config.backbone is None and config.init is None:
+        raise ValueError("model='fcos' needs a --backbone, the name of a timm model")
+    if config.backbone is not None and config.model != "fcos" and config.init is None:
+        raise ValueError(
+            f"backbone={config.backbone!r} goes with --model fcos; {config.model or NETWORK_DEFAULTS['model']} has a "
+            "backbone of its own"
+        )
+    if config.init is not None and config.pretrained_backbone:
+        raise ValueError("pretrained_backbone=True: --init has a backbone with weights; leave out one of the two")
+
+
+def with_defaults(config: TrainConfig) -> TrainConfig:
+    """Fill in the network's options that are None, for a run without --init."""
+    missing = {name: value for name, value in NETWORK_DEFAULTS.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def parse(args: Sequence[str] | None = None, description: str = "") -> TrainConfig:
+    """Read a preset's name and the options after it, from the command line unless `args` are given.
+
+    `finetune` has other defaults with --pretrained-backbone, see `FINETUNE_PRETRAINED`; options that are typed win.
+    With --init, the preset's network steps back: only what was typed counts, and has to fit.
+    """
+    args = sys.argv[1:] if args is None else args
+    presets = presets_for(args)
+    config = tyro.extras.overridable_config_cli(presets, args=args, description=description)
+    if config.init is None:
+        return config
+    # What was typed is the same whatever the preset says.
+    other: dict[str, Any] = dict(model="?", backbone="?", channels=-1, num_convs=-1)
+    others = {
+        name: (
+            about,
+            dataclasses.replace(
+                preset,
+                **other,
+                variant="improved" if preset.variant == "published" else "published",
+                frozen_norm=not preset.frozen_norm,
+                pretrained_backbone=not preset.pretrained_backbone,
+            ),
+        )
+        for name, (about, preset) in presets.items()
+    }
+    again = tyro.extras.overridable_config_cli(others, args=args, description=description)
+    typed = {name for name in NETWORK if getattr(config, name) == getattr(again, name)}
+    if "frozen_norm" in typed and not config.frozen_norm:
+        raise ValueError("--no-frozen-norm: with --init, norms that are fixed there stay so; leave it out")
+    return dataclasses.replace(config, **{name: getattr(TrainConfig, name) for name in NETWORK if name not in typed})
 
 
 _PUBLISHED = dict(
@@ -259,15 +353,6 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
 FINETUNE_PRETRAINED: dict[str, Any] = dict(
     _PRETRAINED, model="fcos_ese_vovnet19b_dw_fpn", lr=5e-4, steps=400, warmup_steps=100
 )
-
-
-def parse(args: Sequence[str] | None = None, description: str = "") -> TrainConfig:
-    """Read a preset's name and the options after it, from the command line unless `args` are given.
-
-    `finetune` has other defaults with --pretrained-backbone, see `FINETUNE_PRETRAINED`; options that are typed win.
-    """
-    args = sys.argv[1:] if args is None else args
-    return tyro.extras.overridable_config_cli(presets_for(args), args=args, description=description)
 
 
 def presets_for(args: Sequence[str]) -> dict[str, tuple[str, TrainConfig]]:

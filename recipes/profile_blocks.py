@@ -8,6 +8,7 @@ much memory is kept in between. `--help` lists the options.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import re
 import statistics
@@ -17,25 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import timm
-import torch
 import tyro
-from timm.layers import freeze_batch_norm_2d
-from torch.profiler import profile
 
-import vovnet_zoo  # noqa: F401  (registers the backbones)
-from memory import kept_by
-from runtime import environment, log, process_group, synchronize
-from step import compiled
-from vovnet_zoo.kernels.osa import fuse_for_training
-from vovnet_zoo.kernels.winograd import use_winograd
-
-GROUPS = {  # an operator or kernel belongs to the first group whose pattern is in its name
-    "fused": r"cpp_fused|triton_",  # what inductor makes of all but convolutions
-    "concatenation": r"aten::(cat|narrow|slice)|CatArray",
-    "pooling": r"pool",
-    "norms, ReLU": r"aten::(mul|add|add_|sub|relu|relu_|clamp_min|threshold_backward|rsqrt)$|elementwise",
-}
+from vovnet_zoo.commands import parse_command
 
 
 @dataclass(frozen=True)
@@ -56,8 +41,34 @@ class ProfileConfig:
     """The table as JSON."""
 
 
+PARSE = functools.partial(tyro.cli, ProfileConfig, description=__doc__)
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = parse_command(PARSE)
+
+
+import timm
+import torch
+from timm.layers import freeze_batch_norm_2d
+from torch.profiler import profile
+
+import vovnet_zoo  # noqa: F401  (registers the backbones)
+from memory import kept_by
+from runtime import check_out, environment, log, process_group, run_command, synchronize
+from step import compiled
+from vovnet_zoo.kernels.osa import fuse_for_training
+from vovnet_zoo.kernels.winograd import use_winograd
+
+GROUPS = {  # an operator or kernel belongs to the first group whose pattern is in its name
+    "fused": r"cpp_fused|triton_",  # what inductor makes of all but convolutions
+    "concatenation": r"aten::(cat|narrow|slice)|CatArray",
+    "pooling": r"pool",
+    "norms, ReLU": r"aten::(mul|add|add_|sub|relu|relu_|clamp_min|threshold_backward|rsqrt)$|elementwise",
+}
+
+
 def main(config: ProfileConfig) -> list[dict]:
     with process_group(config.device) as (_, _, device):
+        check_out(config.out)
         torch._inductor.config.cpp.enable_kernel_profile = True  # on a CPU kernels have names then
         timms = freeze_batch_norm_2d(timm.create_model(config.backbone, features_only=True))
         timms.to(device, memory_format=torch.channels_last).train()
@@ -78,7 +89,6 @@ def main(config: ProfileConfig) -> list[dict]:
             rows += measure(models, images, precision, config.rounds)
             log.info("%s: done", precision)
         print(format_rows(rows))
-        config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text(json.dumps({**environment(), "rows": rows}, indent=2))
         return rows
 
@@ -140,4 +150,4 @@ def format_rows(rows: list[dict]) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(ProfileConfig, description=__doc__))
+    run_command(main, CONFIG)

@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from presets import TrainConfig
-from runtime import environment, log
+from presets import NETWORK, TrainConfig, with_defaults
+from runtime import environment, log, make_folder
 from vovnet_zoo import FCOS
-from vovnet_zoo.data import CocoDataset, Skipped
+from vovnet_zoo.data import CocoDataset, ImageError, Skipped
 from vovnet_zoo.files import hash_file
 
 try:
@@ -40,12 +40,13 @@ def locked(folder: Path, rank: int = 0, wait: float = 10.0) -> Iterator[None]:
 
     The operating system releases the lock when the process ends, however it ends; on a network file system that has
     locks, the lock holds between machines too. A run that was killed a moment ago may not have ended yet, so the lock
-    is asked for `wait` seconds long. `ValueError` if another process holds it, naming that process.
+    is asked for `wait` seconds long. `ValueError` if another process holds it, naming that process, or if the folder
+    cannot be written.
     """
     if rank > 0:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, f"--out {folder}")
     # A lock of lockf belongs to this process alone. One of flock would be shared by data loading workers, which may
     # outlive it; and opening this file once more in this process and closing it would release the lock.
     with open(folder / "lock", "a+") as file:
@@ -167,6 +168,19 @@ def note_skipped(folder: Path, step: int, skipped: list[Skipped]) -> None:
             file.writelines(f"step {step}, image {image.image_id}: {image.reason}\n" for image in skipped)
 
 
+def note_bad_image(folder: Path, step: int, error: Exception) -> None:
+    """List the image that stopped a run in `skipped.txt`, so that the run goes on when the image is repaired."""
+    if isinstance(error, ImageError):
+        with open(folder / "skipped.txt", "a") as file:
+            file.write(f"stopped after step {step}: {str(error).splitlines()[-1]}\n")
+
+
+def was_bad(folder: Path, image: Path) -> bool:
+    """Say whether `skipped.txt` names an image."""
+    path = folder / "skipped.txt"
+    return path.is_file() and f" {image}: " in path.read_text(errors="replace")
+
+
 def note_not_finite(
     folder: Path, step: int, rank: int, parts: list[dict[str, Tensor]], losses: dict[str, float], grad_norm: float
 ) -> Path:
@@ -216,12 +230,17 @@ def draw_pictures(
 FREE = {"out", "data", "workers", "accum", "device", "compile", "checkpoint_every", "max_not_finite", "allow_changes"}
 FREE |= {"skip_bad_images"}
 # These decide the network and its first weights.
-FIXED = {"model", "backbone", "variant", "channels", "num_convs", "init", "pretrained_backbone", "frozen_norm"}
+FIXED = {*NETWORK, "init"}
 
 
 def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset) -> dict[str, str]:
     """Return what decides the result of a run: the fields of its configuration and the hashes of its annotations."""
-    about = {k: repr(v) for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    whole = with_defaults(config) if config.init is None else config
+    about = {k: repr(v) for k, v in dataclasses.asdict(whole).items() if k not in FREE}
+    if config.init is not None:  # then these say nothing that `init` does not say
+        about = {k: v for k, v in about.items() if k not in NETWORK or k == "frozen_norm"}
+    if not config.frozen_norm:
+        about["accum"] = repr(config.accum)  # a live batch norm sees one part of the batch at a time
     for name, dataset in (("train annotations", train_set), ("val annotations", val_set)):
         about[name] = hashlib.sha256(dataset.annotation_file.read_bytes()).hexdigest()
     return about
@@ -234,8 +253,12 @@ def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainCo
     cannot change while it is trained.
     """
     defaults = {field.name: repr(field.default) for field in dataclasses.fields(TrainConfig)}
-    saved = {name: saved.get(name, defaults.get(name)) for name in saved.keys() | asked.keys()}
-    changed = [name for name in sorted(saved) if saved[name] != asked.get(name) and name not in FREE]
+    defaults["accum"] = asked.get("accum")  # checkpoints of version 0.2 and before do not hold it
+    free = FREE - asked.keys()
+    if saved.get("init") == asked["init"] != repr(None):
+        free = free | set(NETWORK) - {"frozen_norm"}  # these were ignored with --init, and checkpoints held them
+    saved = {name: saved.get(name, defaults.get(name)) for name in (saved.keys() | asked.keys()) - free}
+    changed = [name for name in sorted(saved) if saved[name] != asked.get(name)]
     if not changed:
         return changed
     what = "; ".join(f"{name}: was {saved[name]}, now {asked.get(name)}" for name in changed)
@@ -348,6 +371,8 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+    if os.name == "nt":  # Windows opens no folders
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name, too

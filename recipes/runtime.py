@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import hashlib
 import logging
 import multiprocessing
 import os
@@ -10,9 +12,11 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import timm
@@ -22,15 +26,66 @@ import torchvision
 from torch import Tensor, nn
 
 import vovnet_zoo
+from vovnet_zoo.commands import find_device, run_reporting, take_debug
 
+T = TypeVar("T")
 log = logging.getLogger("vovnet_zoo")
+
+
+def run_command(main: Callable[[T], object], config: T) -> None:
+    """Run a recipe: an error of the user is one line, with `--debug` also its traceback, and the exit status is 2.
+
+    Of processes that torchrun started, one prints the line.
+
+    Args:
+        config: what `commands.parse_command` returned.
+    """
+    run_reporting(Path(sys.argv[0]).stem, lambda: main(config), take_debug(sys.argv[1:])[1], claim)
+
+
+def claim(line: str) -> bool:
+    """Tell whether this process is the first of those that torchrun started that asks for this line."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the store ends with the process of rank 0
+        return int(os.environ.get("RANK", 0)) == 0
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = f"vovnet_zoo/{start}/{hashlib.sha256(line.encode()).hexdigest()}"
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=datetime.timedelta(seconds=10))
+        return store.add(key, 1) == 1
+    except (RuntimeError, ValueError, KeyError):  # rather twice than not at all
+        return True
+
+
+def check_out(path: Path) -> None:
+    """Make the folder of the file that is to be written; `ValueError` unless the file can be written there."""
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder; give the name of a file, such as {path / 'detections.json'}")
+    make_folder(path.parent, f"--out {path}")
+
+
+def make_folder(folder: Path, what: str) -> None:
+    """Make a folder where `what`, such as "--out runs/x", is to be written. It is done before work that takes long.
+
+    Raises:
+        ValueError: no file can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{what} cannot be written: {error.strerror}; give another place") from error
 
 
 @contextlib.contextmanager
 def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]:
     """Join the job that torchrun started, if it did, and leave it at the end.
 
-    Yields (rank, world size, this process's device); (0, 1, device) without torchrun.
+    Yields (rank, world size, this process's device); (0, 1, device) without torchrun. `ValueError` if there is no such
+    device.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -41,8 +96,7 @@ def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]
         force=True,
     )
     logging.captureWarnings(True)
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    target = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+    target = find_device(device, local_rank)
     if target.type == "cuda":
         torch.cuda.set_device(target)
     if world_size > 1:
@@ -153,11 +207,14 @@ class StopSignal:
     def __exit__(self, *error) -> None:
         """Kill the data loading workers too: they ignore the SIGTERM that Python sends them at its exit, and Python
         would wait for them for ever."""
-        watch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would call this an accident
+        handlers = {**self._before}
+        if hasattr(signal, "SIGCHLD"):  # Windows has none
+            # DataLoader's handler would call this an accident
+            handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
             worker.join()
-        for number, handler in {**self._before, signal.SIGCHLD: watch}.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 

@@ -14,6 +14,13 @@ import time
 from collections.abc import Iterator
 from types import ModuleType
 
+from presets import TrainConfig, check_config, parse
+from vovnet_zoo.commands import parse_command
+
+PARSE = functools.partial(parse, description=__doc__)
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = parse_command(PARSE)
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -22,17 +29,18 @@ from tqdm import tqdm
 from build import build_loader
 from memory import peak_memory
 from optim import set_lr
-from presets import TrainConfig, parse
-from run_folder import RunLog, draw_pictures, import_pictures, locked, note_not_finite, note_skipped
-from runtime import Stopped, StopSignal, all_reduce, average, log, process_group
+from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_image, note_not_finite, note_skipped
+from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
 from training_run import Run, are_finite, batch_statistics, is_due, is_trusted, put_back, save, save_finished, set_up
 from vovnet_zoo.coco_eval import format_table
+from vovnet_zoo.commands import CommandError
 
 
 def main(config: TrainConfig) -> dict | None:
     """Train as `config` says; returns the last evaluation on rank 0, None on the others."""
+    check_config(config)
     with (
         process_group(config.device) as (rank, world_size, device),
         StopSignal() as stop,
@@ -40,10 +48,14 @@ def main(config: TrainConfig) -> dict | None:
     ):
         pictures = import_pictures() if rank == 0 else None
         run = set_up(config, rank, world_size, device)
-        with contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log:
+        with (
+            contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log,
+            contextlib.closing(run.notes) if run.notes else contextlib.nullcontext(),
+        ):
             try:
                 train(run, run_log, stop)
-            except Exception:
+            except Exception as error:
+                note_bad_image(config.out, run.progress.step, error)
                 save_finished(run)
                 raise
             if rank == 0:
@@ -56,19 +68,24 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     config, model, criterion, progress = run.config, run.model, run.criterion, run.progress
     find, compute = (compiled(f) if config.compile else f for f in (find_targets, compute_losses))
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
-    batches = iter(build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device))
+    batches = build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop)
     steps = range(progress.step, config.steps)
     bar = tqdm(steps, total=config.steps, initial=progress.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
     began = time.perf_counter()
     for step in bar:
         # Data: this process's share of the batch, in parts that are computed one after the other to save memory.
-        parts = next_parts(run, step, batches)
+        try:
+            parts = next_parts(run, step, batches)
+        except Stopped:  # the batch did not come
+            save(run)
+            raise
         data_wait = time.perf_counter() - began
 
         # Targets and normalizers of the global batch. All processes divide their losses by the same normalizers and pad
         # their images to the same size (GroupNorm sees the padding), so that neither the number of processes nor the
         # number of parts changes the result. With the size they learn whether one of them received a stop signal.
         height, width, stopping = largest_size(parts, stop.received)
+        height, width = room_for_norms(model, parts, height, width)
         assigned = [find(model, criterion, part["boxes"], part["labels"], height, width) for part in parts]
         normalizers = all_reduce(sum(n for _, n in assigned))
 
@@ -131,6 +148,23 @@ def largest_size(parts: list[dict[str, Tensor]], received: int) -> list[int]:
     return all_reduce(sizes.amax(0), torch.distributed.ReduceOp.MAX).tolist()
 
 
+def room_for_norms(model: nn.Module, parts: list[dict[str, Tensor]], height: int, width: int) -> tuple[int, int]:
+    """Return the size to pad images to, at which a batch norm that learns sees more than one value of each channel.
+
+    A batch of which no image could be read is padded further. `ValueError` where one small image is all there is.
+    """
+    smallest = min(parts, key=lambda part: len(part["images"]))
+    count = len(smallest["images"]) * -(-height // 32) * -(-width // 32)  # values at stride 32
+    if count > 1 or not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return height, width
+    if smallest["image_ids"].tolist() == [-1]:  # the blank image of `collate`
+        return height + 32, width
+    raise ValueError(
+        f"one image of {width}x{height} pixels leaves a batch norm one value of each channel, and it needs two to "
+        "learn; use --frozen-norm, a larger --batch-size, a smaller --accum, or a larger --min-size"
+    )
+
+
 def pad_images(images: Tensor, height: int, width: int) -> Tensor:
     """Pad images [B,3,h,w] below and at the right."""
     return nn.functional.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
@@ -164,13 +198,13 @@ def update(run: Run, step: int, parts: list[dict], losses: dict[str, float]) -> 
 def skip_step(run: Run, step: int, parts: list[dict], losses: dict[str, float], grad_norm: float) -> None:
     """Note a step that is skipped, with its images.
 
-    `RuntimeError` after too many in a row, or if the weights themselves are not finite at the end of the run.
+    `CommandError` after too many in a row, or if the weights themselves are not finite at the end of the run.
     """
     run.progress.not_finite += 1
     path = note_not_finite(run.config.out, step, run.rank, parts, losses, grad_norm)
     too_many = run.progress.not_finite >= run.config.max_not_finite
     if too_many or (step + 1 == run.config.steps and not are_finite(run.averaged)):
-        raise RuntimeError(
+        raise CommandError(
             f"{run.progress.not_finite} steps in a row were not finite, the last batch is in {path}; "
             "lower --lr, set --clip-grad, or look at the images and boxes named there"
         )
@@ -222,8 +256,9 @@ def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
     """Print the last evaluation and the speed, and draw `curves.png` and `detections.png`."""
     config, seconds = run.config, run.progress.train_seconds
     print(format_table(run.progress.metrics, per_class=True))
-    rate = config.steps * config.batch_size / seconds
-    log.info("trained %.0f s, %.2f images/s, peak %.2f GiB", seconds, rate, peak_memory(run.device))
+    rate, peak = config.steps * config.batch_size / seconds, peak_memory(run.device)
+    memory = f", peak {peak:.2f} GiB" if peak is not None else ""
+    log.info("trained %.0f s, %.2f images/s%s", seconds, rate, memory)
     if config.compile:
         log_graphs()
     log.info("best model: %s", config.out / "best")
@@ -243,4 +278,4 @@ def seed_of(*numbers: int) -> int:
 
 
 if __name__ == "__main__":
-    main(parse(description=__doc__))
+    run_command(main, CONFIG)

@@ -9,11 +9,12 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from build import build_datasets, build_model, load_start, prepare_for_training
+from build import build_datasets, build_model, check_start, load_start, prepare_for_training
 from gradients import GradientSum
+from image_notes import ImageNotes
 from optim import create_optimizer, load_changed
 from presets import TrainConfig
-from run_folder import describe_run, load_checkpoint, refuse_changes, save_checkpoint
+from run_folder import describe_run, load_checkpoint, refuse_changes, save_checkpoint, was_bad
 from runtime import broadcast_weights, log
 from vovnet_zoo import FCOS, FCOSLoss
 from vovnet_zoo.config import DEFAULT_VARIANT, DEFAULTS, VARIANTS
@@ -50,6 +51,7 @@ class Run:
     scaler: torch.amp.GradScaler
     identity: dict[str, str]  # a run goes on only from checkpoints with its own identity
     progress: Progress
+    notes: ImageNotes | None = None  # on rank 0
     # These say whether the run can be saved after an error in the middle of a step.
     statistics: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # buffers that the step changes, and before
     updating: bool = False  # the weights are about to change
@@ -73,11 +75,17 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     known = saved.get("config") if saved else None  # checkpoints of version 0.2 and before do not hold it
     torch.manual_seed(config.seed)
     start = None if known else load_start(config)
-    conventions = known or (start.config if start else VARIANTS[config.variant or DEFAULT_VARIANT])
-    plus_one, resize = conventions["plus_one"], conventions.get("resize", DEFAULTS["resize"])
-    train_set, val_set = build_datasets(config, plus_one, resize, rank, world_size)
+    if known and config.init is not None:
+        check_start(config, known)
+    conventions = {**DEFAULTS, **(known or (start.config if start else VARIANTS[config.variant or DEFAULT_VARIANT]))}
+    plus_one, resize = conventions["plus_one"], conventions["resize"]
+    known_classes = known["class_names"] or () if known else ()
+    train_set, val_set = build_datasets(config, plus_one, resize, rank, world_size, known_classes)
     identity = describe_run(config, train_set, val_set)
     changed = refuse_changes(saved["run"], identity, config) if saved else []
+    if saved:
+        refuse_other_classes(saved["model"], known, train_set.class_names, config)
+    notes = note_images(config, {"train": train_set, "val": val_set}, saved is not None) if rank == 0 else None
     model = build_model(config, train_set.class_names, train_set.category_ids, start, known)
     assert (model.config["plus_one"], model.config["resize"]) == (plus_one, resize)
     prepare_for_training(model, config, device)
@@ -97,6 +105,7 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
         torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
         identity,
         Progress(),
+        notes,
     )
     if saved:
         load_states(run, saved, changed)
@@ -107,6 +116,36 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     else:
         broadcast_weights(model)
     return run
+
+
+def refuse_other_classes(weights: dict, known: dict | None, class_names: list[str], config: TrainConfig) -> None:
+    """Raise a `ValueError` if the data have another number of classes than the checkpoint, whose network has one output
+    for each class; other names are logged."""
+    before, now = len(weights["head.cls_logits.bias"]), len(class_names)
+    names = known["class_names"] if known else None
+    if before != now:
+        raise ValueError(
+            f"the checkpoints in {config.out} are of a detector of {before} classes{f' ({names})' if names else ''}, "
+            f"{config.data} has {now} ({class_names}); a run that goes on keeps its classes: give another --out, with "
+            f"--init {config.out / 'last'} to start from these weights"
+        )
+    if names is not None and names != class_names:
+        log.warning("the classes were %s and are now %s", names, class_names)
+
+
+def note_images(config: TrainConfig, datasets: dict[str, CocoDataset], goes_on: bool) -> ImageNotes:
+    """Begin to note which images the run has; `ValueError`, unless `config.allow_changes`, where one was replaced.
+
+    An image that could not be read may be repaired.
+    """
+    notes = ImageNotes(config.out / "images.json", datasets, goes_on)
+    if changed := [name for name in notes.changed() if not was_bad(config.out, notes.places[name])]:
+        what = f"{len(changed)} images are others than when the run began: {', '.join(changed[:5])}"
+        if not config.allow_changes:
+            raise ValueError(f"{what}; put them back, give another --out, or go on all the same with --allow-changes")
+        log.warning("going on with changes: %s", what)
+    notes.start()
+    return notes
 
 
 def load_states(run: Run, saved: dict, changed: list[str]) -> None:

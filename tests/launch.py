@@ -38,8 +38,7 @@ def tiny_config(data: Path, out: Path) -> TrainConfig:
 
 def train_here(data: Path, out: Path, options: str = "") -> None:
     """Run the command in this process, which has imported torch already: that is most of a short run's time."""
-    config = parse([str(x) for x in train_command(data, out, options)[2:]])
-    train_coco.main(config)
+    train_coco.main(parse([str(x) for x in train_command(data, out, options)[2:]]))
 
 
 def train(data: Path, out: Path, options: str = "", processes: int = 1, fails: bool = False) -> str:
@@ -67,3 +66,19 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, cwd=ROOT.parent, capture_output=True, text=True, timeout=300
     )
+
+
+HEAVY = {"PIL", "huggingface_hub", "numpy", "safetensors", "timm", "torch", "torchvision"}  # they take most of a second
+
+
+def run_light(*line: str) -> tuple[subprocess.CompletedProcess, set[str]]:
+    """Run `python LINE`; returns the names of all modules that it imported, too."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPROFILEIMPORTTIME": "1", "COLUMNS": "120"}
+    result = subprocess.run(
+        [sys.executable, *line], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    lines = result.stderr.splitlines(keepends=True)
+    imported = {line.rsplit("|")[-1].strip() for line in lines if line.startswith("import time:")}
+    result.stderr = "".join(line for line in lines if not line.startswith("import time:"))
+    assert "tyro" in imported
+    return result, imported

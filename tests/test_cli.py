@@ -8,8 +8,10 @@ import pytest
 import timm
 import torch
 from checkpoints import published as published_form
+from launch import HEAVY, run_light
 from PIL import Image
 
+import vovnet_zoo
 from vovnet_zoo import FCOS, cli, hub, results
 from vovnet_zoo import weights as published
 from vovnet_zoo.predict_files import unique
@@ -125,6 +127,40 @@ def test_predict_uses_the_models_thresholds(run, folder, images, tmp_path):
     assert set(lines(tmp_path / "all")[0]["names"]) == {"cat", "dog"}
 
 
+@pytest.mark.parametrize(
+    "line, status, message",
+    [
+        ("--help", 0, "predict"),
+        ("predict --help", 0, "--nms-threshold"),
+        ("--version", 0, f"vovnet-zoo {vovnet_zoo.__version__}"),
+        ("--tyro-print-completion bash", 0, "vovnet-zoo"),
+        ("predct", 2, "predict"),
+        ("predict x.jpg --model M --uot OUT", 2, "--out"),
+        (
+            "predict nowhere.jpg --model fcos_vovnet39_fpn --out OUT",
+            2,
+            "vovnet-zoo: no such file or folder: nowhere.jpg",
+        ),
+        ("predict README.md --model fcos_vovnet39_fpm --out OUT", 2, "did you mean 'fcos_vovnet39_fpn'?"),
+        ("predict README.md --model vovnet_zo --out OUT", 2, "vovnet-zoo: 'vovnet_zo' is no folder here"),
+        (
+            "predict README.md --model fcos_vovnet39_fpn --out OUT",
+            2,
+            "vovnet-zoo: no weights of 'fcos_vovnet39_fpn' can",
+        ),
+        ("check-data nowhere", 2, "vovnet-zoo: no such file or folder: nowhere"),
+        ("convert nowhere.pth OUT", 2, "vovnet-zoo: no such file or folder: nowhere.pth"),
+        ("publish nowhere someone/model", 2, "vovnet-zoo: no such file or folder: nowhere"),
+        ("publish README.md someone/model --run nowhere", 2, "vovnet-zoo: no such file or folder: nowhere"),
+    ],
+)
+def test_what_takes_no_seconds(line, status, message):
+    """Help and mistakes of the user are answered before torch is imported."""
+    result, imported = run_light("-m", "vovnet_zoo.cli", *line.split())
+    assert result.returncode == status and message in result.stdout + result.stderr
+    assert not imported & HEAVY and "Traceback" not in result.stderr
+
+
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
@@ -170,7 +206,8 @@ def test_pictures_differ_on_any_file_system():
     [
         (dict(image="not_there.png"), "not_there.png"),
         (dict(model="not/a/model"), "not/a/model"),
-        (dict(model="fcos_vovnet39_fpn"), "published yet"),
+        (dict(model="fcos_vovnet39_fpn"), "no weights of 'fcos_vovnet39_fpn' can be had"),
+        (dict(model="fcos_vovnet39_fpm"), "did you mean 'fcos_vovnet39_fpn'?"),
         (dict(model="."), "has no config.json"),
     ],
 )

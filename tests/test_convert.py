@@ -11,7 +11,7 @@ import torch
 from checkpoints import ARCHS, SMALLEST, published
 
 import vovnet_zoo
-from vovnet_zoo import convert, hub
+from vovnet_zoo import convert, detectors, hub, publish
 from vovnet_zoo.detectors import build_converted
 from vovnet_zoo.files import write_safetensors
 from vovnet_zoo.vovnet import checkpoint_filter_fn, layout_of
@@ -98,7 +98,7 @@ def test_other_tensors_beside_the_weights_are_named(checkpoint):
 def test_any_tensor_missing_or_renamed_is_named(form, checkpoint):
     for name, weights in broken(checkpoint):
         with pytest.raises(ValueError) as error:
-            convert.convert(weights, {name: layout for name, layout in ARCHS.items() if name == SMALLEST[form]})
+            convert.convert(weights, {arch: ARCHS[arch] for arch in (SMALLEST[form], "vovnet27_slim") if arch in ARCHS})
         assert name in str(error.value) and len(weights) - len(checkpoint) in (0, -1)
         assert (name + "x" in str(error.value)) == (name + "x" in weights)
 
@@ -317,3 +317,27 @@ def test_odd_shapes_of_a_detector(form, checkpoint, shape):
     together = {key: torch.ones(shape) for key in names if "norm" in key or ".bn1." in key}
     with pytest.raises(ValueError):
         build_converted(convert.convert({**checkpoint, **together}, ARCHS))
+
+
+@pytest.mark.parametrize("kind, name", [("authors_detector", "rpn.head.cls_logits"), ("authors", "classifier")])
+@pytest.mark.parametrize("bias", [torch.zeros(90_000), torch.tensor(0.0)])
+def test_a_model_takes_no_memory_before_the_shapes_fit(monkeypatch, kind, name, bias):
+    """A file of 360 KB could ask for a class layer of gigabytes."""
+    checkpoint, devices = {**published(kind), f"{name}.bias": bias}, []
+
+    def watched(real):
+        def build(*arguments, **options):
+            devices.append(torch.empty(0).device.type)
+            return real(*arguments, **options)
+
+        return build
+
+    monkeypatch.setattr(detectors, "FCOS", watched(detectors.FCOS))
+    monkeypatch.setattr(publish.timm, "create_model", watched(timm.create_model))
+    with pytest.raises(ValueError, match="shape"):
+        converted = convert.convert(checkpoint, ARCHS)
+        if kind == "authors_detector":
+            build_converted(converted)
+        else:
+            publish.build_for_timm(converted.arch, converted.state_dict)
+    assert set(devices) <= {"meta"}

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import multiprocessing
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from launch import losses, rows, tiny_config
+from PIL import Image
 
 import build
 import eval_coco
@@ -413,14 +415,14 @@ def test_a_place_for_detections_that_cannot_be_written(config, tiny_detector, mo
     tiny_detector.save_pretrained(config.data / "model")
     (config.data / "folder").mkdir()
     (config.data / "file").touch()
-    real = eval_coco.tempfile.TemporaryFile
+    real = runtime.tempfile.TemporaryFile
 
     def temporary(dir):
         if dir.name == "sealed":
             raise PermissionError(13, "Permission denied")
         return real(dir=dir)
 
-    monkeypatch.setattr(eval_coco.tempfile, "TemporaryFile", temporary)
+    monkeypatch.setattr(runtime.tempfile, "TemporaryFile", temporary)
     monkeypatch.setattr(eval_coco, "score_dataset", None)
     settings = eval_coco.EvalConfig(model=str(config.data / "model"), data=config.data, out=config.data / place)
     with pytest.raises(ValueError, match=f"--out .*{place} (is a folder|cannot be written)"):
@@ -436,3 +438,69 @@ def test_too_little_memory_is_no_damaged_image(config, monkeypatch):
     monkeypatch.setattr(images, "_decode", decode)
     with pytest.raises(MemoryError):
         train_coco.main(dataclasses.replace(config, skip_bad_images=True))
+
+
+# ---- images that were replaced --------------------------------------------------------------------------------------
+
+
+def other_pixels(path):
+    """Change the pixels of a PNG; returns the bytes before. Most have another size then, so the file is filled up."""
+    before = path.read_bytes()
+    picture = Image.open(path)
+    Image.new("RGB", picture.size, "blue").save(path)
+    path.write_bytes(path.read_bytes().ljust(len(before), b"\0"))
+    assert path.stat().st_size == len(before)
+    return before
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_replaced_image_is_noticed(config, monkeypatch, split):
+    """Another content of equal size is refused; a copied or touched file, or one that was put back, is not."""
+    expected = train_coco.main(dataclasses.replace(config, out=config.out.with_name("undisturbed")))
+    stop_after(config, 2, monkeypatch)
+    path = config.data / split / "2.png"
+    before = other_pixels(path)
+    with pytest.raises(
+        ValueError, match=f"1 images are others than when the run began: {split}/2.png.*--allow-changes"
+    ):
+        train_coco.main(config)
+    path.write_bytes(before)
+    for image in (config.data / "train").iterdir():
+        os.utime(image, (1, 1))
+    moved = dataclasses.replace(config, data=config.data / "moved")
+    for name in ("annotations", "train", "val"):
+        shutil.copytree(config.data / name, moved.data / name)
+    assert train_coco.main(moved) == expected
+
+
+def test_a_replaced_image_can_be_allowed(config, monkeypatch, capsys):
+    stop_after(config, 2, monkeypatch)
+    other_pixels(config.data / "train" / "2.png")
+    train_coco.main(dataclasses.replace(config, allow_changes=True))
+    assert "going on with changes: 1 images are others" in capsys.readouterr().err
+    train_coco.main(config)  # noted anew
+
+
+def test_an_image_that_stopped_a_run_may_be_repaired(config):
+    """The same command goes on, as the message of the damaged image says."""
+    path = config.data / "val" / "1.png"
+    content = path.read_bytes()
+    for damage in (b"not a picture", None):
+        path.unlink() if damage is None else path.write_bytes(damage)
+        with pytest.raises(ValueError, match="1.png"):
+            train_coco.main(config)
+    path.write_bytes(content)
+    train_coco.main(config)
+    assert len(losses(config.out)) == 4
+
+
+@pytest.mark.parametrize("damage", ["{", "[1]", '{"train/0.png": 3}', None])
+def test_damaged_notes_of_images(config, monkeypatch, capsys, damage):
+    """They stop no run. A run that is older than the notes has none."""
+    stop_after(config, 2, monkeypatch)
+    notes = config.out / "images.json"
+    assert len(json.loads(notes.read_text())) == 11
+    notes.unlink() if damage is None else notes.write_text(damage)
+    train_coco.main(config)
+    assert ("images.json is damaged" in capsys.readouterr().err) == (damage is not None)
+    assert all(len(digest) == 64 for _, _, digest in json.loads(notes.read_text()).values())

@@ -195,6 +195,28 @@ def test_interrupted_download_goes_on(tiny_detector, hub_on_loopback, monkeypatc
     assert same(vovnet_zoo.FCOS.from_pretrained(REPO), tiny_detector)
 
 
+@pytest.mark.parametrize("name, limit", [(hub.CONFIG, "MAX_CONFIG_BYTES"), (hub.WEIGHTS, "MAX_BYTES")])
+def test_a_download_has_a_limit_of_size(tiny_detector, hub_on_loopback, tmp_path, monkeypatch, name, limit):
+    """A file that is too large is refused before it is downloaded."""
+    tiny_detector.push_to_hub(REPO, token=TOKEN)
+    _, files, _ = hub_on_loopback.repos[REPO].files("main")
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, limit, len(files[name]) - 1)
+        with pytest.raises(ValueError, match=f"{REPO}: {name} has {len(files[name])} bytes, more than .*: refused"):
+            vovnet_zoo.FCOS.from_pretrained(REPO)
+        assert name not in cached(tmp_path)
+        assert not [line for line in hub_on_loopback.log if line.startswith("GET") and line.endswith(name)]
+    assert same(vovnet_zoo.FCOS.from_pretrained(REPO), tiny_detector)
+
+
+def test_offline_the_cache_is_used_at_once(tiny_detector, hub_on_loopback, monkeypatch):
+    tiny_detector.push_to_hub(REPO, token=TOKEN)
+    vovnet_zoo.FCOS.from_pretrained(REPO)
+    hub_on_loopback.down, waited = True, []
+    monkeypatch.setattr("time.sleep", waited.append)
+    assert same(vovnet_zoo.FCOS.from_pretrained(REPO), tiny_detector) and sum(waited) < 3
+
+
 def test_damage_in_the_cache_is_found(tiny_detector, hub_on_loopback, tmp_path):
     tiny_detector.push_to_hub(REPO, token=TOKEN)
     vovnet_zoo.FCOS.from_pretrained(REPO)

@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from vovnet_zoo import FCOSLoss, Predictions, assign_targets
+from vovnet_zoo import FCOSLoss, Predictions, assign_targets, loss
 from vovnet_zoo.fcos import make_points
 from vovnet_zoo.loss import centerness_targets, giou_loss, iou_loss
 
@@ -50,6 +52,82 @@ def assign_one(point, stride, boxes, labels, center_radius, plus_one):
         if area < best[0]:
             best = (area, label, distances)
     return best[1:]
+
+
+@pytest.mark.parametrize(
+    "center_radius, plus_one, matching",
+    [(1.5, False, "paper"), (None, True, "paper"), (1.5, False, "torchvision")],
+)
+def test_a_crowded_image_changes_nothing_but_memory(monkeypatch, center_radius, plus_one, matching):
+    """Boxes that are looked at in parts give the same targets to the bit, of equal boxes the first."""
+    boxes, labels = random_boxes(torch.Generator().manual_seed(4), 2, 300, 192, 256)
+    boxes[:, 150:] = boxes[:, :150]  # the other half repeats the boxes, under other labels
+    if matching == "torchvision":
+        boxes[:, 150:, 3] -= 0.01  # or nearly, so that the smaller box is the first one at 1e8
+    points, strides = points_of(192, 256)
+    options = dict(center_radius=center_radius, plus_one=plus_one, matching=matching)
+    found = assign_targets(points, strides, boxes, labels, **options)
+    monkeypatch.setattr(loss, "BOXES_IN_A_GRAPH", 300)
+    wanted = assign_targets(points, strides, boxes, labels, **options)
+    assert (wanted.labels >= 0).sum() > 100
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_memory_does_not_grow_with_the_boxes():
+    """The largest tensors of two images with 2,000 boxes are not larger than those with 64 boxes."""
+    points, strides = points_of(320, 320)
+    largest = {}
+    for count in (64, 2000):
+        boxes, labels = random_boxes(torch.Generator().manual_seed(5), 2, count, 320, 320)
+        with LargestTensor() as seen:
+            assign_targets(points, strides, boxes, labels)
+        largest[count] = seen.numbers
+    assert 0 < largest[2000] <= largest[64]
+
+
+class LargestTensor(TorchDispatchMode):
+    """While this context is open, it notes the size of the largest tensor that an operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.numbers = max([self.numbers, *(x.untyped_storage().nbytes() // x.element_size() for x in made)])
+        return result
+
+
+def test_a_crowded_image_is_one_graph():
+    torch._dynamo.reset()
+    points, strides = points_of(96, 96)
+    compiled = torch.compile(assign_targets, fullgraph=True, backend="eager")
+    for count in (3, 40, 70, 100, 300, 1000, 2000, 555, 777, 888, 999, 1111):  # torch allows 8 graphs
+        boxes, labels = random_boxes(torch.Generator().manual_seed(6), 2, count, 96, 96)
+        for ours, theirs in zip(
+            compiled(points, strides, boxes, labels), assign_targets(points, strides, boxes, labels), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+
+
+def test_operator_for_crowded_images():
+    boxes, labels = random_boxes(torch.Generator().manual_seed(7), 2, 70, 64, 64)
+    for options in ((1.5, False, "paper"), (None, True, "paper"), (1.5, False, "torchvision")):
+        args = (*points_of(64, 64), boxes, labels, *options)
+        torch.library.opcheck(torch.ops.vovnet_zoo.choose_box_in_parts, args)
+
+
+def test_a_label_without_a_class_is_refused():
+    """A label of K or more would be learnt as background."""
+    points, strides = points_of(64, 64)
+    preds, criterion = predictions(points, strides, 1, 3), FCOSLoss()
+    boxes = torch.tensor([[[10.0, 10, 40, 40]]])
+    for call in (criterion, torch.compile(criterion, fullgraph=True, backend="eager")):
+        with pytest.raises((ValueError, RuntimeError), match=r"labels must be 0\.\.2"):
+            call(preds, boxes, torch.tensor([[3]]))
+    targets = criterion.assign(points, strides, boxes, torch.tensor([[3]]))
+    with pytest.raises(ValueError, match=r"labels must be 0\.\.2.* from 0 on"):
+        criterion.compare(preds, targets, criterion.normalizers(targets))
 
 
 def test_size_limits_are_inclusive_on_both_levels():

@@ -70,6 +70,35 @@ def test_shapes_are_checked():
         nms_fixed(torch.zeros(1, 5, 4).double(), torch.zeros(1, 5), torch.zeros(1, 5, dtype=torch.int64), 0.5, 10)
 
 
+class OnMps(torch.Tensor):
+    """A stand-in for a tensor on Apple's GPU, which has no float64."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func == torch.Tensor.device.__get__:
+            return torch.device("mps")
+        if func is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        if func is torch.Tensor.double or any(x is torch.float64 for x in (*args, *(kwargs or {}).values())):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_device_without_float64(monkeypatch):
+    boxes, scores, labels = (x[0] for x in draw(torch.Generator().manual_seed(2), "crowded", 1, 100))
+    wanted = class_nms(boxes, scores, labels, 0.5, 20)
+    to = torch.Tensor.to
+
+    def to_mps(x, *arguments, **options):
+        if arguments and arguments[0] == torch.device("mps"):
+            return x.as_subclass(OnMps)
+        return to(x, *arguments, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", to_mps)
+    found = class_nms(*(x.as_subclass(OnMps) for x in (boxes, scores, labels)), 0.5, 20)
+    assert found.device.type == "mps" and found.cpu().tolist() == wanted.tolist()
+
+
 def test_operator():
     boxes, scores, labels = draw(torch.Generator().manual_seed(1), "crowded", 2, 100)
     torch.library.opcheck(torch.ops.vovnet_zoo.nms_fixed, (boxes, scores, labels, 0.5, 20, False))

@@ -50,9 +50,9 @@ def test_training_facts(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"starts": [start]}))
     rows = [dict(step=0, loss=1.0), dict(step=1, AP=0.25, AP50=0.5), dict(step=2, AP=0.125, AP50=0.6)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert publish.training_facts(tmp_path, "last")["measured"] == "AP 0.125, AP50 0.600"
+    assert str(publish.training_facts(tmp_path, "last")["measured"]) == "AP 0.125, AP50 0.600"
     facts = publish.training_facts(tmp_path, "best")
-    assert facts["measured"] == "AP 0.250, AP50 0.500" and facts["training_command"] == "train_coco.py finetune"
+    assert str(facts["measured"]) == "AP 0.250, AP50 0.500" and facts["training_command"] == "train_coco.py finetune"
 
 
 COMMANDS = {
@@ -107,6 +107,7 @@ def test_the_organisation_decides_if_nobody_else_does(tiny_detector, hub_on_loop
     monkeypatch.setattr(
         publish.huggingface_hub.HfApi, "create_repo", lambda self, *args, **options: asked.append(options) or 1 / 0
     )
+    tiny_detector.save_pretrained(tmp_path)
     with pytest.raises(ZeroDivisionError):
         publish.push(REPO, tmp_path, "card", token=TOKEN)
     assert asked[0].get("private") is None
@@ -120,7 +121,7 @@ def test_a_damaged_log_is_no_obstacle(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(
         b'{"step": 1, "AP": 0.25}\n[1]\n\xff\n' + b'{"step": 2, "AP": null}\n{"AP": 0.'
     )
-    assert publish.training_facts(tmp_path, "best")["measured"] == "AP 0.250"
+    assert str(publish.training_facts(tmp_path, "best")["measured"]) == "AP 0.250"
     for content in ("{", "[]", "{}", '{"starts": []}', '{"starts": [{}]}', '{"starts": [{"command": 1}]}'):
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(ValueError, match="run.json"):

@@ -12,7 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision_models import make_torchvision, slots, twin
 
 import train_coco
-from presets import PRESETS
+from presets import parse
 from vovnet_zoo import FCOS, FCOSLoss, compile_detector, postprocess, predict
 from vovnet_zoo.config import VARIANTS
 from vovnet_zoo.convert import names
@@ -272,8 +272,9 @@ def test_finetune_starts_with_torchvisions_loss(tiny_coco, tmp_path, monkeypatch
     twin(net.state_dict(), class_names=["red", "green"]).save_pretrained(tmp_path / "start")
     net.transform._skip_resize = True
     config = dataclasses.replace(
-        PRESETS["finetune"][1], data=tiny_coco, out=tmp_path / "run", init=str(tmp_path / "start"), min_size=(90, 100),
-        max_size=128, test_size=64, batch_size=3, accum=1, workers=0, steps=1, winograd=False, device="cpu",
+        parse(["finetune", "--data", str(tiny_coco), "--init", str(tmp_path / "start")]), out=tmp_path / "run",
+        min_size=(90, 100), max_size=128, test_size=64, batch_size=3, accum=1, workers=0, steps=1, winograd=False,
+        device="cpu",
     )  # fmt: skip
     batches, compute = [], train_coco.compute_losses
 

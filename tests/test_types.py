@@ -16,6 +16,7 @@ MISTAKES = [
     'vovnet_zoo.create_detector("fcos_vovnet39_fpn", variant="publisht")',
     "vovnet_zoo.FCOSLoss(centre_radius=1.5)",
     "model(images).boxes",
+    "vovnet_zoo.predct(model, images)",
     'model.config["class_name"]',
     "vovnet_zoo.FCOSLoss()(model(images), images, images).loss",
 ]

@@ -117,18 +117,7 @@ def drawn(net):
     return net.eval()
 
 
-# ---- the tables
-
-
-def test_tables():
-    rows = {**vovnet.WEIGHTS, **detectors.WEIGHTS}
-    assert {key.split(".")[0] for key in vovnet.WEIGHTS} == set(vovnet.model_cfgs)
-    assert {key.split(".")[0] for key in detectors.WEIGHTS} == set(detectors.DETECTORS)
-    for key, row in rows.items():
-        assert row.state in ("hub", "url", "gone", "unpublished"), key
-        assert bool(row.url) == (row.state in ("url", "gone")), key
-        known = row.sha256 or row.sha1
-        assert row.state != "url" or (len(known) == (64 if row.sha256 else 40) and known[:8] in row.url), key
+# ---- the table
 
 
 def test_default_tag_is_one_that_can_be_had():
@@ -136,19 +125,6 @@ def test_default_tag_is_one_that_can_be_had():
         assert timm.get_pretrained_cfg(name).tag == "pytorchcv_in1k" and timm.is_model_pretrained(name)
     for name in ("vovnet75", "vovnet93"):
         assert not timm.is_model_pretrained(name)
-
-
-@pytest.mark.parametrize("name", ["vovnet75", "vovnet93", "fcos_vovnet39_fpn", "fcos_vovnet75_fpn"])
-def test_unpublished_weights(name, monkeypatch):
-    monkeypatch.delenv(published.ORGANISATION_VARIABLE, raising=False)
-    create = vovnet_zoo.create_detector if name.startswith("fcos") else timm.create_model
-    with pytest.raises(ValueError, match="published yet") as error:
-        create(name, pretrained=True)
-    message = str(error.value)
-    assert "vovnet-zoo convert" in message and published.ORGANISATION_VARIABLE in message
-    assert ("train a preset" in message) == name.startswith("fcos")
-    assert ("vovnet39.pytorchcv_in1k" in message) != name.startswith("fcos")
-    assert ("dropbox" in message) == (name != "fcos_vovnet75_fpn")
 
 
 # ---- downloads
@@ -307,8 +283,13 @@ def test_detector_at_a_url(server, monkeypatch):
     server.files["/d.pth"] = saved({"model": {f"module.{key}": x for key, x in published.items()}})
     key = "fcos_vovnet27_slim_fpn.fcos_1x_coco"
     monkeypatch.setitem(detectors.WEIGHTS, key, Weights("gone", f"{server.url}/d.pth?dl=1"))
-    with pytest.raises(ValueError, match="published yet"):
+    with pytest.raises(ValueError, match=f"can be had .{key}: reported gone, and still tried"):
         vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", pretrained=True)
+    for fault, error in (("refuse", ConnectionError), ("truncate", ConnectionError)):
+        server.faults = [fault]
+        with pytest.raises(error, match=f"^{key}: http.*d.pth.* convert a checkpoint .*train a preset") as found:
+            vovnet_zoo.create_detector(key, pretrained=True)
+        assert len(str(found.value).splitlines()) == 1
     model = vovnet_zoo.create_detector(key, pretrained=True)
     assert model.config["centerness_on"] == "cls" and model.config["class_names"][0] == "person"
     with pytest.raises(ValueError, match="distance='exp', not 'relu'"):
@@ -367,7 +348,7 @@ def test_a_faulty_download_of_torchvisions_detector(resnet, server, cache, torch
         server.faults = [fault]
     with pytest.raises(error, match=message) as caught:
         vovnet_zoo.create_detector("fcos_resnet50_fpn", pretrained=True)
-    assert "\n" not in str(caught.value) and "vovnet-zoo convert FILE FOLDER" in str(caught.value)
+    assert "\n" not in str(caught.value) and "vovnet-zoo convert FILE.pth FOLDER" in str(caught.value)
     assert not cache()
     server.files["/fcos.pth"] = torchvision_file
     vovnet_zoo.create_detector("fcos_resnet50_fpn", pretrained=True)

@@ -22,7 +22,8 @@ def create_backbone(name: str, pretrained: bool = False) -> Backbone:
     """
     if not name.startswith(("hf-hub:", "hf_hub:", "local-dir:")) and not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-        raise ValueError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"timm has no model {name!r}, which shall be the backbone{hint}")
     body = _features(name, pretrained)
     reductions = body.feature_info.reduction()
     if missing := [stride for stride in STRIDES if stride not in reductions]:

@@ -1,22 +1,26 @@
-"""The command `vovnet-zoo` parses its arguments and calls the library, nothing more."""
+"""The command `vovnet-zoo` parses its arguments and calls the library, nothing more.
+
+Torch takes seconds to import, so that each command imports what it needs only after its arguments have been checked.
+"""
 
 from __future__ import annotations
 
+import difflib
 import glob
+import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
-from . import hub, inference, publish
-from .data import check
-from .detectors import load_detector
-from .files import read_json
-from .predict_files import Pictures, predict_files
+from . import ledger
+from .commands import find_device, run_reporting, take_debug
+from .config import Pictures, Precision
+from .version import __version__
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Predict:
     """Detections per image, at most; default: what the model's config says."""
     batch_size: int = 1
     """Images that the network sees together, at most; the detections do not depend on it."""
-    precision: inference.Precision = "float32"
+    precision: Precision = "float32"
     """Precision of the network (autocast)."""
     compile: bool = False
     """Compile the network with torch.compile, which takes minutes once."""
@@ -101,33 +105,54 @@ class Publish:
     """Open a pull request instead."""
 
 
+@dataclass(frozen=True)
+class ListModels:
+    """List the weights of backbones and detectors: which can be had, from where, with which scores and licenses."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Only names that contain one of these texts; default: all."""
+    json: bool = False
+    """Print everything that is known of each, as JSON."""
+    markdown: bool = False
+    """Print the table of the README: the weights that are published."""
+
+
 def main() -> None:
-    """Run the command. An error of the user goes to stderr without a traceback, and the exit status is 2."""
+    """Run the command. An error of the user goes to stderr in one line, and the exit status is 2."""
+    arguments, debug = take_debug(sys.argv[1:])
+    if arguments == ["--version"]:
+        print(f"vovnet-zoo {__version__}")
+        return
     command = tyro.cli(
         Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[CheckData, tyro.conf.subcommand("check-data")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
-        | Annotated[Publish, tyro.conf.subcommand("publish")],
+        | Annotated[Publish, tyro.conf.subcommand("publish")]
+        | Annotated[ListModels, tyro.conf.subcommand("list")],
         prog="vovnet-zoo",
-        description="VoVNet backbones and FCOS detectors.",
+        description="VoVNet backbones and FCOS detectors. --version prints the version, --debug an error's traceback.",
+        args=arguments,
     )
-    try:
-        run: dict[type, Callable[[Any], None]] = {
-            Predict: run_predict,
-            CheckData: run_check_data,
-            Convert: run_convert,
-            Publish: run_publish,
-        }
-        run[type(command)](command)
-    except (ValueError, OSError) as error:
-        print(f"vovnet-zoo: {error}", file=sys.stderr)
-        sys.exit(2)
+    run: dict[type, Callable[[Any], None]] = {
+        Predict: run_predict,
+        CheckData: run_check_data,
+        Convert: run_convert,
+        Publish: run_publish,
+        ListModels: run_list,
+    }
+    run_reporting("vovnet-zoo", lambda: run[type(command)](command), debug)
 
 
 def run_predict(command: Predict) -> None:
-    if missing := [str(path) for path in command.images if not (path.exists() or glob.has_magic(str(path)))]:
-        raise ValueError(f"no such file or folder: {', '.join(missing)}")
-    model = load_detector(command.model).to(command.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_predict(command)
+    refuse_missing(*(path for path in command.images if not glob.has_magic(str(path))))
+    refuse_model(command.model)
+    from . import inference
+    from .detectors import load_detector
+    from .predict_files import predict_files
+
+    device = find_device(command.device)
+    model = load_detector(command.model).to(device)
     options: inference.PredictOptions = dict(
         recursive=command.recursive,
         batch_size=command.batch_size,
@@ -151,7 +176,23 @@ def run_predict(command: Predict) -> None:
     sys.exit(1 if bad else 0)
 
 
+def check_predict(command: Predict) -> None:
+    """Raise `ValueError` where there is no image, or a number is out of its range."""
+    if not command.images:
+        raise ValueError("predict needs the name of an image, or several")
+    for option, value in (("--score", command.score), ("--nms-threshold", command.nms_threshold)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{option} {value}: give a number from 0 to 1")
+    for option, number in (("--max-detections", command.max_detections), ("--batch-size", command.batch_size)):
+        if number is not None and number < 1:
+            raise ValueError(f"{option} {number}: give 1 or more")
+
+
 def run_check_data(command: CheckData) -> None:
+    refuse_missing(command.root)
+    from .data import check
+    from .files import read_json
+
     if command.json is not None and command.json.exists():
         try:
             ours = {"ok", "findings"} <= read_json(command.json).keys()
@@ -159,10 +200,15 @@ def run_check_data(command: CheckData) -> None:
             ours = False
         if not ours:
             raise ValueError(f"{command.json} is there already, and no report of check-data; choose another file")
+    if command.workers is not None and command.workers < 0:
+        raise ValueError(f"--workers {command.workers}: give 0 or more")
     sys.exit(check.main(command.root, workers=command.workers, json_out=command.json))
 
 
 def run_convert(command: Convert) -> None:
+    refuse_missing(command.file)
+    from . import hub, publish
+
     left_out = publish.convert_file(command.file, command.out, part=command.part, overwrite=command.overwrite)
     if left_out:
         names = [f"{name:.200}" for name in left_out]
@@ -171,6 +217,9 @@ def run_convert(command: Convert) -> None:
 
 
 def run_publish(command: Publish) -> None:
+    refuse_missing(command.source, *([] if command.run is None else [command.run]))
+    from . import publish
+
     url = publish.publish_model(
         command.source,
         command.repo_id,
@@ -182,6 +231,34 @@ def run_publish(command: Publish) -> None:
         create_pr=command.create_pr,
     )
     print(url)
+
+
+def run_list(command: ListModels) -> None:
+    if command.markdown:
+        print(ledger.markdown())
+        return
+    rows = [row for row in ledger.rows() if not command.names or any(name in row["name"] for name in command.names)]
+    if not rows:
+        raise ValueError(f"no weights have {' or '.join(map(repr, command.names))} in their name; vovnet-zoo list")
+    print(json.dumps(rows, indent=1) if command.json else "\n".join(map(ledger.describe, rows)))
+
+
+def refuse_missing(*paths: Path) -> None:
+    """Raise ValueError, with all their names, if there are paths without a file or folder."""
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise ValueError(f"no such file or folder: {', '.join(missing)}")
+
+
+def refuse_model(name: str) -> None:
+    """Raise ValueError if `name` can be no folder, no repository on the Hub and no weights of the ledger."""
+    if Path(name).is_dir():
+        return
+    if name.split(".")[0] in ledger.DETECTORS:
+        ledger.find(name, ledger.DETECTOR_WEIGHTS, ledger.HOW_TO_MAKE_DETECTORS)
+    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        near = difflib.get_close_matches(name, [*ledger.DETECTORS, *ledger.DETECTOR_WEIGHTS], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ", and no detector that `vovnet-zoo list` knows"
+        raise ValueError(f"{name!r} is no folder here, and no 'organisation/name' on the Hub{hint}")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
+import reprlib
 from collections.abc import Callable
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from .arguments import check_choice, check_flag, check_model, check_number
 from .config import ThresholdOptions
 from .fcos import FCOS
 from .inference import Detections, choose_thresholds, detect, sizes_of
@@ -54,15 +56,24 @@ def compile_detector(
         the padding at bottom and right; it returns the `Detections` that `postprocess(model(images), sizes)` finds.
 
     Raises:
-        ValueError: `size` is not of multiples of 32, `dtype` is not one of the three, or `winograd=True` cannot be
-            followed, or the model has no class of a name in `score_threshold`; from the function: images of another
-            size, dtype or device.
+        ValueError: `size` is not of multiples of 32, `dtype` is not one of the three, `winograd=True` cannot be
+            followed, the model is in a wrapper, has no class of a name in `score_threshold`, or its weights are not
+            float32, or another argument is out of range; from the function: images of another size, dtype or device.
     """
-    height, width = size
-    if height % 32 or width % 32 or min(height, width) < 32:
-        raise ValueError(f"size={tuple(size)}: (height, width) must be multiples of 32; pad the images to one")
+    check_model("model", model, FCOS)
+    height, width = check_size(size)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype}: torch.float32, torch.bfloat16 or torch.float16")
+    if wrong := {x.dtype for x in model.parameters()} - {torch.float32}:
+        raise ValueError(
+            f"model has weights of {', '.join(map(str, wrong))}; give model.float(), and say by dtype={dtype} in what "
+            "the convolutions are computed"
+        )
+    if winograd is not None:
+        check_flag("winograd", winograd)
+    if not callable(backend):
+        check_choice("backend", backend, torch.compiler.list_backends(exclude_tags=()))
+    how = compile_options(mode, backend)
     thresholds = choose_thresholds(model, options)
     device = next(model.parameters()).device
     fast = fast_copy(model, decide_winograd(winograd, device, dtype))
@@ -71,7 +82,7 @@ def compile_detector(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return detect(fast, images, sizes, thresholds)
 
-    compiled = torch.compile(graph, fullgraph=True, dynamic=False, **compile_options(mode, backend))
+    compiled = torch.compile(graph, fullgraph=True, dynamic=False, **how)
 
     def run(images: Tensor, sizes: Tensor | None = None) -> Detections:
         check_images(images, height, width, device)
@@ -84,6 +95,17 @@ def compile_detector(
     return run
 
 
+def check_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the (height, width) of images; `ValueError` unless they are two multiples of 32."""
+    if not isinstance(size, list | tuple) or len(size) != 2:
+        raise ValueError(f"size={reprlib.repr(size)}: give (height, width)")
+    for length in size:
+        check_number("size", length, 32, 65_536, whole=True)
+        if length % 32:
+            raise ValueError(f"size={tuple(size)}: (height, width) must be multiples of 32; pad the images to one")
+    return size[0], size[1]
+
+
 def fast_copy(model: FCOS, winograd: bool) -> FCOS:
     """Copy a detector for inference: batch norms become part of convolutions, and weights lie channels last."""
     fast = copy.deepcopy(model)
@@ -94,12 +116,16 @@ def fast_copy(model: FCOS, winograd: bool) -> FCOS:
 def compile_options(mode: str, backend: str) -> dict[str, Any]:
     """Choose the arguments of torch.compile; with "inductor" the weights become constants of the graph."""
     if backend != "inductor":
+        check_choice("mode", mode, ["default"])
         return {"backend": backend}
+    check_choice("mode", mode, torch._inductor.list_mode_options())
     return {"options": {**torch._inductor.list_mode_options(mode), "freezing": True}}
 
 
 def check_images(images: Tensor, height: int, width: int, device: torch.device) -> None:
     """Raise `ValueError` unless images are uint8 [B,3,height,width] on the device."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images must be a uint8 tensor [B,3,{height},{width}], got {type(images).__name__}")
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, height, width):
         raise ValueError(
             f"images must be uint8 [B,3,{height},{width}], got {images.dtype} {list(images.shape)}; "

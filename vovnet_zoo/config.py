@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, TypedDict
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VariantName = Literal["improved", "published", "torchvision"]
 Distance = Literal["relu", "exp"]
@@ -14,37 +15,8 @@ BoxLoss = Literal["giou", "iou"]
 Matching = Literal["paper", "torchvision"]
 Points = Literal["center", "corner"]
 Resize = Literal["antialias", "torchvision"]
-
-
-class Thresholds(NamedTuple):
-    """These numbers decide which predictions become detections (arXiv 1904.01355, section 4)."""
-
-    score_threshold: float | Tensor = 0.0
-    """A detection is returned if its score is at least this: one number, or a tensor [K] of one for each class."""
-    candidate_threshold: float = 0.05
-    """A class at a location is a candidate if its probability, without centerness, is higher."""
-    nms_threshold: float = 0.6
-    """A box is dropped if its IoU with a better box of its class is higher."""
-    topk: int = 1000
-    """Candidates kept per level and image, the best by class probability times centerness."""
-    max_detections: int = 100
-    """Detections kept per image."""
-
-
-THRESHOLDS = Thresholds()
-
-
-class ThresholdOptions(TypedDict, total=False):
-    """These options of `predict`, `postprocess` and `compile_detector` are the fields of `Thresholds`.
-
-    `predict` and `compile_detector` know the model, so there `score_threshold` can also map class names to numbers.
-    """
-
-    score_threshold: float | Mapping[str, float] | Tensor
-    candidate_threshold: float
-    nms_threshold: float
-    topk: int
-    max_detections: int
+Precision = Literal["float32", "bf16", "fp16"]  # of the network, under autocast
+Pictures = Literal["jpg", "png", "none"]  # format of the pictures of detections
 
 
 class Variant(TypedDict):
@@ -194,3 +166,34 @@ class DetectorConfig(TypedDict):
     box_loss: BoxLoss
     weigh_boxes: bool
     add_images: bool
+
+
+class Thresholds(NamedTuple):
+    """These numbers decide which predictions become detections (arXiv 1904.01355, section 4)."""
+
+    score_threshold: float | Tensor = 0.0
+    """A detection is returned if its score is at least this: one number, or a tensor [K] of one for each class."""
+    candidate_threshold: float = 0.05
+    """A class at a location is a candidate if its probability, without centerness, is higher."""
+    nms_threshold: float = 0.6
+    """A box is dropped if its IoU with a better box of its class is higher."""
+    topk: int = 1000
+    """Candidates kept per level and image, the best by class probability times centerness."""
+    max_detections: int = 100
+    """Detections kept per image."""
+
+
+THRESHOLDS = Thresholds()
+
+
+class ThresholdOptions(TypedDict, total=False):
+    """These options of `predict`, `postprocess` and `compile_detector` are the fields of `Thresholds`.
+
+    `predict` and `compile_detector` know the model, so there `score_threshold` can also map class names to numbers.
+    """
+
+    score_threshold: float | Mapping[str, float] | Tensor
+    candidate_threshold: float
+    nms_threshold: float
+    topk: int
+    max_detections: int

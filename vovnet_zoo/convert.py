@@ -76,6 +76,8 @@ def convert(checkpoint: Mapping, archs: Mapping[str, Layout], part: str = "all")
     if part not in PARTS:
         raise ValueError(f"part={part!r}: one of {', '.join(PARTS)}")
     weights = unwrap(checkpoint)
+    if not isinstance(archs, Mapping) or not archs or not all(isinstance(x, Layout) for x in archs.values()):
+        raise ValueError(f"archs must map names of backbones to their Layout, got {reprlib.repr(archs)}")
     body, beside = split_body(weights)
     if part == "backbone" and not body:
         raise ValueError("part='backbone' takes the VoVNetV2 body out of a checkpoint, and this one holds not one body")

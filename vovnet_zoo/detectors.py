@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from . import hub, vovnet
+from .arguments import check_choice, check_flag
 from .backbone import create_backbone
 from .config import DEFAULT_VARIANT, VARIANTS, DetectorOptions, VariantName
-from .convert import BGR_MEAN, COCO_IDS, Converted, Layout, convert
+from .convert import COCO_IDS, Converted, Layout, convert
 from .fcos import FCOS
-from .weights import Weights, available, fetch, find, read_checkpoint
+from .ledger import DETECTOR_WEIGHTS as WEIGHTS
+from .ledger import HOW_TO_MAKE_DETECTORS as HOW_TO_MAKE
+from .ledger import available, find
+from .weights import fetch_row, read_checkpoint
 
 NUM_CLASSES = 80  # as COCO has
 VARIANT_OF: dict[str, VariantName] = {"authors_detector": "published", "torchvision_detector": "torchvision"}
@@ -46,43 +52,6 @@ STARTS = {
 }
 
 
-def _authors(file: str, ap: str) -> Weights:
-    return Weights(
-        "gone",
-        f"https://dl.dropbox.com/s/{file}?dl=1",
-        score=f"COCO val2017 AP {ap} (the authors' repository VoVNet-FCOS)",
-        mean=tuple(mean / 255 for mean in reversed(BGR_MEAN)),
-        std=(1 / 255,) * 3,
-        size=(800, 1333),
-    )
-
-
-# The published schedules are 1x, 90,000 iterations; 2x, twice as many; ms, with the shorter side drawn from 640..800.
-WEIGHTS = {
-    "fcos_resnet50_fpn.tv_coco": Weights(
-        "url",
-        "https://download.pytorch.org/models/fcos_resnet50_fpn_coco-99b0c9b7.pth",
-        sha256="99b0c9b7cfb1527d782db86b91d207f00547c792fb4103fc612b651d0a07b9e7",
-        license="bsd-3-clause",
-        score="COCO val2017 AP 39.2 (torchvision)",
-        size=(800, 1333),
-    ),
-    "fcos_resnet50_fpn.fcos_1x_coco": Weights("unpublished"),
-    "fcos_resnet101_fpn.fcos_2x_ms_coco": Weights("unpublished"),
-    "fcos_resnext101_32x8d_fpn.fcos_2x_ms_coco": Weights("unpublished"),
-    "fcos_ese_vovnet19b_dw_fpn.coco_12e": Weights("unpublished"),
-    "fcos_ese_vovnet39b_fpn.coco_24e": Weights("unpublished"),
-    "fcos_ese_vovnet57b_fpn.coco_36e": Weights("unpublished"),
-    "fcos_vovnet27_slim_fpn.fcos_1x_coco": Weights("unpublished"),
-    "fcos_vovnet39_fpn.fcos_1x_coco": _authors("8n0wyypfggliplw/FCOS-V-39-FPN-1x.pth", "37.7"),
-    "fcos_vovnet57_fpn.fcos_2x_ms_coco": _authors("f1posfwebb2ynnp/FCOS-V-57-MS-FPN-2x.pth", "41.6"),
-    "fcos_vovnet75_fpn.fcos_2x_ms_coco": Weights("unpublished"),
-    "fcos_vovnet93_fpn.fcos_2x_ms_coco": _authors("2v7go4lenvvjd1s/FCOS-V-93-MS-FPN-2x.pth", "42.1"),
-    **{f"fcos_{name}_fpn.coco_24e": Weights("unpublished") for name in vovnet.v2_cfgs},
-}
-HOW_TO_MAKE = f"{vovnet.HOW_TO_MAKE}, or train a preset (python recipes/train_coco.py --help lists them)"
-
-
 def create_detector(
     name: str,
     *,
@@ -109,15 +78,23 @@ def create_detector(
         ValueError: the name or variant is unknown, or its weights are not published or do not fit the arguments.
         OSError: the weights' server cannot be reached, or refuses.
     """
-    if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r}: one of {sorted(VARIANTS)}")
+    if not isinstance(name, str):
+        raise ValueError(f"name={reprlib.repr(name)}: give a text, one of list_detectors()")
+    if variant is not None:
+        check_choice("variant", variant, VARIANTS)
+    check_flag("pretrained", pretrained)
+    check_flag("pretrained_backbone", pretrained_backbone)
+    if unknown := kwargs.keys() - DetectorOptions.__annotations__.keys():
+        raise ValueError(f"unknown {sorted(unknown)}: create_detector has {sorted(DetectorOptions.__annotations__)}")
     base, _, tag = name.partition(".")
     if base == "fcos" and not tag and not pretrained:
         if "backbone" not in kwargs:
             raise ValueError("create_detector('fcos') needs backbone=, the name of a timm model")
         arch = {}
-    elif base in DETECTORS and (not tag or (pretrained and name in WEIGHTS)):
+    elif base in DETECTORS:
         arch = DETECTORS[base]
+        if tag and not pretrained:
+            raise ValueError(f"{name!r} is a name of weights: add pretrained=True, or leave {'.' + tag!r} out")
     else:
         known = [*DETECTORS, *WEIGHTS] if pretrained else ["fcos", *DETECTORS]
         near = difflib.get_close_matches(name, known, n=1)
@@ -155,15 +132,21 @@ def load_detector(source: str) -> FCOS:
 
 def list_detectors(*, pretrained: bool = False) -> list[str]:
     """List the names of the detectors or, with `pretrained`, each `name.tag` whose weights can be downloaded."""
+    check_flag("pretrained", pretrained)
     return sorted(key for key in WEIGHTS if available(key, WEIGHTS)) if pretrained else sorted(DETECTORS)
 
 
 def build_converted(converted: Converted, **kwargs: Unpack[DetectorOptions]) -> FCOS:
     """Build the detector of a published checkpoint, with its weights loaded; `kwargs` are arguments of `FCOS`."""
-    known: dict[str, Any] = {**VARIANTS[VARIANT_OF[converted.form]], **converted.config}
-    if known.get("category_ids") == COCO_IDS or (converted.form == "authors_detector" and known["num_classes"] == 80):
-        known |= {"class_names": coco_class_names(), "category_ids": COCO_IDS}
-    model = FCOS(**{**known, **kwargs})
+    settings: dict[str, Any] = {**VARIANTS[VARIANT_OF[converted.form]], **converted.config}
+    of_coco = converted.form == "authors_detector" and settings["num_classes"] == NUM_CLASSES
+    if of_coco or settings.get("category_ids") == COCO_IDS:
+        settings |= {"class_names": coco_class_names(), "category_ids": COCO_IDS}
+    settings |= kwargs
+    with torch.device("meta"):  # the checkpoint may ask for any number of classes
+        skeleton = FCOS(**settings)
+    hub.check_fit(skeleton, {key: list(x.shape) for key, x in converted.state_dict.items()}, "the checkpoint")
+    model = FCOS(**settings)
     hub.load_strict(model, converted.state_dict, "the checkpoint")
     return model.eval()
 
@@ -182,10 +165,9 @@ def coco_class_names() -> list[str]:
 def _load(name: str, variant: VariantName | None, num_classes: int | None, kwargs: DetectorOptions) -> FCOS:
     key, repo_id = find(name, WEIGHTS, HOW_TO_MAKE)
     if repo_id is None:
-        row = WEIGHTS[key]
-        converted = convert(read_checkpoint(fetch(row.url, row.sha1, sha256=row.sha256)), archs())
+        converted = convert(read_checkpoint(fetch_row(key, WEIGHTS, HOW_TO_MAKE)), archs())
         if not converted.config:
-            raise ValueError(f"{row.url} holds {converted.form}, not a detector")
+            raise ValueError(f"{WEIGHTS[key].url} holds {converted.form}, not a detector")
         model = build_converted(converted, **kwargs)
     else:
         model = FCOS.from_pretrained(repo_id, **kwargs)

@@ -57,6 +57,8 @@ def draw_detections(
         enlarge: how many times larger than the image the picture is; None makes images of less than 384 pixels larger,
             by a whole number, and others not.
     """
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names={class_names!r}: give a list of names")
     boxes, labels, scores = detection["boxes"].cpu(), detection["labels"].tolist(), detection.get("scores")
     texts = [_readable_name(class_names[label], label) if class_names else str(label) for label in labels]
     chosen = list(range(len(labels)))

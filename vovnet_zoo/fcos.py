@@ -6,7 +6,7 @@ import math
 import reprlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from .arguments import check_choice, check_flag, check_number, check_tensor, is_number
 from .backbone import Backbone, backbone_maps, create_backbone, probe_channels
 from .config import (
     DEFAULTS,
@@ -63,7 +64,7 @@ class FCOS(
         min_size, max_size: `predict` resizes the shorter side of an image to `min_size` pixels, unless the longer side
             would exceed `max_size`.
         thresholds: class name -> score, in 0..1: `predict` leaves out a detection of this class that scores less,
-            unless it gets another `score_threshold`. None, and a class that is not named: all are returned.
+            unless it gets another `score_threshold`. For a class that is not named, the `score_threshold` below counts.
         resize: how images are resized, see `resize_image` and `resize_size`.
         points: where the cells of a map are in the image, see `make_points`.
         plus_one: boxes follow the published pixel convention in data, loss, NMS and results: a box covers the pixels
@@ -102,7 +103,7 @@ class FCOS(
         plus_one: bool = DEFAULTS["plus_one"],
         keep_empty: bool = DEFAULTS["keep_empty"],
         candidate_threshold: float = THRESHOLDS.candidate_threshold,
-        score_threshold: float = THRESHOLDS.score_threshold,
+        score_threshold: float = cast(float, THRESHOLDS.score_threshold),
         nms_threshold: float = THRESHOLDS.nms_threshold,
         topk: int = THRESHOLDS.topk,
         max_detections: int = THRESHOLDS.max_detections,
@@ -200,14 +201,20 @@ class FCOS(
         Args:
             sizes: (h, w) of each map.
             input_size: (H, W) of the network input, padding included.
+
+        Raises:
+            ValueError: there are not as many sizes as levels, or one is no pair.
         """
+        if not isinstance(sizes, list | tuple) or len(sizes) != len(self.strides) or not all(map(is_pair, sizes)):
+            raise ValueError(f"sizes must be the (h, w) of {len(self.strides)} maps, got {reprlib.repr(sizes)}")
+        if not is_pair(input_size):
+            raise ValueError(f"input_size must be (H, W), got {reprlib.repr(input_size)}")
         corner = self.config["points"] == "corner"
         return make_points(sizes, self.strides, device, input_size if corner else None)
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
         """Compute the pyramid's maps P3..P7, [B,C,H/8,W/8] .. [B,C,H/128,W/128] (each size is rounded up)."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be [B,3,H,W], got {list(images.shape)}")
+        check_tensor("images", images, ("B", 3, "H", "W"))
         maps = backbone_maps(self.backbone, images)
         return list(self.fpn(OrderedDict(zip(("c3", "c4", "c5"), maps, strict=True))).values())
 
@@ -235,6 +242,7 @@ class FCOS(
         Raises:
             ValueError: the backbone has batch norms that are trained; they would count every batch twice.
         """
+        check_flag("enable", enable)
         if enable and any(isinstance(module, nn.BatchNorm2d) for module in self.backbone.modules()):
             raise ValueError(
                 "checkpointing runs a stage twice, so its batch norms would count every batch twice; "
@@ -250,7 +258,14 @@ class FCOS(
             class logits [B,K,h,w].
             distances (left, top, right, bottom) [B,4,h,w] in pixels of the network input.
             centerness logits [B,1,h,w].
+
+        Raises:
+            ValueError: there are not as many maps as levels, or one is not [B,C,h,w].
         """
+        if not isinstance(features, list | tuple) or len(features) != len(self.strides):
+            raise ValueError(f"features must be the {len(self.strides)} maps that forward_features returns, as a list")
+        for features_of_level in features:
+            check_tensor("features", features_of_level, ("B", self.config["channels"], "h", "w"))
         return self.head(features)
 
 
@@ -261,8 +276,8 @@ RANGES = {
     "num_convs": (0, 64, ""),
     "min_size": (1, 65_535, ""),
     "max_size": (1, 65_535, ""),
-    "topk": (1, 10_000_000, ""),
-    "max_detections": (1, 10_000_000, ""),
+    "topk": (1, 1_000_000, ""),
+    "max_detections": (1, 1_000_000, ""),
 }
 PROBABILITIES = ("candidate_threshold", "score_threshold", "nms_threshold")
 SWITCHES = ("frozen_norm", "plus_one", "keep_empty", "weigh_boxes", "add_images")
@@ -285,26 +300,19 @@ def check_config(config: dict[str, Any]) -> None:
     if not isinstance(config["backbone"], str):
         raise ValueError(f"backbone={reprlib.repr(config['backbone'])}: give the name of a timm model")
     for name, (lowest, highest, why) in RANGES.items():
-        if not _is_number(config[name], lowest, highest, Integral):
-            raise ValueError(
-                f"{name}={reprlib.repr(config[name])}: give a whole number from {lowest} to {highest}{why}"
-            )
+        check_number(name, config[name], lowest, highest, whole=True, why=why)
         config[name] = int(config[name])
     if config["channels"] % 32:
         raise ValueError(f"channels={config['channels']}: the head's GroupNorm has 32 groups; give 64, 96 ..")
     for name in SWITCHES:
-        if not isinstance(config[name], bool):
-            raise ValueError(f"{name}={reprlib.repr(config[name])}: give True or False")
+        check_flag(name, config[name])
     for name, choices in CHOICES.items():
-        if config[name] not in choices:
-            raise ValueError(f"{name}={reprlib.repr(config[name])}: give {' or '.join(map(repr, choices))}")
-    if config["center_radius"] is not None and not _is_number(config["center_radius"], 1e-6, 1e6, Real):
-        raise ValueError(f"center_radius={reprlib.repr(config['center_radius'])}: give a number above 0, or None")
+        check_choice(name, config[name], choices)
+    check_radius(config["center_radius"])
     for name in PROBABILITIES:
-        if not _is_number(config[name], 0, 1, Real):
-            raise ValueError(f"{name}={reprlib.repr(config[name])}: give a number from 0 to 1")
+        check_number(name, config[name], 0, 1)
         config[name] = float(config[name])
-    if not _is_number(config["prior"], 1e-12, 1 - 1e-12, Real):
+    if not is_number(config["prior"], 1e-12, 1 - 1e-12):
         raise ValueError(f"prior={reprlib.repr(config['prior'])}: give a probability above 0 and below 1")
     config["prior"] = float(config["prior"])
     for name, least in (("image_mean", -1000.0), ("image_std", 1e-6)):
@@ -312,7 +320,7 @@ def check_config(config: dict[str, Any]) -> None:
         if value is not None:
             if isinstance(value, str | Mapping) or not isinstance(value, Iterable) or len(value := list(value)) != 3:
                 raise ValueError(f"{name}={reprlib.repr(value)}: give 3 numbers, for red, green and blue")
-            if not all(_is_number(number, least, 1000, Real) for number in value):
+            if not all(is_number(number, least, 1000) for number in value):
                 raise ValueError(f"{name}={reprlib.repr(value)}: give 3 numbers from {least} to 1000")
             config[name] = [float(number) for number in value]
     names = config["class_names"]
@@ -326,7 +334,7 @@ def check_config(config: dict[str, Any]) -> None:
     if ids is not None:
         if isinstance(ids, str) or not isinstance(ids, Sequence):
             raise ValueError(f"category_ids={reprlib.repr(ids)}: give a list of whole numbers")
-        if not all(_is_number(x, 0, 2**63 - 1, Integral) for x in ids) or len(set(ids)) != len(ids):
+        if not all(is_number(x, 0, 2**63 - 1, Integral) for x in ids) or len(set(ids)) != len(ids):
             raise ValueError(f"category_ids={reprlib.repr(ids)}: give whole numbers from 0 on, each once")
         if len(ids) != config["num_classes"]:
             raise ValueError(f"{len(ids)} category_ids for num_classes={config['num_classes']}")
@@ -348,14 +356,15 @@ def check_thresholds(value: Any, class_names: Sequence[str] | None, argument: st
     for name, score in value.items():
         if name not in class_names:
             raise ValueError(f"{argument}: no class {name!r}; the model's classes are {', '.join(class_names)}")
-        if not _is_number(score, 0, 1, Real):
+        if not is_number(score, 0, 1):
             raise ValueError(f"{argument}[{name!r}]={reprlib.repr(score)}: give a score from 0 to 1")
     return {name: float(score) for name, score in value.items()}
 
 
-def _is_number(value: Any, least: float, most: float, kind: type) -> bool:
-    number: Any = value
-    return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= number <= most)  # NaN is not
+def check_radius(center_radius: float | None) -> None:
+    """Raise `ValueError` unless a centre's radius is a number above 0, or None."""
+    if center_radius is not None and not is_number(center_radius, 1e-6, 1e6):
+        raise ValueError(f"center_radius={reprlib.repr(center_radius)}: give a number above 0, or None")
 
 
 class FCOSHead(nn.Module):
@@ -419,9 +428,25 @@ class Predictions(NamedTuple):
     strides: Tensor  # [P] stride of the point's level
 
 
+def check_predictions(preds: Predictions) -> None:
+    """Raise `ValueError` unless `preds` are predictions whose tensors have the documented shapes."""
+    if not isinstance(preds, Predictions):
+        raise ValueError(f"preds must be the Predictions that a detector returns, got {type(preds).__name__}")
+    check_tensor("preds.logits", preds.logits, ("B", "P", "K"))
+    check_tensor("preds.distances", preds.distances, (*preds.logits.shape[:2], 4))
+    check_tensor("preds.centerness", preds.centerness, (*preds.logits.shape[:2],))
+    check_tensor("preds.points", preds.points, (preds.logits.shape[1], 2))
+    check_tensor("preds.strides", preds.strides, (preds.logits.shape[1],), "")
+
+
 def level_sizes(height: int, width: int, strides: Sequence[int]) -> list[tuple[int, int]]:
     """Compute the (h, w) of each pyramid map from the network input's height and width, both multiples of 32."""
     return [(-(-height // stride), -(-width // stride)) for stride in strides]
+
+
+def is_pair(value: Any) -> bool:
+    """Tell whether `value` is a list or tuple of two."""
+    return isinstance(value, list | tuple) and len(value) == 2
 
 
 def make_points(

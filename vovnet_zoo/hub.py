@@ -12,13 +12,15 @@ from typing import Any, Self
 
 import huggingface_hub
 import torch
-from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, constants
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin, constants
 from torch import Tensor, nn
 
+from .arguments import check_flag, check_kind, check_path
 from .files import hash_file, read_json, read_safetensors, read_shapes, staged, write_safetensors
+from .ledger import Measured
 
 CONFIG, WEIGHTS, CARD = constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, "README.md"
-MAX_CONFIG_BYTES = 16 << 20
+MAX_CONFIG_BYTES, MAX_BYTES = 16 << 20, 8 << 30  # of a configuration, and of weights
 
 
 class StrictHubMixin(PyTorchModelHubMixin):
@@ -56,13 +58,27 @@ class StrictHubMixin(PyTorchModelHubMixin):
             ValueError: a file is missing or damaged, or does not fit the class; the message names each wrong tensor.
             OSError: the Hub cannot be reached, refuses, or has no such repository or file.
         """
+        if not isinstance(pretrained_model_name_or_path, str | os.PathLike):
+            raise ValueError(
+                "pretrained_model_name_or_path must be a folder or 'organisation/name', got "
+                f"{type(pretrained_model_name_or_path).__name__}"
+            )
+        check_flag("force_download", force_download)
+        check_flag("local_files_only", local_files_only)
+        for name, value, kinds in (("token", token, (str, bool)), ("revision", revision, str)):
+            if value is not None:
+                check_kind(name, value, kinds, "a text")
+        if cache_dir is not None:
+            check_path("cache_dir", cache_dir)
+        try:
+            map_location = torch.device(map_location)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"map_location={map_location!r:.200}: {str(error).splitlines()[0]}") from error
         source = str(pretrained_model_name_or_path)
         if Path(source).is_dir():
-            config_file, weights_file = Path(source) / CONFIG, Path(source) / WEIGHTS
-            for file in (config_file, weights_file):
-                if not file.is_file():
-                    raise ValueError(f"{source} has no {file.name}: is it the folder of a saved model?")
+            config_file, weights_file = find_files(source)
         else:
+            check_name(source)
             options = dict(
                 cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token
             )
@@ -87,6 +103,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Save as the mixin does, but so that every file in `save_directory` is whole at any time."""
+        check_path("save_directory", save_directory)
         if kwargs.get("push_to_hub"):
             kwargs["repo_id"] = kwargs.get("repo_id") or Path(save_directory).resolve().name
         with staged(save_directory, keep=[CARD]) as folder:
@@ -101,19 +118,56 @@ class StrictHubMixin(PyTorchModelHubMixin):
         Raises:
             ValueError: `private` is asked for, but the repository is there and public.
         """
+        check_kind("repo_id", repo_id, str, "a text, 'organisation/name'")
         if kwargs.get("private"):
             create_private(repo_id, kwargs.get("token"))
         kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
         return super().push_to_hub(repo_id, **kwargs)
 
-    def generate_model_card(self: Any, **facts: str) -> ModelCard:
+    def generate_model_card(self: Any, **facts: object) -> ModelCard:
         """Make a model card of what the model knows of itself and further `facts`, see `model_card`."""
         info, config = self._hub_mixin_info, self._hub_mixin_config
-        known = {
+        known: dict[str, object] = {
             "architecture": f"{type(self).__name__} on {config['backbone']}",
             "parameters": f"{sum(p.numel() for p in self.parameters()):,}",
         }
         return model_card({**known, **facts}, info.model_card_data)
+
+
+def find_files(folder: str | Path) -> tuple[Path, Path]:
+    """Find the configuration and the weights in the folder of a saved model.
+
+    Raises:
+        ValueError: one is missing; the message names saved models in folders of the folder, as a training run has.
+    """
+    folder = Path(folder)
+    files = folder / CONFIG, folder / WEIGHTS
+    for file in files:
+        if not file.is_file():
+            inside = sorted(
+                str(path.parent) for path in folder.glob(f"*/{WEIGHTS}") if (path.parent / CONFIG).is_file()
+            )
+            hint = f"there is one in {', '.join(inside[:5])}" if inside else "is it the folder of a saved model?"
+            raise ValueError(f"{folder} has no {file.name}: {hint}")
+    return files
+
+
+def check_name(source: str) -> None:
+    """Refuse, without asking the Hub, what is no "organisation/name" but the path of a folder that is not there.
+
+    Raises:
+        ValueError: the message names the part of the path that is missing.
+    """
+    path = Path(source)
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source, re.ASCII) and not path.exists():
+        return
+    if path.exists():
+        raise ValueError(
+            f"{source!r:.300} is a file; give the folder of a saved model, or 'organisation/name' on the Hub"
+        )
+    there = next((parent for parent in path.parents if parent.is_dir()), None)
+    where = f": {there} is there, {path.relative_to(there).parts[0]} in it is not" if there else ""
+    raise ValueError(f"{source!r:.300} is no folder here, and no 'organisation/name' on the Hub{where}")
 
 
 def read_config(path: Path, cls: type[StrictHubMixin], known: Collection[str] = ()) -> dict[str, Any]:
@@ -185,23 +239,31 @@ def download(repo_id: str, filename: str, **options: Any) -> Path:
 
     Raises:
         OSError: the repository, revision or file does not exist, or there is no access or no connection.
-        ValueError: `repo_id` is no name of a repository, or the content does not have the Hub's hash; the file is then
-            removed from the cache, so that the next call downloads it again.
+        ValueError: `repo_id` is no name of a repository, the file has more than 8 GiB (16 MiB for a configuration), or
+            the content does not have the Hub's hash; the file is then removed from the cache, so that the next call
+            downloads it again.
     """
+    limit = MAX_BYTES if filename == WEIGHTS else MAX_CONFIG_BYTES
     try:
+        options = ask_first(repo_id, filename, limit, **options)
         path = Path(huggingface_hub.hf_hub_download(repo_id, filename, **options))
     except huggingface_hub.errors.HFValidationError as error:
         raise ValueError(f"{repo_id!r} is no folder here, and no 'organisation/name' on the Hub") from error
     except huggingface_hub.errors.LocalEntryNotFoundError as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise huggingface_hub.errors.LocalEntryNotFoundError(
-            f"{repo_id}: {filename} is not in the cache, and the Hub at {constants.ENDPOINT} did not help: {reason}"
+            f"{repo_id}: there is no such folder here; as a name on the Hub, its {filename} is not in the cache, and "
+            f"the Hub at {constants.ENDPOINT} did not help: {reason}"
         ) from error
-    except huggingface_hub.errors.HfHubHTTPError:  # a refusal of the Hub already says what was wrong and where
+    except huggingface_hub.errors.HfHubHTTPError as error:  # a refusal of the Hub says what was wrong there
+        if isinstance(error, huggingface_hub.errors.RepositoryNotFoundError):
+            error.append_to_message(f"\n{repo_id} is no folder here either.")
         raise
     except (huggingface_hub.errors.HTTPError, OSError) as error:  # other errors do not
         reason = str(error) or type(error).__name__
         raise OSError(f"{repo_id}: could not get {filename} ({reason}); nothing was loaded, try again") from error
+    if path.stat().st_size > limit:
+        raise ValueError(f"{repo_id}: {filename} has {path.stat().st_size} bytes, more than {limit}: refused")
     if not path.is_symlink():  # on a file system without links, the cache does not keep the hash
         return path
     blob = Path(os.readlink(path))
@@ -209,7 +271,11 @@ def download(repo_id: str, filename: str, **options: Any) -> Path:
     if len(expected) == 64:
         found = hash_file(blob)
     elif len(expected) == 40:  # for a small file the Hub tells git's hash
-        found = hashlib.sha1(b"blob %d\0" % blob.stat().st_size + blob.read_bytes()).hexdigest()
+        digest = hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
+        with open(blob, "rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        found = digest.hexdigest()
     else:
         return path
     if found != expected:
@@ -219,6 +285,43 @@ def download(repo_id: str, filename: str, **options: Any) -> Path:
             f"{repo_id}: {filename} has the hash {found}, the Hub says {expected}; it was removed, try again"
         )
     return path
+
+
+def ask_first(
+    repo_id: str,
+    filename: str,
+    limit: int,
+    *,
+    local_files_only: bool = False,
+    revision: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Ask the Hub for the size of a file before it is downloaded, and return the arguments for the download.
+
+    Where the Hub cannot be reached, only the cache is left: `hf_hub_download` itself would try again for 23 seconds.
+
+    Raises:
+        ValueError: the file has more than `limit` bytes.
+    """
+    cache_only = {**options, "revision": revision, "local_files_only": True}
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        return cache_only
+    try:
+        url = huggingface_hub.hf_hub_url(repo_id, filename, revision=revision)
+        size = huggingface_hub.get_hf_file_metadata(url, token=options.get("token")).size
+    except huggingface_hub.errors.HfHubHTTPError:  # the download meets it too, and says more
+        size = None
+    except (huggingface_hub.errors.HTTPError, OSError) as error:
+        if options.get("force_download"):
+            raise
+        try:
+            huggingface_hub.hf_hub_download(repo_id, filename, **cache_only)
+        except huggingface_hub.errors.LocalEntryNotFoundError as missing:
+            raise missing from error
+        return cache_only
+    if size is not None and size > limit:
+        raise ValueError(f"{repo_id}: {filename} has {size} bytes, more than {limit}: refused, nothing was downloaded")
+    return {**options, "revision": revision, "local_files_only": False}
 
 
 def create_private(repo_id: str, token: str | None) -> str:
@@ -239,16 +342,23 @@ def create_private(repo_id: str, token: str | None) -> str:
     return repo_id
 
 
-def model_card(facts: Mapping[str, str], data: ModelCardData) -> ModelCard:
+def model_card(facts: Mapping[str, object], data: ModelCardData) -> ModelCard:
     """Make the README.md of a model.
 
     Args:
-        facts: the rows of its table; `repo_id` goes into the title and the example, `license` into the header.
+        facts: the rows of its table; `repo_id` goes into the title and the example, `license` into the header, and so
+            does `measured`, if it is a `Measured`, as the model-index that the Hub reads.
         data: the header; its `library_name` and `pipeline_tag` choose the example.
     """
     known: dict[str, Any] = {"repo_id": "organisation/name", "license": data.license, **facts}
     repo_id = re.sub(r"[^\w./-]", "-", known.pop("repo_id"))
     header = ModelCardData(**{**data.to_dict(), "license": known["license"]})
+    if isinstance(measured := known.get("measured"), Measured):
+        header.model_name = repo_id.split("/")[-1]
+        header.eval_results = [
+            EvalResult(str(data.pipeline_tag), measured.dataset.lower(), measured.dataset, name, value)
+            for name, value in measured.metrics.items()
+        ]
     rows = "\n".join(f"| {_as_text(key).replace('_', ' ')} | {_as_text(value)} |" for key, value in known.items())
     example = USAGE[str(data.library_name), str(data.pipeline_tag)].format(repo_id=repo_id)
     return ModelCard(

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .arguments import check_choice, check_flag, check_model, check_number
 from .batching import group_alike, read_ahead
-from .config import DetectorConfig, ThresholdOptions, Thresholds
+from .config import DetectorConfig, Precision, ThresholdOptions, Thresholds
 from .data import normalize, resize_image, resize_size
-from .fcos import FCOS, Predictions, check_thresholds, level_sizes
+from .fcos import FCOS, PROBABILITIES, RANGES, Predictions, check_predictions, check_thresholds, level_sizes
 from .nms import class_nms, nms_fixed
 from .results import ImageDetections
 from .sources import Frame, Source, frames, to_rgb
 
-Precision = Literal["float32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Network = Callable[[FCOS, Tensor, Tensor], Predictions]
 
@@ -89,13 +89,17 @@ def predict(
         `model.config["class_names"]`). See `ImageDetections` for what else it knows.
 
     Raises:
-        ValueError: an image cannot be read, or has an unusable type or shape; the model has no class of a name in
-            `score_threshold`; or `batch_size`, `precision` or `workers` is none of the values above.
+        ValueError: an image cannot be read, or has an unusable type or shape; the model is in a wrapper, or has no
+            class of a name in `score_threshold`; or another argument is none of the values above.
     """
-    if batch_size < 1 or workers < 0:
-        raise ValueError(f"batch_size={batch_size}, workers={workers}: at least 1 image and 0 threads")
-    if precision not in DTYPES:
-        raise ValueError(f"precision={precision!r}: {', '.join(DTYPES)}")
+    check_model("model", model, FCOS)
+    for name, flag in (("stream", stream), ("recursive", recursive), ("compile", compile)):
+        check_flag(name, flag)
+    check_number("batch_size", batch_size, 1, 65_536, whole=True)
+    check_number("workers", workers, 0, 1024, whole=True)
+    check_choice("precision", precision, DTYPES)
+    if on_error is not None and not callable(on_error):
+        raise ValueError(f"on_error must be a function, got {type(on_error).__name__}")
     thresholds = choose_thresholds(model, options)
     network = functools.partial(compiled_network() if compile else run_autocast, precision=precision)
     found = _detect(model, frames(images, recursive), thresholds, network, batch_size, workers, on_error)
@@ -281,8 +285,12 @@ def postprocess(
         geometric mean of class probability and centerness, `labels` int64 [N].
 
     Raises:
-        ValueError: there is not one size for each image, or `score_threshold` is neither a number nor a tensor [K].
+        ValueError: there is not one size for each image, `preds` are no predictions, `score_threshold` is neither a
+            number nor a tensor [K], or an option is out of range.
     """
+    check_predictions(preds)
+    check_flag("plus_one", plus_one)
+    check_flag("keep_empty", keep_empty)
     thresholds = Thresholds(**options)  # type: ignore[arg-type]  # a mapping is refused below
     num_classes = preds.logits.shape[-1]
     image_sizes, least = sizes_of(len(preds.logits), image_sizes), thresholds.score_threshold
@@ -290,6 +298,7 @@ def postprocess(
         raise ValueError("score_threshold by class name is for predict and compile_detector; give a tensor [K] here")
     if isinstance(least, Tensor) and least.shape not in ((), (num_classes,)):
         raise ValueError(f"score_threshold must be a number or a tensor [{num_classes}], got {list(least.shape)}")
+    check_ranges(thresholds)
     boxes, scores, labels = decode(preds, image_sizes, thresholds, plus_one, keep_empty)
     detections = []
     for box, score, label in zip(boxes, scores, labels, strict=True):
@@ -300,11 +309,21 @@ def postprocess(
     return detections
 
 
+def check_ranges(thresholds: Thresholds) -> None:
+    """Raise `ValueError` if a number is out of range; a tensor of scores is not looked at."""
+    for name in PROBABILITIES:
+        if not isinstance(value := getattr(thresholds, name), Tensor):
+            check_number(name, value, 0, 1)
+    for name in ("topk", "max_detections"):
+        check_number(name, getattr(thresholds, name), *RANGES[name][:2], whole=True)
+
+
 def choose_thresholds(model: FCOS, options: ThresholdOptions) -> Thresholds:
     """Complete the options of `predict`: the thresholds of the model's config, and a tensor [K] in place of a mapping.
 
     Raises:
-        ValueError: `score_threshold` is a mapping that does not fit the model's class names.
+        ValueError: `score_threshold` is a mapping that does not fit the model's class names, or a number is out of
+            range.
     """
     if unknown := options.keys() - set(Thresholds._fields):
         raise TypeError(
@@ -320,13 +339,20 @@ def choose_thresholds(model: FCOS, options: ThresholdOptions) -> Thresholds:
         scores = check_thresholds(thresholds.score_threshold, names, "score_threshold")
         least = torch.tensor([scores.get(name, rest) for name in names or ()], device=next(model.parameters()).device)
         thresholds = thresholds._replace(score_threshold=least)
+    check_ranges(thresholds)
     return thresholds
 
 
 def sizes_of(count: int, image_sizes: Tensor | Sequence[tuple[int, int]], device: torch.device | None = None) -> Tensor:
     """Turn `image_sizes` into a tensor [count,2]. Raises ValueError unless there is one (h, w) for each image."""
-    sizes = torch.as_tensor(image_sizes, device=device)
-    if sizes.shape != (count, 2):
+    try:
+        sizes = torch.as_tensor(image_sizes, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"image_sizes must be [B,2], (h, w) of each of {count} images: {error}") from error
+    on_cpu = sizes.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look at numbers would wait
+    if sizes.shape == (count, 2) and on_cpu and (sizes < 1).any():
+        raise ValueError(f"image_sizes must be (h, w) of at least 1 pixel, got {sizes.tolist()}")
+    if sizes.shape != (count, 2) or sizes.dtype == torch.bool or sizes.is_complex():
         raise ValueError(f"image_sizes must be [B,2], (h, w) of each of {count} images, got {list(sizes.shape)}")
     return sizes
 

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
+from .arguments import check_choice, check_flag, check_model, check_number, check_tensor
 from .config import DEFAULT_VARIANT, DEFAULTS, VARIANTS, LossOptions, Matching, VariantName
-from .fcos import FCOS, Predictions
+from .fcos import CHOICES, FCOS, Predictions, check_predictions, check_radius
 
 
 class FCOSLoss(nn.Module):
@@ -27,7 +28,11 @@ class FCOSLoss(nn.Module):
         weigh_boxes: the box loss of a location has its centerness as weight, and the sum is divided by the sum of these
             weights instead of the number of positives.
         add_images: the classification loss is divided by positives + images instead of positives.
-        alpha, gamma: parameters of the focal loss (arXiv 1708.02002).
+        alpha, gamma: parameters of the focal loss (arXiv 1708.02002), 0..1 and 0..100.
+
+    Raises:
+        ValueError: an argument is unknown or out of range, or tensors have other shapes or kinds than documented; the
+            message names the argument.
     """
 
     def __init__(
@@ -39,8 +44,9 @@ class FCOSLoss(nn.Module):
         **overrides: Unpack[LossOptions],
     ):
         super().__init__()
-        if variant not in VARIANTS:
-            raise ValueError(f"variant={variant!r}: one of {sorted(VARIANTS)}")
+        check_choice("variant", variant, VARIANTS)
+        check_number("alpha", alpha, 0, 1)
+        check_number("gamma", gamma, 0, 100)
         if unknown := overrides.keys() - LossOptions.__annotations__.keys():
             raise ValueError(f"unknown {sorted(unknown)}: FCOSLoss has {sorted(LossOptions.__annotations__)}")
         default = VARIANTS[variant]
@@ -51,14 +57,16 @@ class FCOSLoss(nn.Module):
         self.weigh_boxes = overrides.get("weigh_boxes", default["weigh_boxes"])
         self.add_images = overrides.get("add_images", default["add_images"])
         self.alpha, self.gamma = alpha, gamma
-        if self.box_loss not in ("giou", "iou"):
-            raise ValueError(f"box_loss={self.box_loss!r}: 'giou' or 'iou'")
-        if self.matching not in ("paper", "torchvision"):
-            raise ValueError(f"matching={self.matching!r}: 'paper' or 'torchvision'")
+        check_choice("box_loss", self.box_loss, CHOICES["box_loss"])
+        check_choice("matching", self.matching, CHOICES["matching"])
+        check_radius(self.center_radius)
+        for name in ("plus_one", "weigh_boxes", "add_images"):
+            check_flag(name, getattr(self, name))
 
     @classmethod
     def of(cls, model: FCOS) -> FCOSLoss:
         """Create the loss that a detector's configuration asks for."""
+        check_model("model", model, FCOS)
         config = model.config
         return cls(
             plus_one=config["plus_one"],
@@ -84,7 +92,16 @@ class FCOSLoss(nn.Module):
 
         Returns:
             {"loss_cls", "loss_box", "loss_ctr"}
+
+        Raises:
+            ValueError: a tensor has another shape or kind, or a label is K or more. On a GPU, and in a compiled graph,
+                such a label raises torch's error for an assertion instead, so that nothing waits for the GPU.
         """
+        check_predictions(preds)
+        check_boxes(boxes, labels)
+        if len(boxes) != len(preds.logits):
+            raise ValueError(f"boxes are of {len(boxes)} images, preds of {len(preds.logits)}")
+        check_labels(labels, preds.logits.shape[-1])
         targets = self.assign(preds.points, preds.strides, boxes, labels)
         return self.compare(preds, targets, self.normalizers(targets) if normalizers is None else normalizers)
 
@@ -96,6 +113,12 @@ class FCOSLoss(nn.Module):
 
     def compare(self, preds: Predictions, targets: Targets, normalizers: Tensor) -> dict[str, Tensor]:
         """Compute the losses of predictions from targets that are assigned already; see `forward`."""
+        check_predictions(preds)
+        check_targets(targets)
+        if targets.labels.shape != preds.centerness.shape:
+            raise ValueError(f"targets are {list(targets.labels.shape)}, preds {list(preds.centerness.shape)} [B,P]")
+        check_tensor("normalizers", normalizers, (3,), "")
+        check_labels(targets.labels, preds.logits.shape[-1])
         # without positives the sums are 0, so that any other divisor will do
         cls_norm, box_norm, ctr_norm = torch.maximum(normalizers, normalizers.new_tensor([1, 1e-6, 1])).unbind()
 
@@ -136,6 +159,7 @@ class FCOSLoss(nn.Module):
         They are the number of positives (with `add_images` plus the number of images), the sum of the centerness
         targets (without `weigh_boxes` the number of positives), and the number of positives.
         """
+        check_targets(targets)
         num_positive = (targets.labels >= 0).sum().to(targets.centerness.dtype)
         num_images = targets.labels.shape[0] if self.add_images else 0
         weights = targets.centerness.sum() if self.weigh_boxes else num_positive
@@ -148,6 +172,27 @@ class Targets(NamedTuple):
     labels: Tensor  # [B,P] int64, 0..K-1, -1 for background
     distances: Tensor  # [B,P,4] left, top, right, bottom in pixels of the network input; 0 for background
     centerness: Tensor  # [B,P] in 0..1; 0 for background
+
+
+def check_boxes(boxes: Tensor, labels: Tensor) -> None:
+    """Raise `ValueError` unless boxes are a tensor [B,M,4] and labels a whole one [B,M], on one device."""
+    if isinstance(boxes, list | tuple):
+        raise ValueError(
+            f"boxes must be one tensor [B,M,4], got a {type(boxes).__name__}; pad each image's boxes to the same M, "
+            "with label -1, as vovnet_zoo.data.collate does"
+        )
+    check_tensor("boxes", boxes, ("B", "M", 4), "")
+    check_tensor("labels", labels, ("B", "M"), "whole")
+    if labels.shape != boxes.shape[:2]:
+        raise ValueError(f"boxes must be [B,M,4] and labels [B,M], got {list(boxes.shape)} and {list(labels.shape)}")
+    if labels.device != boxes.device:
+        raise ValueError(f"boxes are on {boxes.device}, labels on {labels.device}; move them to one device")
+
+
+def check_targets(targets: Targets) -> None:
+    """Raise `ValueError` unless targets are those that `assign_targets` makes."""
+    if not isinstance(targets, Targets):
+        raise ValueError(f"targets must be the Targets that assign_targets returns, got {type(targets).__name__}")
 
 
 def assign_targets(
@@ -177,12 +222,47 @@ def assign_targets(
         matching: "paper", or "torchvision": 4s and 8s are excluded, so that a box whose furthest side is exactly 64
             pixels away has the size of neither level, and areas are compared as `1e8 - area` in the dtype of the boxes,
             so that in float32 the first of several boxes wins whose areas differ by less than about 8 square pixels.
+
+    Raises:
+        ValueError: a tensor has another shape or kind, or an option is out of range; the message names it.
     """
-    if boxes.ndim != 3 or boxes.shape[-1] != 4 or labels.shape != boxes.shape[:2]:
-        raise ValueError(f"boxes must be [B,M,4] and labels [B,M], got {list(boxes.shape)} and {list(labels.shape)}")
-    if boxes.shape[1] == 0:  # argmin below needs at least one box, if only padding
+    check_tensor("points", points, ("P", 2))
+    check_tensor("strides", strides, ("P",), "")
+    if len(points) != len(strides):
+        raise ValueError(f"points must be [P,2] and strides [P], got {list(points.shape)} and {list(strides.shape)}")
+    check_radius(center_radius)
+    check_flag("plus_one", plus_one)
+    check_choice("matching", matching, CHOICES["matching"])
+    check_boxes(boxes, labels)
+    if boxes.shape[1] == 0:  # the choice needs at least one box, if only padding
         boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
 
+    # A crowded image must not take all memory, so more boxes are looked at in parts, in one node of a compiled graph.
+    choose = choose_box if boxes.shape[1] <= BOXES_IN_A_GRAPH else choose_box_in_parts
+    chosen = choose(points, strides, boxes, labels, center_radius, plus_one, matching)  # [B,P]
+    positive, chosen = chosen >= 0, chosen.clamp(min=0)
+
+    label = torch.where(positive, labels.gather(1, chosen), -1)
+    box = boxes.gather(1, chosen[..., None].expand(-1, -1, 4))  # [B,P,4]
+    distances = torch.cat([points - box[..., :2], box[..., 2:] - points], dim=-1)
+    distances = torch.where(positive[..., None], distances, 0.0)
+    return Targets(label, distances, centerness_targets(distances))
+
+
+BOXES_IN_A_GRAPH = 64  # a batch of photos seldom has an image with more
+BOXES_IN_A_PART = 16  # about 30 bytes are needed for each of them, at each location of each image
+
+
+def choose_box(
+    points: Tensor,
+    strides: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    center_radius: float | None,
+    plus_one: bool,
+    matching: str,
+) -> Tensor:
+    """Choose the box of each location, see `assign_targets`: its index [B,P], -1 where there is none."""
     x, y = points[:, None].unbind(-1)  # [P,1]
     x1, y1, x2, y2 = boxes[:, None].unbind(-1)  # [B,1,M]
     left, top, right, bottom = x - x1, y - y1, x2 - x, y2 - y  # [B,P,M]
@@ -200,17 +280,65 @@ def assign_targets(
         fits = (furthest >= low) & (furthest <= high)
     candidate = inside & fits & (labels[:, None] >= 0)  # [B,P,M]
 
-    area = (x2 - x1 + plus_one) * (y2 - y1 + plus_one)  # [B,1,M]
-    if matching == "torchvision":
-        area = -(1e8 - area)  # rounded as there
+    area = comparable_area(boxes, plus_one, matching)[:, None]  # [B,1,M]
     smallest = torch.where(candidate, area, torch.inf).argmin(-1)  # [B,P], the first among equals
-    positive = candidate.gather(-1, smallest[..., None]).squeeze(-1)  # [B,P]
+    return torch.where(candidate.gather(-1, smallest[..., None]).squeeze(-1), smallest, -1)
 
-    label = torch.where(positive, labels.gather(1, smallest), -1)
-    box = boxes.gather(1, smallest[..., None].expand(-1, -1, 4))  # [B,P,4]
-    distances = torch.cat([points - box[..., :2], box[..., 2:] - points], dim=-1)
-    distances = torch.where(positive[..., None], distances, 0.0)
-    return Targets(label, distances, centerness_targets(distances))
+
+@torch.library.custom_op("vovnet_zoo::choose_box_in_parts", mutates_args=())
+def choose_box_in_parts(
+    points: Tensor,
+    strides: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    center_radius: float | None,
+    plus_one: bool,
+    matching: str,
+) -> Tensor:
+    """Choose as `choose_box` does, in memory that does not grow with the number of boxes."""
+    chosen = torch.full((len(boxes), len(points)), -1, device=boxes.device)
+    least: Tensor | float = torch.inf
+    areas = comparable_area(boxes, plus_one, matching)  # [B,M]
+    for start in range(0, boxes.shape[1], BOXES_IN_A_PART):
+        part = slice(start, start + BOXES_IN_A_PART)
+        found = choose_box(points, strides, boxes[:, part], labels[:, part], center_radius, plus_one, matching)  # [B,P]
+        area = torch.where(found >= 0, areas[:, part].gather(1, found.clamp(min=0)), torch.inf)
+        smaller = area < least  # of equal boxes the first stays
+        chosen, least = torch.where(smaller, found + start, chosen), torch.where(smaller, area, least)
+    return chosen
+
+
+@choose_box_in_parts.register_fake
+def _(points, strides, boxes, labels, center_radius, plus_one, matching):
+    return torch.empty(len(boxes), len(points), dtype=torch.int64, device=boxes.device)
+
+
+def comparable_area(boxes: Tensor, plus_one: bool, matching: str) -> Tensor:
+    """Compute the areas [...] of boxes [...,4] xyxy, in square pixels; for "torchvision" rounded, and less 1e8."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    area = (x2 - x1 + plus_one) * (y2 - y1 + plus_one)
+    return -(1e8 - area) if matching == "torchvision" else area
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Check that labels are -1..K-1, without waiting for a GPU.
+
+    Raises:
+        ValueError: a label on the CPU is out of range, or labels are no whole numbers.
+        RuntimeError: in a compiled graph or, at a later synchronisation, on a GPU.
+    """
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
+    if labels.device.type == "meta":
+        return
+    right = ((labels >= -1) & (labels < num_classes)).all()
+    message = f"labels must be 0..{num_classes - 1} for {num_classes} classes, and -1 for padding"
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not right:
+            wrong = labels[(labels < -1) | (labels >= num_classes)].unique().tolist()
+            raise ValueError(f"{message}, got {wrong[:5]}; number the classes from 0 on")
+    else:
+        torch._assert_async(right, message)
 
 
 def centerness_targets(distances: Tensor) -> Tensor:

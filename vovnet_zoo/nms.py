@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms
 
+from .arguments import check_flag, check_number, check_tensor
+
 
 def class_nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool = False
@@ -17,7 +19,16 @@ def class_nms(
 
     An IoU above `threshold` suppresses. With `plus_one` (the published convention) a box covers the pixels x1..x2, and
     an IoU equal to `threshold` suppresses too. Equal scores: the first wins.
+
+    Raises:
+        ValueError: a tensor has another shape or kind, or a number is out of range; the message names it.
     """
+    check_tensor("boxes", boxes, ("N", 4), "")
+    check_tensor("scores", scores, (len(boxes),))
+    check_tensor("labels", labels, (len(boxes),), "whole")
+    check_limits(threshold, max_detections, plus_one)
+    if boxes.device.type == "mps":  # Apple's GPUs have no float64
+        return class_nms(boxes.cpu(), scores.cpu(), labels.cpu(), threshold, max_detections, plus_one).to(boxes.device)
     # One NMS for all classes: each class on a plane of its own, in float64 so that the shift rounds nothing away.
     corners = boxes.to(torch.float64, copy=True)
     if plus_one:
@@ -44,7 +55,14 @@ def nms_fixed(
 
     Args:
         boxes: float32 [B,N,4] xyxy; scores: float32 [B,N], negative where there is no box; labels: int64 [B,N].
+
+    Raises:
+        ValueError: a tensor has another shape or kind, or a number is out of range; the message names it.
     """
+    check_tensor("boxes", boxes, ("B", "N", 4))
+    check_tensor("scores", scores, ("B", "N"))
+    check_tensor("labels", labels, ("B", "N"), "whole")
+    check_limits(threshold, max_detections, plus_one)
     if boxes.dtype != torch.float32 or boxes.shape != (*scores.shape, 4) or labels.shape != scores.shape:
         raise ValueError(
             "boxes must be float32 [B,N,4] with scores and labels [B,N], got "
@@ -53,7 +71,14 @@ def nms_fixed(
     return _nms_fixed(boxes, scores, labels, threshold, max_detections, plus_one)
 
 
-@torch.library.custom_op("vovnet_zoo::nms_fixed", mutates_args=(), device_types="cpu")
+def check_limits(threshold: float, max_detections: int, plus_one: bool) -> None:
+    """Raise `ValueError` unless the options of `class_nms` are in range."""
+    check_number("threshold", threshold, 0, 1)
+    check_number("max_detections", max_detections, 1, 1_000_000, whole=True)
+    check_flag("plus_one", plus_one)
+
+
+@torch.library.custom_op("vovnet_zoo::nms_fixed", mutates_args=(), device_types=("cpu", "mps"))
 def _nms_fixed(
     boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool
 ) -> Tensor:

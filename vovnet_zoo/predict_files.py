@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Unpack
 
+from .config import Pictures
 from .draw import DISPLAY_SCORE
 from .fcos import FCOS
 from .files import free_to_write, write_whole
@@ -17,7 +18,6 @@ from .inference import PredictOptions, predict
 from .results import ImageDetections
 from .sources import Frame, frames
 
-Pictures = Literal["jpg", "png", "none"]
 JPEG_QUALITY = 90
 
 
@@ -39,8 +39,9 @@ def predict_files(
         out: folder for the results, which is made.
         pictures: the format of the pictures, or "none".
         overwrite: write over files that are there already; never over an image that is read.
-        options: options of `predict`. Without `score_threshold`, the thresholds are the model's own; if it has none,
-            the score that people are shown, `DISPLAY_SCORE`.
+        options: options of `predict`, but `on_error`. Without `score_threshold`, the thresholds are the model's own,
+            `thresholds` or `score_threshold` in its config; if it has none, the score that people are shown,
+            `DISPLAY_SCORE`.
 
     Returns:
         The number of images that could not be used.
@@ -59,21 +60,23 @@ def predict_files(
     free_to_write([*targets, results], inputs, overwrite)
     out.mkdir(parents=True, exist_ok=True)
 
-    threshold = options.get("score_threshold", model.config["thresholds"] or DISPLAY_SCORE)
-    # where one threshold is for all classes, lower scores are asked for too, to tell how far below it they are
-    options["score_threshold"] = threshold if isinstance(threshold, Mapping) else 0.0
+    own = model.config["thresholds"] or model.config["score_threshold"] or DISPLAY_SCORE
+    threshold = options.get("score_threshold", own)
+    if not isinstance(threshold, Mapping):
+        options["score_threshold"] = 0.0  # lower scores are asked for too, to tell how far below the threshold they are
     bad: list[str] = []
 
     def report(frame: Frame, error: ValueError) -> None:
         print(f"vovnet-zoo: {error}", file=sys.stderr)
         bad.append(frame.name)
 
+    options["on_error"] = report
     target_of = dict(zip((frame.name for frame in found_frames), targets, strict=False))
     done, count, began = 0, 0, time.perf_counter()
     results.unlink(missing_ok=True)  # a link is replaced, not followed
     with results.open("w", encoding="utf-8") as lines:
         try:
-            stream = predict(model, found_frames, stream=True, on_error=report, **options)
+            stream = predict(model, found_frames, stream=True, **options)
             for found in stream:
                 best = found["scores"].max().item() if len(found["scores"]) else None
                 if not isinstance(threshold, Mapping):

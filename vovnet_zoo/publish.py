@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import detectors, hub, vovnet
+from .arguments import check_flag, check_kind, check_path
 from .convert import FORMS, convert
 from .fcos import FCOS
 from .files import (
@@ -30,7 +31,8 @@ from .files import (
     staged,
     write_safetensors,
 )
-from .weights import Weights, read_checkpoint, unwrapped
+from .ledger import BACKBONE_WEIGHTS, DETECTOR_WEIGHTS, Measured, Weights
+from .weights import read_checkpoint, unwrapped
 
 SECRET = re.compile("token|password|passwd|secret|credential|api.?key", re.IGNORECASE)  # in the name of an option
 TIMM_NAME = "vovnet39a"  # timm's own name of the class that every published V1 backbone is built from
@@ -55,10 +57,10 @@ class PushOptions(TypedDict, total=False):
 
 
 def publish_model(
-    source: Path,
+    source: str | Path,
     repo_id: str,
     *,
-    run: Path | None = None,
+    run: str | Path | None = None,
     license: str | None = None,
     **options: Unpack[PushOptions],
 ) -> str:
@@ -75,12 +77,20 @@ def publish_model(
         ValueError: the model cannot be loaded or converted, or gives outputs that are not finite.
         OSError: the Hub cannot be reached, or refuses.
     """
+    check_path("source", source)
+    check_kind("repo_id", repo_id, str, "a text, 'organisation/name'")
+    if run is not None:
+        check_path("run", run)
+    if license is not None:
+        check_kind("license", license, str, "a text")
+    check_push(**options)
+    source = Path(source)
     with tempfile.TemporaryDirectory() as temporary:
         folder = source
         if not folder.is_dir():
             folder = Path(temporary) / "converted"
             convert_file(source, folder)
-        facts = {"repo_id": repo_id, **training_facts(run or source.resolve().parent, source.name)}
+        facts = {"repo_id": repo_id, **training_facts(Path(run or source.resolve().parent), source.name)}
         if license:
             facts["license"] = license
         card = checked_card(folder, **facts)
@@ -105,6 +115,9 @@ def convert_file(file: str | Path, out: str | Path, *, part: str = "all", overwr
         ValueError: the file is damaged, wants to run code, or is none of `FORMS`, or a tensor does not fit, or a model
             is in `out` already and `overwrite` is False.
     """
+    check_path("file", file)
+    check_path("out", out)
+    check_flag("overwrite", overwrite)
     file, out = Path(file), Path(out)
     free_to_write([out / hub.CONFIG, out / hub.WEIGHTS], [file], overwrite)
     with unwrapped(file, str(file)) as checkpoint_file:
@@ -117,9 +130,14 @@ def convert_file(file: str | Path, out: str | Path, *, part: str = "all", overwr
     source = {"converted_from": f"{file.name}, {FORMS[converted.form]}, sha256 {hashes[1]}"}
     if converted.left_out:
         source["left_out"] = f"{len(converted.left_out)} tensors beside the backbone"
-    for name, weights in {**vovnet.WEIGHTS, **detectors.WEIGHTS}.items():
+    for name, weights in {**BACKBONE_WEIGHTS, **DETECTOR_WEIGHTS}.items():
         if weights.sha1 == hashes[0] or weights.sha256 == hashes[1]:
-            source |= {"known_as": name, "published_score": weights.score, "license": weights.license}
+            source |= {
+                "known_as": name,
+                "published_score": f"{weights.score} ({weights.publisher})",
+                "training_data": weights.data,
+                "license": weights.license,
+            }
     with staged(out, keep=[hub.CARD]) as folder:
         model: nn.Module
         config: Mapping[str, object]
@@ -135,6 +153,17 @@ def convert_file(file: str | Path, out: str | Path, *, part: str = "all", overwr
     return list(converted.left_out)
 
 
+def check_push(**options: Unpack[PushOptions]) -> None:
+    """Raise `ValueError` unless options of `push` have the types that it documents."""
+    if unknown := options.keys() - PushOptions.__annotations__.keys():
+        raise ValueError(f"unknown {sorted(unknown)}: there are {sorted(PushOptions.__annotations__)}")
+    for name, value in options.items():
+        if name in ("private", "create_pr"):
+            check_flag(name, value)
+        elif value is not None:
+            check_kind(name, value, str, "a text")
+
+
 def build_for_timm(name: str, state_dict: dict[str, Tensor]) -> tuple[nn.Module, dict]:
     """Build a backbone and the `config.json` with which timm builds it, V1 also without this package.
 
@@ -144,8 +173,11 @@ def build_for_timm(name: str, state_dict: dict[str, Tensor]) -> tuple[nn.Module,
         name: one of `vovnet.model_cfgs`.
         state_dict: the tensors under timm's names; without a classifier the model gives features.
     """
-    num_classes = len(state_dict["head.fc.bias"]) if "head.fc.bias" in state_dict else 0
+    num_classes = state_dict["head.fc.bias"].numel() if "head.fc.bias" in state_dict else 0
     args, architecture = vovnet.model_cfgs[name], timm_name(name)
+    with torch.device("meta"):  # the checkpoint may ask for any number of classes
+        skeleton = timm.create_model(architecture, num_classes=num_classes, **args)
+    hub.check_fit(skeleton, {key: list(x.shape) for key, x in state_dict.items()}, "the checkpoint")
     model = timm.create_model(architecture, num_classes=num_classes, **args)
     hub.load_strict(model, state_dict, "the checkpoint")
     cfg = {**vovnet.timm_cfg(Weights("hub", license="other")), "num_classes": num_classes, "tag": name}
@@ -188,16 +220,16 @@ def load_for_timm(folder: Path) -> tuple[nn.Module, str]:
     raise ValueError(f"{folder / hub.CONFIG} is none that `vovnet-zoo convert` writes: convert the checkpoint again")
 
 
-def checked_card(folder: str | Path, **facts: str) -> ModelCard:
+def checked_card(folder: str | Path, **facts: object) -> ModelCard:
     """Load the model in a folder strictly, run it, and make a card of what is known of it and the further `facts`.
 
     Raises:
         ValueError: the model cannot be loaded, or one of its outputs is not finite.
     """
+    check_path("folder", folder)
     folder = Path(folder)
-    if not (folder / hub.CONFIG).is_file():
-        raise ValueError(f"{folder} has no {hub.CONFIG}: is it the folder of a saved model?")
-    architecture = read_json(folder / hub.CONFIG, hub.MAX_CONFIG_BYTES).get("architecture")
+    config_file, _ = hub.find_files(folder)
+    architecture = read_json(config_file, hub.MAX_CONFIG_BYTES).get("architecture")
     model: Any  # FCOS.generate_model_card below is no method of a classifier
     if architecture is None:
         model, name = FCOS.from_pretrained(folder), ""
@@ -212,7 +244,9 @@ def checked_card(folder: str | Path, **facts: str) -> ModelCard:
         with FlopCounterMode(display=False) as counter, torch.device("meta"):
             model.to("meta")(torch.empty(1, 3, *size))
     flops, metadata = counter.get_total_flops(), read_metadata(folder / hub.WEIGHTS)
+    row = {**BACKBONE_WEIGHTS, **DETECTOR_WEIGHTS}.get(metadata.get("known_as", ""))
     known = {
+        **({"measured": row.measured} if row and row.measured else {}),
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "compute": f"{flops / 1e9:.1f} GFLOPs ({flops / 2e9:.1f} GMACs) at {size[0]}x{size[1]}",
         **{key: text for key, text in metadata.items() if key not in ("format", "sha256")},
@@ -229,7 +263,7 @@ def checked_card(folder: str | Path, **facts: str) -> ModelCard:
     return hub.model_card(known, BACKBONE_CARD)
 
 
-def training_facts(run: Path, model: str) -> dict[str, str]:
+def training_facts(run: Path, model: str) -> dict[str, object]:
     """Read what a run folder of recipes/train_coco.py tells of its model "best" or "last"; {} for any other folder.
 
     Raises:
@@ -249,8 +283,8 @@ def training_facts(run: Path, model: str) -> dict[str, str]:
     scored = _scores(run / "metrics.jsonl")
     if model != "last":
         scored.sort(key=lambda row: row["AP"])
-    measured = ", ".join(f"{key} {value:.3f}" for key, value in scored[-1].items()) if scored else "not scored"
-    return {"measured": measured, **facts}
+    data = "the validation split of the training data"
+    return {"measured": Measured(data, scored[-1], facts["training_command"]) if scored else "not scored", **facts}
 
 
 def _scores(log: Path) -> list[dict[str, float]]:
@@ -290,7 +324,7 @@ def public_command(command: list[str]) -> str:
 def push(
     repo_id: str,
     folder: str | Path,
-    card: ModelCard,
+    card: ModelCard | str,
     *,
     private: bool = False,
     token: str | None = None,
@@ -310,6 +344,11 @@ def push(
     Raises:
         ValueError: `private` is asked for, but the repository is there and public.
     """
+    check_kind("repo_id", repo_id, str, "a text, 'organisation/name'")
+    check_path("folder", folder)
+    check_kind("card", card, (ModelCard, str), "a ModelCard, or its text")
+    check_push(private=private, token=token, branch=branch, create_pr=create_pr)
+    hub.find_files(folder)
     api = huggingface_hub.HfApi(token=token)
     if private:
         repo_id = hub.create_private(repo_id, token)

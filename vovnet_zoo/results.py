@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from .arguments import check_flag, check_kind, check_tensor
 from .draw import DISPLAY_SCORE, draw_detections
 from .sources import ImageLike, to_rgb
 
@@ -88,6 +91,12 @@ def to_coco_results(
     Raises:
         ValueError: there are not as many image ids as detections, or a label has no category.
     """
+    check_kind("detections", detections, (list, tuple), "a list of dicts")
+    check_ids("image_ids", image_ids)
+    check_ids("category_ids", category_ids)
+    check_flag("plus_one", plus_one)
+    for detection in detections:
+        check_detection(detection)
     if len(detections) != len(image_ids):
         raise ValueError(f"{len(detections)} detections for {len(image_ids)} image ids")
     rows = []
@@ -105,3 +114,23 @@ def to_coco_results(
             for box, score, label in zip(boxes.tolist(), detection["scores"].tolist(), labels, strict=True)
         ]
     return rows
+
+
+def check_detection(detection: dict[str, Tensor]) -> None:
+    """Raise `ValueError` unless a detection has boxes [N,4], scores [N] and labels [N]."""
+    check_kind("detections", detection, dict, "dicts of tensors")
+    if missing := {"boxes", "scores", "labels"} - detection.keys():
+        raise ValueError(f"detections must have {', '.join(sorted(missing))}")
+    check_tensor("detections' boxes", detection["boxes"], ("N", 4), "")
+    check_tensor("detections' scores", detection["scores"], (len(detection["boxes"]),), "")
+    check_tensor("detections' labels", detection["labels"], (len(detection["boxes"]),), "whole")
+
+
+def check_ids(name: str, ids: Sequence[int]) -> None:
+    """Raise `ValueError` unless ids are a sequence of whole numbers."""
+    try:
+        right = not isinstance(ids, str | dict) and all(isinstance(x, Integral | Tensor) for x in ids)
+    except TypeError:
+        right = False
+    if not right:
+        raise ValueError(f"{name}={reprlib.repr(ids)}: give a sequence of whole numbers")

@@ -71,7 +71,7 @@ def to_rgb(image: ImageLike) -> Tensor:
     if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
         raise ValueError(f"an image must have 1 or 3 channels, [3,H,W] as tensor, got {list(image.shape)}")
     if image.is_floating_point():
-        if image.amin() < 0 or image.amax() > 1:
+        if not (image.amin() >= 0 and image.amax() <= 1):  # NaN neither
             raise ValueError("a floating point image must be in 0..1; give 0..255 as uint8")
         image = (image * 255).round().to(torch.uint8)
     if image.dtype != torch.uint8:

@@ -19,7 +19,9 @@ from torch import nn
 
 from . import hub
 from .convert import Layout, convert
-from .weights import Weights, fetch, find
+from .ledger import BACKBONE_WEIGHTS, Weights, find
+from .ledger import HOW_TO_MAKE_BACKBONES as HOW_TO_MAKE
+from .weights import fetch, fetch_row
 
 __all__: list[str] = []  # register_model adds each entry point
 
@@ -116,43 +118,7 @@ def layout_of(model: VovNet) -> Layout:
     )
 
 
-def _pytorchcv(file: str, sha1: str, top5: str) -> Weights:
-    url = f"https://github.com/osmr/imgclsmob/releases/download/{file}"
-    return Weights("url", url, sha1, license="mit", score=f"ImageNet top-5 error {top5} % (in the name of the file)")
-
-
-def _authors(file: str, score: str = "") -> Weights:
-    return Weights("gone", f"https://dl.dropbox.com/s/{file}?dl=1", score=score)
-
-
-# `authors_in1k` are the authors' classifiers. `authors_det` are the ImageNet classifiers from which the authors'
-# detectors were trained; whether these took RGB with mean and std or BGR in 0..255 is not documented.
-WEIGHTS = {
-    "vovnet27_slim.pytorchcv_in1k": _pytorchcv(
-        "v0.0.551/vovnet27s-0997-b7a5bf67.pth.zip", "b7a5bf677bd3431bbed44b439fde7a01d699ace1", "9.97"
-    ),
-    "vovnet39.pytorchcv_in1k": _pytorchcv(
-        "v0.0.493/vovnet39-0564-63bfa613.pth.zip", "63bfa613870b37bd4fb5b71412e7875392aa4f66", "5.64"
-    ),
-    "vovnet39.authors_in1k": _authors(
-        "1lnzsgnixd8gjra/vovnet39_torchvision.pth", "ImageNet top-1 error 23.23 % (the authors, 90 epochs)"
-    ),
-    "vovnet39.authors_det": _authors("s7f4vyfybyc9qpr/vovnet39_statedict_norm.pth"),
-    "vovnet57.pytorchcv_in1k": _pytorchcv(
-        "v0.0.505/vovnet57-0518-c080e471.pth.zip", "c080e47169a176043f298b1e909ddd8776d5aa76", "5.18"
-    ),
-    "vovnet57.authors_in1k": _authors(
-        "6bfu9gstbwfw31m/vovnet57_torchvision.pth", "ImageNet top-1 error 22.27 % (the authors, 90 epochs)"
-    ),
-    "vovnet57.authors_det": _authors("b826phjle6kbamu/vovnet57_statedict_norm.pth"),
-    "vovnet75.in1k": Weights("unpublished"),
-    "vovnet75.authors_det": _authors("ve1h1ol2ge7yfta/vovnet75_statedict_norm.pth.tar"),
-    "vovnet93.in1k": Weights("unpublished"),
-    "vovnet93.authors_det": _authors("qtly316zv1isn0t/vovnet93_statedict_norm.pth.tar"),
-    # Third parties report that the authors' files of V2 answer 403; `vovnet-zoo convert` reads a copy of one.
-    **{f"{name}.in1k": Weights("unpublished") for name in v2_cfgs},
-}
-HOW_TO_MAKE = "convert a checkpoint that you have (vovnet-zoo convert FILE.pth FOLDER)"
+WEIGHTS = {key: row for key, row in BACKBONE_WEIGHTS.items() if key.split(".")[0] in model_cfgs}  # not timm's own
 
 
 def timm_cfg(weights: Weights) -> dict:
@@ -160,7 +126,7 @@ def timm_cfg(weights: Weights) -> dict:
     return dict(
         url=weights.url if weights.state == "url" else "",  # timm lists tags with a url as pretrained, and prefers them
         license=weights.license,
-        notes=(weights.score,),
+        notes=(f"{weights.score} ({weights.publisher})",) if weights.score else (),
         mean=weights.mean,
         std=weights.std,
         input_size=(3, *weights.size),
@@ -217,6 +183,8 @@ def _locate(
     Weights that are already a file, a state dict, or on the Hub are left to timm.
     """
     overlay = dict(pretrained_cfg_overlay or {})
+    if isinstance(pretrained_cfg, str) and f"{variant}.{pretrained_cfg}" not in WEIGHTS:
+        find(f"{variant}.{pretrained_cfg}", WEIGHTS, HOW_TO_MAKE)  # raises the error that names the tags
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     if cfg.source or cfg.file or cfg.state_dict or cfg.hf_hub_id:
         return overlay
@@ -228,7 +196,7 @@ def _locate(
         return {**overlay, "file": str(fetch(url, known.get(url, ""), cache_dir))}
     key, repo_id = find(name, WEIGHTS, HOW_TO_MAKE)
     if repo_id is None:
-        return {**overlay, "file": str(fetch(WEIGHTS[key].url, WEIGHTS[key].sha1, cache_dir))}
+        return {**overlay, "file": str(fetch_row(key, WEIGHTS, HOW_TO_MAKE, cache_dir))}
     return {**overlay, "file": str(hub.download(repo_id, hub.WEIGHTS, cache_dir=cache_dir))}
 
 

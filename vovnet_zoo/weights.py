@@ -1,4 +1,4 @@
-"""Published weights are rows of a table; this module finds and fetches them, whole and without running their code."""
+"""Published weights are fetched and read whole or not at all, and without running their code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -24,65 +23,29 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 import torch
 
 from .files import hash_file, known_mistake, read_safetensors, temporary
+from .ledger import ORGANISATION_VARIABLE as ORGANISATION_VARIABLE
+from .ledger import Weights as Weights
+from .ledger import available as available
+from .ledger import find as find
+from .ledger import instead
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError)
 MAX_BYTES = 8 << 30  # of a checkpoint; the largest that is published has less than 1 GiB, its optimizer included
-INSTEAD = "try again, or get the file elsewhere and run `vovnet-zoo convert FILE FOLDER`"
 MAX_SECONDS = 2 * 3600  # of a download
 MAX_FREE_BYTES, MAX_RATIO = 256 << 20, 20  # a zip may unpack to the former, or to the latter times its own size
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A row of a weight table says what is known of the weights called `name.tag`."""
-
-    state: str  # "hub": a repository of ORGANISATION; "url": at `url`; "gone": `url` is said to refuse; "unpublished"
-    url: str = ""
-    sha1: str = ""  # hash of the .pth file, which may come in a zip
-    sha256: str = ""  # another hash of the same file, where its publisher tells this one
-    license: str = "not stated"
-    score: str = ""  # the published score, and who published it
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # per RGB channel, for pixels in 0..1
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    size: tuple[int, int] = (224, 224)  # height and width; for a detector shorter and longest side
-    interpolation: str = "bilinear"
-
-
-ORGANISATION, ORGANISATION_VARIABLE = "vovnet-zoo", "VOVNET_ZOO_ORG"
-
-
-def find(name: str, table: Mapping[str, Weights], how_to_make: str) -> tuple[str, str | None]:
-    """Find the key of `table` that `name`, with or without a tag, stands for, and the Hub repository of these weights.
-
-    The repository is None if the weights come from their url. The url of a "gone" row is tried only if `name` has the
-    tag. If the environment variable VOVNET_ZOO_ORG names an organisation, all weights come from its repositories.
+def fetch_row(key: str, table: Mapping[str, Weights], how_to_make: str, cache_dir: str | Path | None = None) -> Path:
+    """Fetch the checkpoint of a row of `table`; see `fetch`. An error says what there is instead.
 
     Args:
         how_to_make: how a user gets such weights otherwise, for the error message.
-
-    Raises:
-        ValueError: the weights are not published; the message lists weights that are, and says how to make these.
     """
-    keys = [key for key in table if name in (key, key.split(".")[0])]
-    if keys and (organisation := os.environ.get(ORGANISATION_VARIABLE)):
-        return keys[0], f"{organisation}/{keys[0]}"
-    for key in keys:
-        if table[key].state == "hub":
-            return key, f"{ORGANISATION}/{key}"
-        if table[key].state == "url" or (table[key].state == "gone" and key == name):
-            return key, None
-    there = [key for key in table if available(key, table)]
-    message = [f"no weights of {name!r} are published yet. There are: {', '.join(there) or 'none'}."]
-    for key, row in table.items():
-        if row.state == "gone" and key.split(".")[0] == name.split(".")[0]:
-            message.append(f"{key!r} is tried at {row.url}, which third parties report to answer 403.")
-    message.append(f"To make them, {how_to_make}. To load what you publish, set {ORGANISATION_VARIABLE} to where.")
-    raise ValueError("\n".join(message))
-
-
-def available(key: str, table: Mapping[str, Weights]) -> bool:
-    """Tell whether `find` gives a source for a key of `table`, other than a url that is known to refuse."""
-    return bool(os.environ.get(ORGANISATION_VARIABLE)) or table[key].state in ("hub", "url")
+    try:
+        row = table[key]
+        return fetch(row.url, row.sha1, cache_dir, sha256=row.sha256)
+    except (ConnectionError, ValueError) as error:
+        raise type(error)(f"{key}: {error}; {instead(key, table, how_to_make)}") from error
 
 
 def fetch(url: str, sha1: str = "", cache_dir: str | Path | None = None, *, sha256: str = "") -> Path:
@@ -125,7 +88,7 @@ def _check(path: Path, hashes: Mapping[str, str], source: str) -> None:
     for kind, wanted in hashes.items():
         if (found := hash_file(path, kind)) != wanted:
             raise ValueError(
-                f"{source}: the checkpoint's {kind} is {found}, expected {wanted}; nothing was kept, {INSTEAD}"
+                f"{source}: the checkpoint's {kind} is {found}, expected {wanted}; nothing was kept, try again"
             )
 
 
@@ -144,10 +107,10 @@ def _http_get(url: str, path: Path) -> None:
                 if time.monotonic() > end:
                     raise ConnectionError(f"it is not here after {MAX_SECONDS} seconds, {f.tell()} bytes are")
     except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(f"{url}: {error}; nothing was kept, {INSTEAD}") from error
+        raise ConnectionError(f"{url}: {error}; nothing was kept, try again or get the file elsewhere") from error
     if length.isdigit() and int(length) != path.stat().st_size:
         raise ConnectionError(
-            f"{url}: the server broke off after {path.stat().st_size} of {length} bytes; nothing was kept, {INSTEAD}"
+            f"{url}: the server broke off after {path.stat().st_size} of {length} bytes; nothing was kept, try again"
         )
 
 

@@ -11,6 +11,7 @@ from .annotations import (
     coco_to_xyxy,
     entries_by_id,
     entry_problem,
+    idle_categories,
     image_problem,
     is_crowd,
     read_annotations,
@@ -18,7 +19,7 @@ from .annotations import (
     usable_boxes,
 )
 from .batches import Batch, TrainSampler, collate, normalize
-from .dataset import CocoDataset, Skipped, find_split, split_candidates
+from .dataset import CocoDataset, Skipped, find_split, label_problem, split_candidates
 from .images import (
     FORMATS,
     MAX_IMAGE_BYTES,
@@ -63,8 +64,10 @@ __all__ = [
     "eval_transforms",
     "find_split",
     "hflip_boxes",
+    "idle_categories",
     "image_problem",
     "is_crowd",
+    "label_problem",
     "normalize",
     "open_image",
     "pil_to_rgb",

@@ -5,7 +5,7 @@ Boxes are xyxy in pixels, labels 0..K-1 (foreground only).
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -53,6 +53,26 @@ def entries_by_id(entries: list, key: str, text: str, path: str | Path) -> list[
     if not entries:
         raise ValueError(f"{path}: the list '{key}' is empty")
     return sorted(entries, key=lambda entry: entry["id"])
+
+
+def idle_categories(categories: list[dict], annotations: list, known: Collection[str] = ()) -> list[dict]:
+    """List the categories that no annotation refers to and that are hardly meant as classes.
+
+    They group other categories, whose `supercategory` is their name (Roboflow writes one of id 0), or stand for the
+    background (as labelme's exporter writes it). A category whose name is among the `known` classes is none of them.
+    """
+    used = {a.get("category_id") for a in annotations if isinstance(a, dict) and type(a.get("category_id")) in NUMBERS}
+
+    def groups(category: dict) -> bool:
+        return any(c.get("supercategory") == category["name"] for c in categories if c is not category)
+
+    candidates = [c for c in categories if c["id"] not in used and c["name"] not in known]
+    idle = [c for c in candidates if c["name"].casefold() in BACKGROUND or groups(c)]
+    return idle if len(idle) < len(categories) else []
+
+
+NUMBERS = (int, float)
+BACKGROUND = ("background", "_background_", "__background__", "__ignore__")
 
 
 def entry_problem(entry: Any, text: str) -> str | None:
@@ -124,7 +144,7 @@ def annotation_problem(annotation: Any, image_ids: Container[int], category_ids:
     if not isinstance(annotation, dict):
         return "not an object"
     for key, known in (("image_id", image_ids), ("category_id", category_ids)):
-        if type(annotation.get(key)) not in (int, float) or annotation[key] not in known:
+        if type(annotation.get(key)) not in NUMBERS or annotation[key] not in known:
             return f"unknown {key}"
     box = annotation.get("bbox")
     if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and abs(v) < 1e30 for v in box)):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dataset import Skipped
+from .dataset import Skipped, label_problem
 
 
 class TrainSampler:
@@ -50,8 +50,10 @@ class TrainSampler:
             raise ValueError(f"global batch size {batch_size} is not a multiple of the world size {world_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not within the world size of {world_size}")
-        if start_step < 0 or seed < 0:
-            raise ValueError(f"start_step ({start_step}) and seed ({seed}) must not be negative")
+        if start_step < 0 or seed < 0 or num_steps < 0:
+            raise ValueError(
+                f"start_step ({start_step}), num_steps ({num_steps}) and seed ({seed}) must not be negative"
+            )
         self.groups = tall if group_by_aspect else np.zeros_like(tall)
         self.batch_size, self.num_steps, self.start_step = batch_size, num_steps, start_step
         self.seed, self.rank, self.world_size = seed, rank, world_size
@@ -91,10 +93,17 @@ class Batch(TypedDict):
     skipped: NotRequired[list[Skipped]]
 
 
-def collate(batch: list[tuple[Tensor, dict] | Skipped], size_divisor: int = 32) -> Batch:
+def collate(
+    batch: list[tuple[Tensor, dict] | Skipped], size_divisor: int = 32, *, num_classes: int | None = None
+) -> Batch:
     """Pad the samples of a `CocoDataset` to one batch.
 
     If all samples are `Skipped`, the batch is one blank 32x32 image (id -1) without boxes, so that no step is missing.
+
+    Args:
+        batch: images uint8 [3, H, W] with `boxes` [N, 4], `labels` [N], `image_id` and `orig_size`.
+        size_divisor: divides the height and the width of the batch.
+        num_classes: K; labels of K or more are refused. None knows only that labels are not negative.
 
     Returns:
         images: uint8 [B, 3, H, W], padded with 0 at the bottom and right; H and W are the largest height and width,
@@ -106,10 +115,20 @@ def collate(batch: list[tuple[Tensor, dict] | Skipped], size_divisor: int = 32) 
         labels: int64 [B, M], padded with -1.
         image_ids: int64 [B].
         skipped: list of the `Skipped` samples, which are not in the batch; without any, the key is absent.
+
+    Raises:
+        ValueError: the labels of a sample are out of range, or not one for each box; the message has its `image_id`.
     """
+    if size_divisor < 1:
+        raise ValueError(f"size_divisor={size_divisor!r}: give a whole number of 1 or more")
+    if not batch:
+        raise ValueError("a batch needs at least one sample")
     skipped = [sample for sample in batch if isinstance(sample, Skipped)]
     samples = [sample for sample in batch if not isinstance(sample, Skipped)] or [_blank_sample()]
     images, targets = zip(*samples, strict=True)
+    for target in targets:
+        if problem := label_problem(target, num_classes):
+            raise ValueError(f"image {target['image_id']}: {problem}")
     sizes = torch.tensor([image.shape[-2:] for image in images])
     height, width = (-(-sizes.amax(0) // size_divisor) * size_divisor).tolist()
     most = max(1, *(len(target["labels"]) for target in targets))

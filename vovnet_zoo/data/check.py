@@ -21,7 +21,16 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .annotations import are_fractions, entry_problem, image_problem, is_crowd, read_annotations, repeated, usable_boxes
+from .annotations import (
+    are_fractions,
+    entry_problem,
+    idle_categories,
+    image_problem,
+    is_crowd,
+    read_annotations,
+    repeated,
+    usable_boxes,
+)
 from .dataset import find_split, split_candidates
 from .images import FORMATS, ImageError, ImageWarning, check_size, decode_image, open_image, read_image_bytes
 from .transforms import resize_size
@@ -41,6 +50,7 @@ KINDS = {  # kind: (severity, what to do)
     "unknown category_id": ("error", "use an id (a number) of 'categories'; training drops it"),
     "box is not 4 finite numbers": ("error", "write [left, top, width, height]; training drops it"),
     "no usable box": ("error", "annotate something"),
+    "only crowd regions": ("error", "write 'iscrowd': 0 for single objects; training stops"),
     "boxes as fractions": ("error", "write pixels: [left, top, width, height]"),
     "missing image file": ("error", "put the file there, or remove its entry"),
     "unreadable image file": ("error", "replace the file, or remove its entry"),
@@ -49,6 +59,7 @@ KINDS = {  # kind: (severity, what to do)
     "damaged image": ("error", "replace the file, or remove its entry"),
     "crashing image": ("error", "replace the file, or remove its entry"),
     "size unlike the JSON": ("error", "correct the JSON's size and boxes, or the file"),
+    "mostly crowd regions": ("warning", "write 'iscrowd': 0 for single objects"),
     "no val split": ("warning", "add one, or score on other data"),
     "empty box": ("warning", "correct or remove it; training drops it"),
     "box outside the image": ("warning", "correct or remove it; training drops it"),
@@ -67,6 +78,7 @@ KINDS = {  # kind: (severity, what to do)
     "tiny image": ("info", "leave it out if it shows nothing"),
     "image without boxes": ("info", "used as background; drop_empty leaves it out"),
     "class without boxes": ("info", "cannot be learnt, or scored"),
+    "category that is no class": ("info", "left out: it groups others, or is the background"),
     "crowd region": ("info", "not trained on"),
     "format unlike the name": ("info", "rename it, if other tools are to read it"),
     "file without entry": ("info", "not used"),
@@ -101,14 +113,19 @@ def check_dataset(
         min_size, max_size: smallest training size in pixels, see `train_transforms`; a box below one pixel at this size
             vanishes.
 
-    The report holds every problem of the data; none of them is raised as an error.
+    The report holds every problem of the data; none of them is raised as an error. An argument that is out of range
+    raises a ValueError.
     """
+    for name, value, least in (("workers", workers, 0), ("min_size", min_size, 1), ("max_size", max_size, 1)):
+        if value is not None and not (isinstance(value, int) and value >= least):
+            raise ValueError(f"{name}={value!r}: give a whole number of {least} or more")
     root = Path(root)
     notes: dict[tuple[str, str], list[str]] = defaultdict(list)  # (split, kind): examples
-    splits = []
+    splits: list[_Split] = []
     for name in ("train", "val"):
         if found := _find(root, name, notes):
-            splits += [split] if (split := _check_annotations(name, *found, notes)) else []
+            known = {text for split in splits for _, text in split.classes}
+            splits += [split] if (split := _check_annotations(name, *found, known, notes)) else []
     for split in splits:
         _check_training_size(split, min_size, max_size, notes)
         _check_folder(split, notes)
@@ -211,13 +228,15 @@ def _find(root: Path, name: str, notes: dict) -> tuple[Path, Path] | None:
         return None
 
 
-def _check_annotations(name: str, folder: Path, file: Path, notes: dict) -> _Split | None:
+def _check_annotations(name: str, folder: Path, file: Path, known: set[str], notes: dict) -> _Split | None:
     try:
         coco = read_annotations(file)
     except ValueError as error:
         notes[name, "annotation file"].append(str(error))
         return None
     categories, bad_categories = _entries(coco["categories"], "category", "name", name, notes)
+    idle = idle_categories(categories, coco["annotations"], known)
+    categories = [category for category in categories if category not in idle]
     images, bad_images = _entries(coco["images"], "image", "file_name", name, notes)
     names = [image["file_name"] for image in images]
     sizes = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64).reshape(-1, 2)
@@ -242,7 +261,12 @@ def _check_annotations(name: str, folder: Path, file: Path, notes: dict) -> _Spl
         if items := list(items):
             notes[name, kind] += items
 
-    note("crowd region", (_describe(annotations, i) for i in positions if _is_crowd(annotations[i])))
+    note("category that is no class", (f"{category['name']} (id {category['id']})" for category in idle))
+    crowds = [_describe(annotations, i) for i in positions if _is_crowd(annotations[i])]
+    note("crowd region", crowds)
+    if len(crowds) > len(boxes):
+        kind = "mostly crowd regions" if len(boxes) else "only crowd regions"
+        note(kind, [f"{file}: {len(crowds)} of {len(annotations)} annotations"])
     ids = [a.get("id") for a in annotations if isinstance(a, dict)]
     note("repeated annotation id", map(str, repeated(i for i in ids if type(i) in (int, float, str))))
     note("repeated class name", repeated(category["name"] for category in categories))
@@ -257,7 +281,7 @@ def _check_annotations(name: str, folder: Path, file: Path, notes: dict) -> _Spl
     else:
         thin = (boxes[:, 2:] - boxes[:, :2] < 1).any(axis=1)
         note("box below one pixel", (f"{names[owners[i]]}: {_xyxy(boxes[i])}" for i in np.flatnonzero(thin)))
-    note("no usable box", [f"{file}: of {len(annotations)} annotations"] if len(boxes) == 0 else [])
+    note("no usable box", [f"{file}: of {len(annotations)} annotations"] if len(boxes) == len(crowds) == 0 else [])
     classes = [(category["id"], category["name"]) for category in categories]
     mentioned = {os.path.normpath(name) for name in map(_file_name, coco["images"]) if name}
     return _Split(name, folder, file, names, sizes, classes, owners, boxes, mentioned)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,16 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
-from .annotations import are_fractions, entries_by_id, image_problem, read_annotations, usable_boxes
+from ..arguments import check_flag, check_path
+from .annotations import (
+    are_fractions,
+    entries_by_id,
+    idle_categories,
+    image_problem,
+    is_crowd,
+    read_annotations,
+    usable_boxes,
+)
 from .images import ImageError, decode_image, read_image_bytes
 
 logger = logging.getLogger(__name__)
@@ -26,6 +36,9 @@ class CocoDataset(torch.utils.data.Dataset):
     `problems` counts the annotations that were left out or clipped by more than one pixel, and one warning reports
     them.
 
+    A category without annotations that groups others or stands for the background is no class, see `idle_categories`;
+    a line of the log names it.
+
     Args:
         images_dir: the folder that `file_name` is relative to.
         annotation_file: COCO JSON; every image needs `id`, `file_name`, `width` and `height`.
@@ -33,6 +46,8 @@ class CocoDataset(torch.utils.data.Dataset):
         drop_empty: leave out images without a usable box (the published recipes do).
         plus_one: boxes in the published convention, see `coco_to_xyxy`.
         skip_bad_images: give a `Skipped` for an image that cannot be used, which `collate` leaves out of the batch.
+        known_classes: names of the classes that a model or another split has; a category of such a name is a class,
+            used or not.
 
     Attributes:
         class_names, category_ids: name and original category id of each label, K of both.
@@ -40,7 +55,8 @@ class CocoDataset(torch.utils.data.Dataset):
         problems: number of annotations per kind of problem, `{}` for a clean file.
 
     Raises:
-        ValueError: the annotation file as a whole, or every annotation in it, cannot be used; the message names it.
+        ValueError: the annotation file as a whole, or every annotation in it, cannot be used, or all are crowd regions;
+            the message names it.
     """
 
     def __init__(
@@ -52,7 +68,17 @@ class CocoDataset(torch.utils.data.Dataset):
         drop_empty: bool = False,
         plus_one: bool = False,
         skip_bad_images: bool = False,
+        known_classes: Collection[str] = (),
     ):
+        check_path("images_dir", images_dir)
+        check_path("annotation_file", annotation_file)
+        of_names = isinstance(known_classes, Collection) and all(isinstance(name, str) for name in known_classes)
+        if isinstance(known_classes, str) or not of_names:
+            raise ValueError(f"known_classes={reprlib.repr(known_classes)}: give a list of names")
+        if transforms is not None and not callable(transforms):
+            raise ValueError(f"transforms must be a function of (image, target), got {type(transforms).__name__}")
+        for name, flag in (("drop_empty", drop_empty), ("plus_one", plus_one), ("skip_bad_images", skip_bad_images)):
+            check_flag(name, flag)
         self.images_dir, self.annotation_file = Path(images_dir), Path(annotation_file)
         self.transforms, self.skip_bad_images = transforms, skip_bad_images
         coco = read_annotations(annotation_file)
@@ -60,6 +86,10 @@ class CocoDataset(torch.utils.data.Dataset):
             raise ValueError(f"{images_dir}: no such folder of images (for {annotation_file})")
 
         categories = entries_by_id(coco["categories"], "categories", "name", annotation_file)
+        if idle := idle_categories(categories, coco["annotations"], known_classes):
+            names = ", ".join(f"{category['name']} (id {category['id']})" for category in idle)
+            logger.warning("%s: no class is made of %s, which has no annotations", annotation_file, names)
+            categories = [category for category in categories if category not in idle]
         images = entries_by_id(coco["images"], "images", "file_name", annotation_file)
         for image in images:
             if problem := image_problem(image):
@@ -85,6 +115,18 @@ class CocoDataset(torch.utils.data.Dataset):
                 raise ValueError(f"{annotation_file}: none of its annotations can be used ({what})")
             logger.warning("%s: annotations dropped or changed (%s)", annotation_file, what)
 
+        crowds = sum(isinstance(annotation, dict) and is_crowd(annotation) for annotation in coco["annotations"])
+        if crowds and len(boxes) == 0:
+            raise ValueError(
+                f"{annotation_file}: all its {crowds} annotations are crowd regions, which are neither trained on nor "
+                "scored; if they are single objects, write 'iscrowd': 0"
+            )
+        if crowds > len(boxes):
+            logger.warning(
+                "%s: %d annotations are crowd regions, which are neither trained on nor scored, and %d are not; if "
+                "they are single objects, write 'iscrowd': 0",
+                *(annotation_file, crowds, len(boxes)),
+            )
         if are_fractions(boxes, self.sizes):
             raise ValueError(f"{annotation_file}: all boxes lie in the first pixel: are they fractions? write pixels")
 
@@ -116,6 +158,7 @@ class CocoDataset(torch.utils.data.Dataset):
         Raises:
             ImageError: the image cannot be read, or its size is not the one in the JSON; the message names the file.
                 With `skip_bad_images` a `Skipped` is returned instead.
+            ValueError: the transforms gave labels that are no classes, or not one for each box.
         """
         index, seed = key if isinstance(key, tuple) else (key, None)
         index = range(len(self))[index]
@@ -128,10 +171,19 @@ class CocoDataset(torch.utils.data.Dataset):
         if self.transforms is None:
             return image, target
         if seed is None:
-            return self.transforms(image, target)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reseeds the accelerators too
-            return self.transforms(image, target)
+            sample = self.transforms(image, target)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reseeds the accelerators too
+                sample = self.transforms(image, target)
+        if problem := label_problem(sample[1], len(self.class_names)):
+            raise ValueError(f"{self.images_dir / str(self.file_names[index])}: after the transforms, {problem}")
+        return sample
+
+    @property
+    def num_boxes(self) -> int:
+        """The number of boxes of all images together."""
+        return int(self._offsets[-1])
 
     @property
     def aspect_ratios(self) -> np.ndarray:
@@ -150,6 +202,22 @@ class CocoDataset(torch.utils.data.Dataset):
             "orig_size": size,
         }
         return image, target
+
+
+def label_problem(target: dict, num_classes: int | None) -> str | None:
+    """Say why the labels of a target cannot be trained on; None if they can. Without `num_classes`, any is a class."""
+    labels, boxes = torch.as_tensor(target["labels"]), target["boxes"]
+    if labels.shape != (len(boxes),):
+        return f"{len(boxes)} boxes have labels of shape {list(labels.shape)}; give one label for each box"
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        return f"the labels are {labels.dtype}; give whole numbers"
+    last = labels.max().item() if num_classes is None and len(labels) else (num_classes or 0) - 1
+    if len(labels) and not (0 <= labels.min() and labels.max() <= last):
+        shown, among = sorted(set(labels.tolist()))[:5], "0 .. K-1" if num_classes is None else f"0 .. {last}"
+        return (
+            f"the labels {shown} are not all in {among}; number the classes from 0 on, without one for the background"
+        )
+    return None
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,10 @@ def train_transforms(
     """
     if augment not in ("none", "flip", "jitter_crop"):
         raise ValueError(f"augment is one of 'none', 'flip', 'jitter_crop', not {augment!r}")
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip={flip!r}: give a probability from 0 to 1")
+    if not 0 <= color <= 1:
+        raise ValueError(f"color={color!r}: give a change from 0 to 1")
     if plus_one and augment == "jitter_crop":
         raise ValueError("plus_one goes with augment 'none' or 'flip': the published models know no 'jitter_crop'")
     steps = []
@@ -73,7 +77,7 @@ class RandomShortestSide(v2.Transform):
 
     def __init__(self, min_sizes: tuple[int, int], max_size: int, resize: Resize = "antialias"):
         super().__init__()
-        self.min_sizes, self.max_size, self.resize = _int_range(min_sizes), max_size, resize
+        self.min_sizes, self.max_size, self.resize = _int_range(min_sizes), _positive(max_size), resize
 
     def make_params(self, flat_inputs: list) -> dict:
         height, width = v2.query_size(flat_inputs)
@@ -97,7 +101,8 @@ class RandomScaleCrop(v2.Transform):
         super().__init__()
         if not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale is (low, high) with 0 < low <= high, not {scale}")
-        self.min_sizes, self.max_size, self.scale, self.resize = _int_range(min_sizes), max_size, scale, resize
+        self.min_sizes, self.max_size = _int_range(min_sizes), _positive(max_size)
+        self.scale, self.resize = scale, resize
 
     def make_params(self, flat_inputs: list) -> dict:
         height, width = v2.query_size(flat_inputs)
@@ -174,6 +179,12 @@ def _randint(low: int, high: int) -> int:
 
 
 def _int_range(sizes: tuple[int, int]) -> tuple[int, int]:
-    if len(sizes) != 2 or not 0 < sizes[0] <= sizes[1]:
+    if len(sizes) != 2 or not 0 < sizes[0] <= sizes[1] or any(size != int(size) for size in sizes):
         raise ValueError(f"the shorter side is a range (low, high) with 0 < low <= high, not {sizes}")
     return sizes[0], sizes[1]
+
+
+def _positive(max_size: int) -> int:
+    if max_size < 1 or max_size != int(max_size):
+        raise ValueError(f"max_size={max_size!r}: give a whole number of 1 or more")
+    return max_size

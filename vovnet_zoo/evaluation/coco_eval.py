@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..arguments import check_flag, check_kind, check_number
 from ..data import annotation_problem, entries_by_id, is_crowd, read_annotations
+from ..results import check_ids
 from ..results import to_coco_results as to_coco_results  # its place before there was `results`
 
 logger = logging.getLogger(__name__)
@@ -52,6 +55,11 @@ def coco_metrics(
             the file.
     """
     make_index, make_run = load_engine(engine)
+    check_kind("annotations", annotations, (str, os.PathLike, COCO), "a path or a COCO object")
+    check_number("max_dets", max_dets, 1, 1_000_000, whole=True)
+    check_rows(results)
+    if image_ids is not None:
+        check_ids("image_ids", image_ids)
     if isinstance(annotations, COCO):
         name, coco = "the COCO object", annotations.dataset
     else:
@@ -92,7 +100,7 @@ def load_engine(name: str) -> tuple[Callable[..., COCO], Callable[..., COCOeval]
     if name == "pycocotools":
         return COCO, COCOeval
     if name != "faster":
-        raise ValueError(f"engine is 'pycocotools' or 'faster', not {name!r}")
+        raise ValueError(f"the engine's name is 'pycocotools' or 'faster', not {name!r}")
     try:
         import faster_coco_eval
     except ImportError as error:
@@ -117,6 +125,8 @@ def gather_results(
     Raises:
         ValueError: a rank lists an image twice, or has rows of an image that it does not list; on rank 0 only.
     """
+    check_rows(results)
+    check_ids("image_ids", image_ids)
     own = (results, [int(image_id) for image_id in image_ids])
     if not (dist.is_available() and dist.is_initialized()):
         return _merge([own])
@@ -127,11 +137,30 @@ def gather_results(
 
 def format_table(metrics: dict, per_class: bool = False) -> str:
     """Format the numbers of `coco_metrics` as two aligned lines and, with `per_class`, one more line per class."""
+    check_kind("metrics", metrics, dict, "a dict that coco_metrics returns")
+    check_flag("per_class", per_class)
+    for name, value in (metrics | (metrics.get("per_class", {}) if per_class else {})).items():
+        check_kind(f"metrics[{name!r}]", value, dict if name == "per_class" else (int, float), "a number")
     overall = {name: value for name, value in metrics.items() if name != "per_class"}
     lines = ["  ".join(f"{name:>5}" for name in overall), "  ".join(f"{_number(v):>5}" for v in overall.values())]
     if per_class:
         lines += [f"{_number(value):>5}  {name}" for name, value in metrics["per_class"].items()]
     return "\n".join(lines)
+
+
+def check_rows(results: list[dict]) -> None:
+    """Raise `ValueError` unless result rows are as `to_coco_results` makes them."""
+    check_kind("results", results, list, "a list of rows that to_coco_results returns")
+    for row in results:
+        check_kind("results", row, dict, "a list of dicts")
+        if missing := {"image_id", "category_id", "bbox", "score"} - row.keys():
+            raise ValueError(f"results must have {', '.join(sorted(missing))}, this row has not: {row!r:.200}")
+        box = row["bbox"]
+        numbers = [*box, row["score"]] if isinstance(box, list | tuple) and len(box) == 4 else [None]
+        if not all(isinstance(x, int | float) for x in numbers):
+            raise ValueError(f"results must have a bbox of 4 numbers and a score, this row has not: {row!r:.200}")
+        for name in ("image_id", "category_id"):
+            check_kind(f"results' {name}", row[name], int, "a whole number")
 
 
 def _summary(run: COCOeval, class_names: list[str]) -> dict:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..arguments import check_flag, check_kind
 from .osa import FrozenOsaBlock, can_fold, fold
 from .winograd import FrozenWinogradConv2d, is_eligible
 
@@ -17,6 +18,8 @@ def freeze(model: nn.Module, winograd: bool) -> nn.Module:
     timm's convolution blocks lose their batch norms, which torch.compile does for all others. With `winograd`, on a
     CPU, eligible 3x3 convolutions and VoVNet blocks become those of `winograd.py` and `osa.py`.
     """
+    check_kind("model", model, nn.Module, "an nn.Module")
+    check_flag("winograd", winograd)
     for name, child in model.named_children():
         setattr(model, name, _frozen(child, winograd))
     return model

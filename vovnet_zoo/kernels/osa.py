@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.flop_counter import register_flop_formula
 
+from ..arguments import check_kind
 from .convolution import Float32Conv2d, use_fast_gradients
 from .surgery import become
 from .winograd import (
@@ -46,6 +47,7 @@ def fuse_for_training(model: nn.Module) -> int:
     Convolutions become those of `convolution.py`. Parameters, state dict and hooks stay as they are; results too, but
     for rounding. `surgery.restore` undoes it.
     """
+    check_kind("model", model, nn.Module, "an nn.Module")
     use_fast_gradients(model)
     for block in model.modules():
         if type(block) is ConvNormAct and type(block.bn) is FrozenBatchNormAct2d and isinstance(block.conv, nn.Conv2d):

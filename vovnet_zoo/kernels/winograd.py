@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from ..arguments import check_flag, check_kind, check_number, check_tensor
 from . import library
 from .convolution import CpuConv2d, Float32Conv2d
 from .surgery import become
@@ -50,6 +51,8 @@ class FrozenWinogradConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, relu: bool = False):
         super().__init__()
+        check_kind("conv", conv, nn.Conv2d, "an nn.Conv2d")
+        check_flag("relu", relu)
         if not is_eligible(conv):
             raise ValueError(f"{conv} is not 3x3 of stride 1, padding 1, dilation 1, one group, 32 channels or more")
         self.relu = relu
@@ -79,6 +82,7 @@ def use_winograd(model: nn.Module) -> int:
     Parameters, state dict and hooks stay as they are; `surgery.restore` undoes it. Not for bfloat16 on a CPU with AMX
     (`has_amx`), which multiplies bfloat16 many times faster than float32.
     """
+    check_kind("model", model, nn.Module, "an nn.Module")
     if reason := why_not():
         log.warning("Winograd convolutions are not used: %s", reason)
         return 0
@@ -106,6 +110,7 @@ def has_amx() -> bool:
 
 def is_eligible(conv: nn.Conv2d) -> bool:
     """Whether Winograd computes this convolution, and it has enough channels to gain."""
+    check_kind("conv", conv, nn.Conv2d, "an nn.Conv2d")
     wanted = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
     found = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     return found == wanted and min(conv.in_channels, conv.out_channels) >= 32
@@ -156,6 +161,17 @@ def _operators():
     return torch.ops.vovnet_zoo
 
 
+def _call(name: str, *arguments):
+    """Call an operator; what it refuses is an error of its caller."""
+    operator = getattr(_operators(), name)
+    try:
+        return operator(*arguments)
+    except (RuntimeError, TypeError) as error:
+        if "no memory" in str(error):
+            raise
+        raise ValueError(str(error).splitlines()[0]) from error
+
+
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
     """`F.conv2d(x, weight, bias, padding=1)`, or with `transposed` `F.conv_transpose2d` of the same arguments.
 
@@ -170,26 +186,32 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: b
         [B,O,H,W], channels_last, of x's dtype.
 
     Raises:
-        RuntimeError: shapes or dtypes are others, or the kernels cannot be used.
+        ValueError: shapes or dtypes are others.
+        RuntimeError: the kernels cannot be used.
     """
-    return _operators().conv3x3(x, weight, bias, transposed)
+    check_flag("transposed", transposed)
+    return _call("conv3x3", x, weight, bias, transposed)
 
 
 def conv3x3_frozen(
     x: Tensor, transformed: Tensor, out_channels: int, bias: Tensor | None = None, relu: bool = False
 ) -> Tensor:
     """`conv3x3`, then ReLU if `relu`, with a weight gone through `transform_weight`. Not differentiable."""
-    return _operators().conv3x3_frozen(x, transformed, out_channels, bias, relu)
+    check_tensor("transformed", transformed, (36, "O/16", "C", 16))
+    check_number("out_channels", out_channels, 1, 16 * transformed.shape[1], whole=True)
+    check_flag("relu", relu)
+    return _call("conv3x3_frozen", x, transformed, out_channels, bias, relu)
 
 
 def transform_weight(weight: Tensor) -> Tensor:
     """[O,C,3,3] -> `G g G'` [36,ceil(O/16),16*ceil(C/16),16] float32, with zeros where O and C do not fill it."""
-    return _operators().conv3x3_transform_weight(weight.detach())
+    check_tensor("weight", weight, ("O", "C", 3, 3))
+    return _call("conv3x3_transform_weight", weight.detach())
 
 
 def weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
     """Gradient [O,C,3,3] float32 of the weight, given x [B,C,H,W] and the gradient dy [B,O,H,W] of the output."""
-    return _operators().conv3x3_weight_gradient(x, dy)
+    return _call("conv3x3_weight_gradient", x, dy)
 
 
 def convolve_into(

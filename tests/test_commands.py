@@ -1,0 +1,197 @@
+"""Commands report an error of their user in one line; `--debug` adds the traceback."""
+
+import ast
+import builtins
+import dataclasses
+import importlib
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from launch import ROOT, command, tiny_config
+
+import benchmark
+import benchmark_data
+import eval_coco
+import memory
+import profile_blocks
+import runtime
+import train_coco
+from vovnet_zoo import commands
+
+RECIPES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "recipes").glob("*.py")}
+MODULES = [benchmark, benchmark_data, eval_coco, profile_blocks, train_coco]
+
+
+@pytest.fixture
+def run(monkeypatch, capfd, tmp_path):
+    """Run a recipe's command line in this process, in an empty folder; returns its exit status and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"recipes/{module.__name__}.py", *map(str, arguments)])
+        status = 0
+        try:
+            runtime.run_command(module.main, commands.parse_command(module.PARSE))
+        except SystemExit as exit:
+            status = exit.code
+        return status, capfd.readouterr().err
+
+    return run
+
+
+def test_every_recipe_reports_in_one_way():
+    """No script parses without `parse_command`, or calls its `main` without `run_command`."""
+    scripts = 0
+    for name, tree in RECIPES.items():
+        for node in tree.body:
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'":
+                scripts += 1
+                line = ast.unparse(node.body[0])
+                assert line in ("CONFIG = parse_command(PARSE)", "run_command(main, CONFIG)"), name
+    assert scripts >= 2 * len(MODULES)
+
+
+@pytest.mark.parametrize(
+    "module, arguments, message",
+    [
+        (train_coco, "finetune --data nosuch --out out", "nosuch: no such folder"),
+        (train_coco, "finetune --data x --out afile/run", "--out afile/run cannot be written: Not a directory"),
+        (train_coco, "finetune --data x --out afile", "--out afile cannot be written: File exists"),
+        (train_coco, "finetune --data x --out out --device tpu", "--device tpu: torch cannot use it here"),
+        (train_coco, "finetune --data x --out out --device meta", "--device meta: torch cannot use it here"),
+        (train_coco, "finetune --data x --out out --init ./nosuch", "'./nosuch' is no folder here"),
+        (eval_coco, "--model ./no/such --data x", ". is there, no in it is not"),
+        (eval_coco, "--model afile --data x", "no 'organisation/name'|is a file"),
+        (eval_coco, "--model runs/x --data x", "runs/x has no config.json: there is one in runs/x/best"),
+        (eval_coco, "--model runs/x --data x --out afile/x.json", "--out afile/x.json cannot be written"),
+        (eval_coco, "--model runs/x --data x --out runs", "--out runs is a folder"),
+        (benchmark, "--out afile/x", "--out afile/x cannot be written"),
+        (benchmark, "--device tpu", "--device tpu"),
+        (benchmark_data, "--data nosuch", "nosuch: no such folder"),
+        (benchmark_data, "--data nosuch --out afile/x", "--out afile/x cannot be written"),
+        (profile_blocks, "--out afile/x", "--out afile/x cannot be written"),
+    ],
+)
+def test_an_error_of_the_user_is_one_line(run, tmp_path, module, arguments, message):
+    (tmp_path / "afile").touch()
+    (tmp_path / "runs" / "x" / "best").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "runs" / "x" / "best" / name).touch()
+    status, printed = run(module, *arguments.split())
+    lines = [line for line in printed.splitlines() if line.startswith(f"{module.__name__}: ")]
+    assert status == 2 and len(lines) == 1 and "Traceback" not in printed
+    assert any(part in lines[0] for part in message.split("|"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("module", [train_coco, eval_coco])
+def test_a_gpu_that_is_not_there(run, module):
+    preset = ["finetune", "--out", "out"] if module is train_coco else ["--model", "x"]
+    status, printed = run(module, *preset, "--data", "x", "--device", "cuda")
+    assert status == 2 and "--device cuda: torch cannot use it here" in printed and "there is: cpu" in printed
+    assert "Traceback" not in printed
+
+
+def test_debug_shows_where(run):
+    status, printed = run(eval_coco, "--model", "./nosuch", "--data", "x", "--debug")
+    assert status == 2 and "Traceback" in printed and printed.splitlines()[-1].startswith("eval_coco: './nosuch'")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes/x.py"])
+    with pytest.raises(ZeroDivisionError):
+        runtime.run_command(lambda config: 1 / config, 0)
+
+
+def test_a_name_offline_is_answered_at_once(run, monkeypatch, hub_on_loopback):
+    """It may be a folder or a repository, so both are named; the client's own retries would take 23 s."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    hub_on_loopback.down = True
+    status, printed = run(eval_coco, "--model", "runs/nosuch", "--data", "x")
+    assert status == 2 and "runs/nosuch: there is no such folder here; as a name on the Hub" in printed
+    assert sum(waited) < 3
+    hub_on_loopback.down = False
+    status, printed = run(eval_coco, "--model", "runs/nosuch", "--data", "x")
+    assert status == 2 and "runs/nosuch is no folder here either" in printed
+    asked = len(hub_on_loopback.log)
+    for path in ("./runs/nosuch", "runs/no/such", "/nosuch", "../nosuch", "~/nosuch", "no such"):
+        status, printed = run(eval_coco, "--model", path, "--data", "x")
+        assert status == 2 and "is no folder here" in printed and len(hub_on_loopback.log) == asked
+
+
+def test_a_run_that_cannot_go_on(run, monkeypatch):
+    def main(config):
+        raise commands.CommandError("3 steps in a row were not finite; lower --lr")
+
+    monkeypatch.setattr(eval_coco, "main", main)
+    status, printed = run(eval_coco, "--model", "x", "--data", "x")
+    assert status == 2 and printed == "eval_coco: 3 steps in a row were not finite; lower --lr\n"
+
+
+def test_an_error_in_a_data_loading_worker():
+    text = """Caught ImageError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "x.py", line 1
+vovnet_zoo.data.images.ImageError: a.png: cannot decode the image
+"""
+    assert commands.describe(ValueError(text)) == "a.png: cannot decode the image"
+    assert commands.describe(FileNotFoundError(2, "No such file or directory", "x")) == "x: No such file or directory"
+    assert commands.describe(ValueError()) == "ValueError"
+
+
+def test_under_torchrun_the_line_is_printed_once(tmp_path):
+    line = command("eval_coco.py", ["--model", "./nosuch", "--data", "x", "--device", "cpu"], processes=2)
+    result = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=240)
+    assert result.returncode != 0
+    assert result.stderr.count("eval_coco: './nosuch' is no folder here") == 1
+    assert 'eval_coco.py", line' not in result.stderr  # no traceback of the recipe
+
+
+def test_the_classes_of_a_run_cannot_change(tiny_coco, tmp_path):
+    """With --allow-changes too; torch's own error would be one of shapes."""
+    config = dataclasses.replace(tiny_config(tiny_coco, tmp_path / "run"), steps=1, eval_every=None)
+    train_coco.main(config)
+    for file in (tiny_coco / "annotations").iterdir():
+        content = json.loads(file.read_text())
+        content["categories"].append({"id": 99, "name": "blue"})
+        file.write_text(json.dumps(content))
+    config = dataclasses.replace(config, steps=2, allow_changes=True)
+    with pytest.raises(ValueError, match=r"of 2 classes \(\['red', 'green'\]\).* has 3 .*--init .*last"):
+        train_coco.main(config)
+
+
+# ---- other systems --------------------------------------------------------------------------------------------------
+
+
+def test_windows_has_no_resource_and_no_sigchld(monkeypatch):
+    """A stand-in for Windows: these two are not there, and a run goes on without."""
+    real = builtins.__import__
+
+    def no_resource(name, *arguments, **options):
+        if name == "resource":
+            raise ImportError(name)
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", no_resource)
+    monkeypatch.delitem(sys.modules, "resource", raising=False)
+    try:
+        assert importlib.reload(memory).peak_memory(torch.device("cpu")) is None
+    finally:
+        monkeypatch.undo()
+        importlib.reload(memory)
+    assert 0.05 < memory.peak_memory(torch.device("cpu")) < 1000
+    monkeypatch.delattr(signal, "SIGCHLD")
+    with runtime.StopSignal() as stop:
+        assert not stop.received
+
+
+def test_macos_counts_memory_in_bytes(monkeypatch):
+    here = memory.peak_memory(torch.device("cpu"))
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    assert memory.peak_memory(torch.device("cpu")) < here / 500
