@@ -428,6 +428,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
                 file=[*NOT_A_PATH, "nosuch.pth", folder, files[1]],
                 out=[*NOT_A_PATH],
                 overwrite=NOT_A_FLAG,
+                part=["head", None, 5, ["all"]],
             ),
             {"file": "file|checkpoint"},
             works=False,

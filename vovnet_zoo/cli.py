@@ -189,6 +189,8 @@ def check_predict(command: Predict) -> None:
 
 
 def run_check_data(command: CheckData) -> None:
+    if command.workers is not None and command.workers < 0:
+        raise ValueError(f"--workers {command.workers}: give 0 or more")
     refuse_missing(command.root)
     from .data import check
     from .files import read_json
@@ -200,8 +202,6 @@ def run_check_data(command: CheckData) -> None:
             ours = False
         if not ours:
             raise ValueError(f"{command.json} is there already, and no report of check-data; choose another file")
-    if command.workers is not None and command.workers < 0:
-        raise ValueError(f"--workers {command.workers}: give 0 or more")
     sys.exit(check.main(command.root, workers=command.workers, json_out=command.json))
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import detectors, hub, vovnet
-from .arguments import check_flag, check_kind, check_path
-from .convert import FORMS, convert
+from .arguments import check_choice, check_flag, check_kind, check_path
+from .convert import FORMS, PARTS, convert
 from .fcos import FCOS
 from .files import (
     free_to_write,
@@ -118,6 +118,7 @@ def convert_file(file: str | Path, out: str | Path, *, part: str = "all", overwr
     check_path("file", file)
     check_path("out", out)
     check_flag("overwrite", overwrite)
+    check_choice("part", part, PARTS)
     file, out = Path(file), Path(out)
     free_to_write([out / hub.CONFIG, out / hub.WEIGHTS], [file], overwrite)
     with unwrapped(file, str(file)) as checkpoint_file:
