@@ -39,8 +39,9 @@ def predict_files(
         out: folder for the results, which is made.
         pictures: the format of the pictures, or "none".
         overwrite: write over files that are there already; never over an image that is read.
-        options: options of `predict`, but `on_error`. Without `score_threshold`, the thresholds are the model's own; if
-            it has none, the score that people are shown, `DISPLAY_SCORE`.
+        options: options of `predict`, but `on_error`. Without `score_threshold`, the thresholds are the model's own,
+            `thresholds` or `score_threshold` in its config; if it has none, the score that people are shown,
+            `DISPLAY_SCORE`.
 
     Returns:
         The number of images that could not be used.
@@ -59,9 +60,10 @@ def predict_files(
     free_to_write([*targets, results], inputs, overwrite)
     out.mkdir(parents=True, exist_ok=True)
 
-    threshold = options.get("score_threshold", model.config["thresholds"] or DISPLAY_SCORE)
-    # where one threshold is for all classes, lower scores are asked for too, to tell how far below it they are
-    options["score_threshold"] = threshold if isinstance(threshold, Mapping) else 0.0
+    own = model.config["thresholds"] or model.config["score_threshold"] or DISPLAY_SCORE
+    threshold = options.get("score_threshold", own)
+    if not isinstance(threshold, Mapping):
+        options["score_threshold"] = 0.0  # lower scores are asked for too, to tell how far below the threshold they are
     bad: list[str] = []
 
     def report(frame: Frame, error: ValueError) -> None:
