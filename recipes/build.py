@@ -14,9 +14,9 @@ from presets import TrainConfig, with_defaults
 from quickstart_data import make_shapes
 from runtime import StopSignal, barrier, log
 from vovnet_zoo import FCOS, create_detector
-from vovnet_zoo.config import VARIANTS, DetectorConfig, DetectorOptions
+from vovnet_zoo.config import DEFAULTS, THRESHOLDS, VARIANTS, DetectorConfig, DetectorOptions, Resize
 from vovnet_zoo.data import CocoDataset, TrainSampler, collate, find_split, train_transforms
-from vovnet_zoo.detectors import DETECTORS
+from vovnet_zoo.detectors import DETECTORS, load_detector
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import has_amx, use_winograd
 
@@ -29,14 +29,14 @@ def load_start(config: TrainConfig) -> FCOS | None:
     """
     if config.init is None:
         return None
-    start = FCOS.from_pretrained(config.init)
+    start = load_detector(config.init)
     check_start(config, start.config)
     return start
 
 
 def check_start(config: TrainConfig, start: DetectorConfig) -> None:
     """Raise `ValueError` where an option says that the detector of `config.init` is another than it is."""
-    known: dict[str, Any] = {**start}
+    known: dict[str, Any] = {**DEFAULTS, **THRESHOLDS._asdict(), **start}  # an older run's config says less
     backbone = config.backbone or DETECTORS.get(config.model or "", {}).get("backbone")
     wanted: dict[str, dict[str, Any]] = {  # by option
         f"--model {config.model}" if config.backbone is None else f"--backbone {config.backbone}": {
@@ -56,11 +56,12 @@ def check_start(config: TrainConfig, start: DetectorConfig) -> None:
 
 
 def build_datasets(
-    config: TrainConfig, plus_one: bool, rank: int, world_size: int, known: Sequence[str] = ()
+    config: TrainConfig, plus_one: bool, resize: Resize, rank: int, world_size: int, known: Sequence[str] = ()
 ) -> tuple[CocoDataset, CocoDataset]:
     """Open the training and the validation set; `ValueError` where they do not fit each other or the configuration.
 
-    Boxes follow the published pixel convention with `plus_one`. A run that goes on knows its classes (`known`).
+    Boxes follow the published pixel convention with `plus_one`, and images are resized by the rule `resize`. A run that
+    goes on knows its classes (`known`).
     """
     if config.draw_shapes:
         if rank == 0:
@@ -69,7 +70,12 @@ def build_datasets(
     train_set = CocoDataset(
         *find_split(config.data, "train"),
         transforms=train_transforms(
-            config.min_size, config.max_size, config.augment, scale=config.zoom, plus_one=plus_one
+            config.min_size,
+            config.max_size,
+            config.augment,
+            scale=config.zoom,
+            plus_one=plus_one,
+            resize=resize,
         ),
         drop_empty=config.drop_empty,
         plus_one=plus_one,
@@ -103,7 +109,11 @@ def check_data(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset
 
 
 def build_model(
-    config: TrainConfig, class_names: list[str], start: FCOS | None, saved: DetectorConfig | None = None
+    config: TrainConfig,
+    class_names: list[str],
+    category_ids: list[int],
+    start: FCOS | None,
+    saved: DetectorConfig | None = None,
 ) -> FCOS:
     """Create the detector that is to learn these classes: a new one, or one that begins with the weights of `start`.
 
@@ -112,7 +122,11 @@ def build_model(
     """
     num_classes = len(class_names)
     options: DetectorOptions = dict(
-        class_names=class_names, min_size=config.test_size, max_size=config.max_size, thresholds=None
+        class_names=class_names,
+        category_ids=category_ids,
+        min_size=config.test_size,
+        max_size=config.max_size,
+        thresholds=None,
     )
     if saved is not None:
         return FCOS(**{**saved, "num_classes": num_classes, **options})

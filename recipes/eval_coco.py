@@ -23,7 +23,7 @@ class EvalConfig:
     """The settings of an evaluation."""
 
     model: str
-    """Folder or Hub name of a detector."""
+    """Folder, Hub name or name of list_detectors(pretrained=True) of a detector."""
     data: Path
     """COCO-format dataset: annotations/instances_{split}*.json beside the image folders."""
     split: str = "val"
@@ -66,6 +66,7 @@ from vovnet_zoo.coco_eval import format_table, load_engine
 from vovnet_zoo.config import OVERLAPS, SCALES, TILES
 from vovnet_zoo.config import RANGES as MODEL_RANGES
 from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.detectors import load_detector
 from vovnet_zoo.inference import check_views
 
 RANGES = {"size": Range(*MODEL_RANGES["min_size"][:2]), "workers": Range(0), "batch_size": Range(1)}
@@ -80,7 +81,7 @@ def main(config: EvalConfig) -> dict | None:
     with process_group(config.device) as (rank, world_size, device):
         if rank == 0 and config.out is not None:
             check_out(config.out)  # so is a place that cannot be written
-        model = FCOS.from_pretrained(config.model).to(device)
+        model = load_detector(config.model).to(device)
         if config.size is not None:
             if config.size > (limit := model.config["max_size"]):
                 raise ValueError(

@@ -34,15 +34,15 @@ class TrainConfig:
     """Any timm model with feature maps at strides 8, 16, 32, or local-dir:FOLDER or hf-hub:NAME, a classifier to start
     from; for --model fcos only."""
     variant: VariantName | None = None
-    """Conventions of data, model, loss and evaluation: "improved" (the default), or "published" for the conventions of
-    the 2019 detectors. With --init the detector keeps its own conventions."""
+    """Conventions of data, model, loss and evaluation: "improved" (the default), "published" for the conventions of
+    the 2019 detectors, or "torchvision". With --init the detector keeps its own conventions."""
     channels: int | None = None
     """Channels of FPN and head; default: 256, or what --init has."""
     num_convs: int | None = None
     """Convolutions in each of the head's towers; default: 4, or what --init has."""
     init: str | None = None
-    """Start from this detector (folder or Hub name); its head is kept if it has the same classes. It keeps its network:
-    an option that says otherwise is refused."""
+    """Start from this detector (folder, Hub name or a name of list_detectors(pretrained=True)); its head is kept if it
+    has the same classes. It keeps its network: an option that says otherwise is refused."""
     pretrained_backbone: bool = False
     """Start from the backbone's ImageNet weights, through timm; not with --init."""
     frozen_norm: bool = False

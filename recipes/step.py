@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vovnet_zoo import FCOS, FCOSLoss
 from vovnet_zoo.data import normalize
-from vovnet_zoo.fcos import level_sizes, make_points
+from vovnet_zoo.fcos import level_sizes
 from vovnet_zoo.loss import Targets
 
 
@@ -30,7 +30,7 @@ def find_targets(
     Returns:
         The targets, and the numbers [3] that these images add to the normalizers of the global batch.
     """
-    points, strides = make_points(level_sizes(height, width, model.strides), model.strides, boxes.device)
+    points, strides = model.make_points(level_sizes(height, width, model.strides), (height, width), boxes.device)
     targets = criterion.assign(points, strides, boxes, labels)
     return targets, criterion.normalizers(targets)
 

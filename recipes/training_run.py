@@ -19,7 +19,7 @@ from presets import TrainConfig
 from run_folder import describe_run, load_checkpoint, refuse_changes, save_checkpoint, was_bad
 from runtime import broadcast_weights, log
 from vovnet_zoo import FCOSLoss
-from vovnet_zoo.config import DEFAULT_VARIANT, VARIANTS
+from vovnet_zoo.config import DEFAULT_VARIANT, DEFAULTS, VARIANTS
 from vovnet_zoo.data import CocoDataset
 
 
@@ -80,15 +80,17 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     start = None if known else load_start(config)
     if known and config.init is not None:
         check_start(config, known)
-    plus_one = (known or (start.config if start else VARIANTS[config.variant or DEFAULT_VARIANT]))["plus_one"]
-    train_set, val_set = build_datasets(config, plus_one, rank, world_size, known["class_names"] or () if known else ())
+    conventions = {**DEFAULTS, **(known or (start.config if start else VARIANTS[config.variant or DEFAULT_VARIANT]))}
+    plus_one, resize = conventions["plus_one"], conventions["resize"]
+    known_classes = known["class_names"] or () if known else ()
+    train_set, val_set = build_datasets(config, plus_one, resize, rank, world_size, known_classes)
     identity = describe_run(config, train_set, val_set)
     changed = refuse_changes(saved["run"], identity, config) if saved else []
     if saved:
         refuse_other_classes(saved["model"], known, train_set.class_names, config)
     notes = note_images(config, {"train": train_set, "val": val_set}, saved is not None) if rank == 0 else None
-    model = build_model(config, train_set.class_names, start, known)
-    assert model.config["plus_one"] == plus_one
+    model = build_model(config, train_set.class_names, train_set.category_ids, start, known)
+    assert (model.config["plus_one"], model.config["resize"]) == (plus_one, resize)
     prepare_for_training(model, config, device)
     log.info("%d images, %d classes: %s", len(train_set), len(train_set.class_names), ", ".join(train_set.class_names))
     return assemble(

@@ -6,6 +6,7 @@ from pathlib import Path
 import timm
 import torch
 from torch import Tensor, nn
+from torchvision_models import make_torchvision
 
 from vovnet_zoo import convert
 from vovnet_zoo.detectors import archs
@@ -17,7 +18,8 @@ from deterministic_weights import W, load_table, state_dict_from_table  # noqa: 
 ARCHS = archs()
 
 
-SMALLEST = {form: "vovnetv2_19_slim_dw" if form == "authors_v2" else "vovnet27_slim" for form in convert.FORMS}
+OTHER = {"authors_v2": "vovnetv2_19_slim_dw", "torchvision_detector": "resnet50"}
+SMALLEST = {form: OTHER.get(form, "vovnet27_slim") for form in convert.FORMS}
 
 
 def published(form: str, arch: str | None = None) -> dict[str, Tensor]:
@@ -25,6 +27,8 @@ def published(form: str, arch: str | None = None) -> dict[str, Tensor]:
     arch = arch or SMALLEST[form]
     if form == "authors_detector":
         return dict(state_dict_from_table(load_table(GOLDEN / "keys_fcos_v27.json")))
+    if form == "torchvision_detector":
+        return make_torchvision().state_dict()
     net = timm.create_model(arch)
     ours = {key: W(key, x.shape, str(x.dtype)) for key, x in net.state_dict().items()}
     return {theirs: ours[name] for theirs, name in convert.names(form, ARCHS[arch]).items()}

@@ -79,6 +79,8 @@ def make_table(model, folder, coco) -> dict[str, Row]:
         "add_images": NOT_A_FLAG,
         "center_radius": RADII,
         "box_loss": ["l1", None, 5, ["giou"]],
+        "matching": ["improved", None, 5, ["paper"]],
+        "weigh_boxes": NOT_A_FLAG,
     }
     detector_options = {
         **loss_options,
@@ -94,6 +96,11 @@ def make_table(model, folder, coco) -> dict[str, Row]:
         "min_size": NOT_A_COUNT,
         "max_size": NOT_A_COUNT,
         "thresholds": [5, "x", {"nosuch": 0.5}],
+        "category_ids": ["ab", 5, [1], [1, 1], [1, -1], [1, 1.5], [1, True], {1: 2, 3: 4}],
+        "resize": ["none", None, 5],
+        "points": ["middle", None, 5],
+        "keep_empty": NOT_A_FLAG,
+        **thresholds(),
     }
     numbers = {"num_classes": [0, -1, 1.5, NAN, "x", 10**9, True]}
     backbone = {"backbone": [5, ["vovnet39"], "nosuchmodel"]}
@@ -167,6 +174,12 @@ def make_table(model, folder, coco) -> dict[str, Row]:
             unchecked=("kwargs",),
             works=False,
         ),
+        "FCOS.make_points": Row(
+            model.make_points,
+            dict(sizes=[(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)], input_size=(64, 64), device="cpu"),
+            dict(sizes=[None, 5, "abcde", [(8, 8)], [8] * 5, [(8,)] * 5], input_size=[None, 64, "64", (64,)]),
+            unchecked=("device",),
+        ),
         "FCOS.complete_config": Row(model.complete_config, dict(config={}), {}, unchecked=("config",)),
         "FCOS.generate_model_card": Row(model.generate_model_card, {}, {}, unchecked=("facts",)),
         "FCOSLoss": Row(
@@ -218,6 +231,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
                 labels=wrong_labels,
                 center_radius=RADII,
                 plus_one=NOT_A_FLAG,
+                matching=loss_options["matching"],
             ),
         ),
         "compile_detector": Row(
@@ -255,7 +269,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
                 **detector_options,
                 nosuch=[1],
             ),
-            {"name": "name=|no detector", "pretrained": "pretrained|no weights", "nosuch": "unknown"},
+            {"name": "name=|no detector|name of weights", "pretrained": "pretrained|no weights", "nosuch": "unknown"},
         ),
         "list_detectors": Row(vovnet_zoo.list_detectors, {}, dict(pretrained=NOT_A_FLAG)),
         "postprocess": Row(
@@ -265,6 +279,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
                 preds=wrong_preds,
                 image_sizes=[None, 5, "x", [(64, 64)] * 2, [(64,)], [(64, 0)], [(-1, 64)], [("a", "b")]],
                 plus_one=NOT_A_FLAG,
+                keep_empty=NOT_A_FLAG,
                 **thresholds(),
             ),
         ),
@@ -431,8 +446,8 @@ def make_table(model, folder, coco) -> dict[str, Row]:
             dict(
                 file=[*NOT_A_PATH, "nosuch.pth", folder, files[1]],
                 out=[*NOT_A_PATH],
-                part=[5, None, "head"],
                 overwrite=NOT_A_FLAG,
+                part=["head", None, 5, ["all"]],
             ),
             {"file": "file|checkpoint"},
             works=False,
@@ -527,10 +542,11 @@ class FakeHalf:
 
 
 FUNCTIONS = [
-    "FCOS", "FCOS.forward", "FCOS.forward_features", "FCOS.forward_head", "FCOS.set_grad_checkpointing",
-    "FCOS.from_pretrained", "FCOS.save_pretrained", "FCOS.push_to_hub", "FCOS.complete_config",
-    "FCOS.generate_model_card", "FCOSLoss", "FCOSLoss.of", "FCOSLoss.forward", "FCOSLoss.compare",
-    "FCOSLoss.assign", "FCOSLoss.normalizers", "Predictions", "assign_targets", "compile_detector",
+    "FCOS", "FCOS.forward", "FCOS.make_points", "FCOS.forward_features", "FCOS.forward_head",
+    "FCOS.set_grad_checkpointing", "FCOS.from_pretrained", "FCOS.save_pretrained", "FCOS.push_to_hub",
+    "FCOS.complete_config", "FCOS.generate_model_card", "FCOSLoss", "FCOSLoss.of", "FCOSLoss.forward",
+    "FCOSLoss.compare", "FCOSLoss.assign", "FCOSLoss.normalizers", "Predictions", "assign_targets",
+    "compile_detector",
     "create_detector", "list_detectors", "postprocess", "predict", "CocoDataset", "coco_metrics", "to_coco_results",
     "draw_detections", "gather_results", "format_table", "load_engine", "available", "class_nms", "nms_fixed",
     "use_winograd", "fuse_for_training", "freeze", "is_eligible", "FrozenWinogradConv2d", "conv3x3",

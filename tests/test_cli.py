@@ -118,6 +118,14 @@ def test_predict_uses_the_models_thresholds(run, folder, images, tmp_path):
     assert set(lines(tmp_path / "all")[0]["names"]) == {"cat", "dog"}
 
 
+def test_predict_uses_the_models_score_threshold(run, folder, images, tmp_path):
+    """It wins over the 0.3 that is shown otherwise, and --score wins over it."""
+    FCOS.from_pretrained(folder, score_threshold=1.0).save_pretrained(tmp_path / "strict")
+    for out, options, some in (("own", [], False), ("typed", ["--score", "0.1"], True)):
+        arguments = ["predict", images[0], "--model", tmp_path / "strict", "--out", tmp_path / out, *options]
+        assert run(*arguments)[0] == 0 and bool(lines(tmp_path / out)[0]["names"]) == some
+
+
 @pytest.mark.parametrize(
     "line, status, message",
     [

@@ -21,10 +21,12 @@ SIZES = [(64, 96), (96, 64), (128, 160)]
 def fresh():
     torch._dynamo.reset()
     counters.clear()
+    torch.manual_seed(0)  # of the models' weights
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
 def model(request):
+    torch.manual_seed(0)
     return busy(create_detector("fcos", backbone=request.param, num_classes=4))
 
 

@@ -98,7 +98,7 @@ def test_other_tensors_beside_the_weights_are_named(checkpoint):
 def test_any_tensor_missing_or_renamed_is_named(form, checkpoint):
     for name, weights in broken(checkpoint):
         with pytest.raises(ValueError) as error:
-            convert.convert(weights, {SMALLEST[form]: ARCHS[SMALLEST[form]]})
+            convert.convert(weights, {arch: ARCHS[arch] for arch in (SMALLEST[form], "vovnet27_slim") if arch in ARCHS})
         assert name in str(error.value) and len(weights) - len(checkpoint) in (0, -1)
         assert (name + "x" in str(error.value)) == (name + "x" in weights)
 
@@ -147,8 +147,8 @@ def test_wrong_tensors_are_named(checkpoint):
 def test_wrong_shape_is_named(form, checkpoint):
     name = next(key for key in checkpoint if "conv" in key)
     converted = convert.convert({**checkpoint, name: checkpoint[name][:-1]}, ARCHS)
-    if form == "authors_detector":
-        with pytest.raises(ValueError, match="shape: backbone.stem_0.conv.weight"):
+    if form in convert.FOLDS:
+        with pytest.raises(ValueError, match="shape: backbone.(stem_0.conv|conv1).weight"):
             build_converted(converted)
     else:
         with pytest.raises(RuntimeError, match="stem.0.conv.weight"):
@@ -304,16 +304,17 @@ def test_odd_tensors_are_not_touched(form, checkpoint, odd):
         convert.convert({**checkpoint, name: odd()}, ARCHS)
 
 
-@pytest.mark.parametrize("form", ["authors_detector"], indirect=True)
+@pytest.mark.parametrize("form", ["authors_detector", "torchvision_detector"], indirect=True)
 @pytest.mark.parametrize("shape", [(), (2, 3), (20_000,), (0,)])
 def test_odd_shapes_of_a_detector(form, checkpoint, shape):
     """No shape takes memory or raises anything else, before a model compares it."""
-    names = [key for key in checkpoint if ".stem_1/" in key] + ["rpn.head.cls_logits.bias", "rpn.head.scales.0.scale"]
-    assert len(names) == 7
+    names = [key for key in checkpoint if ".stem_1/" in key or ".body.bn1." in key or "cls_logits" in key]
+    names += [key for key in checkpoint if "scales.0" in key]
+    assert len(names) == (8 if form == "authors_detector" else 6)
     for name in names:
         with pytest.raises(ValueError):
             build_converted(convert.convert({**checkpoint, name: torch.ones(shape)}, ARCHS))
-    together = {key: torch.ones(shape) for key in names if "norm" in key}
+    together = {key: torch.ones(shape) for key in names if "norm" in key or ".bn1." in key}
     with pytest.raises(ValueError):
         build_converted(convert.convert({**checkpoint, **together}, ARCHS))
 

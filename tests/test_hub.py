@@ -15,6 +15,7 @@ from launch import run_python
 import vovnet_zoo
 from vovnet_zoo import hub, publish
 from vovnet_zoo import weights as published
+from vovnet_zoo.fcos import SWITCHES
 
 REPO = "someone/fcos-tiny"
 
@@ -319,7 +320,7 @@ def test_odd_configs_are_refused_or_right(tiny_detector, tmp_path, monkeypatch):
                 assert name in str(error) or name == "backbone", (name, value, error)
             else:
                 assert model.config[name] == value or value is None, (name, value)
-                assert not isinstance(value, bool) or name in ("frozen_norm", "plus_one", "add_images"), (name, value)
+                assert not isinstance(value, bool) or name in SWITCHES, (name, value)
 
 
 @pytest.mark.parametrize("name", ["image_mean", "image_std", "class_names", "min_size", "prior", "frozen_norm"])

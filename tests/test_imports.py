@@ -29,7 +29,7 @@ LAYERS = [
     {"__init__", "check_data", "cli", "coco_eval"},  # check_data and coco_eval are former paths of moved modules
 ]
 ONLY = {  # rooms that may import even less
-    "data": {"arguments", "files"},
+    "data": {"arguments", "config", "files"},
     "hub": {"arguments", "files", "ledger"},
     "nms": {"arguments", "kernels"},
     "fcos": {"arguments", "backbone", "config", "hub"},

@@ -171,6 +171,11 @@ def test_thresholds_by_class_name(model):
     torch.testing.assert_close(predict(stored, image, max_detections=1000, score_threshold=0.0), [found])
     fast = compile_detector(stored, (64, 64), backend="eager", max_detections=1000, winograd=False)
     assert fast(image[None]).labels[0].add(1).bincount(minlength=4)[1:].tolist() == wanted
+    strict = FCOS(**{**stored.config, "score_threshold": 1.0})  # counts for the class that is not named
+    strict.load_state_dict(model.state_dict())
+    only_cat = [wanted[0], 0, 0]
+    assert predict(strict, image, max_detections=1000)[0]["labels"].bincount(minlength=3).tolist() == only_cat
+    torch.testing.assert_close(predict(strict, image, max_detections=1000, score_threshold=0.0), [found])
     for wrong, message in (({"pig": 0.5}, "no class 'pig'; .* cat, dog, cow"), ({"cat": 1.5}, r"\['cat'\]=1.5")):
         with pytest.raises(ValueError, match=message):
             predict(detector, image, score_threshold=wrong)

@@ -54,13 +54,18 @@ def assign_one(point, stride, boxes, labels, center_radius, plus_one):
     return best[1:]
 
 
-@pytest.mark.parametrize("center_radius, plus_one", [(1.5, False), (None, True)])
-def test_a_crowded_image_changes_nothing_but_memory(monkeypatch, center_radius, plus_one):
+@pytest.mark.parametrize(
+    "center_radius, plus_one, matching",
+    [(1.5, False, "paper"), (None, True, "paper"), (1.5, False, "torchvision")],
+)
+def test_a_crowded_image_changes_nothing_but_memory(monkeypatch, center_radius, plus_one, matching):
     """Boxes that are looked at in parts give the same targets to the bit, of equal boxes the first."""
     boxes, labels = random_boxes(torch.Generator().manual_seed(4), 2, 300, 192, 256)
     boxes[:, 150:] = boxes[:, :150]  # the other half repeats the boxes, under other labels
+    if matching == "torchvision":
+        boxes[:, 150:, 3] -= 0.01  # or nearly, so that the smaller box is the first one at 1e8
     points, strides = points_of(192, 256)
-    options = dict(center_radius=center_radius, plus_one=plus_one)
+    options = dict(center_radius=center_radius, plus_one=plus_one, matching=matching)
     found = assign_targets(points, strides, boxes, labels, **options)
     monkeypatch.setattr(loss, "BOXES_IN_A_GRAPH", 300)
     wanted = assign_targets(points, strides, boxes, labels, **options)
@@ -107,8 +112,9 @@ def test_a_crowded_image_is_one_graph():
 
 def test_operator_for_crowded_images():
     boxes, labels = random_boxes(torch.Generator().manual_seed(7), 2, 70, 64, 64)
-    torch.library.opcheck(torch.ops.vovnet_zoo.choose_box_in_parts, (*points_of(64, 64), boxes, labels, 1.5, False))
-    torch.library.opcheck(torch.ops.vovnet_zoo.choose_box_in_parts, (*points_of(64, 64), boxes, labels, None, True))
+    for options in ((1.5, False, "paper"), (None, True, "paper"), (1.5, False, "torchvision")):
+        args = (*points_of(64, 64), boxes, labels, *options)
+        torch.library.opcheck(torch.ops.vovnet_zoo.choose_box_in_parts, args)
 
 
 def test_a_label_without_a_class_is_refused():

@@ -11,7 +11,7 @@ from launch import run_python
 
 import vovnet_zoo
 from vovnet_zoo import cli, convert, hub, publish
-from vovnet_zoo.detectors import VARIANTS, coco_class_names
+from vovnet_zoo.detectors import VARIANT_OF, VARIANTS, coco_class_names
 from vovnet_zoo.files import hash_file, write_safetensors
 
 REPO = "someone/fcos-tiny"
@@ -24,10 +24,11 @@ def test_convert_file(kind, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {hub.CONFIG, hub.WEIGHTS, hub.CARD}
     card = (tmp_path / "out" / hub.CARD).read_text()
     assert hash_file(tmp_path / "published.pth") in card and str(tmp_path) not in card
-    if kind == "authors_detector":
+    if kind in VARIANT_OF:
         model = vovnet_zoo.FCOS.from_pretrained(tmp_path / "out")
         assert model.config["class_names"] == coco_class_names() and len(coco_class_names()) == 80
-        assert model.config.items() >= VARIANTS["published"].items() and model.config["plus_one"]
+        assert model.config["category_ids"] == convert.COCO_IDS and len(convert.COCO_IDS) == 80
+        assert model.config.items() >= VARIANTS[VARIANT_OF[kind]].items()
     else:
         model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
         assert json.loads((tmp_path / "out" / hub.CONFIG).read_text())["pretrained_cfg"]["label_offset"] == 0

@@ -127,10 +127,10 @@ def test_init_keeps_the_head_for_the_same_classes(tiny_coco, tmp_path):
     torch.nn.init.normal_(start.head.cls_logits.bias)
     start.save_pretrained(tmp_path / "start")
     config = TrainConfig(data=tiny_coco, out=tmp_path, init=str(tmp_path / "start"), test_size=96)
-    same = build_model(config, ["a", "b"], load_start(config))
-    assert same.config["min_size"] == 96
+    same = build_model(config, ["a", "b"], [4, 9], load_start(config))
+    assert same.config["min_size"] == 96 and same.config["category_ids"] == [4, 9]
     torch.testing.assert_close(same.state_dict(), start.state_dict())
-    other = build_model(config, ["a", "b", "c"], load_start(config))
+    other = build_model(config, ["a", "b", "c"], [4, 9, 10], load_start(config))
     assert other.head.cls_logits.out_channels == 3
     torch.testing.assert_close(other.head.box_distances.weight, start.head.box_distances.weight)
 

@@ -1,6 +1,8 @@
 """Weights come from a URL, past faulty downloads and hostile files."""
 
 import contextlib
+import dataclasses
+import hashlib
 import http.server
 import io
 import pickle
@@ -17,9 +19,13 @@ import pytest
 import pytorchcv.models.vovnet
 import timm
 import torch
+from checkpoints import same
 from near import assert_near, sum_roundings
+from torchvision_models import make_torchvision
 
 import vovnet_zoo
+from build import load_start
+from presets import TrainConfig
 from vovnet_zoo import detectors, hub, publish, vovnet, web
 from vovnet_zoo import weights as published
 from vovnet_zoo.files import hash_file
@@ -288,6 +294,65 @@ def test_detector_at_a_url(server, monkeypatch):
     assert model.config["centerness_on"] == "cls" and model.config["class_names"][0] == "person"
     with pytest.raises(ValueError, match="distance='exp', not 'relu'"):
         vovnet_zoo.create_detector(key, pretrained=True, variant="improved")
+
+
+@pytest.fixture(scope="module")
+def torchvision_file():
+    return saved(make_torchvision(trained=False).state_dict())
+
+
+@pytest.fixture
+def resnet(monkeypatch, server, torchvision_file):
+    """Put a file of torchvision's FCOS on the server, and its hash into the table."""
+    server.files["/fcos.pth"] = torchvision_file
+    key = "fcos_resnet50_fpn.tv_coco"
+    row = dataclasses.replace(
+        detectors.WEIGHTS[key], url=f"{server.url}/fcos.pth", sha256=hashlib.sha256(torchvision_file).hexdigest()
+    )
+    monkeypatch.setitem(detectors.WEIGHTS, key, row)
+
+
+def test_torchvisions_detector_at_a_url(resnet, server, cache, tmp_path):
+    """It is downloaded, checked, converted and kept; the name without its tag is enough."""
+    assert "fcos_resnet50_fpn.tv_coco" in vovnet_zoo.list_detectors(pretrained=True)
+    model = vovnet_zoo.create_detector("fcos_resnet50_fpn", pretrained=True)
+    again = detectors.load_detector("fcos_resnet50_fpn.tv_coco")
+    assert same(model, again) and server.requests == 1 and len(cache()) == 1
+    assert model.config["resize"] == "torchvision" and model.config["class_names"][79] == "toothbrush"
+    config = TrainConfig(data=tmp_path, out=tmp_path, init="fcos_resnet50_fpn.tv_coco")
+    assert same(load_start(config), model)
+    with pytest.raises(ValueError, match="trained with num_classes=80, not 3"):
+        vovnet_zoo.create_detector("fcos_resnet50_fpn", pretrained=True, num_classes=3)
+    publish.convert_file(next((tmp_path / "torch/hub/checkpoints").iterdir()), tmp_path / "out")
+    card = (tmp_path / "out" / hub.CARD).read_text()
+    assert "license: bsd-3-clause" in card and "fcos_resnet50_fpn.tv_coco" in card and "AP 39.2" in card
+
+
+@pytest.mark.parametrize(
+    "fault, error, message",
+    [
+        ("truncate", ConnectionError, "broke off after"),
+        ("refuse", ConnectionError, "403"),
+        ("corrupt", ValueError, "the checkpoint's sha256 is"),
+        ("another file", ValueError, "the checkpoint's sha256 is"),
+        ("not there", ConnectionError, "404"),
+    ],
+)
+def test_a_faulty_download_of_torchvisions_detector(resnet, server, cache, torchvision_file, fault, error, message):
+    """Nothing is kept, and one line says what was wrong and how the weights can be had otherwise."""
+    if fault == "another file":
+        server.files["/fcos.pth"] = saved({"model": {}})
+    elif fault == "not there":
+        server.files.clear()
+    else:
+        server.faults = [fault]
+    with pytest.raises(error, match=message) as caught:
+        vovnet_zoo.create_detector("fcos_resnet50_fpn", pretrained=True)
+    assert "\n" not in str(caught.value) and "vovnet-zoo convert FILE.pth FOLDER" in str(caught.value)
+    assert not cache()
+    server.files["/fcos.pth"] = torchvision_file
+    vovnet_zoo.create_detector("fcos_resnet50_fpn", pretrained=True)
+    assert len(cache()) == 1
 
 
 # ---- hostile files

@@ -21,10 +21,8 @@ import tyro
 
 from . import ledger
 from .commands import find_device, run_reporting, take_debug
-from .config import OVERLAPS, SCALES, TILES, Pictures, Precision, Thresholds
+from .config import OVERLAPS, SCALES, TILES, Pictures, Precision
 from .version import __version__
-
-DEFAULTS = Thresholds()
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,10 @@ class Predict:
     """Folder for the results."""
     score: float | None = None
     """Leave out detections that score less; default: the thresholds in the model's config, else 0.3."""
-    nms_threshold: float = DEFAULTS.nms_threshold
-    """Leave out a box whose IoU with a better box of its class is higher."""
-    max_detections: int = DEFAULTS.max_detections
-    """Detections per image, at most."""
+    nms_threshold: float | None = None
+    """Leave out a box whose IoU with a better box of its class is higher; default: what the model's config says."""
+    max_detections: int | None = None
+    """Detections per image, at most; default: what the model's config says."""
     batch_size: int = 1
     """Images that the network sees together, at most; the detections do not depend on it."""
     precision: Precision = "float32"
@@ -95,7 +93,7 @@ class Convert:
     """Convert a published checkpoint (.pth) to safetensors, a configuration and a model card, and verify it."""
 
     file: tyro.conf.Positional[Path]
-    """A detector, classifier or VoVNetV2 body of the authors, or a classifier of pytorchcv, also in a zip."""
+    """A detector, classifier or VoVNetV2 body of the authors, torchvision's FCOS or a classifier of pytorchcv."""
     out: tyro.conf.Positional[Path]
     """Folder to make."""
     part: Literal["all", "backbone"] = "all"
@@ -172,18 +170,13 @@ def run_predict(command: Predict) -> None:
     from PIL import Image
 
     from . import inference
-    from .detectors import create_detector
-    from .fcos import FCOS
+    from .detectors import load_detector
     from .predict_files import predict_files
 
     # a user's own photo may have 100 megapixels; Pillow refuses twice its limit, about 179 megapixels, all the same
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     device = find_device(command.device)
-    if command.model.split(".")[0] in ledger.DETECTORS and not Path(command.model).is_dir():
-        model = create_detector(command.model, pretrained=True)
-    else:
-        model = FCOS.from_pretrained(command.model)
-    model.to(device)
+    model = load_detector(command.model).to(device)
     options: inference.PredictOptions = dict(
         recursive=command.recursive,
         urls=command.allow_urls,
@@ -193,9 +186,11 @@ def run_predict(command: Predict) -> None:
         batch_size=command.batch_size,
         precision=command.precision,
         compile=command.compile,
-        nms_threshold=command.nms_threshold,
-        max_detections=command.max_detections,
     )
+    if command.nms_threshold is not None:
+        options["nms_threshold"] = command.nms_threshold
+    if command.max_detections is not None:
+        options["max_detections"] = command.max_detections
     if command.score is not None:
         options["score_threshold"] = command.score
     if command.scales:
@@ -236,7 +231,7 @@ def check_predict(command: Predict) -> None:
         if value is not None and not least <= value <= most:
             raise ValueError(f"{option} {value}: give a number from {least:g} to {most:g}")
     for option, number in (("--max-detections", command.max_detections), ("--batch-size", command.batch_size)):
-        if number < 1:
+        if number is not None and number < 1:
             raise ValueError(f"{option} {number}: give 1 or more")
 
 

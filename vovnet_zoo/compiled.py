@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .arguments import check_choice, check_flag, check_model, check_number
+from .config import ThresholdOptions
 from .fcos import FCOS
-from .inference import Detections, ThresholdOptions, choose_thresholds, detect, sizes_of
+from .inference import Detections, choose_thresholds, detect, sizes_of
 from .kernels.freeze import freeze
 from .kernels.surgery import restore
 from .kernels.winograd import has_amx, why_not
@@ -48,7 +49,7 @@ def compile_detector(
         backend: of torch.compile; "eager" checks that there is one graph, and compiles nothing.
         options: fields of `Thresholds`, as `predict` has them: `score_threshold` (one score, or a mapping of class
             names to scores; default: the config's `thresholds`), `candidate_threshold`, `nms_threshold`, `topk`,
-            `max_detections`.
+            `max_detections`; for those not given, the config's.
 
     Returns:
         A function of images, uint8 [B,3,H,W] (RGB), and optionally of their sizes, int [B,2] or B pairs, (h, w) without

@@ -1,4 +1,4 @@
-"""A detector has these settings; the table of variants says what "improved" and "published" mean."""
+"""A detector has these settings, and the table of variants says what "improved", "published" and "torchvision" mean."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, TypedDict
 if TYPE_CHECKING:
     from torch import Tensor
 
-VariantName = Literal["improved", "published"]
+VariantName = Literal["improved", "published", "torchvision"]
 Distance = Literal["relu", "exp"]
 CenternessOn = Literal["box", "cls"]
 BoxLoss = Literal["giou", "iou"]
+Matching = Literal["paper", "torchvision"]
+Points = Literal["center", "corner"]
+Resize = Literal["antialias", "torchvision"]
 Precision = Literal["float32", "bf16", "fp16"]  # of the network, under autocast
 Pictures = Literal["jpg", "png", "none"]  # format of the pictures of detections
 # The least and the most: side of a window in pixels, part of it that two windows share, scale of a view.
@@ -24,18 +27,27 @@ RANGES = {
     "num_convs": (0, 64, ""),
     "min_size": (1, 65_535, ""),
     "max_size": (1, 65_535, ""),
+    "topk": (1, 1_000_000, ""),
+    "max_detections": (1, 1_000_000, ""),
 }
 
 
 class Variant(TypedDict):
-    """A variant consists of these arguments of `FCOS`; those from `plus_one` on are also arguments of `FCOSLoss`."""
+    """A variant consists of these arguments of `FCOS`; `LossOptions` names the ones that `FCOSLoss` has too."""
 
     distance: Distance
     centerness_on: CenternessOn
     frozen_norm: NotRequired[bool]
+    points: Points
+    resize: Resize
+    keep_empty: bool
+    candidate_threshold: NotRequired[float]
+    score_threshold: NotRequired[float]
     plus_one: bool
     center_radius: float | None
+    matching: Matching
     box_loss: BoxLoss
+    weigh_boxes: bool
     add_images: bool
 
 
@@ -44,9 +56,14 @@ VARIANTS: dict[VariantName, Variant] = {
     "improved": dict(
         distance="relu",
         centerness_on="box",
+        points="center",
+        resize="antialias",
+        keep_empty=False,
         plus_one=False,
         center_radius=1.5,
+        matching="paper",
         box_loss="giou",
+        weigh_boxes=True,
         add_images=False,
     ),
     # the detectors that were published in 2019 (arXiv 1904.01355)
@@ -54,10 +71,32 @@ VARIANTS: dict[VariantName, Variant] = {
         distance="exp",
         centerness_on="cls",
         frozen_norm=True,
+        points="center",
+        resize="antialias",
+        keep_empty=False,
         plus_one=True,
         center_radius=None,
+        matching="paper",
         box_loss="iou",
+        weigh_boxes=True,
         add_images=True,
+    ),
+    # torchvision.models.detection.fcos_resnet50_fpn
+    "torchvision": dict(
+        distance="relu",
+        centerness_on="box",
+        frozen_norm=True,
+        points="corner",
+        resize="torchvision",
+        keep_empty=True,
+        candidate_threshold=0.0,
+        score_threshold=0.2,
+        plus_one=False,
+        center_radius=1.5,
+        matching="torchvision",
+        box_loss="giou",
+        weigh_boxes=False,
+        add_images=False,
     ),
 }
 DEFAULT_VARIANT: VariantName = "improved"
@@ -69,7 +108,9 @@ class LossOptions(TypedDict, total=False):
 
     plus_one: bool
     center_radius: float | None
+    matching: Matching
     box_loss: BoxLoss
+    weigh_boxes: bool
     add_images: bool
 
 
@@ -79,6 +120,8 @@ class DetectorOptions(TypedDict, total=False):
     add_images: bool
     backbone: str
     box_loss: BoxLoss
+    candidate_threshold: float
+    category_ids: Sequence[int] | None
     center_radius: float | None
     centerness_on: CenternessOn
     channels: int
@@ -87,12 +130,21 @@ class DetectorOptions(TypedDict, total=False):
     frozen_norm: bool
     image_mean: Sequence[float] | None
     image_std: Sequence[float] | None
+    keep_empty: bool
+    matching: Matching
+    max_detections: int
     max_size: int
     min_size: int
+    nms_threshold: float
     num_convs: int
     plus_one: bool
+    points: Points
     prior: float
+    resize: Resize
+    score_threshold: float
     thresholds: Mapping[str, float] | None
+    topk: int
+    weigh_boxes: bool
 
 
 class DetectorConfig(TypedDict):
@@ -101,6 +153,7 @@ class DetectorConfig(TypedDict):
     backbone: str
     num_classes: int
     class_names: list[str] | None
+    category_ids: list[int] | None
     channels: int
     num_convs: int
     distance: Distance
@@ -112,9 +165,19 @@ class DetectorConfig(TypedDict):
     min_size: int
     max_size: int
     thresholds: dict[str, float] | None
+    resize: Resize
+    points: Points
     plus_one: bool
+    keep_empty: bool
+    candidate_threshold: float
+    score_threshold: float
+    nms_threshold: float
+    topk: int
+    max_detections: int
     center_radius: float | None
+    matching: Matching
     box_loss: BoxLoss
+    weigh_boxes: bool
     add_images: bool
 
 
@@ -131,3 +194,19 @@ class Thresholds(NamedTuple):
     """Candidates kept per level and image, the best by class probability times centerness."""
     max_detections: int = 100
     """Detections kept per image."""
+
+
+THRESHOLDS = Thresholds()
+
+
+class ThresholdOptions(TypedDict, total=False):
+    """These options of `predict`, `postprocess` and `compile_detector` are the fields of `Thresholds`.
+
+    `predict` and `compile_detector` know the model, so there `score_threshold` can also map class names to numbers.
+    """
+
+    score_threshold: float | Mapping[str, float] | Tensor
+    candidate_threshold: float
+    nms_threshold: float
+    topk: int
+    max_detections: int

@@ -14,6 +14,7 @@ from torch import Tensor
 FORMS = {
     "authors": "the authors' classifier",
     "authors_detector": "the authors' FCOS detector",
+    "torchvision_detector": "torchvision's FCOS detector",
     "pytorchcv": "pytorchcv's classifier",
     "timm": "timm's VovNet",
     "authors_v2": "the authors' VoVNetV2 body",
@@ -22,6 +23,9 @@ PARTS = ("all", "backbone")
 LEVELS = 5  # P3..P7
 # The authors' detectors take BGR pixels in 0..255 less this mean (BGR order), divided by 1.
 BGR_MEAN = (102.9801, 115.9465, 122.7717)
+# COCO numbers its 80 classes so. torchvision's detector of COCO has a class slot for each number from 0 to 90; slot 0
+# is the background, and the slots of other numbers that are missing here stand for nothing.
+COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 DEPTH = 8  # of checkpoints in checkpoints, and of prefixes
 MAX_CHANNELS = 16_384  # of a norm; the published ones have at most 1024
 FROZEN_EPS = 1e-5  # added to the variance by timm's frozen norm, not by the authors'
@@ -46,13 +50,16 @@ class Converted(NamedTuple):
 
     form: str  # a key of FORMS
     arch: str  # the backbone's name
-    state_dict: dict[str, Tensor]  # of timm's VovNet, or of FCOS for "authors_detector"
+    state_dict: dict[str, Tensor]  # of timm's VovNet, or of FCOS for a detector
     config: dict  # arguments of FCOS that the tensors tell; {} for a classifier
     left_out: Sequence[str] = ()  # names of tensors beside a backbone
 
 
 def convert(checkpoint: Mapping, archs: Mapping[str, Layout], part: str = "all") -> Converted:
-    """Rename every tensor of a checkpoint, and fold the detectors' input and norms so that outputs stay the same.
+    """Rename every tensor of a checkpoint, and change the detectors' tensors so that outputs stay the same.
+
+    The authors' detectors get RGB input and norms with eps. torchvision's detector loses the classes of no object: slot
+    0, which is the background, and with 91 slots, as for COCO, the slots of unused ids.
 
     Args:
         checkpoint: a state dict, or a training checkpoint with one under "model" or "state_dict"; names may all begin
@@ -81,13 +88,16 @@ def convert(checkpoint: Mapping, archs: Mapping[str, Layout], part: str = "all")
         )
     weights = body or weights
     choices = [(f, a) for f, a in itertools.product(FORMS, archs) if f == "timm" or archs[a].ese == (f == "authors_v2")]
-    tables = {(form, arch): names(form, archs[arch]) for form, arch in choices}
+    tables = {(form, arch): names(form, archs[arch]) for form, arch in choices if form != "torchvision_detector"}
+    tables["torchvision_detector", "resnet50"] = dict(_torchvision_names())
 
     def distance(choice: tuple[str, str]) -> tuple[int, bool]:
         """Count the names that differ; of bodies with the same names the one of the same width is nearer."""
         last = [weights[name] for name, ours in tables[choice].items() if ours == LAST and name in weights]
         widths = [len(x) for x in last if _is_plain(x) and x.ndim]
-        return len(weights.keys() ^ tables[choice].keys()), widths != [archs[choice[1]].width]
+        return len(weights.keys() ^ tables[choice].keys()), widths != [
+            archs[choice[1]].width if choice[1] in archs else 0
+        ]
 
     form, arch = min(tables, key=distance)
     table = tables[form, arch]
@@ -114,13 +124,13 @@ def convert(checkpoint: Mapping, archs: Mapping[str, Layout], part: str = "all")
         raise ValueError(f"not a whole checkpoint of {FORMS[form]}, {arch}:\n  {shown}{more}")
 
     ours = {table[name]: tensor for name, tensor in weights.items()}
-    if form != "authors_detector":
+    if form not in FOLDS:
         for name in [name for name in ours if name.endswith("running_var")]:
             ours.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
         return Converted(form, arch, ours, {}, beside if body else [])
 
     try:
-        config = _fold_detector(ours)
+        config = FOLDS[form](ours)
     except (IndexError, RuntimeError, TypeError) as error:
         raise ValueError(f"not the shapes of {FORMS[form]}: {error}") from error
     return Converted(form, arch, ours, {"backbone": arch, **config})
@@ -151,6 +161,26 @@ def split_body(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[s
     inside = {name: name.removeprefix(prefixes[0]) for name in weights if name.startswith(prefixes[0])}
     inside = {name: short for name, short in inside.items() if re.match(BODY, short)}
     return {short: weights[name] for name, short in inside.items()}, [name for name in weights if name not in inside]
+
+
+def _fold_torchvision(ours: dict[str, Tensor]) -> dict:
+    """Change the tensors of torchvision's detector in place to foreground classes only; return the config."""
+    for name in [name for name in ours if name.endswith("num_batches_tracked")]:
+        del ours[name]  # a frozen norm has none
+    slots = len(ours["head.cls_logits.bias"])
+    kept = COCO_IDS if slots == COCO_IDS[-1] + 1 else list(range(1, slots))
+    for part in ("weight", "bias"):
+        ours[f"head.cls_logits.{part}"] = ours[f"head.cls_logits.{part}"][kept]
+    ours["head.scales"] = torch.ones(LEVELS)
+    return dict(
+        num_classes=len(kept),
+        category_ids=list(kept),
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+
+
+FOLDS = {"authors_detector": _fold_detector, "torchvision_detector": _fold_torchvision}
 
 
 def unwrap(checkpoint: Mapping) -> dict[str, Tensor]:
@@ -215,8 +245,10 @@ def names(form: str, layout: Layout) -> dict[str, str]:
 
     Args:
         form: a key of `FORMS`.
-        layout: of the backbone.
+        layout: of the backbone; torchvision's detector has always the same.
     """
+    if form == "torchvision_detector":
+        return dict(_torchvision_names())
     table: dict[str, str] = {}
     for layer in _layers(layout):
         authors, pytorchcv, ours = layer.authors, layer.pytorchcv, layer.ours
@@ -310,6 +342,35 @@ def _detector_names() -> Iterator[tuple[str, str]]:
             yield f"{theirs}.{part}", f"{ours}.{part}"
     for level in range(LEVELS):
         yield f"rpn.head.scales.{level}.scale", f"head.scales.{level}"
+
+
+def _torchvision_names() -> Iterator[tuple[str, str]]:
+    """Yield torchvision's name and our name of each tensor of its FCOS on ResNet-50; ours alone has scales."""
+    norms = {"bn1": "conv1"}
+    for layer, blocks in enumerate((3, 4, 6, 3), start=1):
+        for block in range(blocks):
+            at = f"layer{layer}.{block}"
+            norms |= {f"{at}.bn{i}": f"{at}.conv{i}" for i in (1, 2, 3)}
+        norms[f"layer{layer}.0.downsample.1"] = f"layer{layer}.0.downsample.0"
+    for norm, conv in norms.items():
+        yield f"backbone.body.{conv}.weight", f"backbone.{conv}.weight"
+        for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            yield f"backbone.body.{norm}.{part}", f"backbone.{norm}.{part}"
+    modules = {
+        f"backbone.fpn.{kind}_blocks.{i}.0": f"fpn.{kind}_blocks.{i}.0" for kind in ("inner", "layer") for i in range(3)
+    }
+    for p in ("p6", "p7"):
+        modules[f"backbone.fpn.extra_blocks.{p}"] = f"fpn.extra_blocks.{p}"
+    for i in range(4):
+        for layer in (3 * i, 3 * i + 1):  # convolution, GroupNorm
+            modules[f"head.classification_head.conv.{layer}"] = f"head.cls_tower.{layer}"
+            modules[f"head.regression_head.conv.{layer}"] = f"head.box_tower.{layer}"
+    modules["head.classification_head.cls_logits"] = "head.cls_logits"
+    modules["head.regression_head.bbox_reg"] = "head.box_distances"
+    modules["head.regression_head.bbox_ctrness"] = "head.centerness"
+    for theirs, ours in modules.items():
+        for part in ("weight", "bias"):
+            yield f"{theirs}.{part}", f"{ours}.{part}"
 
 
 def fold_eps(weight: Tensor, var: Tensor, name: str) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from .arguments import check_choice, check_flag
 from .backbone import create_backbone
 from .classifiers import SOURCES, load_classifier
 from .config import DEFAULT_VARIANT, VARIANTS, DetectorOptions, VariantName
-from .convert import Converted, Layout, convert
+from .convert import COCO_IDS, Converted, Layout, convert
 from .fcos import FCOS
 from .ledger import DETECTOR_WEIGHTS as WEIGHTS
 from .ledger import HOW_TO_MAKE_DETECTORS as HOW_TO_MAKE
@@ -25,6 +25,7 @@ from .ledger import available, find
 from .weights import fetch_row, read_checkpoint
 
 NUM_CLASSES = 80  # as COCO has
+VARIANT_OF: dict[str, VariantName] = {"authors_detector": "published", "torchvision_detector": "torchvision"}
 
 DETECTORS = {
     "fcos_resnet50_fpn": dict(backbone="resnet50"),
@@ -72,8 +73,8 @@ def create_detector(
             table has none the weights that timm chooses; or, where this names a folder of a saved classifier or
             "hf-hub:organisation/name", the weights there. `backbone="local-dir:FOLDER"` or "hf-hub:..." does the same.
             `config` gets the mean and std that they were trained with, and the name of the architecture only.
-        variant: "improved" or "published", see `VARIANTS`; None is "improved", or with `pretrained` whatever the
-            weights are.
+        variant: "improved", "published" or "torchvision", see `VARIANTS`; None is "improved", or with `pretrained`
+            whatever the weights are.
         num_classes: foreground classes; None is 80, or with `pretrained` the number that the weights have.
         kwargs: further arguments of `FCOS`, see `DetectorOptions`; they win over the arguments of the variant.
 
@@ -126,6 +127,18 @@ def create_detector(
     return model
 
 
+def load_detector(source: str) -> FCOS:
+    """Load a trained detector: from a folder, from the Hub ("organisation/name"), or of the table ("name.tag").
+
+    Raises:
+        ValueError: see `FCOS.from_pretrained` and `create_detector`.
+        OSError: see there.
+    """
+    if source.split(".")[0] in DETECTORS and not Path(source).is_dir():
+        return create_detector(source, pretrained=True)
+    return FCOS.from_pretrained(source)
+
+
 def list_detectors(*, pretrained: bool = False) -> list[str]:
     """List the names of the detectors or, with `pretrained`, each `name.tag` whose weights can be downloaded."""
     check_flag("pretrained", pretrained)
@@ -134,9 +147,11 @@ def list_detectors(*, pretrained: bool = False) -> list[str]:
 
 def build_converted(converted: Converted, **kwargs: Unpack[DetectorOptions]) -> FCOS:
     """Build the detector of a published checkpoint, with its weights loaded; `kwargs` are arguments of `FCOS`."""
-    names = coco_class_names()
-    class_names = names if len(names) == converted.config["num_classes"] else None
-    settings = {**VARIANTS["published"], "class_names": class_names, **converted.config, **kwargs}
+    settings: dict[str, Any] = {**VARIANTS[VARIANT_OF[converted.form]], **converted.config}
+    of_coco = converted.form == "authors_detector" and settings["num_classes"] == NUM_CLASSES
+    if of_coco or settings.get("category_ids") == COCO_IDS:
+        settings |= {"class_names": coco_class_names(), "category_ids": COCO_IDS}
+    settings |= kwargs
     with torch.device("meta"):  # the checkpoint may ask for any number of classes
         skeleton = FCOS(**settings)
     hub.check_fit(skeleton, {key: list(x.shape) for key, x in converted.state_dict.items()}, "the checkpoint")
@@ -152,7 +167,8 @@ def archs() -> dict[str, Layout]:
 
 def coco_class_names() -> list[str]:
     """List COCO's 80 classes in the order of their ids; torchvision lists them among 91 places."""
-    return [x for x in FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"] if x not in ("__background__", "N/A")]
+    names = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return [names[i] for i in COCO_IDS]
 
 
 def _find_start(

@@ -6,7 +6,8 @@ import math
 import reprlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,19 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from .arguments import check_choice, check_flag, check_number, check_tensor, is_number
 from .backbone import Backbone, backbone_maps, create_backbone, probe_channels
-from .config import DEFAULTS, RANGES, VARIANTS, BoxLoss, CenternessOn, DetectorConfig, Distance
+from .config import (
+    DEFAULTS,
+    RANGES,
+    THRESHOLDS,
+    VARIANTS,
+    BoxLoss,
+    CenternessOn,
+    DetectorConfig,
+    Distance,
+    Matching,
+    Points,
+    Resize,
+)
 from .hub import StrictHubMixin
 
 
@@ -40,6 +53,7 @@ class FCOS(
         backbone: timm model that gives feature maps at strides 8, 16 and 32.
         num_classes: foreground classes K.
         class_names: K names, in label order; None where unknown.
+        category_ids: K ids that the dataset gives the classes, in label order; None where unknown.
         channels: width of the FPN and of the head, a multiple of 32 from 64 on.
         num_convs: convolutions in each tower of the head.
         distance: how the head's output becomes distances in pixels, `s` a learned scale per level:
@@ -51,10 +65,16 @@ class FCOS(
         min_size, max_size: `predict` resizes the shorter side of an image to `min_size` pixels, unless the longer side
             would exceed `max_size`.
         thresholds: class name -> score, in 0..1: `predict` leaves out a detection of this class that scores less,
-            unless it gets another `score_threshold`. None, and a class that is not named: all are returned.
+            unless it gets another `score_threshold`. For a class that is not named, the `score_threshold` below counts.
+        resize: how images are resized, see `resize_image` and `resize_size`.
+        points: where the cells of a map are in the image, see `make_points`.
         plus_one: boxes follow the published pixel convention in data, loss, NMS and results: a box covers the pixels
             x1..x2, so its width is x2 - x1 + 1.
-        center_radius, box_loss, add_images: `FCOSLoss.of(model)` measures the errors of this detector by them.
+        keep_empty: boxes without a pixel, as in the padding, are detections too.
+        candidate_threshold, score_threshold, nms_threshold, topk, max_detections: the fields of `Thresholds` that
+            `predict` and `compile_detector` use unless told otherwise.
+        center_radius, matching, box_loss, weigh_boxes, add_images: `FCOSLoss.of(model)` measures the errors of this
+            detector by them.
 
     Raises:
         ValueError: an argument has another type or is out of range (see `RANGES`), or the backbone is unknown or has no
@@ -67,6 +87,7 @@ class FCOS(
         num_classes: int,
         *,
         class_names: Sequence[str] | None = None,
+        category_ids: Sequence[int] | None = None,
         channels: int = 256,
         num_convs: int = 4,
         distance: Distance = DEFAULTS["distance"],
@@ -78,9 +99,19 @@ class FCOS(
         min_size: int = 800,
         max_size: int = 1333,
         thresholds: Mapping[str, float] | None = None,
+        resize: Resize = DEFAULTS["resize"],
+        points: Points = DEFAULTS["points"],
         plus_one: bool = DEFAULTS["plus_one"],
+        keep_empty: bool = DEFAULTS["keep_empty"],
+        candidate_threshold: float = THRESHOLDS.candidate_threshold,
+        score_threshold: float = cast(float, THRESHOLDS.score_threshold),
+        nms_threshold: float = THRESHOLDS.nms_threshold,
+        topk: int = THRESHOLDS.topk,
+        max_detections: int = THRESHOLDS.max_detections,
         center_radius: float | None = DEFAULTS["center_radius"],
+        matching: Matching = DEFAULTS["matching"],
         box_loss: BoxLoss = DEFAULTS["box_loss"],
+        weigh_boxes: bool = DEFAULTS["weigh_boxes"],
         add_images: bool = DEFAULTS["add_images"],
     ):
         super().__init__()
@@ -88,6 +119,7 @@ class FCOS(
             backbone=backbone,
             num_classes=num_classes,
             class_names=class_names,
+            category_ids=category_ids,
             channels=channels,
             num_convs=num_convs,
             distance=distance,
@@ -99,9 +131,19 @@ class FCOS(
             min_size=min_size,
             max_size=max_size,
             thresholds=thresholds,
+            resize=resize,
+            points=points,
             plus_one=plus_one,
+            keep_empty=keep_empty,
+            candidate_threshold=candidate_threshold,
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+            topk=topk,
+            max_detections=max_detections,
             center_radius=center_radius,
+            matching=matching,
             box_loss=box_loss,
+            weigh_boxes=weigh_boxes,
             add_images=add_images,
         )
         check_config(config)
@@ -143,7 +185,7 @@ class FCOS(
             images: [B,3,H,W], normalised with the mean and std of `config`, zero-padded so that 32 divides H and W.
         """
         cls, reg, ctr = self.forward_head(self.forward_features(images))
-        points, strides = make_points([x.shape[-2:] for x in cls], self.strides, images.device)
+        points, strides = self.make_points([x.shape[-2:] for x in cls], images.shape[-2:], images.device)
         return Predictions(
             logits=torch.cat([x.flatten(2).transpose(1, 2) for x in cls], dim=1),  # [B,P,K]
             distances=torch.cat([x.flatten(2).transpose(1, 2) for x in reg], dim=1),  # [B,P,4]
@@ -151,6 +193,25 @@ class FCOS(
             points=points,
             strides=strides,
         )
+
+    def make_points(
+        self, sizes: Sequence[Sequence[int]], input_size: Sequence[int], device: torch.device | str
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the locations of this detector, see `make_points`.
+
+        Args:
+            sizes: (h, w) of each map.
+            input_size: (H, W) of the network input, padding included.
+
+        Raises:
+            ValueError: there are not as many sizes as levels, or one is no pair.
+        """
+        if not isinstance(sizes, list | tuple) or len(sizes) != len(self.strides) or not all(map(is_pair, sizes)):
+            raise ValueError(f"sizes must be the (h, w) of {len(self.strides)} maps, got {reprlib.repr(sizes)}")
+        if not is_pair(input_size):
+            raise ValueError(f"input_size must be (H, W), got {reprlib.repr(input_size)}")
+        corner = self.config["points"] == "corner"
+        return make_points(sizes, self.strides, device, input_size if corner else None)
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
         """Compute the pyramid's maps P3..P7, [B,C,H/8,W/8] .. [B,C,H/128,W/128] (each size is rounded up)."""
@@ -209,7 +270,16 @@ class FCOS(
         return self.head(features)
 
 
-CHOICES = {"distance": ("relu", "exp"), "centerness_on": ("box", "cls"), "box_loss": ("giou", "iou")}
+PROBABILITIES = ("candidate_threshold", "score_threshold", "nms_threshold")
+SWITCHES = ("frozen_norm", "plus_one", "keep_empty", "weigh_boxes", "add_images")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "distance": get_args(Distance),
+    "centerness_on": get_args(CenternessOn),
+    "resize": get_args(Resize),
+    "points": get_args(Points),
+    "matching": get_args(Matching),
+    "box_loss": get_args(BoxLoss),
+}
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -225,11 +295,14 @@ def check_config(config: dict[str, Any]) -> None:
         config[name] = int(config[name])
     if config["channels"] % 32:
         raise ValueError(f"channels={config['channels']}: the head's GroupNorm has 32 groups; give 64, 96 ..")
-    for name in ("frozen_norm", "plus_one", "add_images"):
+    for name in SWITCHES:
         check_flag(name, config[name])
     for name, choices in CHOICES.items():
         check_choice(name, config[name], choices)
     check_radius(config["center_radius"])
+    for name in PROBABILITIES:
+        check_number(name, config[name], 0, 1)
+        config[name] = float(config[name])
     if not is_number(config["prior"], 1e-12, 1 - 1e-12):
         raise ValueError(f"prior={reprlib.repr(config['prior'])}: give a probability above 0 and below 1")
     config["prior"] = float(config["prior"])
@@ -248,6 +321,15 @@ def check_config(config: dict[str, Any]) -> None:
         if len(names) != config["num_classes"]:
             raise ValueError(f"{len(names)} class_names for num_classes={config['num_classes']}")
         config["class_names"] = list(names)
+    ids = config["category_ids"]
+    if ids is not None:
+        if isinstance(ids, str) or not isinstance(ids, Sequence):
+            raise ValueError(f"category_ids={reprlib.repr(ids)}: give a list of whole numbers")
+        if not all(is_number(x, 0, 2**63 - 1, Integral) for x in ids) or len(set(ids)) != len(ids):
+            raise ValueError(f"category_ids={reprlib.repr(ids)}: give whole numbers from 0 on, each once")
+        if len(ids) != config["num_classes"]:
+            raise ValueError(f"{len(ids)} category_ids for num_classes={config['num_classes']}")
+        config["category_ids"] = [int(x) for x in ids]
     if config["thresholds"] is not None:
         config["thresholds"] = check_thresholds(config["thresholds"], config["class_names"], "thresholds")
 
@@ -353,16 +435,27 @@ def level_sizes(height: int, width: int, strides: Sequence[int]) -> list[tuple[i
     return [(-(-height // stride), -(-width // stride)) for stride in strides]
 
 
+def is_pair(value: Any) -> bool:
+    """Tell whether `value` is a list or tuple of two."""
+    return isinstance(value, list | tuple) and len(value) == 2
+
+
 def make_points(
-    sizes: Sequence[Sequence[int]], strides: Sequence[int], device: torch.device | str
+    sizes: Sequence[Sequence[int]],
+    strides: Sequence[int],
+    device: torch.device | str,
+    input_size: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the locations of the cells of all pyramid maps.
 
-    The cell (ix, iy) of a map is at x = `ix * stride + stride // 2`, likewise y (arXiv 1904.01355, section 3.1).
+    The cell (ix, iy) of a map is at x = `ix * stride + stride // 2`, likewise y (arXiv 1904.01355, section 3.1;
+    `points="center"`). With `input_size` it is at x = `ix * (W // w)`, likewise y, as in torchvision
+    (`points="corner"`): at the cell's corner, and `W // w` is not the stride where the stride does not divide W.
 
     Args:
         sizes: (h, w) of each map.
         strides: stride of each map in pixels.
+        input_size: (H, W) of the network input, padding included, or None.
 
     Returns:
         points: float32 [P,2] (x, y) in pixels of the network input.
@@ -370,8 +463,12 @@ def make_points(
     """
     points, point_strides = [], []
     for (h, w), stride in zip(sizes, strides, strict=True):
-        x = torch.arange(w, device=device, dtype=torch.float32) * stride + stride // 2
-        y = torch.arange(h, device=device, dtype=torch.float32) * stride + stride // 2
+        x = torch.arange(w, device=device, dtype=torch.float32)
+        y = torch.arange(h, device=device, dtype=torch.float32)
+        if input_size is None:
+            x, y = x * stride + stride // 2, y * stride + stride // 2
+        else:
+            x, y = x * (input_size[1] // w), y * (input_size[0] // h)
         points.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1).reshape(-1, 2))
         point_strides.append(torch.full((h * w,), float(stride), device=device))
     return torch.cat(points), torch.cat(point_strides)

@@ -8,18 +8,17 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypeVar, Unpack, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torchvision.transforms.v2 import functional as tvf
 
 from .arguments import check_choice, check_flag, check_kind, check_model, check_number
 from .batching import group_alike, read_ahead
-from .config import SCALES, TILES, DetectorConfig, Precision, Thresholds
-from .data import normalize, resize_size
-from .fcos import FCOS, Predictions, check_predictions, check_thresholds, level_sizes
+from .config import SCALES, TILES, DetectorConfig, Precision, ThresholdOptions, Thresholds
+from .data import normalize, resize_image, resize_size
+from .fcos import FCOS, PROBABILITIES, RANGES, Predictions, check_predictions, check_thresholds, level_sizes
 from .nms import class_nms, nms_fixed
 from .results import ImageDetections
 from .sources import Frame, Source, frames, to_rgb
@@ -28,19 +27,6 @@ from .tiles import OVERLAP, Window, merge, windows
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 T = TypeVar("T")
 Network = Callable[[FCOS, Tensor, Tensor], Predictions]
-
-
-class ThresholdOptions(TypedDict, total=False):
-    """These options of `predict`, `postprocess` and `compile_detector` are the fields of `Thresholds`.
-
-    `predict` and `compile_detector` know the model, so there `score_threshold` can also map class names to numbers.
-    """
-
-    score_threshold: float | Mapping[str, float] | Tensor
-    candidate_threshold: float
-    nms_threshold: float
-    topk: int
-    max_detections: int
 
 
 class PredictOptions(ThresholdOptions, total=False):
@@ -312,7 +298,7 @@ class Prepared(NamedTuple):
     """A prepared image is decoded, resized and padded."""
 
     name: str
-    pixels: Tensor  # uint8 [3,H,W], multiples of 32
+    pixels: Tensor  # [3,H,W], multiples of 32; uint8, or float32 in 0..255, see `resize_image`
     size: tuple[int, int]  # (height, width) without the padding
     original: tuple[int, int]  # (height, width) before the image was resized
 
@@ -326,8 +312,8 @@ def prepare(frame: Frame, config: DetectorConfig, catch: bool = False) -> Prepar
             return frame, error
         raise
     height, width = image.shape[-2:]
-    h, w = resize_size(height, width, config["min_size"], config["max_size"])
-    resized = tvf.resize(image.cpu(), [h, w], antialias=True)
+    h, w = resize_size(height, width, config["min_size"], config["max_size"], config["resize"])
+    resized = resize_image(image.cpu(), (h, w), config["resize"])
     rows, columns = padded_size(height, width, config)
     return Prepared(frame.name, pad(resized, (0, columns - w, 0, rows - h)), (h, w), (height, width))
 
@@ -339,7 +325,7 @@ def read(frame: Frame) -> Tensor:
 
 def padded_size(height: int, width: int, config: DetectorConfig) -> tuple[int, int]:
     """Compute the (height, width) in the network of an image that was (height, width) large."""
-    h, w = resize_size(height, width, config["min_size"], config["max_size"])
+    h, w = resize_size(height, width, config["min_size"], config["max_size"], config["resize"])
     return h + -h % 32, w + -w % 32
 
 
@@ -382,7 +368,7 @@ class Detections(NamedTuple):
 
 
 def run_network(model: FCOS, images: Tensor, sizes: Tensor) -> Predictions:
-    """Normalise uint8 images [B,3,H,W] of `sizes` [B,2], and run the network on them."""
+    """Normalise images [B,3,H,W] (0..255) of `sizes` [B,2], and run the network on them."""
     inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
     inputs = inputs.to(model.head.scales.dtype)
     return model(inputs.contiguous(memory_format=torch.channels_last))  # faster, on a CPU and on a GPU
@@ -416,7 +402,7 @@ def detect(
     plus_one = model.config["plus_one"]
     height, width = images.shape[-2:]
     locations = [math.prod(size) for size in level_sizes(height, width, model.strides)]
-    boxes, scores, labels = decode(preds, sizes, thresholds, plus_one, locations)
+    boxes, scores, labels = decode(preds, sizes, thresholds, plus_one, model.config["keep_empty"], locations)
     boxes = boxes.float()
     keep = nms_fixed(boxes, scores, labels, thresholds.nms_threshold, thresholds.max_detections, plus_one)  # [B,D]
     found = keep >= 0
@@ -434,6 +420,7 @@ def postprocess(
     image_sizes: Tensor | Sequence[tuple[int, int]],
     *,
     plus_one: bool = False,
+    keep_empty: bool = False,
     **options: Unpack[ThresholdOptions],
 ) -> list[dict[str, Tensor]]:
     """Decode predictions, drop low scores, and suppress overlapping boxes of a class (arXiv 1904.01355, section 4).
@@ -445,6 +432,7 @@ def postprocess(
         plus_one: the published pixel convention, `model.config["plus_one"]`: a box covers the pixels x1..x2, so its
             width is x2 - x1 + 1; boxes are clipped to w - 1 and h - 1, no box is dropped as empty, and an IoU equal to
             `nms_threshold` suppresses.
+        keep_empty: boxes without a pixel, as in the padding, are detections too, `model.config["keep_empty"]`.
         options: fields of `Thresholds`: `score_threshold` (one score, or a tensor [K]), `candidate_threshold`,
             `nms_threshold`, `topk`, `max_detections`.
 
@@ -458,6 +446,7 @@ def postprocess(
     """
     check_predictions(preds)
     check_flag("plus_one", plus_one)
+    check_flag("keep_empty", keep_empty)
     thresholds = Thresholds(**options)  # type: ignore[arg-type]  # a mapping is refused below
     num_classes = preds.logits.shape[-1]
     image_sizes, least = sizes_of(len(preds.logits), image_sizes), thresholds.score_threshold
@@ -466,7 +455,7 @@ def postprocess(
     if isinstance(least, Tensor) and least.shape not in ((), (num_classes,)):
         raise ValueError(f"score_threshold must be a number or a tensor [{num_classes}], got {list(least.shape)}")
     check_ranges(thresholds)
-    boxes, scores, labels = decode(preds, image_sizes, thresholds, plus_one)
+    boxes, scores, labels = decode(preds, image_sizes, thresholds, plus_one, keep_empty)
     detections = []
     for box, score, label in zip(boxes, scores, labels, strict=True):
         candidate = score >= 0
@@ -478,27 +467,33 @@ def postprocess(
 
 def check_ranges(thresholds: Thresholds) -> None:
     """Raise `ValueError` if a number is out of range; a tensor of scores is not looked at."""
-    for name in ("score_threshold", "candidate_threshold", "nms_threshold"):
+    for name in PROBABILITIES:
         if not isinstance(value := getattr(thresholds, name), Tensor):
             check_number(name, value, 0, 1)
     for name in ("topk", "max_detections"):
-        check_number(name, getattr(thresholds, name), 1, 1_000_000, whole=True)
+        check_number(name, getattr(thresholds, name), *RANGES[name][:2], whole=True)
 
 
 def choose_thresholds(model: FCOS, options: ThresholdOptions) -> Thresholds:
-    """Complete the options of `predict`: the model's own thresholds, and a tensor [K] in place of a mapping.
+    """Complete the options of `predict`: the thresholds of the model's config, and a tensor [K] in place of a mapping.
 
     Raises:
         ValueError: `score_threshold` is a mapping that does not fit the model's class names, or a number is out of
             range.
     """
-    names, own = model.config["class_names"], model.config["thresholds"]
+    if unknown := options.keys() - set(Thresholds._fields):
+        raise TypeError(
+            f"no threshold is called {', '.join(sorted(unknown))}; there are {', '.join(Thresholds._fields)}"
+        )
+    config: Mapping[str, Any] = model.config
+    names, own, rest = config["class_names"], config["thresholds"], 0.0
+    known: dict[str, Any] = {name: config[name] for name in Thresholds._fields}
     if own is not None and "score_threshold" not in options:
-        options = {**options, "score_threshold": own}
-    thresholds = Thresholds(**options)  # type: ignore[arg-type]  # a mapping is replaced below
+        known["score_threshold"], rest = own, config["score_threshold"]
+    thresholds = Thresholds(**{**known, **options})
     if isinstance(thresholds.score_threshold, Mapping):
         scores = check_thresholds(thresholds.score_threshold, names, "score_threshold")
-        least = torch.tensor([scores.get(name, 0.0) for name in names or ()], device=next(model.parameters()).device)
+        least = torch.tensor([scores.get(name, rest) for name in names or ()], device=next(model.parameters()).device)
         thresholds = thresholds._replace(score_threshold=least)
     check_ranges(thresholds)
     return thresholds
@@ -523,12 +518,13 @@ def decode(
     image_sizes: Tensor,
     thresholds: Thresholds,
     plus_one: bool = False,
+    keep_empty: bool = False,
     locations: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the best candidates of each level, and compute their boxes.
 
     Args:
-        preds, plus_one: see `postprocess`.
+        preds, plus_one, keep_empty: see `postprocess`.
         thresholds: `score_threshold`, `candidate_threshold` and `topk` are used.
         image_sizes: [B,2] (h, w) of the images in the network input.
         locations: number of locations of each level. None reads it from the predictions, which a compiled graph
@@ -563,7 +559,7 @@ def decode(
         point = points[location]  # [B,k,2]
         box = torch.cat([point - left_top, point + right_bottom], dim=-1).clamp(min=0).minimum(limits)  # [B,k,4]
         candidate = score >= 0
-        if not plus_one:
+        if not (plus_one or keep_empty):
             candidate &= (box[..., 2:] > box[..., :2]).all(-1)  # empty boxes lie in the padding
         found.append((box, torch.where(candidate, score.clamp(min=0).sqrt(), -1.0), label))
     boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))

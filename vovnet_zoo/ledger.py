@@ -186,6 +186,15 @@ def _authors_fcos(file: str, ap: str) -> Weights:
 
 # The published schedules are 1x, 90,000 iterations; 2x, twice as many; ms, with the shorter side drawn from 640..800.
 DETECTOR_WEIGHTS = {
+    "fcos_resnet50_fpn.tv_coco": Weights(
+        "url",
+        "https://download.pytorch.org/models/fcos_resnet50_fpn_coco-99b0c9b7.pth",
+        sha256="99b0c9b7cfb1527d782db86b91d207f00547c792fb4103fc612b651d0a07b9e7",
+        license="bsd-3-clause",
+        score="COCO val2017 AP 39.2",
+        data="ImageNet-1k, then COCO train2017",
+        publisher="torchvision",
+    ),
     "fcos_resnet50_fpn.fcos_1x_coco": Weights("unpublished"),
     "fcos_resnet101_fpn.fcos_2x_ms_coco": Weights("unpublished"),
     "fcos_resnext101_32x8d_fpn.fcos_2x_ms_coco": Weights("unpublished"),

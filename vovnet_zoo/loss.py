@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 from .arguments import check_choice, check_flag, check_model, check_number, check_tensor
-from .config import DEFAULT_VARIANT, DEFAULTS, VARIANTS, LossOptions, VariantName
+from .config import DEFAULT_VARIANT, DEFAULTS, VARIANTS, LossOptions, Matching, VariantName
 from .fcos import CHOICES, FCOS, Predictions, check_predictions, check_radius
 
 
@@ -18,12 +18,15 @@ class FCOSLoss(nn.Module):
     """The loss has three parts: focal loss of classes, IoU loss of boxes weighted by centerness, and centerness loss.
 
     Args:
-        variant: "improved" (arXiv 2006.09214) or "published" (the 2019 detectors, arXiv 1904.01355), a key of
-            `VARIANTS`; it sets the defaults of the next four arguments.
+        variant: "improved" (arXiv 2006.09214), "published" (the 2019 detectors, arXiv 1904.01355) or "torchvision", a
+            key of `VARIANTS`; it sets the defaults of the next six arguments.
         center_radius: only locations within this many strides of a box's centre learn the box; None lets all locations
             inside the box learn it.
+        matching: how a location's box is chosen, see `assign_targets`.
         box_loss: "giou" (arXiv 1902.09630) or "iou": `-log((intersection + 1) / (union + 1))`.
         plus_one: areas of boxes count pixels, `(w + 1) * (h + 1)`, when the smallest box is chosen.
+        weigh_boxes: the box loss of a location has its centerness as weight, and the sum is divided by the sum of these
+            weights instead of the number of positives.
         add_images: the classification loss is divided by positives + images instead of positives.
         alpha, gamma: parameters of the focal loss (arXiv 1708.02002), 0..1 and 0..100.
 
@@ -49,13 +52,16 @@ class FCOSLoss(nn.Module):
         default = VARIANTS[variant]
         self.center_radius = overrides.get("center_radius", default["center_radius"])
         self.plus_one = overrides.get("plus_one", default["plus_one"])
+        self.matching = overrides.get("matching", default["matching"])
         self.box_loss = overrides.get("box_loss", default["box_loss"])
+        self.weigh_boxes = overrides.get("weigh_boxes", default["weigh_boxes"])
         self.add_images = overrides.get("add_images", default["add_images"])
         self.alpha, self.gamma = alpha, gamma
         check_choice("box_loss", self.box_loss, CHOICES["box_loss"])
+        check_choice("matching", self.matching, CHOICES["matching"])
         check_radius(self.center_radius)
-        check_flag("plus_one", self.plus_one)
-        check_flag("add_images", self.add_images)
+        for name in ("plus_one", "weigh_boxes", "add_images"):
+            check_flag(name, getattr(self, name))
 
     @classmethod
     def of(cls, model: FCOS) -> FCOSLoss:
@@ -65,7 +71,9 @@ class FCOSLoss(nn.Module):
         return cls(
             plus_one=config["plus_one"],
             center_radius=config["center_radius"],
+            matching=config["matching"],
             box_loss=config["box_loss"],
+            weigh_boxes=config["weigh_boxes"],
             add_images=config["add_images"],
         )
 
@@ -127,7 +135,7 @@ class FCOSLoss(nn.Module):
         distances = torch.where(positive[..., None], distances, 1.0)
         wanted = torch.where(positive[..., None], targets.distances, 1.0)
         box_losses = giou_loss(distances, wanted) if self.box_loss == "giou" else iou_loss(distances, wanted)  # [B,P]
-        loss_box = (box_losses * targets.centerness).sum() / box_norm
+        loss_box = (box_losses * (targets.centerness if self.weigh_boxes else positive)).sum() / box_norm
 
         ctr_losses = F.binary_cross_entropy_with_logits(centerness, targets.centerness, reduction="none")  # [B,P]
         loss_ctr = (ctr_losses * positive).sum() / ctr_norm
@@ -135,18 +143,27 @@ class FCOSLoss(nn.Module):
 
     def assign(self, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor) -> Targets:
         """Call `assign_targets` with the options of this loss."""
-        return assign_targets(points, strides, boxes, labels, center_radius=self.center_radius, plus_one=self.plus_one)
+        return assign_targets(
+            points,
+            strides,
+            boxes,
+            labels,
+            center_radius=self.center_radius,
+            plus_one=self.plus_one,
+            matching=self.matching,
+        )
 
     def normalizers(self, targets: Targets) -> Tensor:
         """Count the divisors [3] of the three losses, which add up over the parts of a batch.
 
         They are the number of positives (with `add_images` plus the number of images), the sum of the centerness
-        targets, and the number of positives.
+        targets (without `weigh_boxes` the number of positives), and the number of positives.
         """
         check_targets(targets)
         num_positive = (targets.labels >= 0).sum().to(targets.centerness.dtype)
         num_images = targets.labels.shape[0] if self.add_images else 0
-        return torch.stack([num_positive + num_images, targets.centerness.sum(), num_positive])
+        weights = targets.centerness.sum() if self.weigh_boxes else num_positive
+        return torch.stack([num_positive + num_images, weights, num_positive])
 
 
 class Targets(NamedTuple):
@@ -186,6 +203,7 @@ def assign_targets(
     *,
     center_radius: float | None = DEFAULTS["center_radius"],
     plus_one: bool = DEFAULTS["plus_one"],
+    matching: Matching = DEFAULTS["matching"],
 ) -> Targets:
     """Give each location the smallest of the boxes that have the size of its level and that it lies strictly inside of.
 
@@ -201,6 +219,9 @@ def assign_targets(
         center_radius: the location must also lie within `center_radius * stride` of the box's centre in x and in y
             (arXiv 2006.09214); None switches this off.
         plus_one: areas are `(w + 1) * (h + 1)`.
+        matching: "paper", or "torchvision": 4s and 8s are excluded, so that a box whose furthest side is exactly 64
+            pixels away has the size of neither level, and areas are compared as `1e8 - area` in the dtype of the boxes,
+            so that in float32 the first of several boxes wins whose areas differ by less than about 8 square pixels.
 
     Raises:
         ValueError: a tensor has another shape or kind, or an option is out of range; the message names it.
@@ -211,13 +232,14 @@ def assign_targets(
         raise ValueError(f"points must be [P,2] and strides [P], got {list(points.shape)} and {list(strides.shape)}")
     check_radius(center_radius)
     check_flag("plus_one", plus_one)
+    check_choice("matching", matching, CHOICES["matching"])
     check_boxes(boxes, labels)
     if boxes.shape[1] == 0:  # the choice needs at least one box, if only padding
         boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
 
     # A crowded image must not take all memory, so more boxes are looked at in parts, in one node of a compiled graph.
     choose = choose_box if boxes.shape[1] <= BOXES_IN_A_GRAPH else choose_box_in_parts
-    chosen = choose(points, strides, boxes, labels, center_radius, plus_one)  # [B,P]
+    chosen = choose(points, strides, boxes, labels, center_radius, plus_one, matching)  # [B,P]
     positive, chosen = chosen >= 0, chosen.clamp(min=0)
 
     label = torch.where(positive, labels.gather(1, chosen), -1)
@@ -232,7 +254,13 @@ BOXES_IN_A_PART = 16  # about 30 bytes are needed for each of them, at each loca
 
 
 def choose_box(
-    points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor, center_radius: float | None, plus_one: bool
+    points: Tensor,
+    strides: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    center_radius: float | None,
+    plus_one: bool,
+    matching: str,
 ) -> Tensor:
     """Choose the box of each location, see `assign_targets`: its index [B,P], -1 where there is none."""
     x, y = points[:, None].unbind(-1)  # [P,1]
@@ -246,24 +274,34 @@ def choose_box(
     furthest = torch.maximum(torch.maximum(left, right), torch.maximum(top, bottom))  # [B,P,M]
     low = torch.where(strides == strides.amin(), 0.0, 4 * strides)[:, None]  # [P,1]
     high = torch.where(strides == strides.amax(), torch.inf, 8 * strides)[:, None]
-    candidate = inside & (furthest >= low) & (furthest <= high) & (labels[:, None] >= 0)  # [B,P,M]
+    if matching == "torchvision":
+        fits = (furthest > low) & (furthest < high)  # [B,P,M]
+    else:
+        fits = (furthest >= low) & (furthest <= high)
+    candidate = inside & fits & (labels[:, None] >= 0)  # [B,P,M]
 
-    area = box_area(boxes, plus_one)[:, None]  # [B,1,M]
+    area = comparable_area(boxes, plus_one, matching)[:, None]  # [B,1,M]
     smallest = torch.where(candidate, area, torch.inf).argmin(-1)  # [B,P], the first among equals
     return torch.where(candidate.gather(-1, smallest[..., None]).squeeze(-1), smallest, -1)
 
 
 @torch.library.custom_op("vovnet_zoo::choose_box_in_parts", mutates_args=())
 def choose_box_in_parts(
-    points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor, center_radius: float | None, plus_one: bool
+    points: Tensor,
+    strides: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    center_radius: float | None,
+    plus_one: bool,
+    matching: str,
 ) -> Tensor:
     """Choose as `choose_box` does, in memory that does not grow with the number of boxes."""
     chosen = torch.full((len(boxes), len(points)), -1, device=boxes.device)
     least: Tensor | float = torch.inf
-    areas = box_area(boxes, plus_one)  # [B,M]
+    areas = comparable_area(boxes, plus_one, matching)  # [B,M]
     for start in range(0, boxes.shape[1], BOXES_IN_A_PART):
         part = slice(start, start + BOXES_IN_A_PART)
-        found = choose_box(points, strides, boxes[:, part], labels[:, part], center_radius, plus_one)  # [B,P]
+        found = choose_box(points, strides, boxes[:, part], labels[:, part], center_radius, plus_one, matching)  # [B,P]
         area = torch.where(found >= 0, areas[:, part].gather(1, found.clamp(min=0)), torch.inf)
         smaller = area < least  # of equal boxes the first stays
         chosen, least = torch.where(smaller, found + start, chosen), torch.where(smaller, area, least)
@@ -271,14 +309,15 @@ def choose_box_in_parts(
 
 
 @choose_box_in_parts.register_fake
-def _(points, strides, boxes, labels, center_radius, plus_one):
+def _(points, strides, boxes, labels, center_radius, plus_one, matching):
     return torch.empty(len(boxes), len(points), dtype=torch.int64, device=boxes.device)
 
 
-def box_area(boxes: Tensor, plus_one: bool) -> Tensor:
-    """Compute the areas [...] of boxes [...,4] xyxy, in square pixels."""
+def comparable_area(boxes: Tensor, plus_one: bool, matching: str) -> Tensor:
+    """Compute the areas [...] of boxes [...,4] xyxy, in square pixels; for "torchvision" rounded, and less 1e8."""
     x1, y1, x2, y2 = boxes.unbind(-1)
-    return (x2 - x1 + plus_one) * (y2 - y1 + plus_one)
+    area = (x2 - x1 + plus_one) * (y2 - y1 + plus_one)
+    return -(1e8 - area) if matching == "torchvision" else area
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:

@@ -62,8 +62,9 @@ def predict_files(
             Category ids are those of COCO if the model has its classes, otherwise 1 to K in the order of the classes.
         overwrite: write over files that are there already; never over an image that is read, and not into a folder of
             crops or of a video's labels, where old ones would stay among the new.
-        options: options of `predict`, but `on_error`. Without `score_threshold`, the thresholds are the model's own; if
-            it has none, the score that people are shown, `DISPLAY_SCORE`.
+        options: options of `predict`, but `on_error`. Without `score_threshold`, the thresholds are the model's own,
+            `thresholds` or `score_threshold` in its config; if it has none, the score that people are shown,
+            `DISPLAY_SCORE`.
 
     Returns:
         The number of images, and videos, that could not be used.
@@ -81,9 +82,10 @@ def predict_files(
     check_targets(out, dict(zip(names, sources, strict=True)), pictures, crops, labels, coco, overwrite)
     ids = image_ids([source.name for source in sources]) if not videos else None
 
-    threshold = options.get("score_threshold", model.config["thresholds"] or DISPLAY_SCORE)
-    # where one threshold is for all classes, lower scores are asked for too, to tell how far below it they are
-    options["score_threshold"] = threshold if isinstance(threshold, Mapping) else 0.0
+    own = model.config["thresholds"] or model.config["score_threshold"] or DISPLAY_SCORE
+    threshold = options.get("score_threshold", own)
+    if not isinstance(threshold, Mapping):
+        options["score_threshold"] = 0.0  # lower scores are asked for too, to tell how far below the threshold they are
     started: deque[Job] = deque()
     bad: list[str] = []
 

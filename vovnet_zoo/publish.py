@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import detectors, hub, vovnet
 from .arguments import check_choice, check_flag, check_kind, check_path
 from .classifiers import build_for_timm, load_for_timm
-from .convert import FORMS, convert
+from .convert import FORMS, PARTS, convert
 from .fcos import FCOS
 from .files import free_to_write, hash_file, read_json, read_metadata, staged, write_safetensors
 from .ledger import BACKBONE_WEIGHTS, DETECTOR_WEIGHTS, Measured, Weights
@@ -107,22 +107,22 @@ def convert_file(file: str | Path, out: str | Path, *, part: str = "all", overwr
     """
     check_path("file", file)
     check_path("out", out)
-    check_choice("part", part, ("all", "backbone"))
     check_flag("overwrite", overwrite)
+    check_choice("part", part, PARTS)
     file, out = Path(file), Path(out)
     free_to_write([out / hub.CONFIG, out / hub.WEIGHTS], [file], overwrite)
     with unwrapped(file, str(file)) as checkpoint_file:
         checkpoint = read_checkpoint(checkpoint_file, str(file))
-        sha1, sha256 = hash_file(checkpoint_file, "sha1"), hash_file(checkpoint_file)
+        hashes = [hash_file(checkpoint_file, "sha1"), hash_file(checkpoint_file)]
     try:
         converted = convert(checkpoint, detectors.archs(), part)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    source = {"converted_from": f"{file.name}, {FORMS[converted.form]}, sha256 {sha256}"}
+    source = {"converted_from": f"{file.name}, {FORMS[converted.form]}, sha256 {hashes[1]}"}
     if converted.left_out:
         source["left_out"] = f"{len(converted.left_out)} tensors beside the backbone"
     for name, weights in {**BACKBONE_WEIGHTS, **DETECTOR_WEIGHTS}.items():
-        if sha1 == weights.sha1 or sha256 == weights.sha256:
+        if weights.sha1 == hashes[0] or weights.sha256 == hashes[1]:
             source |= {
                 "known_as": name,
                 "published_score": f"{weights.score} ({weights.publisher})",

@@ -39,49 +39,54 @@ def fetch_row(key: str, table: Mapping[str, Weights], how_to_make: str, cache_di
         how_to_make: how a user gets such weights otherwise, for the error message.
     """
     try:
-        return fetch(table[key].url, table[key].sha1, cache_dir)
+        row = table[key]
+        return fetch(row.url, row.sha1, cache_dir, sha256=row.sha256)
     except (ConnectionError, ValueError) as error:
         raise type(error)(f"{key}: {error}; {instead(key, table, how_to_make)}") from error
 
 
-def fetch(url: str, sha1: str = "", cache_dir: str | Path | None = None) -> Path:
+def fetch(url: str, sha1: str = "", cache_dir: str | Path | None = None, *, sha256: str = "") -> Path:
     """Download the checkpoint at `url`, or in the zip there, to the cache, and return the file.
 
-    Every call checks the file in the cache, by its `sha1` or else by the checksums of its parts, and downloads a
+    Every call checks the file in the cache, by its hash or else by the checksums of its parts, and downloads a
     damaged file again. Neither torch.hub nor pooch serves: torch.hub keeps a truncated body as if it were whole, and
     pooch knows one hash of the downloaded file, while these hashes are of the .pth in the zip and most rows have none.
 
     Args:
-        sha1: hash of the checkpoint itself, outside its zip; "" if it is not known.
+        sha1, sha256: hashes of the checkpoint itself, outside its zip; "" for one that is not known.
         cache_dir: None is the cache of torch.hub.
 
     Raises:
         ConnectionError: the server cannot be reached, refuses, breaks off, or sends too much or too slowly.
-        ValueError: the address is not https://, or the file is damaged, wants to run code, or has another `sha1`;
+        ValueError: the address is not https://, or the file is damaged, wants to run code, or has another hash;
             nothing is kept.
     """
+    hashes = {name: value for name, value in (("sha1", sha1), ("sha256", sha256)) if value}
     folder = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
     base = Path(urlparse(url).path).name.removesuffix(".zip").removesuffix(".tar").removesuffix(".pth")
     target = folder / f"{base}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.pth"
     if target.exists():
         with contextlib.suppress(ValueError):
-            _check(target, sha1, url)
+            _check(target, hashes, url)
             return target
     with temporary(target) as body:
         _http_get(url, body)
         with unwrapped(body, url) as whole:
-            _check(whole, sha1, url)
+            _check(whole, hashes, url)
             read_checkpoint(whole, url)
             os.replace(whole, target)
     return target
 
 
-def _check(path: Path, sha1: str, source: str) -> None:
-    if not sha1:
+def _check(path: Path, hashes: Mapping[str, str], source: str) -> None:
+    if not hashes:
         check_parts(path, source)
-    elif (found := hash_file(path, "sha1")) != sha1:
-        raise ValueError(f"{source}: the checkpoint's sha1 is {found}, expected {sha1}; nothing was kept, try again")
+    for kind, wanted in hashes.items():
+        if (found := hash_file(path, kind)) != wanted:
+            raise ValueError(
+                f"{source}: the checkpoint's {kind} is {found}, expected {wanted}; nothing was kept, try again"
+            )
 
 
 def _http_get(url: str, path: Path) -> None:

@@ -37,6 +37,7 @@ from .transforms import (
     RandomShortestSide,
     eval_transforms,
     hflip_boxes,
+    resize_image,
     resize_size,
     train_transforms,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "read_image",
     "read_image_bytes",
     "repeated",
+    "resize_image",
     "resize_size",
     "split_candidates",
     "train_transforms",

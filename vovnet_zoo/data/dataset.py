@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import reprlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,9 @@ class CocoDataset(torch.utils.data.Dataset):
     ):
         check_path("images_dir", images_dir)
         check_path("annotation_file", annotation_file)
+        of_names = isinstance(known_classes, Collection) and all(isinstance(name, str) for name in known_classes)
+        if isinstance(known_classes, str) or not of_names:
+            raise ValueError(f"known_classes={reprlib.repr(known_classes)}: give a list of names")
         if transforms is not None and not callable(transforms):
             raise ValueError(f"transforms must be a function of (image, target), got {type(transforms).__name__}")
         for name, flag in (("drop_empty", drop_empty), ("plus_one", plus_one), ("skip_bad_images", skip_bad_images)):

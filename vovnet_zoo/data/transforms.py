@@ -3,6 +3,7 @@
 Each transform takes and returns `(image, target)`, as samples of `CocoDataset` are.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+
+from ..config import Resize
 
 
 def train_transforms(
@@ -22,6 +25,7 @@ def train_transforms(
     scale: tuple[float, float] = (0.5, 2.0),
     color: float = 0.0,
     plus_one: bool = False,
+    resize: Resize = "antialias",
 ) -> v2.Compose:
     """Make the augmentation for training; afterwards each box is inside the image and at least one pixel wide and high.
 
@@ -34,6 +38,7 @@ def train_transforms(
         color: largest relative change of brightness, contrast and saturation, 0 for none.
         plus_one: mirror in the published convention and, like the published code, neither clip nor drop boxes; not
             for "jitter_crop".
+        resize: how images are resized, see `resize_image` and `resize_size`.
 
     Raises:
         ValueError: `augment` is unknown, or a range is empty or not positive.
@@ -48,9 +53,9 @@ def train_transforms(
         raise ValueError("plus_one goes with augment 'none' or 'flip': the published models know no 'jitter_crop'")
     steps = []
     if augment == "jitter_crop":
-        steps.append(RandomScaleCrop(min_size, max_size, scale))
+        steps.append(RandomScaleCrop(min_size, max_size, scale, resize))
     else:
-        steps.append(RandomShortestSide(min_size, max_size))
+        steps.append(RandomShortestSide(min_size, max_size, resize))
     if augment != "none":
         steps.append(_RandomPlusOneFlip(flip) if plus_one else v2.RandomHorizontalFlip(flip))
     if color:
@@ -70,16 +75,16 @@ def eval_transforms(min_size: int = 800, max_size: int = 1333) -> v2.Compose:
 class RandomShortestSide(v2.Transform):
     """Resize the shorter side to a size drawn from `min_sizes` (low, high; inclusive), by the rule of `resize_size`."""
 
-    def __init__(self, min_sizes: tuple[int, int], max_size: int):
+    def __init__(self, min_sizes: tuple[int, int], max_size: int, resize: Resize = "antialias"):
         super().__init__()
-        self.min_sizes, self.max_size = _int_range(min_sizes), _positive(max_size)
+        self.min_sizes, self.max_size, self.resize = _int_range(min_sizes), _positive(max_size), resize
 
     def make_params(self, flat_inputs: list) -> dict:
         height, width = v2.query_size(flat_inputs)
-        return {"size": resize_size(height, width, _randint(*self.min_sizes), self.max_size)}
+        return {"size": resize_size(height, width, _randint(*self.min_sizes), self.max_size, self.resize)}
 
     def transform(self, inpt: Any, params: dict) -> Any:
-        return F.resize(inpt, list(params["size"]), antialias=True)
+        return F.resize(inpt, list(params["size"]), antialias=self.resize == "antialias")
 
 
 class RandomScaleCrop(v2.Transform):
@@ -90,15 +95,18 @@ class RandomScaleCrop(v2.Transform):
     `ClampBoundingBoxes` and `SanitizeBoundingBoxes` must follow.
     """
 
-    def __init__(self, min_sizes: tuple[int, int], max_size: int, scale: tuple[float, float]):
+    def __init__(
+        self, min_sizes: tuple[int, int], max_size: int, scale: tuple[float, float], resize: Resize = "antialias"
+    ):
         super().__init__()
         if not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale is (low, high) with 0 < low <= high, not {scale}")
-        self.min_sizes, self.max_size, self.scale = _int_range(min_sizes), _positive(max_size), scale
+        self.min_sizes, self.max_size = _int_range(min_sizes), _positive(max_size)
+        self.scale, self.resize = scale, resize
 
     def make_params(self, flat_inputs: list) -> dict:
         height, width = v2.query_size(flat_inputs)
-        target = resize_size(height, width, _randint(*self.min_sizes), self.max_size)
+        target = resize_size(height, width, _randint(*self.min_sizes), self.max_size, self.resize)
         low, high = np.log(self.scale)
         zoom = float(np.exp(low + (high - low) * torch.rand(()).item()))
         window = [max(1, round(side / max(zoom, 1))) for side in (height, width)]
@@ -111,7 +119,7 @@ class RandomScaleCrop(v2.Transform):
         }
 
     def transform(self, inpt: Any, params: dict) -> Any:
-        return F.resized_crop(inpt, **params, antialias=True)
+        return F.resized_crop(inpt, **params, antialias=self.resize == "antialias")
 
 
 class _RandomPlusOneFlip(v2.RandomHorizontalFlip):
@@ -124,13 +132,18 @@ class _RandomPlusOneFlip(v2.RandomHorizontalFlip):
         return super().transform(inpt, params)
 
 
-def resize_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """Compute the `(height, width)` in pixels to which the published rule resizes an image, both at least 1.
+def resize_size(height: int, width: int, min_size: int, max_size: int, resize: Resize = "antialias") -> tuple[int, int]:
+    """Compute the `(height, width)` in pixels to which an image is resized, both at least 1.
 
-    The shorter side becomes `min_size`. Where the longer side would then exceed `max_size`, the shorter side becomes
-    the rounded number for which the longer side is `max_size`. The longer side is computed from the shorter one and
-    truncated, so it can exceed `max_size` by up to half the aspect ratio.
+    By the published rule ("antialias"), the shorter side becomes `min_size`. Where the longer side would then exceed
+    `max_size`, the shorter side becomes the rounded number for which the longer side is `max_size`. The longer side is
+    computed from the shorter one and truncated, so it can exceed `max_size` by up to half the aspect ratio.
+
+    By the rule of torchvision's detectors ("torchvision"), both sides are multiplied by the same factor, and truncated.
     """
+    if resize == "torchvision":
+        factor = min(min_size / min(height, width), max_size / max(height, width))
+        return max(1, math.floor(height * factor)), max(1, math.floor(width * factor))
     short, long = sorted((height, width))
     size = min_size
     if long / short * size > max_size:
@@ -140,6 +153,17 @@ def resize_size(height: int, width: int, min_size: int, max_size: int) -> tuple[
     else:
         other = int(size * long / short)
     return (size, other) if height <= width else (other, size)
+
+
+def resize_image(image: Tensor, size: tuple[int, int], resize: Resize = "antialias") -> Tensor:
+    """Resize an image, uint8 [3,H,W], to `size` (height, width), bilinearly.
+
+    "antialias" averages over all pixels that a new pixel covers, as Pillow does, and gives uint8. "torchvision" does as
+    torchvision's detectors do: it weighs the four nearest pixels, and gives float32 in 0..255, not rounded.
+    """
+    if resize == "antialias":
+        return F.resize(image, list(size), antialias=True)
+    return F.resize(image.float(), list(size), antialias=False)
 
 
 def hflip_boxes(boxes: Tensor, width: int, plus_one: bool = False) -> Tensor:
