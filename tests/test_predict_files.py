@@ -220,3 +220,26 @@ def test_a_video_of_300_frames(detector_folder, tmp_path):
     assert bad == 0 and len(lines(tmp_path / "large")) == 300
     assert len(list(Video(str(tmp_path / "large" / "many.mp4")).read())) == 300
     assert mib < 80
+
+
+@pytest.mark.parametrize("name", ["panorama.png", "photo.jpg", "photo.png"])
+def test_large_images_in_tiles(detector_folder, tmp_path, name):
+    """A panorama of 20,000 x 400 pixels and a photo of 100 megapixels, with their pictures, in less than 2 GiB."""
+    size = (20_000, 400) if name == "panorama.png" else (12_500, 8000)
+    Image.effect_noise((500, 400), 80).convert("RGB").resize(size).save(tmp_path / name, compress_level=1)
+    code = f"""
+import resource, sys
+from vovnet_zoo import cli
+sys.argv = ["vovnet-zoo", "predict", {str(tmp_path / name)!r}, "--model", {str(detector_folder)!r}, "--out",
+    {str(tmp_path / "out")!r}, "--tiles", "1000", "--batch-size", "4", "--max-detections", "5"]
+try:
+    cli.main()
+finally:
+    print("MiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+    result = run_python(code)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    (row,) = lines(tmp_path / "out")
+    boxes = np.array(row["boxes"])
+    assert len(boxes) > 20 and boxes[:, 2].max() > 0.9 * size[0] and boxes[:, 3].max() > 0.9 * size[1]
+    assert float(result.stdout.split()[-1]) < 2048
