@@ -135,8 +135,8 @@ def predict(
         found = detector(found_frames, load, on_error=on_error)
     else:
         ahead = 0 if views.tiles else workers  # windows are for images of which memory holds one at a time
-        load = functools.partial(_try_read, catch=on_error is not None)
-        found = _detect_views(model, read_ahead(found_frames, load, ahead, 1), thresholds, detector, views, on_error)
+        opened = read_ahead(found_frames, functools.partial(_try_read, catch=on_error is not None), ahead, 1)
+        found = _detect_views(model, opened, thresholds, detector, views, on_error)
     return found if stream else list(found)
 
 
@@ -236,7 +236,7 @@ def _detect_views(
             for place, (scale, flip) in itertools.product(places, kinds):
                 yield Frame(frame.name, functools.partial(_crop, image, place, flip)), scale
 
-    with contextlib.closing(detector(looks(), functools.partial(_prepare_look, config=config))) as stream:
+    with contextlib.closing(detector(looks(), functools.partial(_prepare_look, config=config))) as stream:  # type: ignore[type-var]
         for first in stream:
             name, size, places = started.popleft()
             found = itertools.chain([first], stream)

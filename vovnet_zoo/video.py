@@ -112,7 +112,8 @@ class VideoWriter:
     def __init__(self, path: Path, rate: Fraction):
         av = load_av()
         path.unlink(missing_ok=True)  # a link is replaced, not followed
-        self.av, self.path, self.rate, self.stream = av, path, rate, None
+        self.av, self.rate = av, rate
+        self.stream: Any = None
         options = {"movflags": "frag_keyframe+empty_moov", "flush_packets": "1"}  # each second is on the disk at once
         self.container = av.open(f"file:{path}", "w", format="mp4", options=options)
 
