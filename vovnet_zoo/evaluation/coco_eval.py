@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -54,6 +54,28 @@ def coco_metrics(
         ValueError: a result names an unknown image or category, or has a number that is not finite; the message names
             the file.
     """
+    return summarize(run_engine(annotations, results, image_ids=image_ids, max_dets=max_dets, engine=engine))
+
+
+class EngineRun(NamedTuple):
+    """An engine has scored result rows, with positions in these lists, from 0, in place of the file's ids."""
+
+    run: COCOeval
+    class_names: list[str]  # unique, in the order of the category ids
+    category_ids: list[int]
+    images: list[dict]  # entries of all images, in the order of their ids
+    truth: list[dict]  # usable annotations; the engine calls the first one 1, and the first result row too
+
+
+def run_engine(
+    annotations: str | Path | COCO,
+    results: list[dict],
+    *,
+    image_ids: Sequence[int] | None = None,
+    max_dets: int = 100,
+    engine: str = "pycocotools",
+) -> EngineRun:
+    """Match and count result rows; the arguments and errors are those of `coco_metrics`."""
     make_index, make_run = load_engine(engine)
     check_kind("annotations", annotations, (str, os.PathLike, COCO), "a path or a COCO object")
     check_number("max_dets", max_dets, 1, 1_000_000, whole=True)
@@ -85,7 +107,7 @@ def coco_metrics(
         run.params.maxDets = [n for n in (1, 10) if n < max_dets] + [max_dets]
         run.evaluate()
         run.accumulate()
-    return _summary(run, list(class_names.values()))
+    return EngineRun(run, list(class_names.values()), list(class_names), images, truth)
 
 
 def load_engine(name: str) -> tuple[Callable[..., COCO], Callable[..., COCOeval]]:
@@ -163,8 +185,12 @@ def check_rows(results: list[dict]) -> None:
             check_kind(f"results' {name}", row[name], int, "a whole number")
 
 
-def _summary(run: COCOeval, class_names: list[str]) -> dict:
-    """Average an engine's results. COCOeval.summarize would know no other limit than 100 detections."""
+def summarize(scored: EngineRun) -> dict:
+    """Average an engine's results as `coco_metrics` returns them.
+
+    COCOeval.summarize would know no other limit than 100 detections.
+    """
+    run, class_names = scored.run, scored.class_names
     precision = run.eval["precision"][..., -1]  # [IoU, recall, class, area], areas: all, small, medium, large
     recall = run.eval["recall"]  # [IoU, class, area, limit]
     metrics: dict[str, Any] = {
