@@ -78,13 +78,14 @@ def _class_ap(matches: Matches, label: int, weights: np.ndarray) -> np.ndarray:
     step = max(1, BLOCK // max(1, len(order)))
     for start in range(0, len(weights), step):
         part = slice(start, start + step)
-        drawn = weights[part][:, owner]  # [b,D], how often each detection is in a set
+        drawn = weights[part].astype(np.int32)[:, owner]  # [b,D], how often each detection is in a set
+        every = np.cumsum(drawn, axis=1, dtype=np.int32)  # [b,D]
         for t in range(len(IOU_THRESHOLDS)):
             counts, hit = matches.det_counts[t, order], np.flatnonzero(right[t, order])
             if not len(hit):
                 continue
             # Between two right detections the recall stays, and the precision falls, so only the right ones matter.
-            kept = np.cumsum(drawn if counts.all() else drawn * counts, axis=1)[:, hit]  # [b,H]
+            kept = (every if counts.all() else np.cumsum(drawn * counts, axis=1))[:, hit]  # [b,H]
             found = np.cumsum(drawn[:, hit], axis=1)  # [b,H]
             precision = found / (kept + np.spacing(1))
             precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]

@@ -17,20 +17,20 @@ class LabelError(NamedTuple):
     """An annotation is probably missing, of another class, or of no object."""
 
     kind: Literal["no annotation", "other class", "nothing found"]
-    suspicion: float  # 0..1, what the list is sorted by
+    suspicion: float  # 0..1, to be compared within a kind
     image: int  # position in `Matches.images`
     true: int | None  # position of the object among those of `Matches`
     det: int | None  # position of the detection
 
 
 def label_errors(matches: Matches, most: int = 100) -> list[LabelError]:
-    """List probable label errors, the most suspicious first, `most` of them.
+    """List probable label errors, `most` of them: the most suspicious of each kind, and so on.
 
     A detection with a high score where no object is annotated may be an object that was forgotten: its suspicion is
     the score. A detection on an object of another class may know better than the label: its suspicion is its score,
     minus the best score of the labelled class there. An object at which there is no detection of any class may be none:
-    its suspicion is a third of the share of its class's objects that are found, since small and hidden objects look
-    the same.
+    its suspicion is the share of its class's objects that are found. Small and hidden objects are not found either, so
+    this kind has its turn a third as often.
     """
     found: list[LabelError] = []
     rate = [_rate(matches, label) for label in range(len(matches.class_names))]
@@ -45,7 +45,11 @@ def label_errors(matches: Matches, most: int = 100) -> list[LabelError]:
         for column, true in enumerate(truths):
             if matches.true_counts[true]:
                 found += _doubtful(matches, image, int(true), dets[iou[:, column] >= SAME], rate)
-    return sorted(found, key=lambda error: -error.suspicion)[:most]
+    turns: list[tuple[float, LabelError]] = []
+    for kind, every in (("other class", 1), ("no annotation", 1), ("nothing found", 3)):
+        own = sorted((error for error in found if error.kind == kind), key=lambda error: -error.suspicion)
+        turns += [(every * (rank + 1), error) for rank, error in enumerate(own)]
+    return [error for _, error in sorted(turns, key=lambda turn: turn[0])][:most]
 
 
 def _forgotten(matches: Matches, image: int, dets: np.ndarray, iou: np.ndarray) -> list[LabelError]:
@@ -64,7 +68,7 @@ def _doubtful(matches: Matches, image: int, true: int, dets: np.ndarray, rate: l
     """List an object if the detections at its place, best first, are of another class, or if there are none."""
     label, scores = matches.true_label[true], matches.det_score[dets]
     if not len(dets):
-        return [LabelError("nothing found", rate[label] / 3, image, true, None)]
+        return [LabelError("nothing found", rate[label], image, true, None)]
     own = matches.det_label[dets] == label
     if own.all():
         return []

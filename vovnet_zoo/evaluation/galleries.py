@@ -1,0 +1,178 @@
+"""These functions choose the images that a report shows: worst misses, worst false detections, probable label errors."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..data import ImageError, read_image
+from .analysis import Analysis
+from .matches import Matches
+from .thresholds import AT_IOU_50, is_kept
+
+MOST = 18  # figures of a gallery
+SIDES = (640, 480, 360, 256, 160, 96, 48)  # pixels of a photo's longer side, the first that fits its share of the page
+
+
+class Box(NamedTuple):
+    """A box on a figure, xywh in pixels of the image."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    kind: str  # "true" for an annotation, "det" for a detection
+    text: str
+    is_subject: bool  # the figure is about this box
+
+
+class Figure(NamedTuple):
+    """A figure shows an image with its boxes; `labels` are the classes of the boxes that it is about."""
+
+    image: int  # position in `Matches.images`
+    file_name: str
+    width: float
+    height: float
+    view: tuple[float, float, float, float]  # xywh of the part that the small picture shows
+    boxes: list[Box]
+    labels: list[int]
+    caption: str
+
+
+class Photo(NamedTuple):
+    """An image's size in pixels, and a smaller copy of it as a JPEG in base64."""
+
+    width: int
+    height: int
+    jpeg: str
+
+
+class Gallery(NamedTuple):
+    """A gallery has a title, a sentence that says how its figures were chosen, and figures."""
+
+    title: str
+    about: str
+    figures: list[Figure]
+
+
+def galleries(analysis: Analysis) -> list[Gallery]:
+    """Choose the figures of the three galleries, the worst first, at most 18 of each."""
+    matches = analysis.matches
+    names, kept = matches.class_names, is_kept(matches, analysis.thresholds)
+    right = matches.is_right[AT_IOU_50] & kept
+    found = np.zeros(len(matches.true_label), dtype=bool)
+    found[matches.det_true[AT_IOU_50][right]] = True
+
+    missed = np.flatnonzero(matches.true_counts & ~found)
+    missed = missed[np.argsort(-matches.true_box[missed, 2:].prod(axis=1), kind="stable")][:MOST]
+    false = np.flatnonzero(kept & matches.det_counts[AT_IOU_50] & ~right)
+    false = false[np.argsort(-matches.det_score[false], kind="stable")][:MOST]
+    suspects = []
+    for error in analysis.label_errors[:MOST]:
+        what = f"{error.kind}, suspicion {error.suspicion:.2f}"
+        if error.true is not None:
+            what += f", labelled {names[matches.true_label[error.true]]}"
+        if error.det is not None:
+            what += f", detected {names[matches.det_label[error.det]]}"
+        suspects.append(_figure(matches, kept, error.image, error.true, error.det, what))
+    return [
+        Gallery(
+            "Worst misses",
+            "Objects that no detection above its class's threshold found, the largest first.",
+            [
+                _figure(matches, kept, int(matches.true_image[i]), int(i), None, names[matches.true_label[i]])
+                for i in missed
+            ],
+        ),
+        Gallery(
+            "Worst false detections",
+            "Detections without an object of their class at an IoU of 0.5, the highest score first.",
+            [
+                _figure(
+                    matches,
+                    kept,
+                    int(matches.det_image[i]),
+                    None,
+                    int(i),
+                    f"{names[matches.det_label[i]]} {matches.det_score[i]:.2f}",
+                )
+                for i in false
+            ],
+        ),
+        Gallery(
+            "Probable label errors",
+            "Detections without an annotation, annotations of another class than the detection, and annotations at "
+            "which nothing was detected, the most suspicious of each kind first.",
+            suspects,
+        ),
+    ]
+
+
+def photos(chosen: list[Gallery], path_of: Callable[[str], Path], limit: int) -> dict[int, Photo]:
+    """Read the images of galleries as small JPEGs, by their position; an image that cannot be read is left out.
+
+    Args:
+        path_of: gives the path of an image's file name.
+        limit: bytes of all together, at most.
+    """
+    wanted = {figure.image: figure.file_name for gallery in chosen for figure in gallery.figures}
+    found = {}
+    for image, file_name in wanted.items():
+        try:
+            pixels = read_image(path_of(file_name))  # uint8 [3,H,W]
+        except ImageError:
+            continue
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        for side in SIDES:
+            small = picture.copy()
+            small.thumbnail((side, side))
+            buffer = io.BytesIO()
+            small.save(buffer, "JPEG", quality=75)
+            text = base64.b64encode(buffer.getvalue()).decode()
+            if len(text) <= limit / len(wanted):
+                found[image] = Photo(*picture.size, text)
+                break
+    return found
+
+
+def _figure(matches: Matches, kept: np.ndarray, image: int, true: int | None, det: int | None, caption: str) -> Figure:
+    """Make the figure of an image, about an object, a detection, or both."""
+    entry, names = matches.images[image], matches.class_names
+    boxes = [
+        Box(*matches.true_box[i].tolist(), "true", names[matches.true_label[i]], bool(i == true))
+        for i in np.flatnonzero(matches.true_image == image)
+    ]
+    boxes += [
+        Box(
+            *matches.det_box[i].tolist(),
+            "det",
+            f"{names[matches.det_label[i]]} {matches.det_score[i]:.2f}",
+            bool(i == det),
+        )
+        for i in np.flatnonzero((matches.det_image == image) & (kept | (np.arange(len(kept)) == det)))
+    ]
+    subjects = [box for box in boxes if box.is_subject]
+    labels = [int(matches.true_label[true])] if true is not None else []
+    labels += [int(matches.det_label[det])] if det is not None else []
+    right = max(box.x + box.width for box in boxes)
+    below = max(box.y + box.height for box in boxes)
+    width, height = float(entry.get("width") or right), float(entry.get("height") or below)
+    view = _view(subjects, width, height)
+    return Figure(image, str(entry["file_name"]), width, height, view, boxes, sorted(set(labels)), caption)
+
+
+def _view(boxes: list[Box], width: float, height: float) -> tuple[float, float, float, float]:
+    """Choose a square of the image around boxes, xywh, at least 2.5 times as large, and inside where that is possible."""
+    x0, y0 = min(box.x for box in boxes), min(box.y for box in boxes)
+    x1, y1 = max(box.x + box.width for box in boxes), max(box.y + box.height for box in boxes)
+    side = min(max(2.5 * max(x1 - x0, y1 - y0), 0.3 * max(width, height)), max(width, height))
+    x, y = (x0 + x1 - side) / 2, (y0 + y1 - side) / 2
+    x = min(max(x, 0), width - side) if side <= width else (width - side) / 2
+    y = min(max(y, 0), height - side) if side <= height else (height - side) / 2
+    return x, y, side, side
