@@ -29,6 +29,10 @@ class EvalConfig:
     split: str = "val"
     out: Path | None = None
     """Write the detections there, as COCO results JSON."""
+    report: Path | None = None
+    """Write a page there, such as report.html, that shows where the detector fails; it needs hotcoco installed."""
+    save_thresholds: bool = False
+    """Store the score of the best F1 of each class in the model's config.json, for predict; it needs hotcoco too."""
     size: int | None = None
     """Resize the shorter side to this many pixels; default: the size that the model's config names."""
     workers: int = 2
@@ -58,6 +62,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds, so 
     CONFIG = parse_command(PARSE)
 
 
+from reporting import find_train_set, save_thresholds, write_page
 from run_folder import write_whole
 from runtime import StopSignal, check_out, log, process_group, run_command
 from scoring import score_dataset
@@ -67,6 +72,8 @@ from vovnet_zoo.config import OVERLAPS, SCALES, TILES
 from vovnet_zoo.config import RANGES as MODEL_RANGES
 from vovnet_zoo.data import CocoDataset, find_split
 from vovnet_zoo.detectors import load_detector
+from vovnet_zoo.evaluation.analysis import analyse
+from vovnet_zoo.evaluation.errors import load_hotcoco
 from vovnet_zoo.inference import check_views
 
 RANGES = {"size": Range(*MODEL_RANGES["min_size"][:2]), "workers": Range(0), "batch_size": Range(1)}
@@ -78,9 +85,16 @@ def main(config: EvalConfig) -> dict | None:
     check_options(config, RANGES)
     check_views(config.tiles, config.overlap, config.flip, config.scales)
     load_engine(config.engine)  # an engine that is not installed is reported now, not after the last image
+    wants_analysis = config.report is not None or config.save_thresholds
+    if wants_analysis:
+        load_hotcoco()
+    if config.save_thresholds and not Path(config.model).is_dir():
+        raise ValueError(f"--save-thresholds: {config.model} is no folder of a saved model that could be changed")
     with process_group(config.device) as (rank, world_size, device):
         if rank == 0 and config.out is not None:
             check_out(config.out)  # so is a place that cannot be written
+        if rank == 0 and config.report is not None:
+            check_out(config.report, "--report", "report.html")
         model = load_detector(config.model).to(device)
         if config.size is not None:
             if config.size > (limit := model.config["max_size"]):
@@ -114,7 +128,18 @@ def main(config: EvalConfig) -> dict | None:
             if config.out is not None:
                 write_whole(config.out, json.dumps(results).encode())
                 log.info("%d detections in %s", len(results), config.out)
+            if wants_analysis:
+                report(config, dataset, results)
         return metrics
+
+
+def report(config: EvalConfig, dataset: CocoDataset, results: list[dict]) -> None:
+    """Store thresholds in the model and write the page, as far as `config` asks for them."""
+    analysis = analyse(dataset.annotation_file, results)
+    if config.save_thresholds:
+        save_thresholds(Path(config.model), analysis, dataset)
+    if config.report is not None:
+        write_page(config.report, analysis, config.model, dataset, find_train_set(config.data, dataset))
 
 
 def check_classes(model: FCOS, dataset: CocoDataset) -> None:

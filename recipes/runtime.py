@@ -59,11 +59,14 @@ def claim(line: str) -> bool:
         return True
 
 
-def check_out(path: Path) -> None:
-    """Make the folder of the file that is to be written; `ValueError` unless the file can be written there."""
+def check_out(path: Path, option: str = "--out", example: str = "detections.json") -> None:
+    """Make the folder of the file that is to be written; `ValueError` unless the file can be written there.
+
+    The message names the option, and an example of a file's name.
+    """
     if path.is_dir():
-        raise ValueError(f"--out {path} is a folder; give the name of a file, such as {path / 'detections.json'}")
-    make_folder(path.parent, f"--out {path}")
+        raise ValueError(f"{option} {path} is a folder; give the name of a file, such as {path / example}")
+    make_folder(path.parent, f"{option} {path}")
 
 
 def make_folder(folder: Path, what: str) -> None:

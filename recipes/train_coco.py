@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import time
 from collections.abc import Iterator
 from types import ModuleType
@@ -27,7 +28,8 @@ from tqdm import tqdm
 from build import build_loader
 from memory import peak_memory
 from optim import set_lr
-from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_image, note_skipped
+from reporting import DETECTIONS, report_run
+from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_image, note_skipped, write_whole
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
@@ -175,7 +177,7 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         return
     note = functools.partial(note_skipped, config.out, progress.step)
     try:
-        _, metrics = score_dataset(
+        results, metrics = score_dataset(
             run.averaged,
             run.val_set,
             run.rank,
@@ -195,13 +197,14 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         log.info("step %d: AP %.3f, AP50 %.3f", progress.step, metrics["AP"], metrics["AP50"])
         run.averaged.save_pretrained(config.out / "last")
         if metrics["AP"] >= progress.best:
+            write_whole(config.out / DETECTIONS, json.dumps(results).encode())
             run.averaged.save_pretrained(config.out / "best")
         progress.best, progress.metrics = max(progress.best, metrics["AP"]), metrics
     save(run)
 
 
 def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
-    """Print the last evaluation and the speed, and draw `curves.png` and `detections.png`."""
+    """Print the last evaluation and the speed, write the report of the best model, and draw pictures."""
     config, seconds = run.config, run.progress.train_seconds
     print(format_table(run.progress.metrics, per_class=True))
     rate, peak = config.steps * config.batch_size / seconds, peak_memory(run.device)
@@ -210,6 +213,7 @@ def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
     if config.compile:
         log_graphs()
     log.info("best model: %s", config.out / "best")
+    report_run(config.out, run_log.rows(), run.train_set, run.val_set)
     draw_pictures(pictures, config.out, run_log.rows(), run.averaged, run.val_set)
 
 

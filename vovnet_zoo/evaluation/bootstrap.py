@@ -14,7 +14,11 @@ BLOCK = 4_000_000  # numbers of an array at a time
 
 
 class Interval(NamedTuple):
-    """An interval that holds the value of all images of this kind with a probability of `confidence`."""
+    """An interval that holds the value of all images of this kind with a probability of about `confidence`.
+
+    AP is a little higher on few images than on many, so the probability is a little lower: with 50 to 300 images of a
+    simulated detector, 90 to 95 of 100 intervals of a confidence of 0.95 held the value.
+    """
 
     low: float
     high: float

@@ -1,4 +1,4 @@
-"""These functions choose the images that a report shows: worst misses, worst false detections, probable label errors."""
+"""These functions choose the images of a report: worst misses and false detections, probable label errors."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _figure(matches: Matches, kept: np.ndarray, image: int, true: int | None, de
 
 
 def _view(boxes: list[Box], width: float, height: float) -> tuple[float, float, float, float]:
-    """Choose a square of the image around boxes, xywh, at least 2.5 times as large, and inside where that is possible."""
+    """Choose a square around boxes, xywh, 2.5 times as large, and inside the image where that is possible."""
     x0, y0 = min(box.x for box in boxes), min(box.y for box in boxes)
     x1, y1 = max(box.x + box.width for box in boxes), max(box.y + box.height for box in boxes)
     side = min(max(2.5 * max(x1 - x0, y1 - y0), 0.3 * max(width, height)), max(width, height))

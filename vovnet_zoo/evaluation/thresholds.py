@@ -89,6 +89,11 @@ def class_thresholds(matches: Matches) -> dict[str, float]:
     return {name: (choice or overall or Choice(0.5, 0, 0, 0)).score for name, choice in chosen.items()}
 
 
+def any_right(matches: Matches) -> bool:
+    """Say whether a detection is right, without which no threshold can be chosen."""
+    return bool(matches.is_right[AT_IOU_50].any())
+
+
 def is_kept(matches: Matches, thresholds: Mapping[str, float]) -> np.ndarray:
     """Say which detections `predict` returns with these thresholds, bool [D]; a class that is not named has none."""
     least = np.array([thresholds.get(name, 0.0) for name in matches.class_names], dtype=np.float32)

@@ -1,0 +1,119 @@
+"""These functions write a detector's report, and store thresholds in its config.json."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime import environment, log
+from vovnet_zoo.data import CocoDataset, Skipped, find_split, split_candidates
+from vovnet_zoo.evaluation.analysis import Analysis, analyse
+from vovnet_zoo.evaluation.errors import load_hotcoco
+from vovnet_zoo.evaluation.report import write_report
+from vovnet_zoo.evaluation.thresholds import any_right
+from vovnet_zoo.fcos import check_thresholds
+from vovnet_zoo.files import hash_file, read_json, write_whole
+from vovnet_zoo.hub import CONFIG
+
+DETECTIONS = "best_detections.json"  # of the best model of a run, as COCO results
+
+
+def report_run(folder: Path, rows: Sequence[dict], train_set: CocoDataset, val_set: CocoDataset) -> None:
+    """Write `report.html` at the end of a run, and thresholds into the config of `best`.
+
+    An error is logged, since the run is complete.
+    """
+    try:
+        load_hotcoco()
+        found = folder / DETECTIONS
+        if not found.is_file():  # the best model is of a version that did not keep its detections
+            log.warning("no report, since %s is not there; eval_coco.py --report FILE writes one", found)
+            return
+        image_ids = readable(val_set) if val_set.skip_bad_images else None
+        analysis = analyse(val_set.annotation_file, json.loads(found.read_bytes()), image_ids=image_ids)
+        if any_right(analysis.matches):
+            save_thresholds(folder / "best", analysis, val_set)
+        write_page(folder / "report.html", analysis, str(folder / "best"), val_set, train_set, rows)
+    except Exception as error:
+        log.warning("the run is complete, but its report could not be written: %s", error)
+
+
+def readable(dataset: CocoDataset) -> list[int]:
+    """List the ids of the images that can be read."""
+    samples = (dataset[i] for i in range(len(dataset)))
+    return [int(i) for i, sample in zip(dataset.image_ids, samples, strict=True) if not isinstance(sample, Skipped)]
+
+
+def save_thresholds(folder: Path, analysis: Analysis, dataset: CocoDataset) -> None:
+    """Store the threshold of each class in the config.json of a saved model, and how it was chosen beside it.
+
+    Raises:
+        ValueError: no detection is right, so that there is nothing to choose by; or the model has no class names.
+    """
+    if not any_right(analysis.matches):
+        raise ValueError(
+            f"{dataset.annotation_file}: no detection is right, so no thresholds can be chosen for {folder}"
+        )
+    matches, config = analysis.matches, read_json(folder / CONFIG)
+    own = dict(zip(dataset.category_ids, dataset.class_names, strict=True))  # the model's classes
+    chosen = {
+        own[category_id]: analysis.thresholds[name]
+        for category_id, name in zip(matches.category_ids, matches.class_names, strict=True)
+        if category_id in own
+    }
+    config["thresholds"] = check_thresholds(chosen, config.get("class_names"), "thresholds")
+    about = {
+        "chosen": "for each class, the score with the best F1, at an IoU of 0.5",
+        "file": dataset.annotation_file.name,
+        "sha256": hash_file(dataset.annotation_file),
+        "images": len(matches.images),
+        "precision": analysis.at_thresholds.precision,
+        "recall": analysis.at_thresholds.recall,
+        "f1": analysis.at_thresholds.f1,
+        "thresholds": chosen,
+    }
+    write_whole(folder / CONFIG, json.dumps(config, sort_keys=True, indent=2).encode())
+    write_whole(folder / "thresholds.json", json.dumps(about, indent=2).encode())
+    log.info("thresholds of %d classes, with an F1 of %.3f, in %s", len(chosen), about["f1"], folder / CONFIG)
+
+
+def write_page(
+    path: Path,
+    analysis: Analysis,
+    model: str,
+    dataset: CocoDataset,
+    train_set: CocoDataset | None = None,
+    rows: Sequence[dict] = (),
+) -> None:
+    """Write the page of an analysis, with what was run and how to go on."""
+    run, name = environment(), shlex.quote(model)
+    facts = {
+        "command": shlex.join(run["command"]),
+        "time": run["time"],
+        "model": model,
+        "data": f"{dataset.annotation_file} (SHA-256 {hash_file(dataset.annotation_file)[:16]}..)",
+        "images": f"{len(analysis.matches.images)} of {dataset.images_dir}",
+        "machine": f"{run['machine']}; {run['cpu']['model']}",
+        "versions": ", ".join(f"{k} {v}" for k, v in {"python": run["python"], **run["versions"]}.items()),
+        **({"commit": run["git"]} if run["git"] else {}),
+    }
+    code = f'model = vovnet_zoo.FCOS.from_pretrained({model!r})\nvovnet_zoo.predict(model, "photo.jpg")'
+    commands = [
+        ("Detect objects in a folder of images:", f"vovnet-zoo predict photos --model {name} --out found"),
+        ("The same in Python:", f"import vovnet_zoo\n\n{code}"),
+        ("Publish the model on the Hugging Face Hub:", f"vovnet-zoo publish {name} ORGANISATION/NAME"),
+    ]
+    write_report(path, analysis, dataset, title=model, train_set=train_set, rows=rows, facts=facts, commands=commands)
+    log.info("report: %s", path)
+
+
+def find_train_set(data: Path, dataset: CocoDataset) -> CocoDataset | None:
+    """Open the train split beside a scored dataset; None if there is none, or if it is what was scored."""
+    if len(split_candidates(data, "train")) != 1:
+        return None
+    images_dir, annotation_file = find_split(data, "train")
+    if annotation_file == dataset.annotation_file:
+        return None
+    return CocoDataset(images_dir, annotation_file, known_classes=dataset.class_names)
