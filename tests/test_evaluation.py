@@ -156,8 +156,10 @@ def test_thresholds_are_the_best_of_all(write, coarse):
         """Right, kept and objects, when pycocotools sees only the rows that are kept."""
         run = pycocotools_run(coco, [row for row in rows if row["score"] >= least[row["category_id"]]])
         entries = [entry for entry in run.evalImgs if entry and entry["aRng"] == [0, 1e10]]
-        right = sum(((e["dtMatches"][0] > 0) & ~e["dtIgnore"][0]).sum() for e in entries)
-        return right, sum((~e["dtIgnore"][0]).sum() for e in entries), sum((~e["gtIgnore"]).sum() for e in entries)
+        right = sum(((e["dtMatches"][0] > 0) & (e["dtIgnore"][0] == 0)).sum() for e in entries)
+        kept = sum((e["dtIgnore"][0] == 0).sum() for e in entries)
+        objects = sum((e["gtIgnore"] == 0).sum() for e in entries)
+        return right, kept, objects
 
     for label, name in enumerate(matches.class_names):
         points, category = curve(matches, label), 10 * label + 10

@@ -168,6 +168,8 @@ def test_every_option_of_an_evaluation(tiny_coco, tiny_detector, tmp_path, monke
     monkeypatch.setattr(eval_coco, "load_engine", lambda name: None)
     monkeypatch.setattr(eval_coco, "check_classes", lambda model, dataset: None)
     monkeypatch.setattr(runtime, "find_device", lambda name, index: torch.device(name))  # "meta" is refused otherwise
+    stored = []
+    monkeypatch.setattr(eval_coco, "save_thresholds", lambda folder, analysis, dataset: stored.append(folder))
     for name, bias in (("a", 0.0), ("b", 1.0)):
         model = create_detector("fcos", backbone="test_resnet", channels=64, num_convs=0, num_classes=2, min_size=64)
         torch.nn.init.constant_(model.head.centerness.bias, bias)
@@ -179,6 +181,7 @@ def test_every_option_of_an_evaluation(tiny_coco, tiny_detector, tmp_path, monke
     base = eval_coco.EvalConfig(model=str(tmp_path / "a"), data=tiny_coco, device="cpu")
     other = dict(
         model=str(tmp_path / "b"), data=tmp_path / "copy", split="train", out=tmp_path / "out.json", size=96, workers=1,
+        report=tmp_path / "report.html", save_thresholds=True,
         device="meta", engine="faster", batch_size=2, precision="bf16", compile=True,
         tiles=64, overlap=0.5, flip=True, scales=(1.0, 1.5),
     )  # fmt: skip
@@ -187,7 +190,8 @@ def test_every_option_of_an_evaluation(tiny_coco, tiny_detector, tmp_path, monke
     for name, value in other.items():
         beside = {"tiles": 64} if name == "overlap" else {}  # which is refused without tiles
         eval_coco.main(dataclasses.replace(base, **beside, **{name: value}))
-        assert seen[-1] != seen[0] or (name == "out" and value.is_file()), name
+        assert seen[-1] != seen[0] or (name in ("out", "report") and value.is_file()) or stored, name
+        assert len(stored) == (name == "save_thresholds") and not stored.clear()
     for wrong in (
         dict(size=101),
         dict(size=0),
