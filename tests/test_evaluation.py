@@ -249,8 +249,8 @@ def test_planted_errors_are_sorted_into_kinds(write):
     matches = match(file, rows)
     kinds = error_kinds(matches)
     expected = dict(classification=1, localisation=1, both=1, duplicate=1, background=1)
-    assert {name: kinds[name].count for name in expected} == expected
-    assert kinds["missed"].count == 2  # the one of which there is no row, and the one of "both"
+    assert {name: kinds[name].errors for name in expected} == expected
+    assert kinds["missed"].errors == 2  # the one of which there is no row, and the one of "both"
     assert all(0 <= kind.ap_lost < 0.1 for kind in kinds.values()) and kinds["classification"].ap_lost > 0
 
 
@@ -262,7 +262,7 @@ def test_calibration_error_is_the_mean_distance(write):
     distance = 0.0
     for i in range(10):
         chosen = bins == i
-        assert found.count[i] == chosen.sum()
+        assert found.detections[i] == chosen.sum()
         if chosen.any():
             assert found.score[i] == pytest.approx(matches.det_score[chosen].mean())
             assert found.right[i] == pytest.approx(right[chosen].mean())
@@ -307,7 +307,7 @@ def test_nothing_found_and_nothing_to_find(write):
     coco, rows = simulate(images=5)
     nothing = analyse(write(coco), [], resamples=10)
     objects = len(coco["annotations"])
-    assert nothing.kinds["missed"].count == objects and nothing.confusion[:-1, -1].sum() == objects
+    assert nothing.kinds["missed"].errors == objects and nothing.confusion[:-1, -1].sum() == objects
     assert nothing.at_thresholds.f1 == 0 and nothing.ap[:2] == (0, 0)
     empty = analyse(write({**coco, "annotations": []}), rows, resamples=10)
     assert empty.ap[:2] == (-1, -1) and empty.metrics["AP"] == -1

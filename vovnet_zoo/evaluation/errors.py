@@ -30,7 +30,7 @@ KINDS = {  # hotcoco's names of the kinds
 class Kind(NamedTuple):
     """A kind of error: how often it occurs, and how much AP50 would rise if it never did."""
 
-    count: int
+    errors: int
     ap_lost: float
 
 
@@ -38,13 +38,13 @@ class Calibration(NamedTuple):
     """A detector is calibrated if, among detections of a score, the share that is right (IoU 0.5) equals the score.
 
     `error` is the expected calibration error: the mean distance of both, over all detections. The other fields list,
-    for each tenth of the scores, the mean score, the share that is right, and the count.
+    for each tenth of the scores, the mean score, the share that is right, and the number of detections.
     """
 
     error: float
     score: list[float]
     right: list[float]
-    count: list[int]
+    detections: list[int]
 
 
 def error_kinds(matches: Matches) -> dict[str, Kind]:

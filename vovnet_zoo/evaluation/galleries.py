@@ -145,16 +145,11 @@ def _figure(matches: Matches, kept: np.ndarray, image: int, true: int | None, de
     """Make the figure of an image, about an object, a detection, or both."""
     entry, names = matches.images[image], matches.class_names
     boxes = [
-        Box(*matches.true_box[i].tolist(), "true", names[matches.true_label[i]], bool(i == true))
+        _box(matches.true_box[i], "true", names[matches.true_label[i]], bool(i == true))
         for i in np.flatnonzero(matches.true_image == image)
     ]
     boxes += [
-        Box(
-            *matches.det_box[i].tolist(),
-            "det",
-            f"{names[matches.det_label[i]]} {matches.det_score[i]:.2f}",
-            bool(i == det),
-        )
+        _box(matches.det_box[i], "det", f"{names[matches.det_label[i]]} {matches.det_score[i]:.2f}", bool(i == det))
         for i in np.flatnonzero((matches.det_image == image) & (kept | (np.arange(len(kept)) == det)))
     ]
     subjects = [box for box in boxes if box.is_subject]
@@ -165,6 +160,11 @@ def _figure(matches: Matches, kept: np.ndarray, image: int, true: int | None, de
     width, height = float(entry.get("width") or right), float(entry.get("height") or below)
     view = _view(subjects, width, height)
     return Figure(image, str(entry["file_name"]), width, height, view, boxes, sorted(set(labels)), caption)
+
+
+def _box(xywh: np.ndarray, kind: str, text: str, is_subject: bool) -> Box:
+    x, y, width, height = xywh.tolist()
+    return Box(x, y, width, height, kind, text, is_subject)
 
 
 def _view(boxes: list[Box], width: float, height: float) -> tuple[float, float, float, float]:

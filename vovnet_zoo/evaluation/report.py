@@ -107,7 +107,7 @@ def _charts(analysis: Analysis, rows: Sequence[dict]) -> list[Chart]:
     """Draw precision over recall, F1 over the threshold, calibration and, where there are rows, the run's curves."""
     matches, bins = analysis.matches, analysis.calibration
     curves = [(name, curve(matches, label), label) for label, name in enumerate(matches.class_names)]
-    filled = [i for i, count in enumerate(bins.count) if count]
+    filled = [i for i, count in enumerate(bins.detections) if count]
     unit = {"x_range": (0.0, 1.0), "y_range": (0.0, 1.0)}
     charts = [
         line_chart(
