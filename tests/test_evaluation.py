@@ -140,8 +140,7 @@ def test_interval_covers_the_truth():
     covered = []
     for seed in range(200):
         matches = simulate_matches(seed, 100)
-        ap = weighted_ap(matches, np.ones((1, 100), dtype=int)).overall[0]
-        found = interval(bootstrap_ap(matches, 400, seed).overall, ap)
+        found = interval(bootstrap_ap(matches, 400, seed).overall)
         covered.append(found.low <= truth <= found.high)
     assert 0.91 <= np.mean(covered) <= 0.99  # 0.95, give or take 2.6 standard deviations of 200 draws
 
