@@ -90,6 +90,10 @@ def main(config: EvalConfig) -> dict | None:
         load_hotcoco()
     if config.save_thresholds and not Path(config.model).is_dir():
         raise ValueError(f"--save-thresholds: {config.model} is no folder of a saved model that could be changed")
+    if config.save_thresholds and (config.size or config.tiles or config.flip or config.scales != (1.0,)):
+        raise ValueError(
+            "--save-thresholds is for scores as predict gives them; leave out --size, --tiles, --flip, --scales"
+        )
     with process_group(config.device) as (rank, world_size, device):
         if rank == 0 and config.out is not None:
             check_out(config.out)  # so is a place that cannot be written

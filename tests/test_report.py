@@ -232,6 +232,9 @@ def test_eval_coco_refuses_what_cannot_be_written(saved, tmp_path, monkeypatch):
         eval_coco.main(replace(config, report=tmp_path))
     with pytest.raises(ValueError, match="org/name is no folder of a saved model"):
         eval_coco.main(replace(config, model="org/name", save_thresholds=True))
+    for other in (dict(size=80), dict(tiles=64), dict(flip=True), dict(scales=(1.0, 1.5))):
+        with pytest.raises(ValueError, match="leave out --size"):
+            eval_coco.main(replace(config, save_thresholds=True, **other))
     before = (tmp_path / "model" / "config.json").read_bytes()
     monkeypatch.setattr(eval_coco, "score_dataset", lambda *args, **kwargs: ([], {"AP": 0.0}))
     with pytest.raises(ValueError, match="instances_val.json: no detection is right"):
