@@ -304,7 +304,7 @@ def test_engines_see_only_what_coco_defines(write):
 
 def test_unknown_or_missing_engine(write, monkeypatch):
     coco = make_coco()
-    with pytest.raises(ValueError, match="engine is 'pycocotools' or 'faster', not 'fast'"):
+    with pytest.raises(ValueError, match="the engine's name is 'pycocotools' or 'faster', not 'fast'"):
         coco_eval.coco_metrics(write(coco), [], engine="fast")
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     with pytest.raises(ImportError, match="pip install -U faster-coco-eval"):

@@ -232,7 +232,7 @@ def test_init_can_freeze_norms(tiny_coco, tmp_path):
     start = create_detector("fcos", backbone="test_resnet", channels=64, num_convs=1, num_classes=2).eval()
     start.save_pretrained(tmp_path / "start")
     config = TrainConfig(data=tiny_coco, out=tmp_path / "run", init=str(tmp_path / "start"), frozen_norm=True)
-    model = build.build_model(config, ["a", "b"], build.load_start(config)).eval()
+    model = build.build_model(config, ["a", "b"], [1, 2], build.load_start(config)).eval()
     assert model.config["frozen_norm"] and not start.config["frozen_norm"]
     names = {k for k in start.state_dict() if k.startswith("head.cls_logits") or "num_batches" in k}
     ours, theirs = ({k: v for k, v in m.state_dict().items() if k not in names} for m in (model, start))

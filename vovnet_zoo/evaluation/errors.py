@@ -1,8 +1,7 @@
 """These functions count and weigh a detector's errors, with the package hotcoco: kinds, confusions, calibration.
 
 hotcoco (MIT, needs only numpy) computes what TIDE defines (arXiv 2008.08115), and its AP equals that of pycocotools to
-the last bit; tidecv would bring OpenCV, pandas and seaborn, and supervision's and faster-coco-eval's AP have no such
-kinds.
+the last bit; tidecv would bring OpenCV, pandas and seaborn.
 """
 
 from __future__ import annotations
