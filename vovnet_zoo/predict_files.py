@@ -155,7 +155,13 @@ class ResultFolder:
     """
 
     def __init__(
-        self, model: FCOS, out: Path, pictures: Pictures, crops: bool, labels: bool, coco: Path | None
+        self,
+        model: FCOS | ExportedDetector,
+        out: Path,
+        pictures: Pictures,
+        crops: bool,
+        labels: bool,
+        coco: Path | None,
     ) -> None:
         config = model.config
         self.out, self.pictures, self.crops, self.labels = out, pictures, crops, labels

@@ -208,7 +208,7 @@ def record_maps(graph: DetectorGraph, names: Container[str], item: Prepared) -> 
             last = "", None
             if name in names and name not in maps:
                 maps[name], last = [output.clone()], (name, output)  # a copy, since activations change it in place
-        elif inputs and inputs[0] is last[1] and isinstance(output, Tensor) and output.shape == inputs[0].shape:
+        elif last[0] and inputs[0] is last[1] and isinstance(output, Tensor) and output.shape == maps[last[0]][0].shape:
             maps[last[0]].append(output.clone())
 
     hooks = [module.register_forward_hook(keep) for module in graph.modules() if not list(module.children())]
