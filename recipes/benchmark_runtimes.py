@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from runtime import log
 from vovnet_zoo import FCOS
+from vovnet_zoo.export.registry import import_package
 
 Outputs = Sequence[np.ndarray]
 OUTPUTS = ["logits", "distances", "centerness"]
@@ -90,13 +91,6 @@ def why_left_out(name: str, batch: int) -> str | None:
     if name == "openvino" and "ONEDNN_MAX_CPU_ISA" in os.environ:  # seen with 2026.4.1 and AVX2 on a CPU with AVX-512
         return "it crashes where ONEDNN_MAX_CPU_ISA is less than the CPU has; unset ONEDNN_MAX_CPU_ISA"
     return None
-
-
-def import_package(name: str):
-    """Import a package of a runtime. OpenVINO is imported without its telemetry, which reports every import."""
-    if name == "openvino" and name not in sys.modules:
-        sys.modules.setdefault("openvino_telemetry", None)  # OpenVINO does without it where it cannot be imported
-    return importlib.import_module(name)
 
 
 def imported_versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ class EvalConfig:
     """The settings of an evaluation."""
 
     model: str
-    """Folder, Hub name or name of list_detectors(pretrained=True) of a detector."""
+    """Folder, Hub name or name of list_detectors(pretrained=True) of a detector, or model.onnx or model.xml."""
     data: Path
     """COCO-format dataset: annotations/instances_{split}*.json beside the image folders."""
     split: str = "val"
@@ -66,15 +66,14 @@ from reporting import find_train_set, save_thresholds, write_page
 from run_folder import write_whole
 from runtime import StopSignal, check_out, log, process_group, run_command
 from scoring import score_dataset
-from vovnet_zoo import FCOS
+from vovnet_zoo import FCOS, load_detector
 from vovnet_zoo.coco_eval import format_table, load_engine
 from vovnet_zoo.config import OVERLAPS, SCALES, TILES
 from vovnet_zoo.config import RANGES as MODEL_RANGES
 from vovnet_zoo.data import CocoDataset, find_split
-from vovnet_zoo.detectors import load_detector
 from vovnet_zoo.evaluation.analysis import analyse
 from vovnet_zoo.evaluation.errors import load_hotcoco
-from vovnet_zoo.inference import check_views
+from vovnet_zoo.inference import ExportedDetector, check_views
 
 RANGES = {"size": Range(*MODEL_RANGES["min_size"][:2]), "workers": Range(0), "batch_size": Range(1)}
 RANGES |= {"tiles": Range(*TILES), "overlap": Range(*OVERLAPS), "scales": Range(*SCALES)}
@@ -146,7 +145,7 @@ def report(config: EvalConfig, dataset: CocoDataset, results: list[dict]) -> Non
         write_page(config.report, analysis, config.model, dataset, find_train_set(config.data, dataset))
 
 
-def check_classes(model: FCOS, dataset: CocoDataset) -> None:
+def check_classes(model: FCOS | ExportedDetector, dataset: CocoDataset) -> None:
     """Raise `ValueError` unless the model has the dataset's classes, in the same order."""
     names = model.config["class_names"]
     if names is not None and names != dataset.class_names:

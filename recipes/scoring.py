@@ -14,14 +14,14 @@ from runtime import Stopped, StopSignal, all_reduce, gather
 from vovnet_zoo import FCOS, predict
 from vovnet_zoo.coco_eval import evaluate, gather_results
 from vovnet_zoo.data import CocoDataset, Skipped
-from vovnet_zoo.inference import Precision, padded_size
+from vovnet_zoo.inference import ExportedDetector, Precision, padded_size
 from vovnet_zoo.sources import Frame
 
 LOOK_EVERY = 4  # images; so often do several processes tell each other of stop signals
 
 
 def score_dataset(
-    model: FCOS,
+    model: FCOS | ExportedDetector,
     dataset: CocoDataset,
     rank: int = 0,
     world_size: int = 1,
@@ -48,7 +48,7 @@ def score_dataset(
     Where the dataset skips images that cannot be read, they are given to `note`, and the others are scored;
     `ValueError` if there are no others.
     """
-    device = next(model.parameters()).device
+    device = next(model.parameters(), torch.empty(0)).device
     by_size = sorted(range(len(dataset)), key=lambda index: padded_size(*dataset.sizes[index].tolist(), model.config))
     mine = by_size[rank::world_size]
     share = len(range(0, len(dataset), world_size))  # of rank 0; other ranks may have one image less

@@ -247,6 +247,24 @@ def make_table(model, folder, coco) -> dict[str, Row]:
                 **thresholds(),
             ),
         ),
+        "export_detector": Row(
+            vovnet_zoo.export_detector,
+            dict(model=model, out=folder.parent / "exported"),
+            dict(
+                model=[*models, FakeHalf(model)],
+                out=[None, 5],
+                format=["nosuch", None, 5],
+                size=[64, "64", (64,), (64, 100), (32, 64), (64.0, 64)],
+                batch=[0, "2", 2.5, 5000],
+                precision=["int8", None, 5],
+                images=[5],
+                overwrite=["yes", 2],
+                **thresholds(),
+            ),
+            {"images": "image must be"},
+            works=False,  # an export takes half a minute
+        ),
+        "load_detector": Row(vovnet_zoo.load_detector, dict(source=folder), dict(source=[None, 5, b"x"])),
         "the function of compile_detector": Row(
             vovnet_zoo.compile_detector(model, (64, 64), backend="eager"),
             dict(images=pixels),
@@ -546,7 +564,7 @@ FUNCTIONS = [
     "FCOS.set_grad_checkpointing", "FCOS.from_pretrained", "FCOS.save_pretrained", "FCOS.push_to_hub",
     "FCOS.complete_config", "FCOS.generate_model_card", "FCOSLoss", "FCOSLoss.of", "FCOSLoss.forward",
     "FCOSLoss.compare", "FCOSLoss.assign", "FCOSLoss.normalizers", "Predictions", "assign_targets",
-    "compile_detector",
+    "compile_detector", "export_detector", "load_detector",
     "create_detector", "list_detectors", "postprocess", "predict", "CocoDataset", "coco_metrics", "to_coco_results",
     "draw_detections", "gather_results", "format_table", "load_engine", "available", "class_nms", "nms_fixed",
     "use_winograd", "fuse_for_training", "freeze", "is_eligible", "FrozenWinogradConv2d", "conv3x3",

@@ -24,8 +24,8 @@ LAYERS = [
     {"results"},
     {"inference", "loss", "vovnet"},
     {"classifiers", "compiled", "evaluation", "predict_files"},
-    {"detectors"},
-    {"publish"},
+    {"detectors", "export"},
+    {"load", "publish"},
     {"__init__", "check_data", "cli", "coco_eval"},  # check_data and coco_eval are former paths of moved modules
 ]
 ONLY = {  # rooms that may import even less
@@ -41,6 +41,8 @@ ONLY = {  # rooms that may import even less
     "results": {"arguments", "draw", "sources"},
     "inference": {"arguments", "batching", "config", "data", "fcos", "nms", "results", "sources", "tiles"},
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},
+    "export": {"arguments", "compiled", "config", "fcos", "files", "inference", "sources", "version"},
+    "load": {"arguments", "detectors", "export", "fcos", "inference"},
     "evaluation": {"arguments", "data", "fcos", "files", "inference", "results"},
 }
 

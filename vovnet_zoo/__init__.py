@@ -15,8 +15,10 @@ if TYPE_CHECKING:  # what type checkers and editors read; PUBLIC says the same t
     from .compiled import compile_detector
     from .detectors import create_detector, list_detectors
     from .draw import draw_detections
+    from .export import export_detector
     from .fcos import FCOS, Predictions
     from .inference import postprocess, predict
+    from .load import load_detector
     from .loss import FCOSLoss, assign_targets
     from .results import ImageDetections
 else:
@@ -25,10 +27,12 @@ else:
         "create_detector": "detectors",
         "list_detectors": "detectors",
         "draw_detections": "draw",
+        "export_detector": "export",
         "FCOS": "fcos",
         "Predictions": "fcos",
         "postprocess": "inference",
         "predict": "inference",
+        "load_detector": "load",
         "FCOSLoss": "loss",
         "assign_targets": "loss",
         "ImageDetections": "results",
@@ -61,7 +65,9 @@ __all__ = [
     "compile_detector",
     "create_detector",
     "draw_detections",
+    "export_detector",
     "list_detectors",
+    "load_detector",
     "postprocess",
     "predict",
 ]

@@ -21,8 +21,10 @@ import tyro
 
 from . import ledger
 from .commands import find_device, run_reporting, take_debug
-from .config import OVERLAPS, SCALES, TILES, Pictures, Precision
+from .config import OVERLAPS, SCALES, TILES, ExportFormat, ExportPrecision, Pictures, Precision
 from .version import __version__
+
+EXPORTED = (".onnx", ".xml")  # the endings of files that `export` writes
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Predict:
     """Images, folders of images, patterns such as "photos/*.jpg" in quotes, .txt files of a path in each line, videos
     (with the extra `video`), and cameras by their number, such as 0."""
     model: str
-    """Folder of a saved detector, its name on the Hub, or a name of create_detector(..., pretrained=True)."""
+    """Folder of a saved detector, its name on the Hub, a name of create_detector(..., pretrained=True), or an exported
+    file: model.onnx or model.xml."""
     out: Path
     """Folder for the results."""
     score: float | None = None
@@ -125,6 +128,28 @@ class Publish:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a detector as one file from uint8 images to boxes, and certify that it computes what PyTorch computes."""
+
+    model: tyro.conf.Positional[str]
+    """Folder of a saved detector, its name on the Hub, or a name of create_detector(..., pretrained=True)."""
+    out: Path
+    """Folder for the file, its certificate and a page about both."""
+    format: ExportFormat = "onnx"
+    """Format of the file, and the runtime that computes it: ONNX Runtime or OpenVINO."""
+    size: tuple[int, int] | None = None
+    """Height and width of all images, multiples of 32; default: each call has its own."""
+    batch: int | None = None
+    """Number of images of each call; default: each call has its own."""
+    precision: ExportPrecision = "float32"
+    """float16 stores the weights in 16 bits, and computes in float32."""
+    images: Path | None = None
+    """Image, folder or pattern of the images that are compared; default: pictures that are drawn."""
+    overwrite: bool = False
+    """Write over an earlier export in OUT."""
+
+
+@dataclass(frozen=True)
 class ListModels:
     """List the weights of backbones and detectors: which can be had, from where, with which scores and licenses."""
 
@@ -147,6 +172,7 @@ def main() -> None:
         | Annotated[CheckData, tyro.conf.subcommand("check-data")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Publish, tyro.conf.subcommand("publish")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[ListModels, tyro.conf.subcommand("list")],
         prog="vovnet-zoo",
         description="VoVNet backbones and FCOS detectors. --version prints the version, --debug an error's traceback.",
@@ -157,6 +183,7 @@ def main() -> None:
         CheckData: run_check_data,
         Convert: run_convert,
         Publish: run_publish,
+        Export: run_export,
         ListModels: run_list,
     }
     run_reporting("vovnet-zoo", lambda: run[type(command)](command), debug)
@@ -170,13 +197,14 @@ def run_predict(command: Predict) -> None:
     from PIL import Image
 
     from . import inference
-    from .detectors import load_detector
+    from .load import load_detector
     from .predict_files import predict_files
 
     # a user's own photo may have 100 megapixels; Pillow refuses twice its limit, about 179 megapixels, all the same
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     device = find_device(command.device)
-    model = load_detector(command.model).to(device)
+    model = load_detector(command.model)
+    model.to(device)
     options: inference.PredictOptions = dict(
         recursive=command.recursive,
         urls=command.allow_urls,
@@ -280,6 +308,35 @@ def run_publish(command: Publish) -> None:
     print(url)
 
 
+def run_export(command: Export) -> None:
+    refuse_model(command.model)
+    if Path(command.model).is_file():
+        raise ValueError(f"{command.model} is an exported file already; give the model that it was made of")
+    if command.images is not None and not glob.has_magic(str(command.images)):
+        refuse_missing(command.images)
+    from .export import FORMATS, export_detector
+    from .fcos import FCOS
+    from .load import load_detector
+
+    model = load_detector(command.model)
+    assert isinstance(model, FCOS)
+    made = export_detector(
+        model,
+        command.out,
+        format=command.format,
+        size=command.size,
+        batch=command.batch,
+        precision=command.precision,
+        images=command.images,
+        overwrite=command.overwrite,
+    )
+    print(
+        f"{command.out / FORMATS[command.format].files[0]}: {made['matched']:.2%} of {made['detections']} detections "
+        f"in {made['images']} images ({made['images_are']}) match, boxes differ by at most "
+        f"{made['largest_box_difference']:.1g} px, scores by {made['largest_score_difference']:.1g}"
+    )
+
+
 def run_list(command: ListModels) -> None:
     if command.markdown:
         print(ledger.markdown())
@@ -303,7 +360,7 @@ def refuse_missing(*paths: Path) -> None:
 
 def refuse_model(name: str) -> None:
     """Raise ValueError if `name` can be no folder, no repository on the Hub and no weights of the ledger."""
-    if Path(name).is_dir():
+    if Path(name).is_dir() or (Path(name).suffix in EXPORTED and Path(name).is_file()):
         return
     if name.split(".")[0] in ledger.DETECTORS:
         ledger.find(name, ledger.DETECTOR_WEIGHTS, ledger.HOW_TO_MAKE_DETECTORS)

@@ -16,6 +16,8 @@ Matching = Literal["paper", "torchvision"]
 Points = Literal["center", "corner"]
 Resize = Literal["antialias", "torchvision"]
 Precision = Literal["float32", "bf16", "fp16"]  # of the network, under autocast
+ExportFormat = Literal["onnx", "openvino"]
+ExportPrecision = Literal["float32", "float16"]  # of the weights in an exported file
 Pictures = Literal["jpg", "png", "none"]  # format of the pictures of detections
 # The least and the most: side of a window in pixels, part of it that two windows share, scale of a view.
 TILES, OVERLAPS, SCALES = (32, 1_000_000), (0, 0.99), (0.1, 10)

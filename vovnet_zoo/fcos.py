@@ -432,7 +432,7 @@ def check_predictions(preds: Predictions) -> None:
 
 def level_sizes(height: int, width: int, strides: Sequence[int]) -> list[tuple[int, int]]:
     """Compute the (h, w) of each pyramid map from the network input's height and width, both multiples of 32."""
-    return [(-(-height // stride), -(-width // stride)) for stride in strides]
+    return [((height + stride - 1) // stride, (width + stride - 1) // stride) for stride in strides]
 
 
 def is_pair(value: Any) -> bool:

@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, Unpack, overload
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .arguments import check_choice, check_flag, check_kind, check_model, check_number
@@ -47,18 +48,18 @@ class PredictOptions(ThresholdOptions, total=False):
 
 @overload
 def predict(
-    model: FCOS, images: Source, *, stream: Literal[False] = False, **options: Unpack[PredictOptions]
+    model: FCOS | ExportedDetector, images: Source, *, stream: Literal[False] = False, **options: Unpack[PredictOptions]
 ) -> list[ImageDetections]: ...
 
 
 @overload
 def predict(
-    model: FCOS, images: Source, *, stream: Literal[True], **options: Unpack[PredictOptions]
+    model: FCOS | ExportedDetector, images: Source, *, stream: Literal[True], **options: Unpack[PredictOptions]
 ) -> Iterator[ImageDetections]: ...
 
 
 def predict(
-    model: FCOS,
+    model: FCOS | ExportedDetector,
     images: Source,
     *,
     stream: bool = False,
@@ -81,7 +82,8 @@ def predict(
     are resized and padded to multiples of 32, so none has more padding than it would have alone.
 
     Args:
-        model: a detector, on any device; afterwards it is in the same mode (train or eval) as before.
+        model: a detector, on any device, or an exported file that `load_detector` opened; afterwards it is in the same
+            mode (train or eval) as before.
         images: a path (of an image, a folder, a pattern, a video, or a `.txt` list of paths), an address, a camera's
             number as text, a PIL image, a uint8 array [H,W,3] or [H,W] (RGB or grey), a tensor [3,H,W] or [1,H,W]
             (uint8, or floating point in 0..1), or an iterable of these, see `sources.frames`. A video or camera is best
@@ -116,7 +118,8 @@ def predict(
         ValueError: an image cannot be read, or has an unusable type or shape; the model is in a wrapper, or has no
             class of a name in `score_threshold`; or another argument is none of the values above.
     """
-    check_model("model", model, FCOS)
+    if not isinstance(model, ExportedDetector):
+        check_model("model", model, FCOS)
     for name, flag in (("stream", stream), ("recursive", recursive), ("urls", urls), ("compile", compile)):
         check_flag(name, flag)
     check_number("batch_size", batch_size, 1, 65_536, whole=True)
@@ -125,13 +128,18 @@ def predict(
     if on_error is not None and not callable(on_error):
         raise ValueError(f"on_error must be a function, got {type(on_error).__name__}")
     views = check_views(tiles, overlap, flip, scales)
-    thresholds = choose_thresholds(model, options)
+    if isinstance(model, ExportedDetector):
+        thresholds = model.choose_thresholds(options, precision, compile)
+    else:
+        thresholds = choose_thresholds(model, options)
     network = functools.partial(compiled_network() if compile else run_autocast, precision=precision)
     detector = functools.partial(_detect, model, thresholds=thresholds, network=network, batch_size=batch_size)
     detector = functools.partial(detector, workers=workers)
     found_frames = frames(images, recursive, urls)
     if views == ONE_VIEW:
-        load = functools.partial(prepare, config=model.config.copy(), catch=on_error is not None)
+        load = functools.partial(
+            prepare, config=model.config.copy(), catch=on_error is not None, fixed=fixed_size(model)
+        )
         found = detector(found_frames, load, on_error=on_error)
     else:
         ahead = 0 if views.tiles else workers  # windows are for images of which memory holds one at a time
@@ -141,7 +149,7 @@ def predict(
 
 
 def _detect(
-    model: FCOS,
+    model: FCOS | ExportedDetector,
     images: Iterator[T],
     load: Callable[[T], Prepared | tuple[Frame, ValueError]],
     thresholds: Thresholds,
@@ -177,6 +185,11 @@ def _detect(
         model.train(was_training)
 
 
+def fixed_size(model: FCOS | ExportedDetector) -> tuple[int, int] | None:
+    """Return the (H, W) that all images must have; None where each may have its own."""
+    return model.size if isinstance(model, ExportedDetector) else None
+
+
 class Views(NamedTuple):
     """These views of an image are looked at, see `predict`."""
 
@@ -207,7 +220,7 @@ def check_views(tiles: int | None, overlap: float | None, flip: bool, scales: Se
 
 
 def _detect_views(
-    model: FCOS,
+    model: FCOS | ExportedDetector,
     images: Iterator[tuple[Frame, Tensor | ValueError]],
     thresholds: Thresholds,
     detector: Callable[..., Iterator[ImageDetections]],
@@ -236,7 +249,9 @@ def _detect_views(
             for place, (scale, flip) in itertools.product(places, kinds):
                 yield Frame(frame.name, functools.partial(_crop, image, place, flip)), scale
 
-    with contextlib.closing(detector(looks(), functools.partial(_prepare_look, config=config))) as stream:  # type: ignore[type-var]
+    with contextlib.closing(
+        detector(looks(), functools.partial(_prepare_look, config=config, fixed=fixed_size(model)))
+    ) as stream:  # type: ignore[type-var]
         for first in stream:
             name, size, places = started.popleft()
             found = itertools.chain([first], stream)
@@ -263,13 +278,15 @@ def _try_read(frame: Frame, catch: bool) -> tuple[Frame, Tensor | ValueError]:
         raise
 
 
-def _prepare_look(look: tuple[Frame, float], config: DetectorConfig) -> Prepared | tuple[Frame, ValueError]:
+def _prepare_look(
+    look: tuple[Frame, float], config: DetectorConfig, fixed: tuple[int, int] | None
+) -> Prepared | tuple[Frame, ValueError]:
     """Prepare a view of an image at a multiple of the size that the network is made for."""
     frame, scale = look
     config = config.copy()
     config["min_size"] = max(1, round(config["min_size"] * scale))
     config["max_size"] = max(1, round(config["max_size"] * scale))
-    return prepare(frame, config)
+    return prepare(frame, config, fixed=fixed)
 
 
 def _turn_back(found: dict[str, Tensor], width: int, flipped: bool, plus_one: bool) -> dict[str, Tensor]:
@@ -303,8 +320,13 @@ class Prepared(NamedTuple):
     original: tuple[int, int]  # (height, width) before the image was resized
 
 
-def prepare(frame: Frame, config: DetectorConfig, catch: bool = False) -> Prepared | tuple[Frame, ValueError]:
-    """Decode, resize and pad an image; with `catch`, return the error of an image that cannot be used."""
+def prepare(
+    frame: Frame, config: DetectorConfig, catch: bool = False, fixed: tuple[int, int] | None = None
+) -> Prepared | tuple[Frame, ValueError]:
+    """Decode, resize and pad an image; with `catch`, return the error of an image that cannot be used.
+
+    Every image is padded to the (height, width) `fixed`, if it is given, and made smaller where it would not fit.
+    """
     try:
         image = read(frame)
     except ValueError as error:
@@ -313,8 +335,10 @@ def prepare(frame: Frame, config: DetectorConfig, catch: bool = False) -> Prepar
         raise
     height, width = image.shape[-2:]
     h, w = resize_size(height, width, config["min_size"], config["max_size"], config["resize"])
+    if fixed and (factor := min(fixed[0] / h, fixed[1] / w)) < 1:
+        h, w = max(1, min(fixed[0], int(h * factor))), max(1, min(fixed[1], int(w * factor)))
     resized = resize_image(image.cpu(), (h, w), config["resize"])
-    rows, columns = padded_size(height, width, config)
+    rows, columns = fixed or padded_size(height, width, config)
     return Prepared(frame.name, pad(resized, (0, columns - w, 0, rows - h)), (h, w), (height, width))
 
 
@@ -330,10 +354,10 @@ def padded_size(height: int, width: int, config: DetectorConfig) -> tuple[int, i
 
 
 def detect_batch(
-    model: FCOS, items: Sequence[Prepared], thresholds: Thresholds, network: Network
+    model: FCOS | ExportedDetector, items: Sequence[Prepared], thresholds: Thresholds, network: Network
 ) -> list[ImageDetections]:
     """Detect objects in prepared images of one size; the results come from a GPU in one copy for all images."""
-    config, device = model.config, next(model.parameters()).device
+    config, device = model.config, next(model.parameters(), torch.empty(0)).device
     with torch.inference_mode():
         images = torch.stack([item.pixels for item in items])  # [B,3,H,W]
         sizes = torch.tensor([item.size for item in items])
@@ -367,6 +391,93 @@ class Detections(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # int64 [B]; a tuple's method has this name too
 
 
+class ExportedDetector(nn.Module):
+    """An exported file, opened by `load_detector`, computes `detect` in another runtime than torch.
+
+    Attributes:
+        source: the path of the file.
+        config: the configuration of the model that was exported.
+        thresholds: the thresholds that the file keeps.
+        size: (H, W) that all images must have; None where it takes any multiples of 32.
+        batch: the number of images of each call of `run`; None where it takes any.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        config: DetectorConfig,
+        thresholds: Thresholds,
+        size: tuple[int, int] | None,
+        batch: int | None,
+        run: Callable[[np.ndarray, np.ndarray], list[np.ndarray]],
+    ):
+        super().__init__()
+        self.source, self.config, self.thresholds = source, config, thresholds
+        self.size, self.batch, self.run = size, batch, run
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The K names in label order; None where unknown."""
+        return self.config["class_names"]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of foreground classes, K."""
+        return self.config["num_classes"]
+
+    def forward(self, images: Tensor, sizes: Tensor, thresholds: Thresholds | None = None) -> Detections:
+        """Detect objects in uint8 images [B,3,H,W] of `sizes` [B,2] (h, w), see `choose_thresholds`."""
+        thresholds = thresholds or self.thresholds
+        parts, step = [], self.batch or max(1, len(images))
+        for start in range(0, len(images), step):
+            group, group_sizes = images[start : start + step], sizes[start : start + step].long()
+            count = len(group)
+            lacking = (self.batch or count) - count  # a file of a fixed batch gets the last image again
+            group = torch.cat([group, group[-1:].expand(lacking, -1, -1, -1)])
+            group_sizes = torch.cat([group_sizes, group_sizes[-1:].expand(lacking, -1)])
+            arrays = self.run(group.numpy(), group_sizes.numpy())
+            parts.append([torch.from_numpy(x)[:count] for x in arrays])
+        boxes, scores, labels, _ = (torch.cat(column) for column in zip(*parts, strict=True))
+        boxes, scores, labels = (x[:, : thresholds.max_detections] for x in (boxes, scores, labels))
+        least = thresholds.score_threshold
+        found = (labels >= 0) & (scores >= (least[labels.clamp(min=0)] if isinstance(least, Tensor) else least))
+        return Detections(
+            boxes=torch.where(found[..., None], boxes, 0.0),
+            scores=torch.where(found, scores, 0.0),
+            labels=torch.where(found, labels, -1),
+            count=found.sum(1),
+        )
+
+    def choose_thresholds(self, options: ThresholdOptions, precision: Precision, compile: bool) -> Thresholds:
+        """Complete the options of `predict` by the thresholds of the file.
+
+        Raises:
+            ValueError: an option cannot be followed, since the file keeps another: only a single `score_threshold`
+                may be higher, and `max_detections` lower.
+        """
+        if precision != "float32" or compile:
+            raise ValueError(f"{self.source} was exported, so precision and compile are as they are; leave them out")
+        names, own = self.class_names or (), self.thresholds
+        given: dict[str, Any] = dict(options)
+        if isinstance(least := given.get("score_threshold"), Mapping):
+            given["score_threshold"] = torch.tensor([least.get(name, 0.0) for name in names])
+        wanted = own._replace(**given)
+        check_ranges(wanted)
+        for name, value in given.items():
+            kept = getattr(own, name)
+            if isinstance(value, Tensor) or isinstance(kept, Tensor):
+                right = isinstance(value, Tensor) and isinstance(kept, Tensor) and torch.equal(value, kept)
+            elif name == "score_threshold":
+                right = value >= kept
+            else:
+                right = value <= kept if name == "max_detections" else value == kept
+            if not right:
+                raise ValueError(
+                    f"{name}={value}: {self.source} was exported with {kept}; export it again, or leave it out"
+                )
+        return wanted
+
+
 def run_network(model: FCOS, images: Tensor, sizes: Tensor) -> Predictions:
     """Normalise images [B,3,H,W] (0..255) of `sizes` [B,2], and run the network on them."""
     inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
@@ -394,10 +505,16 @@ def compiled_network(backend: str = "inductor") -> Callable[..., Predictions]:
 
 
 def detect(
-    model: FCOS, images: Tensor, sizes: Tensor, thresholds: Thresholds, network: Network = run_network
+    model: FCOS | ExportedDetector,
+    images: Tensor,
+    sizes: Tensor,
+    thresholds: Thresholds,
+    network: Network = run_network,
 ) -> Detections:
     """`postprocess` of `model`'s predictions for uint8 images [B,3,H,W] of `sizes` [B,2], without a shape that depends
     on a value. 32 divides H and W."""
+    if isinstance(model, ExportedDetector):
+        return model(images, sizes, thresholds)
     preds = network(model, images, sizes)
     plus_one = model.config["plus_one"]
     height, width = images.shape[-2:]

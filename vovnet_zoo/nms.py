@@ -99,7 +99,7 @@ def _nms_each(
 
 @_nms_fixed.register_fake
 def _(boxes, scores, labels, threshold, max_detections, plus_one):
-    return labels.new_empty(len(boxes), max_detections)
+    return labels.new_empty(boxes.shape[0], max_detections)
 
 
 @_nms_fixed.register_kernel("cuda")

@@ -25,7 +25,7 @@ from .config import Pictures
 from .draw import DISPLAY_SCORE
 from .fcos import FCOS
 from .files import free_to_write, write_whole
-from .inference import PredictOptions, predict, read
+from .inference import ExportedDetector, PredictOptions, predict, read
 from .results import ImageDetections, default_category_ids, to_yolo
 from .sources import Frame, find, is_url, video_frames
 from .video import Video, VideoWriter
@@ -35,7 +35,7 @@ NO_PLACE_FOR = r'[\\/:*?"<>|\x00-\x1f]|^\.+|[. ]+$'  # in the name of a file, on
 
 
 def predict_files(
-    model: FCOS,
+    model: FCOS | ExportedDetector,
     images: Sequence[str | Path],
     out: Path,
     *,
@@ -155,7 +155,13 @@ class ResultFolder:
     """
 
     def __init__(
-        self, model: FCOS, out: Path, pictures: Pictures, crops: bool, labels: bool, coco: Path | None
+        self,
+        model: FCOS | ExportedDetector,
+        out: Path,
+        pictures: Pictures,
+        crops: bool,
+        labels: bool,
+        coco: Path | None,
     ) -> None:
         config = model.config
         self.out, self.pictures, self.crops, self.labels = out, pictures, crops, labels

@@ -1,0 +1,22 @@
+"""Detect objects with ONNX Runtime and numpy alone: python detect_onnxruntime.py model.onnx image.npy"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+names = json.loads(session.get_modelmeta().custom_metadata_map["config"])["class_names"]
+
+image = np.load(sys.argv[2])  # uint8 [H,W,3], red first
+height, width, _ = image.shape
+padded = np.pad(image, ((0, -height % 32), (0, -width % 32), (0, 0)))
+images = np.ascontiguousarray(padded.transpose(2, 0, 1)[None])  # [1,3,H,W]
+
+found = session.run(None, {"images": images, "sizes": np.array([[height, width]])})
+boxes, scores, labels, count = (x[0] for x in found)
+for box, score, label in zip(boxes[:count], scores[:count], labels[:count], strict=True):
+    print(
+        json.dumps([names[label] if names else int(label), round(float(score), 4), [round(float(x), 2) for x in box]])
+    )

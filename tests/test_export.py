@@ -1,0 +1,446 @@
+"""An exported file computes what the model computes, or there is no file."""
+
+import copy
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cli import run  # noqa: F401
+
+import eval_coco
+import vovnet_zoo
+from vovnet_zoo import FCOS, create_detector, export_detector, load_detector, predict
+from vovnet_zoo.export import certificate, registry
+from vovnet_zoo.export.graph import DetectorGraph
+from vovnet_zoo.inference import choose_thresholds
+from vovnet_zoo.nms import nms_fixed
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("openvino")
+
+GUIDES = Path(__file__).resolve().parents[1] / "recipes" / "guides"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+NO_OPENVINO = "ONEDNN_MAX_CPU_ISA" in os.environ  # OpenVINO would crash
+WITH_OPENVINO = pytest.param("openvino", marks=pytest.mark.skipif(NO_OPENVINO, reason="OpenVINO would crash"))
+MEAN = (0.485, 0.456, 0.406)
+FILES = {"onnx": "model.onnx", "openvino": "model.xml"}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return busy(create_detector("fcos", backbone="test_resnet", num_classes=2, class_names=["red", "green"],
+                                channels=64, num_convs=1, image_mean=MEAN, min_size=64, max_size=160))  # fmt: skip
+
+
+def busy(model: FCOS) -> FCOS:
+    """With classes that vary from place to place, and boxes of some strides, so that there is something to find."""
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.head.cls_logits.weight, std=0.3)
+    torch.nn.init.constant_(model.head.cls_logits.bias, -2.5)
+    torch.nn.init.constant_(model.head.box_distances.bias, 1.5)
+    for module in model.modules():  # as after training: no batch norm is the identity
+        if hasattr(module, "running_mean"):  # frozen ones too
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.8, 1.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    """Export to a format once, for images of any number and size; returns the folder and the certificate.
+
+    OpenVINO gets the ONNX file that is there already, which takes most of the time.
+    """
+    made = {}
+
+    def export(format: str):
+        if format in made:
+            return made[format]
+        out = tmp_path_factory.mktemp("exported") / format
+        with pytest.MonkeyPatch.context() as patch:
+            if format == "openvino":
+                onnx_file = export("onnx")[0] / "model.onnx"
+                reuse_onnx(patch, "vovnet_zoo.export.openvino.write_onnx", lambda file: shutil.copy(onnx_file, file))
+            made[format] = out, export_detector(model, out, format=format)
+        return made[format]
+
+    return export
+
+
+def reuse_onnx(patch, writer, make):
+    """In place of a trace and its translation, let `make(file)` write the ONNX file."""
+
+    def write(program, file, precision, num_classes):
+        make(file)
+        return importlib.import_module("vovnet_zoo.export.onnx").name_layers(onnx.load(file).graph)
+
+    patch.setattr(writer, write)
+    patch.setattr("vovnet_zoo.export.trace", lambda model, *rest: (DetectorGraph(model, rest[0]).eval(), None))
+
+
+def pictures(*sizes):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 256, (3, h, w), dtype=torch.uint8, generator=generator) for h, w in sizes]
+
+
+def assert_same(found, wanted):
+    """The same boxes in the same order, up to roundings; scores that are as good as equal may change places."""
+    assert len(found) == len(wanted)
+    for got, want in zip(found, wanted, strict=True):
+        assert len(want["scores"]) > 5 and got.size == want.size and got.names is not None
+        pairs = certificate.match(as_detections(want), as_detections(got))
+        assert len(pairs) == len(want["scores"]) == len(got["scores"])
+        i, j = torch.tensor(pairs).T
+        torch.testing.assert_close(got["boxes"][j], want["boxes"][i], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(got["scores"], want["scores"], rtol=1e-4, atol=0)
+
+
+def as_detections(found):
+    return vovnet_zoo.inference.Detections(found["boxes"], found["scores"], found["labels"], len(found["scores"]))
+
+
+@pytest.mark.parametrize("format", ["onnx", WITH_OPENVINO])
+def test_the_file_computes_what_the_model_computes(exported, model, format):
+    """Batches of any number, and sizes that 128 does not divide."""
+    out, made = exported(format)
+    images = pictures((64, 64), (64, 64), (64, 64), (70, 100), (160, 64), (90, 200))
+    detector = load_detector(out / FILES[format])
+    wanted = predict(model, images)
+    assert_same(predict(detector, images), wanted)
+    assert_same(predict(detector, images, batch_size=3), wanted)
+    assert made["matched"] == 1 and made["detections"] > 50 and made["images_are"] == "drawn"
+    assert made["largest_box_difference"] < 0.05 and made["largest_score_difference"] < 1e-4
+    written = json.loads((out / "certificate.json").read_text())
+    assert written["certificate"] == json.loads(json.dumps(made)) and len(written["weights_sha256"]) == 64
+    assert "model" in (out / "README.md").read_text()
+    names = {"onnx": {"model.onnx"}, "openvino": {"model.xml", "model.bin"}}[format]
+    assert {x.name for x in out.iterdir()} == {"certificate.json", "README.md"} | names  # nothing else is left
+
+
+def test_the_onnx_file_is_valid_and_knows_itself(exported, model):
+    file = onnx.load(exported("onnx")[0] / "model.onnx")
+    onnx.checker.check_model(file, full_check=True)
+    assert [(x.domain, x.version) for x in file.opset_import if not x.domain] == [("", 18)]
+    assert [x.name for x in file.graph.input] == ["images", "sizes"]
+    assert [x.name for x in file.graph.output] == ["boxes", "scores", "labels", "count"]
+    assert {node.domain for node in file.graph.node} == {""}  # no operator of our own
+    facts = {x.key: json.loads(x.value) for x in file.metadata_props}
+    assert facts["config"] == json.loads(json.dumps(model.config)) and facts["vovnet_zoo"] == vovnet_zoo.__version__
+    assert facts["thresholds"]["nms_threshold"] == 0.6 and facts["certificate"]["matched"] == 1
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_nms_in_onnx(plus_one):
+    """The translation keeps what `nms_fixed` keeps, with equal scores, and with fewer boxes than places."""
+    from vovnet_zoo.export.onnx import translate_nms
+
+    class Keep(torch.nn.Module):
+        def forward(self, boxes, scores, labels):
+            return torch.ops.vovnet_zoo.nms_fixed(boxes, scores, labels, 0.5, 20, plus_one)
+
+    generator = torch.Generator().manual_seed(0)
+    count = torch.export.Dim("count", min=1, max=1000)
+    session = None
+    for places in (200, 7):
+        corner = torch.randint(0, 40, (3, places, 2), generator=generator).float()
+        boxes = torch.cat([corner, corner + torch.randint(4, 20, (3, places, 2), generator=generator)], -1)
+        scores = torch.randint(-3, 30, (3, places), generator=generator) / 30  # equal ones, and places without a box
+        labels = torch.randint(0, 3, (3, places), generator=generator)
+        inputs = boxes, scores, labels
+        if session is None:
+            table = {torch.ops.vovnet_zoo.nms_fixed.default: translate_nms(3)}
+            dims = tuple({1: count} for _ in inputs)
+            made = torch.onnx.export(Keep(), inputs, dynamo=True, verbose=False, opset_version=18,
+                                     dynamic_shapes=dims, custom_translation_table=table)  # fmt: skip
+            session = onnxruntime.InferenceSession(made.model_proto.SerializeToString())
+        feeds = {x.name: y.numpy() for x, y in zip(session.get_inputs(), inputs, strict=True)}
+        wanted = nms_fixed(*inputs, 0.5, 20, plus_one)
+        assert (wanted >= 0).sum() > 9
+        assert session.run(None, feeds)[0].tolist() == wanted.tolist()
+
+
+# ---- broken files ---------------------------------------------------------------------------------------------------
+
+
+def change_mean(graph):
+    """The red channel's mean, for which the exporter made a constant, is that of another model."""
+    changed = [x for x in graph.initializer if np.allclose(onnx.numpy_helper.to_array(x), 255 * MEAN[0])]
+    assert len(changed) == 1
+    replace(changed[0], np.array(255 * 0.5, np.float32).reshape(onnx.numpy_helper.to_array(changed[0]).shape))
+
+
+def swap_channels(graph):
+    first = next(node for node in graph.node if node.op_type == "Conv").input[1]
+    weight = next(x for x in graph.initializer if x.name == first)
+    replace(weight, onnx.numpy_helper.to_array(weight)[:, ::-1])
+
+
+def round_to_4_bits(graph):
+    weight = next(x for x in graph.initializer if x.name == "model.head.box_tower.0.weight")
+    numbers = onnx.numpy_helper.to_array(weight)
+    step = np.abs(numbers).max() / 7
+    replace(weight, np.round(numbers / step) * step)
+
+
+def change_nms(graph):
+    node = next(node for node in graph.node if node.op_type == "NonMaxSuppression")
+    threshold = next(x for x in graph.initializer if x.name == node.input[3])
+    replace(threshold, np.array([0.3], np.float32))
+
+
+def replace(initializer, numbers):
+    initializer.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(numbers, np.float32), initializer.name))
+
+
+BROKEN = {
+    change_mean: r"first layer that differs is backbone.*conv1.*, or what is done to the images before it",
+    swap_channels: r"first layer that differs is backbone.*conv1.*, or what is done to the images before it",
+    round_to_4_bits: r"first layer that differs is head.box_tower.0 ",
+    change_nms: r"no convolution differs, so it happens in decoding or NMS",
+}
+
+
+@pytest.fixture
+def tampered(exported, monkeypatch):
+    """Let the exporter write the file of `exported`, changed by a function."""
+    source = exported("onnx")[0] / "model.onnx"
+
+    def tamper(change):
+        def make(file):
+            broken = onnx.load(source)
+            change(broken.graph)
+            onnx.save(broken, file)
+
+        reuse_onnx(monkeypatch, "vovnet_zoo.export.onnx.write", make)
+
+    return tamper
+
+
+@pytest.mark.parametrize("change", BROKEN)
+def test_a_broken_export_is_refused(tampered, model, change, tmp_path):
+    """The message names the image and the layer, and there is no file; what was there before is as it was."""
+    tampered(change)
+    with pytest.raises(
+        ValueError, match=f"the file was deleted.*worst image: drawn picture.*{BROKEN[change]}"
+    ) as error:
+        export_detector(model, tmp_path / "out")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.onnx").write_text("an earlier one")
+    with pytest.raises(ValueError, match="the file was deleted"):
+        export_detector(model, tmp_path / "out", overwrite=True)
+    assert [x.read_text() for x in (tmp_path / "out").iterdir()] == ["an earlier one"]
+
+
+def test_no_layer_of_a_whole_file_is_blamed(exported, model):
+    file, bounds = exported("onnx")[0] / "model.onnx", certificate.BOUNDS["float32"]
+    layers = importlib.import_module("vovnet_zoo.export.onnx").name_layers(onnx.load(file).graph)
+    assert {"model.head.box_tower.0", "model.fpn.layer_blocks.0.0"} <= layers.keys()
+    thresholds = choose_thresholds(model, {})
+    graph, (item,) = (
+        DetectorGraph(model, thresholds).eval(),
+        certificate.choose_images(model, pictures((64, 90)), thresholds, None)[0],
+    )
+    assert len(certificate.record_maps(graph, layers, item)) == len(layers) > 15
+    assert (
+        certificate.blame(graph, file, layers, item, bounds)
+        == "no convolution differs, so it happens in decoding or NMS"
+    )
+
+
+# ---- what cannot be done --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(format="tflite"), "format='tflite': give 'onnx' or 'openvino'"),
+        (dict(precision="int8"), "precision='int8': give 'float32' or 'float16'"),
+        (dict(size=(100, 64)), "multiples of 32"),
+        (dict(size=(32, 64)), "size=32: give a whole number from 64"),
+        (dict(batch=0), "batch=0"),
+        (dict(nms_threshold=2), "nms_threshold=2"),
+    ],
+)
+def test_what_cannot_be_done(model, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        export_detector(model, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_compare(model, tmp_path):
+    blind = copy.deepcopy(model)
+    torch.nn.init.constant_(blind.head.cls_logits.bias, -30)
+    with pytest.raises(ValueError, match=r"finds nothing in 32 drawn pictures.*\(--images\)"):
+        export_detector(blind, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_reports_in_one_line(run, model, tmp_path, monkeypatch):  # noqa: F811
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "file").touch()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "model.onnx").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for out, message in (("file/out", "file: File exists"), ("there", "is there already")):
+        status, _, err = run("export", tmp_path / "model", "--out", tmp_path / out)
+        assert status == 2 and message in err and len(err.splitlines()) == 1, err
+    status, _, err = run("export", tmp_path / "model", "--out", tmp_path / "out", "--images", tmp_path / "none")
+    assert status == 2 and "no such file or folder" in err and len(err.splitlines()) == 1
+    status, _, err = run("export", tmp_path / "there" / "model.onnx", "--out", tmp_path / "out")
+    assert status == 2 and "exported file already" in err
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    status, _, err = run("export", tmp_path / "model", "--out", tmp_path / "out")
+    assert status == 2 and "pip install 'vovnet_zoo[export]'" in err and len(err.splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_openvino_is_refused_where_it_crashes(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    with pytest.raises(ValueError, match="unset it"):
+        registry.choose_format("openvino", "float32")
+
+
+def test_files_that_are_no_exports(exported, tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        load_detector(tmp_path / "model.onnx")
+    (tmp_path / "model.onnx").write_bytes((exported("onnx")[0] / "model.onnx").read_bytes()[:-5000])
+    with pytest.raises(ValueError, match="ONNX Runtime cannot load it"):
+        load_detector(tmp_path / "model.onnx")
+    value = onnx.helper.make_tensor_value_info("x", 1, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "g", [value],
+                                   [onnx.helper.make_tensor_value_info("y", 1, [1])])  # fmt: skip
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(made, tmp_path / "other.onnx")
+    with pytest.raises(ValueError, match="not written by vovnet-zoo export"):
+        load_detector(tmp_path / "other.onnx")
+
+
+# ---- what takes an exported file ------------------------------------------------------------------------------------
+
+
+def test_options_of_predict(exported, model):
+    detector, images = load_detector(exported("onnx")[0] / "model.onnx"), pictures((64, 96))
+    options = dict(score_threshold=float(predict(model, images)[0]["scores"][9]) - 1e-3, max_detections=50)
+    assert_same(predict(detector, images, **options), predict(model, images, **options))
+    for wrong in (dict(nms_threshold=0.5), dict(max_detections=101), dict(score_threshold={"red": 0.5})):
+        with pytest.raises(ValueError, match="was exported with"):
+            predict(detector, images, **wrong)
+    for wrong in (dict(precision="bf16"), dict(compile=True)):
+        with pytest.raises(ValueError, match="leave them out"):
+            predict(detector, images, **wrong)
+    with pytest.raises(ValueError, match="score_threshold=2"):
+        predict(detector, images, score_threshold=2)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (64, 64)])
+def test_fixed_size_and_batch(model, tmp_path, size):
+    """Images are made smaller where they do not fit, and the places of a batch that is not full are not seen."""
+    limits = dict(score_threshold=0.1, max_detections=60)
+    export_detector(model, tmp_path / "out", size=size, batch=2, **limits)
+    detector = load_detector(tmp_path / "out" / "model.onnx")
+    assert detector.size == size and detector.batch == 2
+    images = pictures((64, 64), (64, 96), (96, 160))
+    found = predict(detector, images, batch_size=3)
+    for image, got in zip(images, found, strict=True):
+        frame = vovnet_zoo.sources.Frame("", image)
+        item = vovnet_zoo.inference.prepare(frame, model.config, fixed=size)
+        want = certificate.reference(model, item, choose_thresholds(model, limits))
+        assert item.pixels.shape[1:] == size and len(want.scores) == len(got["scores"]) > 5
+        (h, w), (height, width) = item.size, image.shape[1:]
+        scale = torch.tensor([width / w, height / h] * 2)
+        torch.testing.assert_close(got["scores"], want.scores, rtol=1e-4, atol=0)
+        assert got["boxes"].amax() <= max(height, width) + 1e-3
+        pairs = certificate.match(want._replace(boxes=want.boxes * scale), as_detections(got))
+        assert len(pairs) == len(want.scores)
+    with pytest.raises(ValueError, match="exported with 0.1"):
+        predict(detector, images, score_threshold=0.05)
+
+
+def test_float16(exported, model, tmp_path):
+    """The weights take half the space, and the file says so."""
+    made = export_detector(model, tmp_path / "out", precision="float16", size=(64, 64), batch=1)
+    whole = exported("onnx")[0] / "model.onnx"
+    assert made["bounds"] == vars(certificate.BOUNDS["float16"])
+    assert made["largest_score_difference"] > 1e-6  # so the bounds of float32 are not met by chance
+    weights = sum(x.numel() * 4 for x in model.parameters())
+    assert (tmp_path / "out" / "model.onnx").stat().st_size < whole.stat().st_size - 0.4 * weights
+
+
+def test_the_command_and_the_evaluation_take_a_file(run, exported, model, tiny_coco, tmp_path):  # noqa: F811
+    file = exported("onnx")[0] / "model.onnx"
+    model.save_pretrained(tmp_path / "model")
+    rows = []
+    for name, source in (("torch", tmp_path / "model"), ("onnx", file)):
+        options = ["--out", tmp_path / name, "--score", "0.2", "--device", "cpu"]
+        status, _, err = run("predict", tiny_coco / "val", "--model", source, *options)
+        assert status == 0, err
+        rows.append([json.loads(x) for x in (tmp_path / name / "detections.jsonl").read_text().splitlines()])
+    assert len(rows[0]) == 3 and [len(row["boxes"]) for row in rows[0]] == [len(row["boxes"]) for row in rows[1]]
+    metrics = [eval_coco.main(eval_coco.EvalConfig(str(source), tiny_coco, device="cpu")) for source in
+               (tmp_path / "model", file)]  # fmt: skip
+    assert metrics[0]["AR100"] > 0 and metrics[0].pop("per_class") == pytest.approx(
+        metrics[1].pop("per_class"), abs=1e-3
+    )
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("format", ["onnx", WITH_OPENVINO])
+def test_the_example_needs_no_torch(exported, model, format, tmp_path):
+    """A script of 20 lines finds the same boxes, with numpy and the runtime alone, in a folder of its own."""
+    script = GUIDES / {"onnx": "detect_onnxruntime.py", "openvino": "detect_openvino.py"}[format]
+    lines = script.read_text().splitlines()
+    assert sum(bool(line.strip()) for line in lines) <= 20
+    for file in exported(format)[0].iterdir():
+        shutil.copy(file, tmp_path)
+    (image,) = pictures((64, 90))
+    np.save(tmp_path / "image.npy", image.permute(1, 2, 0).numpy())
+    program = (
+        "import runpy, sys; runpy.run_path(sys.argv.pop(1)); "
+        "heavy = {'torch', 'timm', 'vovnet_zoo', 'onnx'} & sys.modules.keys(); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    arguments = [sys.executable, "-c", program, script, FILES[format], "image.npy"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    (want,) = predict(model, image)
+    assert len(rows) == len(want["scores"]) > 5
+    for name, score, box in rows:
+        near = (want["boxes"] - torch.tensor(box)).abs().amax(1) < 0.02
+        near &= (want["scores"] - score).abs() < 1e-3
+        assert name in [want.names[i] for i in near.nonzero()[:, 0]]
+
+
+# ---- the models of the README ---------------------------------------------------------------------------------------
+
+MODELS = [
+    ("fcos_vovnet39_fpn", {}),
+    ("fcos_vovnet27_slim_fpn", {}),
+    ("fcos", dict(backbone="resnet50")),
+    ("fcos", dict(backbone="convnext_tiny")),
+    ("fcos", dict(backbone="ese_vovnet39b")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", WITH_OPENVINO])
+@pytest.mark.parametrize("variant", ["improved", "published"])
+@pytest.mark.parametrize("name, options", MODELS, ids=lambda x: x if isinstance(x, str) else x.get("backbone", ""))
+def test_models(name, options, variant, format, tmp_path):
+    """Each of them passes its certificate, and takes two sizes."""
+    model = busy(create_detector(name, num_classes=4, variant=variant, min_size=128, max_size=256, **options))
+    made = export_detector(model, tmp_path / "out", format=format)
+    assert made["matched"] == 1 and made["detections"] > 20
+    images = pictures((128, 160), (150, 128))
+    assert_same(predict(load_detector(tmp_path / "out" / FILES[format]), images), predict(model, images))

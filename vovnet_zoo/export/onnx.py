@@ -1,0 +1,109 @@
+"""ONNX: torch.onnx translates the graph, and the NMS becomes ONNX's own NonMaxSuppression."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import onnxscript
+import torch
+from torch.export import ExportedProgram
+
+from .graph import INPUTS, OUTPUTS
+
+OPSET = 18
+op: Any = onnxscript.opset18  # its types are those of tensors in a script
+LARGE = 1024  # numbers; weights with fewer stay float32, since they take no space
+
+
+def write(program: ExportedProgram, file: Path, precision: str, num_classes: int) -> dict[str, str]:
+    """Write and check an ONNX file, and map the name of each convolution to the tensor that it computes."""
+    for name in ("onnx_ir", "onnxscript"):  # they tell of every constant that they merge or do not merge
+        logging.getLogger(name).setLevel(logging.ERROR)
+    nms = torch.ops.vovnet_zoo.nms_fixed.default
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.onnx warns of its own use of deprecated functions
+        converted = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table={nms: translate_nms(num_classes)},
+            input_names=INPUTS,
+            output_names=OUTPUTS,
+            verbose=False,
+        )
+    assert converted is not None
+    converted.save(file, external_data=False)
+    model = onnx.load(file)
+    if precision == "float16":
+        store_float16(model.graph)
+        onnx.save(model, file)
+    onnx.checker.check_model(file, full_check=True)
+    return name_layers(model.graph)
+
+
+def name_layers(graph: onnx.GraphProto) -> dict[str, str]:
+    """Map the name of each convolution to the tensor that it computes; of the head's, which run often, the first."""
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    return {node.input[1].removesuffix(".weight"): node.output[0] for node in reversed(convolutions)}
+
+
+def translate_nms(num_classes: int) -> Callable[..., Any]:
+    """Make the function that writes `nms_fixed` in ONNX's operators: NMS of each class, then the best of all."""
+
+    def nms(boxes: Any, scores: Any, labels: Any, threshold: float, max_detections: int, plus_one: bool) -> Any:
+        if plus_one:  # x2 and y2 lie one pixel further, and an IoU equal to the threshold suppresses
+            boxes = op.Add(boxes, op.Constant(value_floats=[0.0, 0.0, 1.0, 1.0]))
+            threshold = float(np.nextafter(np.float32(threshold), np.float32(0)))
+        axis = op.Constant(value_ints=[1])
+        classes = op.Reshape(op.Constant(value_ints=range(num_classes)), op.Constant(value_ints=[1, num_classes, 1]))
+        absent = op.Constant(value_float=-1.0)
+        of_class = op.Where(op.Equal(op.Unsqueeze(labels, axis), classes), op.Unsqueeze(scores, axis), absent)
+        chosen = op.NonMaxSuppression(
+            boxes,
+            of_class,  # [B,K,N]
+            op.Constant(value_ints=[max_detections]),
+            op.Constant(value_floats=[threshold]),
+            op.Constant(value_floats=[-0.5]),
+        )  # rows of (image, class, place)
+        places = op.Gather(chosen, op.Constant(value_ints=[0, 2]), axis=1)
+        kept = op.ScatterND(op.Expand(absent, op.Shape(scores)), places, op.GatherND(scores, places))  # [B,N]
+        kept = op.Pad(kept, op.Constant(value_ints=[0, 0, 0, max_detections]), absent)
+        best, index = op.TopK(kept, op.Constant(value_ints=[max_detections]))  # equal scores: the first wins
+        return op.Where(op.GreaterOrEqual(best, op.Constant(value_float=0.0)), index, op.Constant(value_int=-1))
+
+    return nms
+
+
+def store_float16(graph: onnx.GraphProto) -> None:
+    """Store large weights in 16 bits; a Cast beside each, with its former name, makes float32 of it."""
+    casts = []
+    for weight in graph.initializer:
+        if weight.data_type == onnx.TensorProto.FLOAT and np.prod(weight.dims) >= LARGE:
+            name = weight.name
+            numbers = onnx.numpy_helper.to_array(weight).astype(np.float16)
+            weight.CopyFrom(onnx.numpy_helper.from_array(numbers, f"{name}.float16"))
+            casts.append(onnx.helper.make_node("Cast", [weight.name], [name], to=onnx.TensorProto.FLOAT))
+    for cast in reversed(casts):
+        graph.node.insert(0, cast)
+
+
+def write_facts(file: Path, facts: Mapping[str, Any]) -> None:
+    """Write facts into the metadata of a file, each as JSON."""
+    model = onnx.load(file)
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in facts.items()})
+    onnx.save(model, file)
+
+
+def versions() -> dict[str, Any]:
+    """Name the versions that made the file."""
+    known = {x.__name__: x.__version__ for x in (torch, onnx, onnxscript, onnxruntime)}
+    return {"opset": OPSET, "versions": known}

@@ -1,0 +1,83 @@
+"""The table lists the formats: what each needs, what it can do, and why it refuses the rest."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from ..arguments import check_choice
+from ..config import ExportPrecision
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format is known by its runtime, the files that it consists of, and the packages that it needs.
+
+    `exporter()` has `write(program, file, precision, num_classes)`, which returns the tensor that holds the map of
+    each convolution, `write_facts(file, facts)`, and `versions()`.
+    """
+
+    name: str
+    runtime: str
+    files: tuple[str, ...]  # the first one is what `load_detector` takes
+    packages: tuple[str, ...]  # the first one is the runtime, which is all that an exported file needs
+    precisions: tuple[str, ...]
+
+    def exporter(self) -> Any:
+        return importlib.import_module(f"{__package__}.{self.name}")
+
+
+FORMATS = {
+    "onnx": Format(
+        "onnx", "ONNX Runtime", ("model.onnx",), ("onnxruntime", "onnx", "onnxscript"), ("float32", "float16")
+    ),
+    "openvino": Format(
+        "openvino",
+        "OpenVINO",
+        ("model.xml", "model.bin"),
+        ("openvino", "onnx", "onnxscript"),
+        ("float32", "float16"),
+    ),
+}
+
+
+def choose_format(name: str, precision: str) -> Format:
+    """Return a format that can be written here.
+
+    Raises:
+        ValueError: there is no such format, or it does not have the precision, or it cannot be used on this machine.
+        ImportError: a package is missing; the message says how to install it.
+    """
+    check_choice("format", name, FORMATS)
+    check_choice("precision", precision, get_args(ExportPrecision))
+    chosen = FORMATS[name]
+    if precision not in chosen.precisions:
+        raise ValueError(f"format {name!r} has no {precision}; it has {' and '.join(chosen.precisions)}")
+    for package in chosen.packages:
+        need(package)
+    return chosen
+
+
+def need(name: str) -> Any:
+    """Import a package of a runtime.
+
+    Raises:
+        ImportError: the package is missing; the message says how to install it.
+        ValueError: it is known to crash here.
+    """
+    if name == "openvino" and "ONEDNN_MAX_CPU_ISA" in os.environ:  # seen with 2026.4.1 and AVX2 on a CPU with AVX-512
+        raise ValueError("OpenVINO crashes where ONEDNN_MAX_CPU_ISA is less than the CPU has; unset it")
+    try:
+        return import_package(name)
+    except ImportError as error:
+        raise ImportError(f"{error}; pip install 'vovnet_zoo[export]' installs what it needs") from error
+
+
+def import_package(name: str) -> Any:
+    """Import a package of a runtime. OpenVINO is imported without its telemetry, which reports every import."""
+    if name == "openvino" and name not in sys.modules:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO does without it
+    return importlib.import_module(name)

@@ -1,0 +1,111 @@
+"""`load_exported` reads an exported file, and gives a detector that `predict` takes; no torch model is built."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config import Thresholds
+from ..inference import ExportedDetector
+from .registry import FORMATS, need
+
+Arrays = list[np.ndarray]
+Run = Callable[[np.ndarray, np.ndarray], Arrays]  # images uint8 [B,3,H,W], sizes int64 [B,2] -> outputs
+RT_INFO = "vovnet_zoo"
+SUFFIXES = {Path(chosen.files[0]).suffix: name for name, chosen in FORMATS.items()}
+
+
+def is_exported(path: str | os.PathLike) -> bool:
+    """Tell by its ending whether a path is that of an exported file."""
+    return Path(path).suffix in SUFFIXES
+
+
+def load_exported(path: str | os.PathLike) -> ExportedDetector:
+    """Load a file that `export_detector` wrote; it computes on the CPU, with as many threads as torch.
+
+    Raises:
+        ValueError: the file is missing, damaged, or not written by `export_detector`.
+        ImportError: its runtime is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    run, facts = RUNTIMES[SUFFIXES[path.suffix]](path, ())
+    if missing := {"config", "thresholds", "size", "batch"} - facts.keys():
+        raise ValueError(
+            f"{path} was not written by vovnet-zoo export: its metadata lacks {', '.join(sorted(missing))}"
+        )
+    kept = {key: json.loads(facts[key]) for key in ("config", "thresholds", "size", "batch")}
+    least = kept["thresholds"]["score_threshold"]
+    if isinstance(least, list):
+        kept["thresholds"]["score_threshold"] = torch.tensor(least)
+    size = kept["size"] and tuple(kept["size"])
+    return ExportedDetector(str(path), kept["config"], Thresholds(**kept["thresholds"]), size, kept["batch"], run)
+
+
+def run_layers(path: Path, tensors: Sequence[str], images: np.ndarray, sizes: np.ndarray) -> Arrays:
+    """Compute some inner tensors of an exported file."""
+    run, _ = RUNTIMES[SUFFIXES[path.suffix]](path, tensors)
+    return run(images, sizes)[4:]
+
+
+def open_onnx(path: Path, tensors: Sequence[str]) -> tuple[Run, dict[str, str]]:
+    """Open an ONNX file in ONNX Runtime, with further `tensors` as outputs; returns a call and the metadata."""
+    onnxruntime = need("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    source: Any = str(path)
+    if tensors:
+        onnx = need("onnx")
+        model = onnx.load(path)
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in tensors)
+        source = model.SerializeToString()
+    try:
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its errors have no common class
+        raise ValueError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]:.200})") from error
+
+    def run(images: np.ndarray, sizes: np.ndarray) -> Arrays:
+        return session.run(None, {"images": images, "sizes": sizes})
+
+    return run, session.get_modelmeta().custom_metadata_map
+
+
+def open_openvino(path: Path, tensors: Sequence[str]) -> tuple[Run, dict[str, str]]:
+    """Open an OpenVINO model, with further `tensors` as outputs; returns a call and the metadata.
+
+    Where a CPU has bfloat16 units, OpenVINO would multiply in bfloat16 unless it is told float32.
+    """
+    openvino = need("openvino")
+    try:
+        core = openvino.Core()
+        # from memory: a model that is read from a path keeps its file mapped, and the file could not be replaced
+        model = core.read_model(path.read_bytes(), path.with_suffix(".bin").read_bytes())
+        if tensors:
+            model.add_outputs(list(tensors))
+        threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", **threads})
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path}: OpenVINO cannot load it ({str(error).splitlines()[0]:.200})") from error
+    request = compiled.create_infer_request()
+    facts = {}
+    if model.has_rt_info([RT_INFO]):
+        facts = {key: str(value) for key, value in model.get_rt_info([RT_INFO]).value.items()}
+
+    def run(images: np.ndarray, sizes: np.ndarray) -> Arrays:
+        found = request.infer([images, sizes])
+        return [np.array(found[i]) for i in range(4 + len(tensors))]
+
+    return run, facts
+
+
+RUNTIMES: dict[str, Callable[[Path, Sequence[str]], tuple[Run, dict[str, str]]]] = {
+    "onnx": open_onnx,
+    "openvino": open_openvino,
+}

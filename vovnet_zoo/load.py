@@ -1,0 +1,31 @@
+"""`load_detector` opens a trained detector, wherever it is: a folder, the Hub, the table, or an exported file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from . import detectors
+from .arguments import check_path
+from .export.runtimes import is_exported, load_exported
+from .fcos import FCOS
+from .inference import ExportedDetector
+
+
+def load_detector(source: str | os.PathLike) -> FCOS | ExportedDetector:
+    """Load a trained detector, which `predict` takes.
+
+    Args:
+        source: a folder that `save_pretrained` wrote, a name on the Hub ("organisation/name"), a name of
+            `list_detectors(pretrained=True)`, or a file that `export_detector` wrote ("model.onnx", "model.xml"), which
+            its own runtime computes: no torch model is built.
+
+    Raises:
+        ValueError: there is no such detector, or its files are damaged.
+        ImportError: the runtime of an exported file is not installed.
+        OSError: the Hub or a server cannot be reached, or refuses.
+    """
+    check_path("source", source)
+    if is_exported(source) and not Path(source).is_dir():
+        return load_exported(source)
+    return detectors.load_detector(str(source))
