@@ -24,9 +24,16 @@ class EvalConfig:
 
     model: str
     """Folder, Hub name or name of list_detectors(pretrained=True) of a detector."""
-    data: Path
-    """COCO-format dataset: annotations/instances_{split}*.json beside the image folders."""
+    data: Path | None = None
+    """Folder of the dataset: COCO, YOLO, Pascal VOC or Hugging Face; see recipes/guides/data.md."""
     split: str = "val"
+    """The split of --data."""
+    val: Path | None = None
+    """COCO JSON file of the images, instead of --data."""
+    val_images: Path | None = None
+    """Folder of the images of --val; default: it is looked for near that file."""
+    difficult_as_crowd: bool = False
+    """Do not score on the objects that Pascal VOC calls difficult."""
     out: Path | None = None
     """Write the detections there, as COCO results JSON."""
     report: Path | None = None
@@ -70,7 +77,8 @@ from vovnet_zoo import FCOS
 from vovnet_zoo.coco_eval import format_table, load_engine
 from vovnet_zoo.config import OVERLAPS, SCALES, TILES
 from vovnet_zoo.config import RANGES as MODEL_RANGES
-from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.data import CocoDataset, changed, difficult_as_crowd
+from vovnet_zoo.data.layouts import choose_split
 from vovnet_zoo.detectors import load_detector
 from vovnet_zoo.evaluation.analysis import analyse
 from vovnet_zoo.evaluation.errors import load_hotcoco
@@ -84,6 +92,10 @@ def main(config: EvalConfig) -> dict | None:
     """Score the detector; returns the metrics on rank 0, None on the others."""
     check_options(config, RANGES)
     check_views(config.tiles, config.overlap, config.flip, config.scales)
+    if config.data is not None and config.val is not None:
+        raise ValueError("--val says where the images are; leave --data out")
+    if config.val is None and config.data is None:
+        raise ValueError("give the dataset's folder as --data, or a COCO JSON file as --val")
     load_engine(config.engine)  # an engine that is not installed is reported now, not after the last image
     wants_analysis = config.report is not None or config.save_thresholds
     if wants_analysis:
@@ -106,7 +118,11 @@ def main(config: EvalConfig) -> dict | None:
                     f"size={config.size}: the model limits the longer side to {limit}; give {limit} at most"
                 )
             model.config["min_size"] = config.size
-        dataset = CocoDataset(*find_split(config.data, config.split), known_classes=model.config["class_names"] or ())
+        found = choose_split(config.data, config.split if config.val is None else "val", config.val, config.val_images)
+        if found.doubt:
+            log.warning("%s", found.doubt)
+        source = changed(found.source, difficult_as_crowd) if config.difficult_as_crowd else found.source
+        dataset = CocoDataset(found.folder, source, known_classes=model.config["class_names"] or ())
         if not dataset.num_boxes:
             log.warning("%s: no image has a box, so the AP will be -1", dataset.annotation_file)
         check_classes(model, dataset)

@@ -1,6 +1,7 @@
 """Every option of the recipes is in its range, and is followed or refused, whatever a run starts from."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -31,20 +32,28 @@ OTHER = dict(  # another value of each field than `tiny_config` has
     lr=0.1, weight_decay=0.1, bias_lr_factor=2.0, decay_norms=False, schedule="cosine", milestones=(1,),
     warmup="constant", warmup_steps=3, warmup_factor=0.5, ema=0.5, clip_grad=1e-3, layer_decay=0.5, precision="bf16",
     compile=True, winograd=False, grad_checkpointing=True, seed=1, device="meta", eval_every=3, checkpoint_every=3,
-    max_not_finite=3, allow_changes=True, zoom=(0.3, 2.0),
+    max_not_finite=3, allow_changes=True, zoom=(0.3, 2.0), train="copy", train_images="copy", val="copy",
+    val_images="copy", val_fraction=0.25, drop_empty_classes=True, difficult_as_crowd=True,
 )  # fmt: skip
 NETWORK = {"model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone"}
 # A named model has a backbone of its own; and checkpointing needs frozen norms.
+ALONE = {"grad_checkpointing", "zoom", "train_images", "val_images"}  # they go with other options
 REFUSED = {
-    "scratch": {"model", "grad_checkpointing", "zoom"},
-    "pretrained": {"model", "grad_checkpointing", "zoom", "init"},
-    "init": NETWORK | {"grad_checkpointing", "zoom"},
-    "resume": OTHER.keys() - FREE | {"data", "accum"} - {"out"},
+    "scratch": {"model"} | ALONE,
+    "pretrained": {"model", "init"} | ALONE,
+    "init": NETWORK | ALONE,
+    "resume": OTHER.keys() - FREE | {"data", "accum", "train_images", "val_images"} - {"out"},
 }
 
 
 @pytest.fixture
 def config(tiny_coco, tmp_path, monkeypatch) -> TrainConfig:
+    for split in ("train", "val"):
+        file = tiny_coco / "annotations" / f"instances_{split}.json"
+        coco = json.loads(file.read_text())
+        coco["categories"].append({"id": 20, "name": "blue"})
+        coco["annotations"][0]["difficult"] = 1
+        file.write_text(json.dumps(coco))
     calls = []
     monkeypatch.setattr(build, "make_shapes", lambda data: calls.append("shapes"))
     monkeypatch.setattr(build, "use_winograd", lambda model: calls.append("winograd"))
@@ -78,7 +87,7 @@ def effects(config: TrainConfig) -> dict:
     run = set_up(config, 0, 1, torch.device("cpu"))
     found["files"] = str(run.notes.path), str(run.train_set.annotation_file), run.train_set.skip_bad_images
     run.notes.close()
-    found["data"] = len(run.train_set), len(run.val_set)
+    found["data"] = len(run.train_set), len(run.val_set), run.train_set.class_names, run.train_set.num_boxes
     found["network"] = str(run.model), dict(run.model.config), sum(p.sum().item() for p in run.model.parameters())
     found["loss"] = {k: v for k, v in vars(run.criterion).items() if not k.startswith("_")}
     found["ema"] = run.ema and run.ema.decay
@@ -120,7 +129,11 @@ def test_every_option_changes_something_or_is_refused(config, tmp_path, monkeypa
     shutil.copytree(config.data / "annotations", tmp_path / "copy" / "annotations")
     for split in ("train", "val"):
         shutil.copytree(config.data / split, tmp_path / "copy" / split)
-    other = OTHER | {"data": tmp_path / "copy", "out": tmp_path / "elsewhere", "init": str(tmp_path / "other")}
+    copies = {}
+    for split in ("train", "val"):
+        copies |= {split: tmp_path / "copy" / "annotations" / f"instances_{split}.json"}
+        copies |= {f"{split}_images": tmp_path / "copy" / split}
+    other = OTHER | copies | {"data": tmp_path / "copy", "out": tmp_path / "elsewhere", "init": str(tmp_path / "other")}
     if mode == "pretrained":
         config, other = dataclasses.replace(config, pretrained_backbone=True), other | {"pretrained_backbone": False}
     if mode == "init":
