@@ -85,7 +85,8 @@ def effects(config: TrainConfig) -> dict:
     with process_group(config.device) as (_, _, device):
         found["device"] = str(device)
     run = set_up(config, 0, 1, torch.device("cpu"))
-    found["files"] = str(run.notes.path), str(run.train_set.annotation_file), run.train_set.skip_bad_images
+    files = [str(dataset.annotation_file) for dataset in (run.train_set, run.val_set)]
+    found["files"] = str(run.notes.path), files, run.train_set.skip_bad_images
     run.notes.close()
     found["data"] = len(run.train_set), len(run.val_set), run.train_set.class_names, run.train_set.num_boxes
     found["network"] = str(run.model), dict(run.model.config), sum(p.sum().item() for p in run.model.parameters())

@@ -206,15 +206,13 @@ class CocoDataset(torch.utils.data.Dataset):
         """The ratio height / width of each image, float64 [N]."""
         return self.sizes[:, 0] / self.sizes[:, 1]
 
-    def _read(self, index: int) -> bytes:
-        name = str(self.file_names[index])
-        if isinstance(self.annotations, Annotations) and self.annotations.read_image is not None:
-            return self.annotations.read_image(name)
-        return read_image_bytes(self.images_dir / name)
-
     def _load(self, index: int) -> tuple[tv_tensors.Image, dict]:
-        path, size = self.images_dir / str(self.file_names[index]), tuple(self.sizes[index].tolist())
-        image = tv_tensors.Image(decode_image(self._read(index), path, size, str(self.annotation_file)))
+        name, size = str(self.file_names[index]), tuple(self.sizes[index].tolist())
+        if isinstance(self.annotations, Annotations) and self.annotations.read_image is not None:  # in a table
+            path, data = self.annotation_file / name, self.annotations.read_image(name)
+        else:
+            data = read_image_bytes(path := self.images_dir / name)
+        image = tv_tensors.Image(decode_image(data, path, size, str(self.annotation_file)))
         rows = slice(self._offsets[index], self._offsets[index + 1])
         boxes = torch.from_numpy(self._boxes[rows].copy())
         target = {

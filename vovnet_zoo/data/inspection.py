@@ -25,9 +25,9 @@ CHUNK = 16  # images per message to a worker
 
 def image_jobs(folder: Path, source: Source, names: list[str]) -> list[tuple[Callable[[str], bytes], str, str]]:
     """List (function that reads bytes, its argument, name in messages) of the images of a split, for `inspect_job`."""
-    paths = [os.path.join(folder, os.path.normpath(name)) for name in names]
     if isinstance(source, Annotations) and source.read_image is not None:
-        return [(source.read_image, name, path) for name, path in zip(names, paths, strict=True)]
+        return [(source.read_image, name, os.path.join(source.file, name)) for name in names]
+    paths = [os.path.join(folder, os.path.normpath(name)) for name in names]
     return [(read_image_bytes, path, path) for path in paths]
 
 

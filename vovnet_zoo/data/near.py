@@ -46,12 +46,12 @@ def near_pairs(thumbnails: np.ndarray) -> list[tuple[int, int]]:
 
 def _bits(thumbnails: np.ndarray) -> np.ndarray:
     """Compute the difference hashes as float32 [N, 256] of -1 and 1, whose products count equal bits."""
-    return np.where(np.diff(thumbnails, axis=2) > 0, np.float32(1), np.float32(-1)).reshape(len(thumbnails), -1)
+    return np.where(np.diff(thumbnails, axis=2) > 0, np.float32(1), np.float32(-1)).reshape(-1, ROWS * (COLUMNS - 1))
 
 
 def _cells(thumbnails: np.ndarray) -> np.ndarray:
     """Take the mean from each thumbnail, and divide it by its norm: [N, 272]; one of a single grey becomes zero."""
-    rows = thumbnails.reshape(len(thumbnails), -1)
+    rows = thumbnails.reshape(-1, ROWS * COLUMNS)
     rows = rows - rows.mean(axis=1, keepdims=True)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.where(norms > ROWS, rows / np.maximum(norms, 1), 0)  # about one grey level
