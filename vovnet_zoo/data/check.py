@@ -147,7 +147,7 @@ def check_dataset(
             _check_folder(split, splits, notes)
     _check_images(splits, usable_cores() if workers is None else workers, progress, notes)
     if len(splits) > 1:
-        _compare_classes(*splits, notes)
+        _compare_classes(splits[0], splits[1], notes)
 
     # the report names the folder once, below the table
     here = re.compile(rf"(?<!\S){re.escape(str(root))}({re.escape(os.sep)}|: )")

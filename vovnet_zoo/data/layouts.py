@@ -42,9 +42,8 @@ def locate(root: str | Path, split: str) -> Split:
         pairs = "; ".join(f"{file_of(s.source)} with {s.folder}" for s in found)
         raise ValueError(f"{root}: several '{split}' splits, remove or rename all but one: {pairs}")
     if split == "val" and len(tests := candidates(root, "test")) == 1:
-        found = tests[0]
         doubt = "there is no 'val' split, so 'test' takes its place; the scores of a model chosen by them are too high"
-        return Split(found.folder, found.source, found.how, doubt)
+        return Split(tests[0].folder, tests[0].source, tests[0].how, doubt)
     raise ValueError(f"{root}: no '{split}' split; {_advice(root, split)}")
 
 

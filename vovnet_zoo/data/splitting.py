@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from .annotations import Annotations, Source, digest_of, entries_by_id, file_of, read_annotations
 from .formats.places import Split
-from .inspection import image_jobs, inspect_job, run_parallel, usable_cores
+from .inspection import Inspection, image_jobs, inspect_job, run_parallel, usable_cores
 from .near import COLUMNS, ROWS, groups_of, near_pairs, same_pairs
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def hold_out(
     return {part: (whole.folder, _source(path, image)) for part, path in paths.items()}
 
 
-def _source(path: Path, read_image) -> Source:
+def _source(path: Path, read_image: Callable[[str], bytes] | None) -> Source:
     return path if read_image is None else Annotations(path, functools.partial(read_annotations, path), read_image)
 
 
@@ -72,11 +73,11 @@ def look_alike(split: Split, names: list[str], workers: int | None = None) -> li
     """Divide the images of a split into groups of those that are identical or look the same."""
     jobs = image_jobs(split.folder, split.source, names)
     results = run_parallel(inspect_job, jobs, usable_cores() if workers is None else workers)
-    seen = [None] * len(jobs)
+    seen: list[Inspection | None] = [None] * len(jobs)
     for i, result in tqdm(results, desc="compare images", total=len(jobs), unit="image", leave=False):
         seen[i] = result
-    whole = [i for i, x in enumerate(seen) if x is not None and x.thumbnail is not None]
-    thumbnails = np.array([seen[i].thumbnail for i in whole], dtype=np.float32).reshape(-1, ROWS, COLUMNS)
+    looks = {i: x.thumbnail for i, x in enumerate(seen) if x is not None and x.thumbnail is not None}
+    whole, thumbnails = list(looks), np.array(list(looks.values()), dtype=np.float32).reshape(-1, ROWS, COLUMNS)
     pairs = [(whole[i], whole[j]) for i, j in near_pairs(thumbnails)]
     return groups_of(len(jobs), pairs + same_pairs([x.digest if x and x.digest else None for x in seen]))
 
