@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -77,7 +78,7 @@ from vovnet_zoo import FCOS
 from vovnet_zoo.coco_eval import format_table, load_engine
 from vovnet_zoo.config import OVERLAPS, SCALES, TILES
 from vovnet_zoo.config import RANGES as MODEL_RANGES
-from vovnet_zoo.data import CocoDataset, changed, difficult_as_crowd
+from vovnet_zoo.data import CocoDataset, changed, difficult_as_crowd, without_classes
 from vovnet_zoo.data.layouts import choose_split
 from vovnet_zoo.detectors import load_detector
 from vovnet_zoo.evaluation.analysis import analyse
@@ -122,7 +123,12 @@ def main(config: EvalConfig) -> dict | None:
         if found.doubt:
             log.warning("%s", found.doubt)
         source = changed(found.source, difficult_as_crowd) if config.difficult_as_crowd else found.source
-        dataset = CocoDataset(found.folder, source, known_classes=model.config["class_names"] or ())
+        known = model.config["class_names"] or ()
+        dataset = CocoDataset(found.folder, source, known_classes=known)
+        if unknown := unknown_classes(dataset, known):
+            log.warning("the model does not know these classes, which have no box: %s", ", ".join(unknown))
+            source = changed(source, functools.partial(without_classes, names=unknown))
+            dataset = CocoDataset(found.folder, source, known_classes=known)
         if not dataset.num_boxes:
             log.warning("%s: no image has a box, so the AP will be -1", dataset.annotation_file)
         check_classes(model, dataset)
@@ -155,11 +161,20 @@ def main(config: EvalConfig) -> dict | None:
 
 def report(config: EvalConfig, dataset: CocoDataset, results: list[dict]) -> None:
     """Store thresholds in the model and write the page, as far as `config` asks for them."""
-    analysis = analyse(dataset.annotation_file, results)
+    analysis = analyse(dataset.annotations, results)
     if config.save_thresholds:
         save_thresholds(Path(config.model), analysis, dataset)
     if config.report is not None:
         write_page(config.report, analysis, config.model, dataset, find_train_set(config.data, dataset))
+
+
+def unknown_classes(dataset: CocoDataset, known: Sequence[str]) -> list[str]:
+    """List the classes of a dataset that a model does not know, and of which no image has a box.
+
+    A model that was trained with --drop-empty-classes does not know them.
+    """
+    counts = zip(dataset.class_names, dataset.class_counts, strict=True)
+    return [name for name, count in counts if known and not count and name not in known]
 
 
 def check_classes(model: FCOS, dataset: CocoDataset) -> None:

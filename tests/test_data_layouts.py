@@ -1,5 +1,6 @@
 """Datasets as tools write them train as they are, or get one line that says what to type."""
 
+import dataclasses
 import json
 import logging
 import re
@@ -10,8 +11,10 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from launch import losses, rows, train_here
+from launch import losses, rows, train, train_here
 
+import eval_coco
+from vovnet_zoo import FCOS
 from vovnet_zoo.data import CocoDataset, find_split
 from vovnet_zoo.data.check import check_dataset
 from vovnet_zoo.data.splitting import choose
@@ -155,6 +158,55 @@ def test_files_that_are_named(tmp_path, truth):
     ):
         with pytest.raises(ValueError, match=message):
             train_coco.main(parse([*without[:2], str(tmp_path / "other"), *without[3:], *extra]))
+
+
+def test_classes_without_boxes_are_named_and_dropped(tmp_path, caplog):
+    """The detector that was trained without them is scored on the same data."""
+    root = tmp_path / "data"
+    layouts.usual(root)
+    for split in ("train", "val"):
+        file = root / "annotations" / f"instances_{split}.json"
+        content = json.loads(file.read_text())
+        content["categories"] = [{"id": 0, "name": "blue"}, *content["categories"], {"id": 9, "name": "grey"}]
+        if split == "val":  # what cannot be learnt is not scored
+            content["annotations"].append(content["annotations"][0] | {"id": 99, "category_id": 9})
+        file.write_text(json.dumps(content))
+    with caplog.at_level(logging.WARNING):
+        train_here(root, tmp_path / "all", STEPS)
+    assert "no box in training: blue, grey; --drop-empty-classes" in caplog.text
+    train_here(root, tmp_path / "run", f"{STEPS} --drop-empty-classes")
+    assert FCOS.from_pretrained(tmp_path / "all" / "last").config["class_names"] == ["blue", "green", "red", "grey"]
+    assert FCOS.from_pretrained(tmp_path / "run" / "last").config["class_names"] == ["green", "red"]
+
+    config = eval_coco.EvalConfig(model=str(tmp_path / "run" / "last"), data=root, device="cpu", workers=0)
+    with pytest.raises(ValueError, match="knows the classes"):  # grey has a box
+        eval_coco.main(config)
+    file.write_text(json.dumps(content | {"annotations": content["annotations"][:-1]}))
+    assert set(eval_coco.main(config)["per_class"]) == {"green", "red"}
+
+
+@pytest.mark.parametrize("layout", ["usual", "yolo", "voc"])
+def test_detectors_are_scored_on_any_format(layout, tmp_path, tiny_detector):
+    getattr(layouts, layout)(tmp_path / "data")
+    layouts.usual(tmp_path / "coco")
+    model = FCOS(**{**tiny_detector.config, "class_names": ["green", "red"]})
+    model.save_pretrained(tmp_path / "model")
+    config = eval_coco.EvalConfig(model=str(tmp_path / "model"), data=tmp_path / "data", device="cpu", workers=0)
+    coco = tmp_path / "coco" / "annotations" / "instances_val.json"
+    named = dataclasses.replace(config, data=None, val=coco, val_images=tmp_path / "coco" / "val")
+    assert (
+        eval_coco.main(config) == eval_coco.main(named) == eval_coco.main(dataclasses.replace(named, val_images=None))
+    )
+    for wrong in (dict(data=None), dict(val=coco), dict(val_images=tmp_path)):
+        with pytest.raises(ValueError, match="--data|goes with"):
+            eval_coco.main(dataclasses.replace(config, **wrong))
+
+
+def test_processes_share_the_held_out_part(tmp_path):
+    layouts.fiftyone_single(tmp_path / "data")
+    train(tmp_path / "data", tmp_path / "run", f"{STEPS} --val-fraction 0.25 --frozen-norm", processes=2)
+    train_here(tmp_path / "data", tmp_path / "one", f"{STEPS} --val-fraction 0.25 --frozen-norm")
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "one"), rtol=1e-4)
 
 
 def test_test_split_in_place_of_val_is_told(tmp_path, caplog):
