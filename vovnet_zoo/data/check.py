@@ -29,7 +29,7 @@ from .formats.places import Split
 from .images import FORMATS, ImageError, check_size
 from .inspection import Inspection, image_jobs, inspect_job, run_parallel, usable_cores
 from .inspection import inspect_image as inspect_image  # its place before there was `inspection`
-from .layouts import choose_split, choose_whole
+from .layouts import advice, candidates, choose_split, choose_whole
 from .near import COLUMNS, ROWS, near_pairs
 from .transforms import resize_size
 
@@ -42,6 +42,7 @@ KINDS = {  # kind: (severity, what to do)
     "repeated category id": ("error", "number the categories differently"),
     "repeated image id": ("error", "number the images differently, annotations too"),
     "classes differ": ("error", "use the same names of classes in both"),
+    "not split": ("error", "type --val-fraction 0.2, or name two files"),
     "no val split": ("error", "add one, or type --val-fraction 0.2"),
     "not an object": ("warning", "correct or remove it; training drops it"),
     "unknown image_id": ("warning", "use an id (a number) of 'images'; training drops it"),
@@ -137,8 +138,11 @@ def check_dataset(
     notes: dict[tuple[str, str], list[str]] = defaultdict(list)  # (split, kind): examples
     files = {"train": (train, train_images), "val": (val, val_images)}
     splits: list[_Split] = []
-    for name in ("train",) if val_fraction is not None else ("train", "val"):
-        if found := _find(root, name, *files[name], val_fraction is not None, notes):
+    if val_fraction is None and root is not None and train is None and (text := _not_split(root)):
+        notes["", "not split"].append(text)
+    whole = val_fraction is not None or ("", "not split") in notes
+    for name in ("train",) if whole else ("train", "val"):
+        if found := _find(root, name, *files[name], whole, notes):
             known = [text for split in splits for _, text in split.classes]
             splits += [split] if (split := _check_annotations(name, found, known, notes)) else []
     for split in splits:
@@ -279,6 +283,16 @@ def _find(
     if found.doubt:
         notes[name, "test in place of val"].append(found.doubt)
     return found
+
+
+def _not_split(root: Path) -> str | None:
+    """Say that a dataset has no splits, and what to type; None if it has some, or nothing is found."""
+    try:
+        if not candidates(root, "") or any(candidates(root, split) for split in ("train", "val", "test")):
+            return None
+    except ValueError:  # which the search for "train" reports
+        return None
+    return f"no splits; {advice(root, 'train')}"
 
 
 def _check_annotations(name: str, found: Split, known: list[str], notes: dict) -> _Split | None:

@@ -44,7 +44,7 @@ def locate(root: str | Path, split: str) -> Split:
     if split == "val" and len(tests := candidates(root, "test")) == 1:
         doubt = "there is no 'val' split, so 'test' takes its place; the scores of a model chosen by them are too high"
         return Split(tests[0].folder, tests[0].source, tests[0].how, doubt)
-    raise ValueError(f"{root}: no '{split}' split; {_advice(root, split)}")
+    raise ValueError(f"{root}: no '{split}' split; {advice(root, split)}")
 
 
 def locate_file(file: Path, images: Path | None, split: str) -> Split:
@@ -264,7 +264,7 @@ def _refuse_archive(root: Path) -> None:
         raise ValueError(f"{root} is a file; give the dataset's folder, or --train {root} --train-images FOLDER")
 
 
-def _advice(root: Path, split: str) -> str:
+def advice(root: Path, split: str) -> str:
     """Say what was looked for, what is there, and what to type."""
     there = [str(path.relative_to(root)) for path in sorted([*root.iterdir(), *root.glob("annotations/*")])]
     listing = f"{', '.join(there[:20]) or 'nothing'}{', ...' if len(there) > 20 else ''}"
