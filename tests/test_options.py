@@ -173,7 +173,8 @@ def test_every_option_of_an_evaluation(tiny_coco, tiny_detector, tmp_path, monke
     def score(model, dataset, rank, world_size, **options):
         where = str(next(model.parameters()).device)
         weights = None if where == "meta" else sum(p.sum().item() for p in model.parameters())
-        seen.append((weights, dict(model.config), str(dataset.annotation_file), where, options | {"stop": None}))
+        data = str(dataset.annotation_file), str(dataset.images_dir), dataset.num_boxes
+        seen.append((weights, dict(model.config), data, where, options | {"stop": None}))
         return [], {}
 
     monkeypatch.setattr(runtime, "find_device", any_device)
@@ -189,22 +190,30 @@ def test_every_option_of_an_evaluation(tiny_coco, tiny_detector, tmp_path, monke
         torch.nn.init.constant_(model.head.centerness.bias, bias)
         model.config["max_size"] = 100
         model.save_pretrained(tmp_path / name)
+    file = tiny_coco / "annotations" / "instances_val.json"
+    coco = json.loads(file.read_text())
+    coco["annotations"][0]["difficult"] = 1
+    file.write_text(json.dumps(coco))
     shutil.copytree(tiny_coco / "annotations", tmp_path / "copy" / "annotations")
     for split in ("train", "val"):
-        (tmp_path / "copy" / split).mkdir()
+        shutil.copytree(tiny_coco / split, tmp_path / "copy" / split)
     base = eval_coco.EvalConfig(model=str(tmp_path / "a"), data=tiny_coco, device="cpu")
     other = dict(
         model=str(tmp_path / "b"), data=tmp_path / "copy", split="train", out=tmp_path / "out.json", size=96, workers=1,
         report=tmp_path / "report.html", save_thresholds=True,
         device="meta", engine="faster", batch_size=2, precision="bf16", compile=True,
         tiles=64, overlap=0.5, flip=True, scales=(1.0, 1.5),
+        val=tmp_path / "copy" / "annotations" / "instances_val.json", val_images=tmp_path / "copy" / "val",
+        difficult_as_crowd=True,
     )  # fmt: skip
+    # some go with others, or take the place of --data
+    bases = {"val": dict(data=None, val=file), "val_images": dict(data=None, val=file), "overlap": dict(tiles=64)}
     assert other.keys() == {field.name for field in dataclasses.fields(eval_coco.EvalConfig)}
-    eval_coco.main(base)
     for name, value in other.items():
-        beside = {"tiles": 64} if name == "overlap" else {}  # which is refused without tiles
-        eval_coco.main(dataclasses.replace(base, **beside, **{name: value}))
-        assert seen[-1] != seen[0] or (name in ("out", "report") and value.is_file()) or stored, name
+        of_this = dataclasses.replace(base, **bases.get(name, {}))
+        for config in (of_this, dataclasses.replace(of_this, **{name: value})):
+            eval_coco.main(config)
+        assert seen[-1] != seen[-2] or (name in ("out", "report") and value.is_file()) or stored, name
         assert len(stored) == (name == "save_thresholds") and not stored.clear()
     for wrong in (
         dict(size=101),
@@ -292,7 +301,7 @@ WRONG = {
     "weight_decay": [-1], "bias_lr_factor": [-1], "warmup_steps": [-1], "warmup_factor": [-0.1, 2], "clip_grad": [0],
     "layer_decay": [0, 1.5], "seed": [-1, 2**63], "max_not_finite": [0], "channels": [0, 1], "num_convs": [-1],
     "zoom": [(0, 1), (2, 1), (0.1, 2)], "schedule": ["cos"], "warmup": ["none"], "augment": ["mosaic"],
-    "precision": ["int8"], "variant": ["best"],
+    "precision": ["int8"], "val_fraction": [0, 1, -0.5], "variant": ["best"],
     "compile": [1, "yes"], "data": ["text"], "model": ["nosuch", "fcos"], "backbone": ["resnet18"], "device": [0],
 }  # fmt: skip
 

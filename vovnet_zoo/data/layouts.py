@@ -207,8 +207,10 @@ def _places(file: Path, root: Path, word: str) -> list[Path]:
     folder = file.parent
     near = [folder / "images", folder / "data", folder, root, root / "images", root / "data"]
     places = [place for place in dict.fromkeys([*near, *folders_below(root, 2)]) if place.is_dir()]
-    # files of the same name can be in several splits
-    return sorted(places, key=lambda place: (split_word(place.name) != word, split_word(place.name) != ""))
+    # files of the same name can be in several splits, and in copies of the dataset further below
+    return sorted(
+        places, key=lambda place: (split_word(place.name) != word, split_word(place.name) != "", len(place.parts))
+    )
 
 
 def _images_of(file: Path, names: Sequence[str], places: Sequence[Path], root: Path) -> Split | None:
