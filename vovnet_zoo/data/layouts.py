@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 import tarfile
 import zipfile
@@ -116,7 +117,7 @@ def _all_splits(root: Path) -> dict[str, list[Split]]:
     for reader in (_coco, *FORMATS):
         if found := reader(root):
             return found
-    inner = [path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith((".", "__"))]
+    inner = [path for path in sorted(root.iterdir()) if os.path.isdir(path) and not path.name.startswith((".", "__"))]
     return _all_splits(inner[0]) if len(inner) == 1 and not inner[0].is_symlink() else {}
 
 
@@ -180,6 +181,8 @@ def split_word_of_folders(path: Path, root: Path) -> str:
 
 def _names(file: Path) -> tuple[str, ...]:
     """Return some file names of images in a COCO JSON file; () where it is none."""
+    if not os.path.isfile(file):  # a link to nowhere, a pipe
+        return ()
     about = file.stat()
     return _read_names(file, about.st_mtime_ns, about.st_size)
 
@@ -217,7 +220,7 @@ def _images_of(file: Path, names: Sequence[str], places: Sequence[Path], root: P
     """Choose the folder with most of the named images; failing that, look for their last names anywhere in `root`."""
     usable = [name for name in names if image_problem({"id": 0, "file_name": name, "width": 1, "height": 1}) is None]
     if usable:
-        counts = [sum((place / name).is_file() for name in usable) for place in places]
+        counts = [sum(os.path.isfile(place / name) for name in usable) for place in places]
         if max(counts, default=0) > 0:
             place = places[counts.index(max(counts))]
             return Split(place, file, f"{file.name} and {place.name}/: this is COCO")
@@ -252,7 +255,7 @@ def _refuse_archive(root: Path) -> None:
     path = root
     if root.is_dir():
         inside = [path for path in root.iterdir() if not path.name.startswith(".")]
-        path = inside[0] if len(inside) == 1 and inside[0].is_file() else root
+        path = inside[0] if len(inside) == 1 and os.path.isfile(inside[0]) else root
     if not path.is_file():
         return
     target = path.with_suffix("")

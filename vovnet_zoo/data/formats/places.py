@@ -46,7 +46,9 @@ def folders_below(root: Path, depth: int) -> list[Path]:
     found = []
     if depth > 0:
         with os.scandir(root) as entries:
-            inner = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__MACOSX")))
+            inner = sorted(
+                e.name for e in entries if os.path.isdir(e.path) and not e.name.startswith((".", "__MACOSX"))
+            )
         for name in inner:
             found += [root / name, *folders_below(root / name, depth - 1)]
     return found

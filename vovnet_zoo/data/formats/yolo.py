@@ -78,7 +78,7 @@ def _images(place: str, bases: Sequence[Path]) -> list[Path]:
         if option.is_file():
             lines = [line.strip() for line in read_bytes(option, "list of images").decode().splitlines()]
             paths = [
-                next((b / x for b in (option.parent, *bases) if (b / x).is_file()), option.parent / x)
+                next((b / x for b in (option.parent, *bases) if os.path.isfile(b / x)), option.parent / x)
                 for x in lines
                 if x
             ]
