@@ -424,7 +424,7 @@ ANNOTATIONS = {
         lambda c: c["annotations"].append(c["annotations"][1] | {"id": 9, "iscrowd": True}), report=["crowd region"]
     ),
     "crowd given as null": box(WHOLE, None, [WHOLE], iscrowd=None),
-    "zero annotations": edit(lambda c: c["annotations"].clear(), boxes=[], report=[NO_BOX, BOXLESS, UNSEEN]),
+    "zero annotations": edit(lambda c: c["annotations"].clear(), boxes=[], report=["no annotations", BOXLESS, UNSEEN]),
     "annotation id twice": box(WHOLE, None, [WHOLE], id=2, report=["repeated annotation id"]),
     "same box twice": box(BOX, None, [CORNERS], report=["repeated box"]),
     "class name twice": edit(
