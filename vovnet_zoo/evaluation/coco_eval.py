@@ -69,7 +69,7 @@ class EngineRun(NamedTuple):
 
 
 def run_engine(
-    annotations: str | Path | COCO,
+    annotations: str | Path | Annotations | COCO,
     results: list[dict],
     *,
     image_ids: Sequence[int] | None = None,
