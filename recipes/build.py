@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,18 @@ from quickstart_data import make_shapes
 from runtime import StopSignal, barrier, log
 from vovnet_zoo import FCOS, create_detector
 from vovnet_zoo.config import DEFAULTS, THRESHOLDS, VARIANTS, DetectorConfig, DetectorOptions, Resize
-from vovnet_zoo.data import CocoDataset, TrainSampler, collate, find_split, train_transforms
+from vovnet_zoo.data import (
+    CocoDataset,
+    Source,
+    TrainSampler,
+    changed,
+    collate,
+    difficult_as_crowd,
+    train_transforms,
+    without_classes,
+)
+from vovnet_zoo.data.layouts import choose_split, choose_whole
+from vovnet_zoo.data.splitting import hold_out
 from vovnet_zoo.detectors import DETECTORS, load_detector
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import has_amx, use_winograd
@@ -67,8 +79,9 @@ def build_datasets(
         if rank == 0:
             make_shapes(config.data)
         barrier()
+    places = find_splits(config, rank)
     train_set = CocoDataset(
-        *find_split(config.data, "train"),
+        *places["train"],
         transforms=train_transforms(
             config.min_size,
             config.max_size,
@@ -83,7 +96,7 @@ def build_datasets(
         known_classes=known,
     )
     val_set = CocoDataset(
-        *find_split(config.data, "val"),
+        *places["val"],
         plus_one=plus_one,
         skip_bad_images=config.skip_bad_images,
         known_classes=train_set.class_names,
@@ -92,16 +105,57 @@ def build_datasets(
     return train_set, val_set
 
 
+def find_splits(config: TrainConfig, rank: int) -> dict[str, tuple[Path, Source]]:
+    """Find the images and annotations of "train" and "val", changed as the configuration says."""
+    files = {"train": (config.train, config.train_images), "val": (config.val, config.val_images)}
+    if config.val_fraction is None:
+        found = [choose_split(config.data, split, *files[split]) for split in files]
+        places = {split: (x.folder, x.source) for split, x in zip(files, found, strict=True)}
+    else:
+        found = [choose_whole(config.data, *files["train"])]
+        if rank > 0:  # rank 0 writes the two parts
+            barrier()
+        places = hold_out(found[0], config.val_fraction, config.seed, config.out / "split")
+        if rank == 0:
+            barrier()
+    for x in found:
+        log.info("%s", x.how)
+        if x.doubt:
+            log.warning("%s", x.doubt)
+    if config.difficult_as_crowd:
+        places = {split: (folder, changed(source, difficult_as_crowd)) for split, (folder, source) in places.items()}
+    if config.drop_empty_classes and (empty := classes_without_boxes(*places["train"])):
+        log.warning("these classes have no box, and are left out: %s", ", ".join(empty))
+        change = functools.partial(without_classes, names=tuple(empty))
+        places = {split: (folder, changed(source, change)) for split, (folder, source) in places.items()}
+    return places
+
+
+def classes_without_boxes(folder: Path, source: Source) -> list[str]:
+    """List the classes of which no image has a usable box."""
+    dataset = CocoDataset(folder, source)
+    return [name for name, count in zip(dataset.class_names, dataset.class_counts, strict=True) if not count]
+
+
 def check_data(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset, world_size: int) -> None:
     """Raise `ValueError` where the configuration and the data do not go together."""
-    if (train_set.category_ids, train_set.class_names) != (val_set.category_ids, val_set.class_names):
+    if train_set.class_names != val_set.class_names:
         raise ValueError(
-            f"{config.data}: the splits have different classes: train {train_set.class_names} with ids "
+            f"{config.data or config.train}: the splits have different classes: train {train_set.class_names} with ids "
             f"{train_set.category_ids}, val {val_set.class_names} with ids {val_set.category_ids}"
+        )
+    if train_set.category_ids != val_set.category_ids:
+        log.warning(
+            "the splits number the classes differently (train %s, val %s); they are matched by name",
+            *(train_set.category_ids, val_set.category_ids),
         )
     for dataset, what in ((train_set, "only background is learnt"), (val_set, "the AP will be -1")):
         if not dataset.num_boxes:
             log.warning("%s: no image has a box, so %s", dataset.annotation_file, what)
+    if empty := [name for name, n in zip(train_set.class_names, train_set.class_counts, strict=True) if not n]:
+        log.warning(
+            "these classes have no box in training: %s; --drop-empty-classes leaves them out", ", ".join(empty[:20])
+        )
     if config.batch_size % (world_size * config.accum):
         raise ValueError(
             f"batch_size {config.batch_size} cannot be shared out over {world_size} processes x {config.accum} parts"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,9 +25,16 @@ class EvalConfig:
 
     model: str
     """Folder, Hub name or name of list_detectors(pretrained=True) of a detector, or model.onnx or model.xml."""
-    data: Path
-    """COCO-format dataset: annotations/instances_{split}*.json beside the image folders."""
+    data: Path | None = None
+    """Folder of the dataset: COCO, YOLO, Pascal VOC or Hugging Face; see recipes/guides/data.md."""
     split: str = "val"
+    """The split of --data."""
+    val: Path | None = None
+    """COCO JSON file of the images, instead of --data."""
+    val_images: Path | None = None
+    """Folder of the images of --val; default: it is looked for near that file."""
+    difficult_as_crowd: bool = False
+    """Do not score on the objects that Pascal VOC calls difficult."""
     out: Path | None = None
     """Write the detections there, as COCO results JSON."""
     report: Path | None = None
@@ -70,7 +78,8 @@ from vovnet_zoo import FCOS, load_detector
 from vovnet_zoo.coco_eval import format_table, load_engine
 from vovnet_zoo.config import OVERLAPS, SCALES, TILES
 from vovnet_zoo.config import RANGES as MODEL_RANGES
-from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.data import CocoDataset, changed, difficult_as_crowd, without_classes
+from vovnet_zoo.data.layouts import choose_split
 from vovnet_zoo.evaluation.analysis import analyse
 from vovnet_zoo.evaluation.errors import load_hotcoco
 from vovnet_zoo.inference import ExportedDetector, check_views
@@ -83,6 +92,10 @@ def main(config: EvalConfig) -> dict | None:
     """Score the detector; returns the metrics on rank 0, None on the others."""
     check_options(config, RANGES)
     check_views(config.tiles, config.overlap, config.flip, config.scales)
+    if config.data is not None and config.val is not None:
+        raise ValueError("--val says where the images are; leave --data out")
+    if config.val is None and config.data is None:
+        raise ValueError("give the dataset's folder as --data, or a COCO JSON file as --val")
     load_engine(config.engine)  # an engine that is not installed is reported now, not after the last image
     wants_analysis = config.report is not None or config.save_thresholds
     if wants_analysis:
@@ -105,7 +118,16 @@ def main(config: EvalConfig) -> dict | None:
                     f"size={config.size}: the model limits the longer side to {limit}; give {limit} at most"
                 )
             model.config["min_size"] = config.size
-        dataset = CocoDataset(*find_split(config.data, config.split), known_classes=model.config["class_names"] or ())
+        found = choose_split(config.data, config.split if config.val is None else "val", config.val, config.val_images)
+        if found.doubt:
+            log.warning("%s", found.doubt)
+        source = changed(found.source, difficult_as_crowd) if config.difficult_as_crowd else found.source
+        known = model.config["class_names"] or ()
+        dataset = CocoDataset(found.folder, source, known_classes=known)
+        if unknown := unknown_classes(dataset, known):
+            log.warning("the model does not know these classes, which have no box: %s", ", ".join(unknown))
+            source = changed(source, functools.partial(without_classes, names=unknown))
+            dataset = CocoDataset(found.folder, source, known_classes=known)
         if not dataset.num_boxes:
             log.warning("%s: no image has a box, so the AP will be -1", dataset.annotation_file)
         check_classes(model, dataset)
@@ -138,11 +160,20 @@ def main(config: EvalConfig) -> dict | None:
 
 def report(config: EvalConfig, dataset: CocoDataset, results: list[dict]) -> None:
     """Store thresholds in the model and write the page, as far as `config` asks for them."""
-    analysis = analyse(dataset.annotation_file, results)
+    analysis = analyse(dataset.annotations, results)
     if config.save_thresholds:
         save_thresholds(Path(config.model), analysis, dataset)
     if config.report is not None:
         write_page(config.report, analysis, config.model, dataset, find_train_set(config.data, dataset))
+
+
+def unknown_classes(dataset: CocoDataset, known: Sequence[str]) -> list[str]:
+    """List the classes of a dataset that a model does not know, and of which no image has a box.
+
+    A model that was trained with --drop-empty-classes does not know them.
+    """
+    counts = zip(dataset.class_names, dataset.class_counts, strict=True)
+    return [name for name, count in counts if known and not count and name not in known]
 
 
 def check_classes(model: FCOS | ExportedDetector, dataset: CocoDataset) -> None:

@@ -21,10 +21,26 @@ from vovnet_zoo.ledger import DETECTORS
 class TrainConfig:
     """A training run is configured by these fields. Sizes are in pixels; a step is one update of the weights."""
 
-    data: Path
-    """COCO-format dataset: annotations/instances_{train,val}*.json beside the image folders."""
+    data: Path | None
+    """Folder of the dataset: COCO, YOLO, Pascal VOC or Hugging Face; see recipes/guides/data.md. None with --train and
+    --val."""
     out: Path
     """Run folder: best/, last/, metrics.jsonl, curves.png, detections.png."""
+    train: Path | None = None
+    """COCO JSON file of the training images, instead of what is found in --data."""
+    train_images: Path | None = None
+    """Folder of the images of --train; default: it is looked for near that file."""
+    val: Path | None = None
+    """COCO JSON file of the images to score on, instead of what is found in --data."""
+    val_images: Path | None = None
+    """Folder of the images of --val; default: it is looked for near that file."""
+    val_fraction: float | None = None
+    """Keep this share of the training images for scoring, by --seed; images that look alike stay together. The two
+    parts are written to split/ in the run folder."""
+    drop_empty_classes: bool = False
+    """Leave out the classes of which no training image has a box."""
+    difficult_as_crowd: bool = False
+    """Neither train nor score on the objects that Pascal VOC calls difficult."""
     draw_shapes: bool = False
     """Draw a dataset of shapes into --data, if nothing is there."""
 
@@ -133,6 +149,7 @@ RANGES = {
     **dict.fromkeys(("workers", "warmup_steps", "weight_decay", "bias_lr_factor"), Range(0)),
     **dict.fromkeys(("lr", "clip_grad"), Range(0, inside=True)),
     "zoom": Range(0, inside=True),
+    "val_fraction": Range(0, 1, inside=True),
     "warmup_factor": Range(0, 1),
     "ema": Range(0, 1, inside=True),
     "layer_decay": Range(1e-6, 1),
@@ -143,6 +160,7 @@ RANGES = {
 def check_config(config: TrainConfig) -> None:
     """Raise `ValueError`, naming the option, where one is out of its range or would have no effect."""
     check_options(config, RANGES)
+    check_data_options(config)
     if config.min_size[0] > config.min_size[1]:
         raise ValueError(f"min_size={config.min_size}: give the lower end of the range first")
     if (size := max(config.min_size[1], config.test_size)) > config.max_size:
@@ -170,6 +188,23 @@ def check_config(config: TrainConfig) -> None:
         )
     if config.init is not None and config.pretrained_backbone:
         raise ValueError("pretrained_backbone=True: --init has a backbone with weights; leave out one of the two")
+
+
+def check_data_options(config: TrainConfig) -> None:
+    """Raise `ValueError` where the options of the data contradict each other, or name no data."""
+    for name in ("train", "val"):
+        if getattr(config, f"{name}_images") is not None and getattr(config, name) is None:
+            raise ValueError(f"--{name}-images goes with --{name} JSON; with --data alone, leave it out")
+    if config.val_fraction is not None and config.val is not None:
+        raise ValueError("--val-fraction takes the images to score on from --train; leave out one of it and --val")
+    if config.data is None and config.train is None:
+        raise ValueError("give the dataset's folder as --data, or --train JSON and --val JSON")
+    if config.data is None and config.val is None and config.val_fraction is None:
+        raise ValueError("give --val JSON too, or --val-fraction 0.2 to keep a part of --train for scoring")
+    if config.data is not None and config.train is not None and (config.val or config.val_fraction) is not None:
+        raise ValueError("--train and --val (or --val-fraction) say where the data are; leave --data out")
+    if config.draw_shapes and (config.data is None or config.train or config.val):
+        raise ValueError("draw_shapes=True: it draws into --data; leave --train and --val out")
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:
@@ -212,7 +247,7 @@ def parse(args: Sequence[str] | None = None, description: str = "") -> TrainConf
 
 
 _PUBLISHED = dict(
-    data=tyro.MISSING,
+    data=None,
     variant="published",
     pretrained_backbone=True,
     frozen_norm=VARIANTS["published"]["frozen_norm"],
@@ -273,7 +308,7 @@ def _coco(epochs: int, model: str, zoom: tuple[float, float]) -> tuple[str, Trai
     """Configure COCO for a number of epochs. A wide range of zoom gains in long trainings only (arXiv 2012.07177)."""
     name = f"coco_{epochs}e"
     return f"Modern recipe for COCO, {epochs} epochs from ImageNet weights; not measured yet.", TrainConfig(
-        data=tyro.MISSING,
+        data=None,
         out=Path("runs") / name,
         model=model,
         variant="improved",
@@ -327,7 +362,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "finetune": (
         "For your own small COCO-format dataset: from scratch, or from --init or --pretrained-backbone.",
         TrainConfig(
-            data=tyro.MISSING,
+            data=None,
             out=Path("runs/finetune"),
             model="fcos_vovnet27_slim_fpn",
             channels=128,

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime import environment, log
-from vovnet_zoo.data import CocoDataset, Skipped, find_split, split_candidates
+from vovnet_zoo.data import CocoDataset, Skipped, digest_of, find_split, split_candidates
 from vovnet_zoo.evaluation.analysis import Analysis, analyse
 from vovnet_zoo.evaluation.errors import load_hotcoco
 from vovnet_zoo.evaluation.report import write_report
 from vovnet_zoo.evaluation.thresholds import any_right
 from vovnet_zoo.fcos import check_thresholds
-from vovnet_zoo.files import hash_file, read_json, write_whole
+from vovnet_zoo.files import read_json, write_whole
 from vovnet_zoo.hub import CONFIG
 
 DETECTIONS = "best_detections.json"  # of the best model of a run, as COCO results
@@ -32,7 +32,7 @@ def report_run(folder: Path, rows: Sequence[dict], train_set: CocoDataset, val_s
             log.warning("no report, since %s is not there; eval_coco.py --report FILE writes one", found)
             return
         image_ids = readable(val_set) if val_set.skip_bad_images else None
-        analysis = analyse(val_set.annotation_file, json.loads(found.read_bytes()), image_ids=image_ids)
+        analysis = analyse(val_set.annotations, json.loads(found.read_bytes()), image_ids=image_ids)
         if any_right(analysis.matches):
             save_thresholds(folder / "best", analysis, val_set)
         write_page(folder / "report.html", analysis, str(folder / "best"), val_set, train_set, rows)
@@ -67,7 +67,7 @@ def save_thresholds(folder: Path, analysis: Analysis, dataset: CocoDataset) -> N
     about = {
         "chosen": "for each class, the score with the best F1, at an IoU of 0.5",
         "file": dataset.annotation_file.name,
-        "sha256": hash_file(dataset.annotation_file),
+        "sha256": digest_of(dataset.annotations),
         "images": len(matches.images),
         "precision": analysis.at_thresholds.precision,
         "recall": analysis.at_thresholds.recall,
@@ -93,7 +93,7 @@ def write_page(
         "command": shlex.join(run["command"]),
         "time": run["time"],
         "model": model,
-        "data": f"{dataset.annotation_file} (SHA-256 {hash_file(dataset.annotation_file)[:16]}..)",
+        "data": f"{dataset.annotation_file} (SHA-256 {digest_of(dataset.annotations)[:16]}..)",
         "images": f"{len(analysis.matches.images)} of {dataset.images_dir}",
         "machine": f"{run['machine']}; {run['cpu']['model']}",
         "versions": ", ".join(f"{k} {v}" for k, v in {"python": run["python"], **run["versions"]}.items()),
@@ -109,11 +109,11 @@ def write_page(
     log.info("report: %s", path)
 
 
-def find_train_set(data: Path, dataset: CocoDataset) -> CocoDataset | None:
+def find_train_set(data: Path | None, dataset: CocoDataset) -> CocoDataset | None:
     """Open the train split beside a scored dataset; None if there is none, or if it is what was scored."""
-    if len(split_candidates(data, "train")) != 1:
+    if data is None or len(split_candidates(data, "train")) != 1:
         return None
-    images_dir, annotation_file = find_split(data, "train")
-    if annotation_file == dataset.annotation_file:
+    images_dir, source = find_split(data, "train")
+    if source == dataset.annotations:
         return None
-    return CocoDataset(images_dir, annotation_file, known_classes=dataset.class_names)
+    return CocoDataset(images_dir, source, known_classes=dataset.class_names)

@@ -23,7 +23,7 @@ from torch import Tensor
 from presets import NETWORK, TrainConfig, with_defaults
 from runtime import environment, log, make_folder
 from vovnet_zoo import FCOS
-from vovnet_zoo.data import CocoDataset, ImageError, Skipped
+from vovnet_zoo.data import CocoDataset, ImageError, Skipped, digest_of
 from vovnet_zoo.files import hash_file
 
 try:
@@ -229,6 +229,7 @@ def draw_pictures(
 # `skip_bad_images` is among them, since without it a run ends at the first image that it would change.
 FREE = {"out", "data", "workers", "accum", "device", "compile", "checkpoint_every", "max_not_finite", "allow_changes"}
 FREE |= {"skip_bad_images"}
+FREE |= {"train", "train_images", "val", "val_images"}  # the hashes of the annotations say more
 # These decide the network and its first weights.
 FIXED = {*NETWORK, "init"}
 
@@ -242,7 +243,7 @@ def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDatas
     if not config.frozen_norm:
         about["accum"] = repr(config.accum)  # a live batch norm sees one part of the batch at a time
     for name, dataset in (("train annotations", train_set), ("val annotations", val_set)):
-        about[name] = hashlib.sha256(dataset.annotation_file.read_bytes()).hexdigest()
+        about[name] = digest_of(dataset.annotations)
     return about
 
 

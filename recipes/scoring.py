@@ -82,7 +82,7 @@ def score_dataset(
         try:
             with stop.at_once() if stop else contextlib.nullcontext():
                 chosen = scored if dataset.skip_bad_images else None
-                metrics = evaluate(dataset.annotation_file, results, image_ids=chosen, engine=engine)
+                metrics = evaluate(dataset.annotations, results, image_ids=chosen, engine=engine)
         except Stopped as error:
             stopped = error.code
     if stop and (code := int(all_reduce(torch.tensor(stopped, device=device), torch.distributed.ReduceOp.MAX))):

@@ -147,8 +147,8 @@ def refuse_other_classes(weights: dict, known: dict | None, class_names: list[st
     if before != now:
         raise ValueError(
             f"the checkpoints in {config.out} are of a detector of {before} classes{f' ({names})' if names else ''}, "
-            f"{config.data} has {now} ({class_names}); a run that goes on keeps its classes: give another --out, with "
-            f"--init {config.out / 'last'} to start from these weights"
+            f"{config.data or config.train} has {now} ({class_names}); a run that goes on keeps its classes: give "
+            f"another --out, with --init {config.out / 'last'} to start from these weights"
         )
     if names is not None and names != class_names:
         log.warning("the classes were %s and are now %s", names, class_names)

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import layouts
 import pytest
 import timm
 import torch
@@ -255,6 +256,35 @@ def test_convert_a_v2_body_of_a_detector(run, tmp_path, prefix):
     assert torch.equal(net.stem[0].conv.weight, body[f"{prefix}stem.stem_1/conv.weight"])
     status, out, err = run("convert", tmp_path / "w.pth", tmp_path / "out", "--part", "backbone", "--overwrite")
     assert status == 0, err
+
+
+def test_check_and_convert_data_of_other_formats(tmp_path, monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["vovnet-zoo", *map(str, words)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr()
+        return 0, capsys.readouterr()
+
+    layouts.yolo(tmp_path / "yolo")
+    status, printed = run("check-data", tmp_path / "yolo", "--workers", "0")
+    assert status == 0 and "data.yaml and labels/: this is YOLO" in printed.out
+    status, printed = run("convert-data", tmp_path / "yolo", tmp_path / "coco")
+    assert status == 0 and f"train: {tmp_path / 'coco' / 'annotations' / 'instances_train.json'}" in printed.out
+    assert run("convert-data", tmp_path / "yolo", tmp_path / "coco")[0] == 2
+    named = []
+    for split in ("train", "val"):
+        named += [f"--{split}", tmp_path / "coco" / "annotations" / f"instances_{split}.json"]
+        named += [f"--{split}-images", tmp_path / "coco" / split]
+    status, printed = run("check-data", *named, "--workers", "0")
+    assert status == 0 and "train: 8 images, 14 boxes, 2 classes" in printed.out
+    layouts.fiftyone_single(tmp_path / "one")
+    assert run("check-data", tmp_path / "one", "--workers", "0")[0] == 1
+    assert run("check-data", tmp_path / "one", "--workers", "0", "--val-fraction", "0.2")[0] == 0
+    for wrong in ([], named[:3], ["--val", named[1]], [tmp_path / "one", "--val-fraction", "2"]):
+        status, printed = run("check-data", *wrong)
+        assert status in (1, 2) and "Traceback" not in printed.err
 
 
 def test_check_data(tiny_coco, tmp_path, monkeypatch, capsys):

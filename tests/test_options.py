@@ -1,6 +1,7 @@
 """Every option of the recipes is in its range, and is followed or refused, whatever a run starts from."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -31,20 +32,28 @@ OTHER = dict(  # another value of each field than `tiny_config` has
     lr=0.1, weight_decay=0.1, bias_lr_factor=2.0, decay_norms=False, schedule="cosine", milestones=(1,),
     warmup="constant", warmup_steps=3, warmup_factor=0.5, ema=0.5, clip_grad=1e-3, layer_decay=0.5, precision="bf16",
     compile=True, winograd=False, grad_checkpointing=True, seed=1, device="meta", eval_every=3, checkpoint_every=3,
-    max_not_finite=3, allow_changes=True, zoom=(0.3, 2.0),
+    max_not_finite=3, allow_changes=True, zoom=(0.3, 2.0), train="copy", train_images="copy", val="copy",
+    val_images="copy", val_fraction=0.25, drop_empty_classes=True, difficult_as_crowd=True,
 )  # fmt: skip
 NETWORK = {"model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone"}
 # A named model has a backbone of its own; and checkpointing needs frozen norms.
+ALONE = {"grad_checkpointing", "zoom", "train_images", "val_images"}  # they go with other options
 REFUSED = {
-    "scratch": {"model", "grad_checkpointing", "zoom"},
-    "pretrained": {"model", "grad_checkpointing", "zoom", "init"},
-    "init": NETWORK | {"grad_checkpointing", "zoom"},
-    "resume": OTHER.keys() - FREE | {"data", "accum"} - {"out"},
+    "scratch": {"model"} | ALONE,
+    "pretrained": {"model", "init"} | ALONE,
+    "init": NETWORK | ALONE,
+    "resume": OTHER.keys() - FREE | {"data", "accum", "train_images", "val_images"} - {"out"},
 }
 
 
 @pytest.fixture
 def config(tiny_coco, tmp_path, monkeypatch) -> TrainConfig:
+    for split in ("train", "val"):
+        file = tiny_coco / "annotations" / f"instances_{split}.json"
+        coco = json.loads(file.read_text())
+        coco["categories"].append({"id": 20, "name": "blue"})
+        coco["annotations"][0]["difficult"] = 1
+        file.write_text(json.dumps(coco))
     calls = []
     monkeypatch.setattr(build, "make_shapes", lambda data: calls.append("shapes"))
     monkeypatch.setattr(build, "use_winograd", lambda model: calls.append("winograd"))
@@ -76,9 +85,10 @@ def effects(config: TrainConfig) -> dict:
     with process_group(config.device) as (_, _, device):
         found["device"] = str(device)
     run = set_up(config, 0, 1, torch.device("cpu"))
-    found["files"] = str(run.notes.path), str(run.train_set.annotation_file), run.train_set.skip_bad_images
+    files = [str(dataset.annotation_file) for dataset in (run.train_set, run.val_set)]
+    found["files"] = str(run.notes.path), files, run.train_set.skip_bad_images
     run.notes.close()
-    found["data"] = len(run.train_set), len(run.val_set)
+    found["data"] = len(run.train_set), len(run.val_set), run.train_set.class_names, run.train_set.num_boxes
     found["network"] = str(run.model), dict(run.model.config), sum(p.sum().item() for p in run.model.parameters())
     found["loss"] = {k: v for k, v in vars(run.criterion).items() if not k.startswith("_")}
     found["ema"] = run.ema and run.ema.decay
@@ -120,7 +130,11 @@ def test_every_option_changes_something_or_is_refused(config, tmp_path, monkeypa
     shutil.copytree(config.data / "annotations", tmp_path / "copy" / "annotations")
     for split in ("train", "val"):
         shutil.copytree(config.data / split, tmp_path / "copy" / split)
-    other = OTHER | {"data": tmp_path / "copy", "out": tmp_path / "elsewhere", "init": str(tmp_path / "other")}
+    copies = {}
+    for split in ("train", "val"):
+        copies |= {split: tmp_path / "copy" / "annotations" / f"instances_{split}.json"}
+        copies |= {f"{split}_images": tmp_path / "copy" / split}
+    other = OTHER | copies | {"data": tmp_path / "copy", "out": tmp_path / "elsewhere", "init": str(tmp_path / "other")}
     if mode == "pretrained":
         config, other = dataclasses.replace(config, pretrained_backbone=True), other | {"pretrained_backbone": False}
     if mode == "init":
@@ -159,7 +173,8 @@ def test_every_option_of_an_evaluation(tiny_coco, tiny_detector, tmp_path, monke
     def score(model, dataset, rank, world_size, **options):
         where = str(next(model.parameters()).device)
         weights = None if where == "meta" else sum(p.sum().item() for p in model.parameters())
-        seen.append((weights, dict(model.config), str(dataset.annotation_file), where, options | {"stop": None}))
+        data = str(dataset.annotation_file), str(dataset.images_dir), dataset.num_boxes
+        seen.append((weights, dict(model.config), data, where, options | {"stop": None}))
         return [], {}
 
     monkeypatch.setattr(runtime, "find_device", any_device)
@@ -175,22 +190,30 @@ def test_every_option_of_an_evaluation(tiny_coco, tiny_detector, tmp_path, monke
         torch.nn.init.constant_(model.head.centerness.bias, bias)
         model.config["max_size"] = 100
         model.save_pretrained(tmp_path / name)
+    file = tiny_coco / "annotations" / "instances_val.json"
+    coco = json.loads(file.read_text())
+    coco["annotations"][0]["difficult"] = 1
+    file.write_text(json.dumps(coco))
     shutil.copytree(tiny_coco / "annotations", tmp_path / "copy" / "annotations")
     for split in ("train", "val"):
-        (tmp_path / "copy" / split).mkdir()
+        shutil.copytree(tiny_coco / split, tmp_path / "copy" / split)
     base = eval_coco.EvalConfig(model=str(tmp_path / "a"), data=tiny_coco, device="cpu")
     other = dict(
         model=str(tmp_path / "b"), data=tmp_path / "copy", split="train", out=tmp_path / "out.json", size=96, workers=1,
         report=tmp_path / "report.html", save_thresholds=True,
         device="meta", engine="faster", batch_size=2, precision="bf16", compile=True,
         tiles=64, overlap=0.5, flip=True, scales=(1.0, 1.5),
+        val=tmp_path / "copy" / "annotations" / "instances_val.json", val_images=tmp_path / "copy" / "val",
+        difficult_as_crowd=True,
     )  # fmt: skip
+    # some go with others, or take the place of --data
+    bases = {"val": dict(data=None, val=file), "val_images": dict(data=None, val=file), "overlap": dict(tiles=64)}
     assert other.keys() == {field.name for field in dataclasses.fields(eval_coco.EvalConfig)}
-    eval_coco.main(base)
     for name, value in other.items():
-        beside = {"tiles": 64} if name == "overlap" else {}  # which is refused without tiles
-        eval_coco.main(dataclasses.replace(base, **beside, **{name: value}))
-        assert seen[-1] != seen[0] or (name in ("out", "report") and value.is_file()) or stored, name
+        of_this = dataclasses.replace(base, **bases.get(name, {}))
+        for config in (of_this, dataclasses.replace(of_this, **{name: value})):
+            eval_coco.main(config)
+        assert seen[-1] != seen[-2] or (name in ("out", "report") and value.is_file()) or stored, name
         assert len(stored) == (name == "save_thresholds") and not stored.clear()
     for wrong in (
         dict(size=101),
@@ -278,7 +301,7 @@ WRONG = {
     "weight_decay": [-1], "bias_lr_factor": [-1], "warmup_steps": [-1], "warmup_factor": [-0.1, 2], "clip_grad": [0],
     "layer_decay": [0, 1.5], "seed": [-1, 2**63], "max_not_finite": [0], "channels": [0, 1], "num_convs": [-1],
     "zoom": [(0, 1), (2, 1), (0.1, 2)], "schedule": ["cos"], "warmup": ["none"], "augment": ["mosaic"],
-    "precision": ["int8"], "variant": ["best"],
+    "precision": ["int8"], "val_fraction": [0, 1, -0.5], "variant": ["best"],
     "compile": [1, "yes"], "data": ["text"], "model": ["nosuch", "fcos"], "backbone": ["resnet18"], "device": [0],
 }  # fmt: skip
 

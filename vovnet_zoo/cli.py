@@ -81,14 +81,42 @@ class Predict:
 
 @dataclass(frozen=True)
 class CheckData:
-    """Find all that is wrong with a COCO-format dataset; the exit status is 1 if something would stop a training."""
+    """Find all that is wrong with a dataset; the exit status is 1 if something would stop a training.
 
-    root: tyro.conf.Positional[Path]
+    COCO, YOLO, Pascal VOC and Hugging Face are recognised."""
+
+    root: tyro.conf.Positional[Path | None] = None
     """The dataset's folder."""
+    train: Path | None = None
+    """COCO JSON file of the training images, instead of what is found in ROOT."""
+    train_images: Path | None = None
+    """Folder of the images of --train."""
+    val: Path | None = None
+    """COCO JSON file of the images to score on, instead of what is found in ROOT."""
+    val_images: Path | None = None
+    """Folder of the images of --val."""
+    val_fraction: float | None = None
+    """Check a dataset of which the training keeps this share for scoring."""
+    min_size: int = 288
+    """Smallest shorter side in training; default: the preset finetune's."""
+    max_size: int = 640
+    """Limit of the longer side in training; default: the preset finetune's."""
     workers: int | None = None
     """Processes that decode images; default: one per core."""
     json: Path | None = None
     """Write the whole report there, over an earlier report only."""
+
+
+@dataclass(frozen=True)
+class ConvertData:
+    """Write a dataset of any known format as COCO JSON: DST/annotations/instances_{split}.json and the images."""
+
+    source: tyro.conf.Positional[Path]
+    """The dataset's folder."""
+    target: tyro.conf.Positional[Path]
+    """Folder to make."""
+    difficult_as_crowd: bool = False
+    """Write the objects that Pascal VOC calls difficult as crowd regions."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +198,7 @@ def main() -> None:
     command = tyro.cli(
         Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[CheckData, tyro.conf.subcommand("check-data")]
+        | Annotated[ConvertData, tyro.conf.subcommand("convert-data")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Publish, tyro.conf.subcommand("publish")]
         | Annotated[Export, tyro.conf.subcommand("export")]
@@ -181,6 +210,7 @@ def main() -> None:
     run: dict[type, Callable[[Any], None]] = {
         Predict: run_predict,
         CheckData: run_check_data,
+        ConvertData: run_convert_data,
         Convert: run_convert,
         Publish: run_publish,
         Export: run_export,
@@ -266,7 +296,9 @@ def check_predict(command: Predict) -> None:
 def run_check_data(command: CheckData) -> None:
     if command.workers is not None and command.workers < 0:
         raise ValueError(f"--workers {command.workers}: give 0 or more")
-    refuse_missing(command.root)
+    files = (command.root, command.train, command.train_images, command.val, command.val_images)
+    refuse_missing(*(path for path in files if path is not None))
+    check_data_files(command)
     from .data import check
     from .files import read_json
 
@@ -277,7 +309,29 @@ def run_check_data(command: CheckData) -> None:
             ours = False
         if not ours:
             raise ValueError(f"{command.json} is there already, and no report of check-data; choose another file")
-    sys.exit(check.main(command.root, workers=command.workers, json_out=command.json))
+    options = {name: value for name, value in vars(command).items() if name not in ("root", "json")}
+    sys.exit(check.main(command.root, json_out=command.json, **options))
+
+
+def check_data_files(command: CheckData) -> None:
+    """Raise `ValueError` where the options name no data, or contradict each other."""
+    if command.root is None and command.train is None:
+        raise ValueError("give the dataset's folder, or --train JSON and --val JSON")
+    if command.val_fraction is not None and command.val is not None:
+        raise ValueError("--val-fraction takes the images to score on from the training images; leave out --val")
+    if command.val_fraction is not None and not 0 < command.val_fraction < 1:
+        raise ValueError(f"--val-fraction {command.val_fraction}: give a number between 0 and 1")
+    if command.min_size < 1 or command.max_size < command.min_size:
+        raise ValueError(f"--min-size {command.min_size} --max-size {command.max_size}: give sizes in pixels")
+
+
+def run_convert_data(command: ConvertData) -> None:
+    refuse_missing(command.source)
+    from .data.conversion import convert_data
+
+    files = convert_data(command.source, command.target, difficult_is_crowd=command.difficult_as_crowd)
+    for split, file in files.items():
+        print(f"{split}: {file}")
 
 
 def run_convert(command: Convert) -> None:

@@ -1,25 +1,34 @@
-"""This package reads COCO-format data; its modules are listed in the order in which an annotation travels.
+"""This package reads data sets; its modules are listed in the order in which an annotation travels.
 
-`annotations` (COCO JSON to usable boxes) and `images` (files to pixels) -> `dataset` -> `transforms` -> `batches`.
-`check` finds everything that is wrong with a dataset. Boxes are xyxy in pixels, images uint8 RGB `[3, H, W]`, labels
-0..K-1 (foreground only).
+`formats` (YOLO and others, as COCO JSON), `layouts` (where the files are), `annotations` (COCO JSON to usable boxes)
+and `images` (files to pixels) -> `dataset` -> `transforms` -> `batches`. `near` finds images that look the same,
+`splitting` divides a dataset in two, `conversion` writes COCO JSON, and `check` finds everything that is wrong with a
+dataset. Boxes are xyxy in pixels, images uint8 RGB `[3, H, W]`, labels 0..K-1 (foreground only).
 """
 
 from .annotations import (
+    Annotations,
+    Changed,
+    Source,
     annotation_problem,
     are_fractions,
+    changed,
     coco_to_xyxy,
+    difficult_as_crowd,
+    digest_of,
     entries_by_id,
     entry_problem,
+    file_of,
     idle_categories,
     image_problem,
     is_crowd,
     read_annotations,
     repeated,
     usable_boxes,
+    without_classes,
 )
 from .batches import Batch, TrainSampler, collate, normalize
-from .dataset import CocoDataset, Skipped, find_split, label_problem, split_candidates
+from .dataset import CocoDataset, Skipped, in_order, label_problem
 from .images import (
     FORMATS,
     MAX_IMAGE_BYTES,
@@ -31,7 +40,9 @@ from .images import (
     pil_to_rgb,
     read_image,
     read_image_bytes,
+    turned_size,
 )
+from .layouts import find_split, split_candidates
 from .transforms import (
     RandomScaleCrop,
     RandomShortestSide,
@@ -43,7 +54,9 @@ from .transforms import (
 )
 
 __all__ = [
+    "Annotations",
     "Batch",
+    "Changed",
     "CocoDataset",
     "FORMATS",
     "ImageError",
@@ -52,20 +65,26 @@ __all__ = [
     "RandomScaleCrop",
     "RandomShortestSide",
     "Skipped",
+    "Source",
     "TrainSampler",
     "annotation_problem",
     "are_fractions",
+    "changed",
     "check_size",
     "coco_to_xyxy",
     "collate",
     "decode_image",
+    "difficult_as_crowd",
+    "digest_of",
     "entries_by_id",
     "entry_problem",
     "eval_transforms",
+    "file_of",
     "find_split",
     "hflip_boxes",
     "idle_categories",
     "image_problem",
+    "in_order",
     "is_crowd",
     "label_problem",
     "normalize",
@@ -79,5 +98,7 @@ __all__ = [
     "resize_size",
     "split_candidates",
     "train_transforms",
+    "turned_size",
     "usable_boxes",
+    "without_classes",
 ]

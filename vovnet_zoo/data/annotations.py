@@ -1,11 +1,13 @@
-"""This module reads a COCO JSON file as usable boxes.
+"""This module reads annotations, of a COCO JSON file or of what stands for one, as usable boxes.
 
 Boxes are xyxy in pixels, labels 0..K-1 (foreground only).
 """
 
+import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,12 +17,37 @@ from numpy.typing import ArrayLike
 from ..files import read_bytes
 
 
-def read_annotations(path: str | Path) -> dict:
-    """Parse a COCO JSON file.
+@dataclass(frozen=True)
+class Annotations:
+    """Annotations of any format stand for a COCO JSON file, in all places where its path could be given.
+
+    The content is read when it is needed, and not kept, as the content of a file is. `read` is a function of a module,
+    or a `functools.partial` of one, so that the object can go to other processes.
+    """
+
+    file: Path  # the file or folder that messages name
+    read: Callable[[], dict]  # gives the content of a COCO JSON: images, annotations, categories
+    read_image: Callable[[str], bytes] | None = None  # gives an image's bytes by its `file_name`; None: it is a file
+
+
+Source = Path | Annotations
+
+
+def file_of(source: str | Path | Annotations) -> Path:
+    """Return the file that messages about a source of annotations name."""
+    return source.file if isinstance(source, Annotations) else Path(source)
+
+
+def read_annotations(path: str | Path | Annotations) -> dict:
+    """Read the content of a COCO JSON file, or of annotations of another format that stand for one.
+
+    Ids of images that are all texts of digits become numbers (VIA writes the `image_id` of its boxes so).
 
     Raises:
         ValueError: the file is not JSON, or lacks images, annotations or categories; the message names the file.
     """
+    if isinstance(path, Annotations):
+        return path.read()
     data = read_bytes(path, "annotation file")
     try:
         coco = json.loads(data)
@@ -31,7 +58,63 @@ def read_annotations(path: str | Path) -> dict:
     for key in ("images", "annotations", "categories"):
         if not isinstance(coco.get(key), list):
             raise ValueError(f"{path}: not COCO format: there is no list '{key}' in it")
+    for key, id_key in (("images", "id"), ("annotations", "image_id")):
+        rows = coco[key]
+        ids = [row.get(id_key) if isinstance(row, dict) else None for row in rows]
+        if ids and all(isinstance(x, str) and x.isascii() and x.isdigit() and len(x) < 19 for x in ids):
+            coco[key] = [row | {id_key: int(row[id_key])} for row in rows]
     return coco
+
+
+def digest_of(source: Source) -> str:
+    """Compute the SHA-256 of annotations: of the bytes of a COCO JSON file, or of the content that stands for them."""
+    if isinstance(source, Annotations):
+        return hashlib.sha256(json.dumps(source.read(), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(read_bytes(source, "annotation file")).hexdigest()
+
+
+# ---- changes of what a source gives ---------------------------------------------------------------------------------
+
+
+def changed(source: Source, change: Callable[[dict], dict]) -> Annotations:
+    """Return annotations whose content is `change` of the content of `source`."""
+    image = source.read_image if isinstance(source, Annotations) else None
+    return Annotations(file_of(source), Changed(source, change), image)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """This function reads a source, and changes what it gives."""
+
+    source: Source
+    change: Callable[[dict], dict]
+
+    def __call__(self) -> dict:
+        return self.change(read_annotations(self.source))
+
+
+def without_classes(coco: dict, names: Collection[str]) -> dict:
+    """Leave out the categories of these names, and their annotations."""
+    gone = {category["id"] for category in coco["categories"] if category["name"] in names}
+    kept = [a for a in coco["annotations"] if not (isinstance(a, dict) and _hashable(a.get("category_id")) in gone)]
+    return coco | {"annotations": kept, "categories": [c for c in coco["categories"] if c["id"] not in gone]}
+
+
+def difficult_as_crowd(coco: dict) -> dict:
+    """Make crowd regions of the objects that Pascal VOC calls difficult: they are neither trained on nor scored."""
+    rows = coco["annotations"]
+    return coco | {"annotations": [a | {"iscrowd": 1} if _is_difficult(a) else a for a in rows]}
+
+
+def _is_difficult(annotation: Any) -> bool:
+    return isinstance(annotation, dict) and annotation.get("difficult") in (1, True, "1")
+
+
+def _hashable(value: Any) -> Any:
+    return value if type(value) in NUMBERS else None
+
+
+# ---- from the content to boxes --------------------------------------------------------------------------------------
 
 
 def entries_by_id(entries: list, key: str, text: str, path: str | Path) -> list[dict]:

@@ -1,29 +1,22 @@
 """This check finds everything that is wrong with a COCO-format dataset, in one pass, before a training."""
 
-import contextlib
-import hashlib
 import json
 import os
 import re
 import reprlib
-import tempfile
-import warnings
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from .annotations import (
     are_fractions,
     entry_problem,
+    file_of,
     idle_categories,
     image_problem,
     is_crowd,
@@ -31,12 +24,16 @@ from .annotations import (
     repeated,
     usable_boxes,
 )
-from .dataset import find_split, split_candidates
-from .images import FORMATS, ImageError, ImageWarning, check_size, decode_image, open_image, read_image_bytes
+from .dataset import in_order
+from .formats.places import Split
+from .images import FORMATS, ImageError, check_size
+from .inspection import Inspection, image_jobs, inspect_job, run_parallel, usable_cores
+from .inspection import inspect_image as inspect_image  # its place before there was `inspection`
+from .layouts import advice, candidates, choose_split, choose_whole
+from .near import COLUMNS, ROWS, near_pairs
 from .transforms import resize_size
 
-# error: the training stops, or annotations refer to nothing; warning: the training runs, but maybe not as the user
-# meant; info: good to know
+# error: the training stops; warning: the training runs, but maybe not as the user meant; info: good to know
 KINDS = {  # kind: (severity, what to do)
     "no dataset": ("error", "see there for the layouts that are known"),
     "annotation file": ("error", "write it again as COCO JSON"),
@@ -44,12 +41,15 @@ KINDS = {  # kind: (severity, what to do)
     "image entry": ("error", "give every image 'id', 'file_name', 'width', 'height'"),
     "repeated category id": ("error", "number the categories differently"),
     "repeated image id": ("error", "number the images differently, annotations too"),
-    "classes differ": ("error", "use the same categories in both files"),
-    "not an object": ("error", "correct or remove it; training drops it"),
-    "unknown image_id": ("error", "use an id (a number) of 'images'; training drops it"),
-    "unknown category_id": ("error", "use an id (a number) of 'categories'; training drops it"),
-    "box is not 4 finite numbers": ("error", "write [left, top, width, height]; training drops it"),
-    "no usable box": ("error", "annotate something"),
+    "classes differ": ("error", "use the same names of classes in both"),
+    "not split": ("error", "type --val-fraction 0.2, or name two files"),
+    "no val split": ("error", "add one, or type --val-fraction 0.2"),
+    "not an object": ("warning", "correct or remove it; training drops it"),
+    "unknown image_id": ("warning", "use an id (a number) of 'images'; training drops it"),
+    "unknown category_id": ("warning", "use an id (a number) of 'categories'; training drops it"),
+    "box is not 4 finite numbers": ("warning", "write [left, top, width, height]; training drops it"),
+    "no usable box": ("error", "correct the annotations: training can use none"),
+    "no annotations": ("warning", "annotate something; only background is learnt"),
     "only crowd regions": ("error", "write 'iscrowd': 0 for single objects; training stops"),
     "boxes as fractions": ("error", "write pixels: [left, top, width, height]"),
     "missing image file": ("error", "put the file there, or remove its entry"),
@@ -60,7 +60,7 @@ KINDS = {  # kind: (severity, what to do)
     "crashing image": ("error", "replace the file, or remove its entry"),
     "size unlike the JSON": ("error", "correct the JSON's size and boxes, or the file"),
     "mostly crowd regions": ("warning", "write 'iscrowd': 0 for single objects"),
-    "no val split": ("warning", "add one, or score on other data"),
+    "test in place of val": ("warning", "add a val split; it chooses the best model"),
     "empty box": ("warning", "correct or remove it; training drops it"),
     "box outside the image": ("warning", "correct or remove it; training drops it"),
     "box clipped to the image": ("warning", "correct it; are these corners? write width and height"),
@@ -72,24 +72,31 @@ KINDS = {  # kind: (severity, what to do)
     "repeated file name": ("warning", "merge the entries: each has the boxes of a part"),
     "same image twice": ("warning", "keep one, with the boxes of both"),
     "same image in train and val": ("warning", "remove it from one: val would score what was learnt"),
+    "near copies": ("warning", "keep one, if they show the same objects"),
+    "near copies in train and val": ("warning", "move them to one split: val would score what was learnt"),
     "pixels in doubt": ("warning", "look at it: the decoder complained; replace the file"),
     "rotation in doubt": ("warning", "see that the boxes fit the image as EXIF turns it"),
     "panorama": ("info", "cut it into parts if its objects are small"),
     "tiny image": ("info", "leave it out if it shows nothing"),
     "image without boxes": ("info", "used as background; drop_empty leaves it out"),
-    "class without boxes": ("info", "cannot be learnt, or scored"),
+    "class without boxes": ("info", "cannot be learnt, or scored; --drop-empty-classes leaves it out"),
+    "classes numbered differently": ("info", "training matches them by name"),
     "category that is no class": ("info", "left out: it groups others, or is the background"),
     "crowd region": ("info", "not trained on"),
     "format unlike the name": ("info", "rename it, if other tools are to read it"),
     "file without entry": ("info", "not used"),
 }
+EXAMPLE = 70  # characters in the table
+CLASSES = 30  # lines of the table of classes
 SEVERITIES = ("error", "warning", "info")
-CHUNK = 16  # images per message to a worker
 
 
-def main(root: Path, *, workers: int | None = None, json_out: Path | None = None) -> int:
-    """Print the report on a dataset, write it to `json_out`, and return the exit status: 1 if there are errors."""
-    report = check_dataset(root, workers=workers)
+def main(root: Path | None, *, json_out: Path | None = None, **options: Any) -> int:
+    """Print the report on a dataset, write it to `json_out`, and return the exit status: 1 if there are errors.
+
+    The options are arguments of `check_dataset`.
+    """
+    report = check_dataset(root, **options)
     print(report)
     if json_out is not None:
         json_out.parent.mkdir(parents=True, exist_ok=True)
@@ -98,20 +105,28 @@ def main(root: Path, *, workers: int | None = None, json_out: Path | None = None
 
 
 def check_dataset(
-    root: str | Path,
+    root: str | Path | None,
     *,
+    train: Path | None = None,
+    train_images: Path | None = None,
+    val: Path | None = None,
+    val_images: Path | None = None,
+    val_fraction: float | None = None,
     workers: int | None = None,
     progress: bool = True,
-    min_size: int = 640,
-    max_size: int = 1333,
+    min_size: int = 288,
+    max_size: int = 640,
 ) -> "Report":
-    """Check the annotations and decode every image of the train and val splits below `root`, see `find_split`.
+    """Check the annotations and decode every image of the splits that a training would use.
 
     Args:
+        root: the dataset's folder, see `find_split`; None with `train` and `val`.
+        train, train_images, val, val_images: a COCO JSON file for a split, and the folder of its images.
+        val_fraction: check the whole dataset, of which a training with this option keeps a part for scoring.
         workers: processes that decode; None is one per core; 0 decodes in this process, which a faulty image may end.
         progress: show a progress bar on stderr.
         min_size, max_size: smallest training size in pixels, see `train_transforms`; a box below one pixel at this size
-            vanishes.
+            vanishes. The defaults are those of the preset `finetune`.
 
     The report holds every problem of the data; none of them is raised as an error. An argument that is out of range
     raises a ValueError.
@@ -119,20 +134,24 @@ def check_dataset(
     for name, value, least in (("workers", workers, 0), ("min_size", min_size, 1), ("max_size", max_size, 1)):
         if value is not None and not (isinstance(value, int) and value >= least):
             raise ValueError(f"{name}={value!r}: give a whole number of {least} or more")
-    root = Path(root)
+    root = None if root is None else Path(root)
     notes: dict[tuple[str, str], list[str]] = defaultdict(list)  # (split, kind): examples
+    files = {"train": (train, train_images), "val": (val, val_images)}
     splits: list[_Split] = []
-    for name in ("train", "val"):
-        if found := _find(root, name, notes):
-            known = {text for split in splits for _, text in split.classes}
-            splits += [split] if (split := _check_annotations(name, *found, known, notes)) else []
+    if val_fraction is None and root is not None and train is None and (text := _not_split(root)):
+        notes["", "not split"].append(text)
+    whole = val_fraction is not None or ("", "not split") in notes
+    for name in ("train",) if whole else ("train", "val"):
+        if found := _find(root, name, *files[name], whole, notes):
+            known = [text for split in splits for _, text in split.classes]
+            splits += [split] if (split := _check_annotations(name, found, known, notes)) else []
     for split in splits:
         _check_training_size(split, min_size, max_size, notes)
-        _check_folder(split, notes)
-    _check_images(splits, _usable_cores() if workers is None else workers, progress, notes)
-    if len({tuple(split.classes) for split in splits}) > 1:
-        only = [f"only in {a.name}: {_list(set(a.classes) - set(b.classes))}" for a, b in (splits, splits[::-1])]
-        notes["", "classes differ"].append("; ".join(only))
+        if split.found.folder.is_dir():
+            _check_folder(split, splits, notes)
+    _check_images(splits, usable_cores() if workers is None else workers, progress, notes)
+    if len(splits) > 1:
+        _compare_classes(splits[0], splits[1], notes)
 
     # the report names the folder once, below the table
     here = re.compile(rf"(?<!\S){re.escape(str(root))}({re.escape(os.sep)}|: )")
@@ -143,7 +162,14 @@ def check_dataset(
     order = list(KINDS)
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.split, order.index(finding.kind)))
     counts = {s.name: {"images": len(s.names), "boxes": len(s.boxes), "classes": len(s.classes)} for s in splits}
-    return Report(str(root), counts, findings)
+    return Report(
+        str(root if root is not None else train),
+        counts,
+        findings,
+        {s.name: here.sub("", s.found.how) for s in splits},
+        {s.name: _class_counts(s) for s in splits},
+        {s.name: _relative_sizes(s) for s in splits},
+    )
 
 
 @dataclass(frozen=True)
@@ -168,6 +194,9 @@ class Report:
     root: str
     splits: dict[str, dict[str, int]]  # numbers of images, usable boxes and classes of each split
     findings: list[Finding]
+    recognised: dict[str, str] = field(default_factory=dict)  # how each split was recognised
+    classes: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # split: class: its boxes, its images
+    sizes: dict[str, list[float]] = field(default_factory=dict)  # split: see `_relative_sizes`
 
     @property
     def ok(self) -> bool:
@@ -177,7 +206,7 @@ class Report:
     def __str__(self) -> str:
         rows = [("severity", "split", "kind", "count", "example", "what to do")] if self.findings else []
         rows += [
-            (f.severity, f.split or "-", f.kind, str(f.count), _printable(f.items[0], 70), f.advice)
+            (f.severity, f.split or "-", f.kind, str(f.count), _printable(f.items[0], EXAMPLE), f.advice)
             for f in self.findings
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -187,15 +216,39 @@ class Report:
                 cell.rjust(w) if i == 3 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             ]
             lines.append("  ".join(cells).rstrip())
+        cut = [f for f in self.findings if len(f.items[0]) > EXAMPLE]
+        lines += [f"{f.severity}, {f.kind}: {_printable(f.items[0])}" for f in cut]
+        lines += self._class_table()
         sums: Counter[str] = Counter()
         for finding in self.findings:
             sums[finding.severity] += finding.count
         found = [", ".join(f"{n} {unit}" for unit, n in counts.items()) for counts in self.splits.values()]
-        lines += [f"{_printable(self.root)}: {name}: {text}" for name, text in zip(self.splits, found, strict=True)]
+        for (name, how), text in zip(self.recognised.items(), found, strict=True):
+            lines.append(f"{_printable(self.root)}: {name}: {text} ({_printable(how)})")
+            if sizes := self.sizes[name]:
+                small, middle, large = (f"{100 * size:.3g} %" for size in sizes)
+                lines.append(
+                    f"  box sides: 10 % are below {small} of the image's, 50 % below {middle}, 90 % below {large}"
+                )
         lines.append(
             f"{_printable(self.root)}: {sums['error']} errors, {sums['warning']} warnings, {sums['info']} notes"
         )
         return "\n".join(lines)
+
+    def _class_table(self) -> list[str]:
+        """Write a line for each class: its boxes and images in each split; of many classes, those of fewest boxes."""
+        names = list(dict.fromkeys(name for counts in self.classes.values() for name in counts))
+        first = next(iter(self.classes.values()), {})
+        shown = names if len(names) <= CLASSES else sorted(names, key=lambda name: first.get(name, [0, 0]))[:CLASSES]
+        rows = [("class", *(f"{split} {what}" for split in self.classes for what in ("boxes", "images")))]
+        rows += [
+            (_printable(name, 40), *(str(n) for counts in self.classes.values() for n in counts.get(name, [0, 0])))
+            for name in shown
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+        left_out = len(names) - len(shown)
+        return (lines if names else []) + ([f"... and {left_out} classes with more boxes"] if left_out else [])
 
 
 # ---- annotations ----------------------------------------------------------------------------------------------------
@@ -203,40 +256,55 @@ class Report:
 
 @dataclass(frozen=True)
 class _Split:
-    """A split holds everything usable of one annotation file."""
+    """A split holds everything usable of its annotations."""
 
     name: str
-    folder: Path
-    file: Path
+    found: Split
     names: list[str]  # file name of each image
     sizes: np.ndarray  # int64 [N, 2] (height, width)
     classes: list[tuple[int, str]]  # id and name
     owners: np.ndarray  # int64 [A], image of each box
+    labels: np.ndarray  # int64 [A], position in `classes`
     boxes: np.ndarray  # float32 [A, 4] xyxy
     mentioned: set[str]  # file names, including those of entries that cannot be used
 
 
-def _find(root: Path, name: str, notes: dict) -> tuple[Path, Path] | None:
+def _find(
+    root: Path | None, name: str, file: Path | None, images: Path | None, whole: bool, notes: dict
+) -> Split | None:
     try:
-        missing = name == "val" and not split_candidates(root, name)
-        return find_split(root, name)
+        found = choose_whole(root, file, images) if whole else choose_split(root, name, file, images)
     except ValueError as error:
-        if not root.is_dir():
+        if root is not None and not root.is_dir():
             notes["", "no dataset"] = [str(error)]
-        else:
-            notes[name, "no val split" if missing else "no dataset"].append(str(error))
+        elif ("", "no dataset") not in notes:
+            notes[name, "no val split" if name == "val" else "no dataset"].append(str(error))
         return None
+    if found.doubt:
+        notes[name, "test in place of val"].append(found.doubt)
+    return found
 
 
-def _check_annotations(name: str, folder: Path, file: Path, known: set[str], notes: dict) -> _Split | None:
+def _not_split(root: Path) -> str | None:
+    """Say that a dataset has no splits, and what to type; None if it has some, or nothing is found."""
     try:
-        coco = read_annotations(file)
+        if not candidates(root, "") or any(candidates(root, split) for split in ("train", "val", "test")):
+            return None
+    except ValueError:  # which the search for "train" reports
+        return None
+    return f"no splits; {advice(root, 'train')}"
+
+
+def _check_annotations(name: str, found: Split, known: list[str], notes: dict) -> _Split | None:
+    file = file_of(found.source)
+    try:
+        coco = read_annotations(found.source)
     except ValueError as error:
         notes[name, "annotation file"].append(str(error))
         return None
     categories, bad_categories = _entries(coco["categories"], "category", "name", name, notes)
     idle = idle_categories(categories, coco["annotations"], known)
-    categories = [category for category in categories if category not in idle]
+    categories = in_order([category for category in categories if category not in idle], known)
     images, bad_images = _entries(coco["images"], "image", "file_name", name, notes)
     names = [image["file_name"] for image in images]
     sizes = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64).reshape(-1, 2)
@@ -281,10 +349,36 @@ def _check_annotations(name: str, folder: Path, file: Path, known: set[str], not
     else:
         thin = (boxes[:, 2:] - boxes[:, :2] < 1).any(axis=1)
         note("box below one pixel", (f"{names[owners[i]]}: {_xyxy(boxes[i])}" for i in np.flatnonzero(thin)))
-    note("no usable box", [f"{file}: of {len(annotations)} annotations"] if len(boxes) == len(crowds) == 0 else [])
+    if len(boxes) == len(crowds) == 0:
+        kind = "no usable box" if annotations else "no annotations"
+        note(kind, [f"{file}: of {len(annotations)} annotations"])
     classes = [(category["id"], category["name"]) for category in categories]
     mentioned = {os.path.normpath(name) for name in map(_file_name, coco["images"]) if name}
-    return _Split(name, folder, file, names, sizes, classes, owners, boxes, mentioned)
+    return _Split(name, found, names, sizes, classes, owners, labels, boxes, mentioned)
+
+
+def _compare_classes(train: _Split, val: _Split, notes: dict) -> None:
+    if [text for _, text in train.classes] != [text for _, text in val.classes]:
+        only = [f"only in {a.name}: {_list(set(a.classes) - set(b.classes))}" for a, b in ((train, val), (val, train))]
+        notes["", "classes differ"].append("; ".join(only))
+    elif train.classes != val.classes:
+        twice = [f"{text}: {a} and {b}" for (a, text), (b, _) in zip(train.classes, val.classes, strict=True) if a != b]
+        notes["", "classes numbered differently"].append("; ".join(twice))
+
+
+def _class_counts(split: _Split) -> dict[str, list[int]]:
+    boxes = np.bincount(split.labels, minlength=len(split.classes))
+    pairs = np.unique(np.column_stack([split.labels, split.owners]), axis=0)
+    images = np.bincount(pairs[:, 0], minlength=len(split.classes))
+    return {name: [int(boxes[i]), int(images[i])] for i, (_, name) in enumerate(split.classes)}
+
+
+def _relative_sizes(split: _Split) -> list[float]:
+    """Return the size of boxes as a share of their images' sides (roots of areas): 10 %, 50 % and 90 % quantiles."""
+    if not len(split.boxes):
+        return []
+    areas = (split.boxes[:, 2:] - split.boxes[:, :2]).prod(axis=1) / split.sizes[split.owners].prod(axis=1)
+    return [float(size) for size in np.quantile(np.sqrt(areas), [0.1, 0.5, 0.9])]
 
 
 def _entries(entries: list, what: str, text: str, split: str, notes: dict) -> tuple[list[dict], set[int]]:
@@ -334,23 +428,29 @@ def _check_training_size(split: _Split, min_size: int, max_size: int, notes: dic
 # ---- images ---------------------------------------------------------------------------------------------------------
 
 
-def _check_folder(split: _Split, notes: dict) -> None:
+def _check_folder(split: _Split, splits: list[_Split], notes: dict) -> None:
+    """Note the image files that no split of the same folder mentions."""
+    folder = split.found.folder
+    beside = [other for other in splits if other.found.folder == folder]
+    if split is not beside[-1]:
+        return
     endings = {ending for ending, format in Image.registered_extensions().items() if format in FORMATS}
-    for folder, _, files in os.walk(split.folder):
+    mentioned = set().union(*(other.mentioned for other in beside))
+    for at, _, files in os.walk(folder):
         for file in sorted(files):
-            path = os.path.relpath(os.path.join(folder, file), split.folder)
-            if path not in split.mentioned and os.path.splitext(file)[1].lower() in endings:
+            path = os.path.relpath(os.path.join(at, file), folder)
+            if path not in mentioned and os.path.splitext(file)[1].lower() in endings:
                 notes[split.name, "file without entry"].append(path)
 
 
 def _check_images(splits: list[_Split], workers: int, progress: bool, notes: dict) -> None:
-    paths = {
-        split.name: [os.path.join(split.folder, os.path.normpath(name)) for name in split.names] for split in splits
-    }
-    jobs = sorted({path for of_split in paths.values() for path in of_split})
-    results = run_parallel(inspect_image, jobs, workers)
+    listed = {split.name: image_jobs(split.found.folder, split.found.source, split.names) for split in splits}
+    paths = {name: [path for _, _, path in jobs] for name, jobs in listed.items()}
+    by_path = {path: (read, name, path) for jobs in listed.values() for read, name, path in jobs}
+    jobs = [by_path[path] for path in sorted(by_path)]
+    results = run_parallel(inspect_job, jobs, workers)
     bar = tqdm(results, desc="images", total=len(jobs), unit="image", disable=not progress, dynamic_ncols=True)
-    found = {jobs[i]: result for i, result in bar}
+    found = {jobs[i][2]: result for i, result in bar}
 
     same: dict[bytes, dict[str, str]] = defaultdict(dict)  # content: {path: split}
     for split in splits:
@@ -361,7 +461,7 @@ def _check_images(splits: list[_Split], workers: int, progress: bool, notes: dic
                 notes[split.name, seen.kind].append(seen.problem)
             else:
                 try:
-                    check_size(path, seen.size, tuple(size), split.file)
+                    check_size(path, seen.size, tuple(size), file_of(split.found.source))
                 except ImageError as error:
                     notes[split.name, error.kind].append(str(error))
                 else:
@@ -382,108 +482,19 @@ def _check_images(splits: list[_Split], workers: int, progress: bool, notes: dic
                 notes[name, "same image twice"].append(" = ".join(twice))
         if len(set(where.values())) > 1:
             notes["", "same image in train and val"].append(" = ".join(where))
+    # of identical images, the first stands for all
+    _check_near(found, {path: split for where in same.values() for path, split in list(where.items())[:1]}, notes)
 
 
-class Inspection(NamedTuple):
-    """An inspection holds the facts of one image file, or its problem."""
-
-    digest: bytes = b""
-    size: tuple[int, int] = (0, 0)  # height, width
-    format: str = ""
-    orientation: int = 1  # the EXIF orientation
-    problem: str = ""
-    kind: str = ""  # the kind of the problem, one of KINDS
-    complaint: str = ""  # the decoder's message about pixels that it had to make up
-
-
-def inspect_image(path: str) -> Inspection:
-    """Read and decode one file. This function runs in worker processes."""
-    with warnings.catch_warnings(record=True) as warned:  # most are about metadata; missing pixels are errors
-        warnings.simplefilter("always")
-        try:
-            data = read_image_bytes(path)
-            with _c_stderr() as written:
-                height, width = decode_image(data, path).shape[-2:]
-        except ImageError as error:
-            return Inspection(problem=str(error), kind=error.kind)
-        with open_image(data) as image:
-            format = "JPEG" if image.format == "MPO" else image.format
-            digest, orientation = hashlib.blake2b(data, digest_size=16).digest(), _orientation(image)
-        complaints = [line for line in written if "JPEG" in line]  # lines about TIFF concern metadata
-        complaints += [str(x.message).removeprefix(f"{path}: ") for x in warned if x.category is ImageWarning]
-        complaint = next(iter(complaints), "")
-        return Inspection(digest, (height, width), format or "", orientation, complaint=complaint)
-
-
-@contextlib.contextmanager
-def _c_stderr() -> Iterator[list[str]]:
-    """Collect the lines that C code writes to stderr: libjpeg reports damage in no other way.
-
-    The list is empty until the context ends.
-    """
-    lines: list[str] = []
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield lines
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            file.seek(0)
-            lines += file.read().decode(errors="replace").splitlines()
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        value = image.getexif().get(0x0112, 1)
-    except Exception:  # damaged metadata raises all kinds of errors
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def run_parallel(function: Callable, jobs: list, workers: int) -> Iterator[tuple[int, object]]:
-    """Yield (position, `function(job)`) of each job as soon as it is done; None for a job that ends its process.
-
-    A process that dies ends its whole pool, so the unfinished jobs of the pool are done again, one by one.
-    """
-    if workers == 0:
-        yield from ((i, function(job)) for i, job in enumerate(jobs))
-        return
-    todo = deque(range(start, min(start + CHUNK, len(jobs))) for start in range(0, len(jobs), CHUNK))
-    while todo:
-        running: dict[Future, range] = {}
-        try:
-            with _pool(min(workers, len(todo))) as pool:
-                while todo or running:
-                    while todo and len(running) < 2 * workers:
-                        future = pool.submit(_map, function, [jobs[i] for i in todo[0]])
-                        running[future] = todo.popleft()
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        results = future.result()
-                        yield from zip(running.pop(future), results, strict=True)
-        except BrokenProcessPool:
-            suspects = deque(i for chunk in running.values() for i in chunk)
-            while suspects:
-                with _pool(1) as pool:
-                    try:
-                        while suspects:
-                            result = pool.submit(function, jobs[suspects[0]]).result()
-                            yield suspects.popleft(), result
-                    except BrokenProcessPool:
-                        yield suspects.popleft(), None
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-
-
-def _map(function: Callable, jobs: list) -> list:
-    return [function(job) for job in jobs]
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _check_near(found: dict[str, Inspection], split_of: dict[str, str], notes: dict) -> None:
+    paths = [path for path in split_of if found[path].thumbnail is not None]
+    thumbnails = np.array([found[path].thumbnail for path in paths], dtype=np.float32).reshape(-1, ROWS, COLUMNS)
+    for i, j in near_pairs(thumbnails):
+        a, b = sorted((paths[i], paths[j]))
+        if split_of[a] == split_of[b]:
+            notes[split_of[a], "near copies"].append(f"{a} ~ {b}")
+        else:
+            notes["", "near copies in train and val"].append(f"{a} ~ {b}")
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------

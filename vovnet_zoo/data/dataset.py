@@ -1,9 +1,9 @@
-"""`CocoDataset` gives images, boxes and labels of a COCO-format annotation file to torch's data loader."""
+"""`CocoDataset` gives images, boxes and labels of annotations to torch's data loader."""
 
 from __future__ import annotations
 
 import logging
-import re
+import os
 import reprlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torchvision import tv_tensors
 
-from ..arguments import check_flag, check_path
+from ..arguments import check_flag, check_kind, check_path
 from .annotations import (
+    Annotations,
     are_fractions,
     entries_by_id,
+    file_of,
     idle_categories,
     image_problem,
     is_crowd,
@@ -24,12 +26,14 @@ from .annotations import (
     usable_boxes,
 )
 from .images import ImageError, decode_image, read_image_bytes
+from .layouts import find_split as find_split  # its place before there was `layouts`
+from .layouts import split_candidates as split_candidates
 
 logger = logging.getLogger(__name__)
 
 
 class CocoDataset(torch.utils.data.Dataset):
-    """The dataset holds the images and boxes of a COCO-format annotation file, in the order of the image ids.
+    """The dataset holds the images and boxes of annotations, in the order of the image ids.
 
     Crowd regions are left out. Annotations that cannot be used are left out too: their image or category is unknown,
     or their box is empty, outside the image or not four finite numbers. A box that is partly outside is clipped.
@@ -41,15 +45,18 @@ class CocoDataset(torch.utils.data.Dataset):
 
     Args:
         images_dir: the folder that `file_name` is relative to.
-        annotation_file: COCO JSON; every image needs `id`, `file_name`, `width` and `height`.
+        annotation_file: COCO JSON, or the `Annotations` of another format, as `find_split` returns them; every image
+            needs `id`, `file_name`, `width` and `height`.
         transforms: `(image, target) -> (image, target)`, see `train_transforms` and `eval_transforms`.
         drop_empty: leave out images without a usable box (the published recipes do).
         plus_one: boxes in the published convention, see `coco_to_xyxy`.
         skip_bad_images: give a `Skipped` for an image that cannot be used, which `collate` leaves out of the batch.
         known_classes: names of the classes that a model or another split has; a category of such a name is a class,
-            used or not.
+            used or not. If these are the names of all classes, the labels are in this order, however the file numbers
+            its categories.
 
     Attributes:
+        annotation_file: the file that messages name; annotations: what was given, for `coco_metrics`.
         class_names, category_ids: name and original category id of each label, K of both.
         image_ids: int64 [N], ascending; file_names: str [N]; sizes: int64 [N, 2] (height, width) from the JSON.
         problems: number of annotations per kind of problem, `{}` for a clean file.
@@ -62,7 +69,7 @@ class CocoDataset(torch.utils.data.Dataset):
     def __init__(
         self,
         images_dir: str | Path,
-        annotation_file: str | Path,
+        annotation_file: str | Path | Annotations,
         *,
         transforms: Callable | None = None,
         drop_empty: bool = False,
@@ -71,7 +78,8 @@ class CocoDataset(torch.utils.data.Dataset):
         known_classes: Collection[str] = (),
     ):
         check_path("images_dir", images_dir)
-        check_path("annotation_file", annotation_file)
+        if not isinstance(annotation_file, Annotations):
+            check_kind("annotation_file", annotation_file, (str, os.PathLike), "a path, or Annotations")
         of_names = isinstance(known_classes, Collection) and all(isinstance(name, str) for name in known_classes)
         if isinstance(known_classes, str) or not of_names:
             raise ValueError(f"known_classes={reprlib.repr(known_classes)}: give a list of names")
@@ -79,12 +87,11 @@ class CocoDataset(torch.utils.data.Dataset):
             raise ValueError(f"transforms must be a function of (image, target), got {type(transforms).__name__}")
         for name, flag in (("drop_empty", drop_empty), ("plus_one", plus_one), ("skip_bad_images", skip_bad_images)):
             check_flag(name, flag)
-        collection = isinstance(known_classes, Collection) and not isinstance(known_classes, str)
-        if not collection or not all(isinstance(name, str) for name in known_classes):
-            raise ValueError(f"known_classes={known_classes!r}: give the names of classes, as a list of texts")
-        self.images_dir, self.annotation_file = Path(images_dir), Path(annotation_file)
+        self.annotations = annotation_file if isinstance(annotation_file, Annotations) else Path(annotation_file)
+        self.images_dir, self.annotation_file = Path(images_dir), file_of(self.annotations)
         self.transforms, self.skip_bad_images = transforms, skip_bad_images
-        coco = read_annotations(annotation_file)
+        coco = read_annotations(self.annotations)
+        annotation_file = self.annotation_file
         if not self.images_dir.is_dir():
             raise ValueError(f"{images_dir}: no such folder of images (for {annotation_file})")
 
@@ -93,6 +100,7 @@ class CocoDataset(torch.utils.data.Dataset):
             names = ", ".join(f"{category['name']} (id {category['id']})" for category in idle)
             logger.warning("%s: no class is made of %s, which has no annotations", annotation_file, names)
             categories = [category for category in categories if category not in idle]
+        categories = in_order(categories, known_classes)
         images = entries_by_id(coco["images"], "images", "file_name", annotation_file)
         for image in images:
             if problem := image_problem(image):
@@ -189,13 +197,22 @@ class CocoDataset(torch.utils.data.Dataset):
         return int(self._offsets[-1])
 
     @property
+    def class_counts(self) -> list[int]:
+        """The number of boxes of each class."""
+        return np.bincount(self._labels, minlength=len(self.class_names)).tolist()
+
+    @property
     def aspect_ratios(self) -> np.ndarray:
         """The ratio height / width of each image, float64 [N]."""
         return self.sizes[:, 0] / self.sizes[:, 1]
 
     def _load(self, index: int) -> tuple[tv_tensors.Image, dict]:
-        path, size = self.images_dir / str(self.file_names[index]), tuple(self.sizes[index].tolist())
-        image = tv_tensors.Image(decode_image(read_image_bytes(path), path, size, str(self.annotation_file)))
+        name, size = str(self.file_names[index]), tuple(self.sizes[index].tolist())
+        if isinstance(self.annotations, Annotations) and self.annotations.read_image is not None:  # in a table
+            path, data = self.annotation_file / name, self.annotations.read_image(name)
+        else:
+            data = read_image_bytes(path := self.images_dir / name)
+        image = tv_tensors.Image(decode_image(data, path, size, str(self.annotation_file)))
         rows = slice(self._offsets[index], self._offsets[index + 1])
         boxes = torch.from_numpy(self._boxes[rows].copy())
         target = {
@@ -205,6 +222,15 @@ class CocoDataset(torch.utils.data.Dataset):
             "orig_size": size,
         }
         return image, target
+
+
+def in_order(categories: list[dict], names: Collection[str]) -> list[dict]:
+    """Sort categories as `names` are, if these are all their names, each once; otherwise leave them as they are."""
+    position = {name: i for i, name in enumerate(names)}
+    own = [category["name"] for category in categories]
+    if len(set(own)) < len(own) or set(own) != position.keys():
+        return categories
+    return sorted(categories, key=lambda category: position[category["name"]])
 
 
 def label_problem(target: dict, num_classes: int | None) -> str | None:
@@ -229,46 +255,3 @@ class Skipped:
 
     image_id: int
     reason: str
-
-
-def find_split(root: str | Path, split: str) -> tuple[Path, Path]:
-    """Find the folder of images and the annotation file of a split ("train", "val", ...) below `root`.
-
-    These layouts are known, where YEAR is any number or nothing:
-        root/annotations/instances_{split}{YEAR}.json with root/{split}{YEAR}/ or root/images/{split}{YEAR}/
-        root/{split}/_annotations.coco.json beside its images ("valid" also stands for "val")
-
-    Raises:
-        ValueError: there is no such split or more than one; the message lists the files that are there.
-    """
-    root, found = Path(root), split_candidates(root, split)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        pairs = "; ".join(f"{file} with {folder}" for folder, file in found)
-        raise ValueError(f"{root}: several '{split}' splits, remove or rename all but one: {pairs}")
-    there = [str(path.relative_to(root)) for path in sorted([*root.iterdir(), *root.glob("annotations/*")])]
-    raise ValueError(
-        f"{root}: no '{split}' split; looked for annotations/instances_{split}[YEAR].json with {split}[YEAR]/ or "
-        f"images/{split}[YEAR]/, and for {split}/_annotations.coco.json; there is: {', '.join(there[:20]) or 'nothing'}"
-        f"{', ...' if len(there) > 20 else ''}"
-    )
-
-
-def split_candidates(root: str | Path, split: str) -> list[tuple[Path, Path]]:
-    """List every (folder of images, annotation file) that `find_split` may choose.
-
-    Raises:
-        ValueError: `root` is not a folder.
-    """
-    root, found = Path(root), []
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder")
-    for file in sorted((root / "annotations").glob(f"instances_{split}*.json")):
-        if re.fullmatch(rf"instances_{re.escape(split)}\d*", file.stem):
-            name = file.stem.removeprefix("instances_")
-            found += [(folder, file) for folder in (root / name, root / "images" / name) if folder.is_dir()]
-    for name in (split, "valid") if split == "val" else (split,):
-        file = root / name / "_annotations.coco.json"
-        found += [(root / name, file)] if file.is_file() else []
-    return found

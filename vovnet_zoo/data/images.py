@@ -67,7 +67,7 @@ def decode_image(data: bytes, name: str | Path, size: tuple[int, int] | None = N
     try:
         with open_image(data) as image:
             if size is not None and sorted(image.size) != sorted(size):
-                check_size(name, _turned_size(image), size, wanted_by)
+                check_size(name, turned_size(image), size, wanted_by)
             pixels = _decode(image, data, name)
     except (ImageError, MemoryError):  # too little memory says nothing about the file
         raise
@@ -82,7 +82,7 @@ def decode_image(data: bytes, name: str | Path, size: tuple[int, int] | None = N
     return pixels
 
 
-def _turned_size(image: Image.Image) -> tuple[int, int]:
+def turned_size(image: Image.Image) -> tuple[int, int]:
     """Tell the (height, width) of an image as its EXIF orientation turns it, from its header."""
     try:
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools.coco import COCO
 
+from ..data import Annotations
 from .bootstrap import Interval, bootstrap_ap, interval
 from .errors import Calibration, Kind, calibration, confusion_matrix, error_kinds
 from .label_errors import LabelError, label_errors
@@ -38,7 +39,7 @@ class Analysis:
 
 
 def analyse(
-    annotations: str | Path | COCO,
+    annotations: str | Path | Annotations | COCO,
     results: list[dict],
     *,
     image_ids: Sequence[int] | None = None,

@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..arguments import check_flag, check_kind, check_number
-from ..data import annotation_problem, entries_by_id, is_crowd, read_annotations
+from ..data import Annotations, annotation_problem, entries_by_id, file_of, is_crowd, read_annotations
 from ..results import check_ids
 from ..results import to_coco_results as to_coco_results  # its place before there was `results`
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def coco_metrics(
-    annotations: str | Path | COCO,
+    annotations: str | Path | Annotations | COCO,
     results: list[dict],
     *,
     image_ids: Sequence[int] | None = None,
@@ -39,7 +39,8 @@ def coco_metrics(
     Annotations without a known image, a known category or four finite numbers as box are left out, with a warning.
 
     Args:
-        annotations: path of a COCO JSON, or an open `pycocotools.coco.COCO`, which is left unchanged.
+        annotations: path of a COCO JSON, `Annotations` of another format, or an open `pycocotools.coco.COCO`, which is
+            left unchanged.
         results: rows of `to_coco_results`.
         image_ids: score these images only, and ignore rows of other images; None scores all images of the file.
         max_dets: best detections per image that count.
@@ -68,7 +69,7 @@ class EngineRun(NamedTuple):
 
 
 def run_engine(
-    annotations: str | Path | COCO,
+    annotations: str | Path | Annotations | COCO,
     results: list[dict],
     *,
     image_ids: Sequence[int] | None = None,
@@ -77,7 +78,7 @@ def run_engine(
 ) -> EngineRun:
     """Match and count result rows; the arguments and errors are those of `coco_metrics`."""
     make_index, make_run = load_engine(engine)
-    check_kind("annotations", annotations, (str, os.PathLike, COCO), "a path or a COCO object")
+    check_kind("annotations", annotations, (str, os.PathLike, Annotations, COCO), "a path or a COCO object")
     check_number("max_dets", max_dets, 1, 1_000_000, whole=True)
     check_rows(results)
     if image_ids is not None:
@@ -85,7 +86,7 @@ def run_engine(
     if isinstance(annotations, COCO):
         name, coco = "the COCO object", annotations.dataset
     else:
-        name, coco = str(annotations), read_annotations(annotations)
+        name, coco = str(file_of(annotations)), read_annotations(annotations)
     class_names = _class_names(entries_by_id(coco["categories"], "categories", "name", name))
     images = entries_by_id(coco["images"], "images", "file_name", name)
     # engines get positions instead of ids, because "faster" would round ids beyond 2^53

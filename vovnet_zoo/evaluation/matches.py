@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools.coco import COCO
 
-from ..data import is_crowd
+from ..data import Annotations, is_crowd
 from .coco_eval import run_engine, summarize
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -52,7 +52,7 @@ class Matches:
 
 
 def match(
-    annotations: str | Path | COCO,
+    annotations: str | Path | Annotations | COCO,
     results: list[dict],
     *,
     image_ids: Sequence[int] | None = None,

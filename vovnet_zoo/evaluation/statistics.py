@@ -27,7 +27,7 @@ def dataset_statistics(dataset: CocoDataset) -> Statistics:
     """Count the boxes of a dataset, from its annotation file; no image is read."""
     labels = {category_id: label for label, category_id in enumerate(dataset.category_ids)}
     images = {image_id: i for i, image_id in enumerate(dataset.image_ids.tolist())}
-    rows = read_annotations(dataset.annotation_file)["annotations"]
+    rows = read_annotations(dataset.annotations)["annotations"]
     owners, label, boxes, _ = usable_boxes(rows, images, labels, dataset.sizes)
     count = len(labels)
     width_height = dataset.sizes[owners][:, ::-1]  # [A,2]

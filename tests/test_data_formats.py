@@ -1,0 +1,270 @@
+"""YOLO, Pascal VOC and Hugging Face data give the arrays of COCO, compared with a second reader too."""
+
+import json
+import sys
+
+import layouts
+import numpy as np
+import pytest
+from PIL import Image
+
+from vovnet_zoo.data import CocoDataset, changed, difficult_as_crowd, find_split, read_annotations
+from vovnet_zoo.data.check import check_dataset
+from vovnet_zoo.data.formats.huggingface import open_table
+from vovnet_zoo.data.layouts import unsplit
+from vovnet_zoo.evaluation import coco_metrics
+
+HALVES = [
+    {**picture, "boxes": [(label, [x + 0.5, y + 0.25, w - 0.5, h - 0.75]) for label, (x, y, w, h) in picture["boxes"]]}
+    for picture in layouts.PICTURES
+]
+
+
+def boxes_of(dataset) -> list[list]:
+    return [[sorted(map(tuple, t["boxes"].tolist())), t["labels"].tolist()] for _, t in dataset]
+
+
+def expected(pictures=layouts.PICTURES) -> list[list]:
+    return [
+        [sorted((x, y, x + w, y + h) for _, (x, y, w, h) in p["boxes"]), [label for label, _ in p["boxes"]]]
+        for p in pictures
+    ]
+
+
+def only_train(root) -> CocoDataset:
+    return CocoDataset(*find_split(root, "train"))
+
+
+# ---- YOLO -----------------------------------------------------------------------------------------------------------
+
+
+def test_yolo_half_pixels_are_exact(tmp_path):
+    layouts.save_yolo(tmp_path / "train" / "images", tmp_path / "train" / "labels", HALVES)
+    layouts.write(tmp_path / "data.yaml", "train: train/images\nnames: [green, red]\n")
+    dataset = only_train(tmp_path)
+    assert boxes_of(dataset) == expected(HALVES) and dataset.problems == {} and len(dataset[2][1]["boxes"]) == 0
+
+
+def test_yolo_six_digits_are_near(tmp_path):
+    layouts.save_yolo(tmp_path / "images", tmp_path / "labels", digits=6)
+    layouts.write(tmp_path / "classes.txt", "green\nred\n")
+    found = unsplit(tmp_path)
+    for (boxes, labels), (truth, classes) in zip(
+        boxes_of(CocoDataset(found.folder, found.source)), expected(), strict=True
+    ):
+        assert labels == classes
+        np.testing.assert_allclose(np.array(boxes), np.array(truth), atol=1e-3 * 80)
+
+
+LINES = {
+    "polygon": ("1 0.1 0.2 0.5 0.1 0.4 0.9", [[8, 6, 40, 54]], {}),
+    "five corners": ("0 0.5 0.5 0.75 0.5 0.75 0.75 0.5 0.75 0.4 0.6", [[32, 30, 60, 45]], {}),
+    "blank lines": ("\n0 0.5 0.5 0.5 0.5\n\n", [[20, 15, 60, 45]], {}),
+    "class of a decimal": ("1.0 0.5 0.5 0.5 0.5", [[20, 15, 60, 45]], {}),
+    "beyond the image": ("0 0.0 0.5 0.5 0.5", [[0, 15, 20, 45]], {"box clipped to the image": 1}),
+    "no such class": ("2 0.5 0.5 0.5 0.5", [], {"unknown category_id": 1}),
+    "no numbers": ("0 a b c d", [], {"unknown category_id": 1}),
+    "a confidence too many": ("0 0.5 0.5 0.5 0.5 0.9", [], {"box is not 4 finite numbers": 1}),
+    "NaN": ("0 nan 0.5 0.5 0.5", [], {"box is not 4 finite numbers": 1}),
+    "empty": ("", [], {}),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_yolo_lines(name, tmp_path):
+    text, boxes, problems = LINES[name]
+    for i, line in enumerate((text, "0 0.5 0.5 0.25 0.25")):
+        layouts.write(tmp_path / "train" / "labels" / f"{i}.txt", line)
+        (tmp_path / "train" / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (80, 60)).save(tmp_path / "train" / "images" / f"{i}.png")
+    layouts.write(tmp_path / "data.yaml", "train: train/images\nnames: {0: a, 1: b}\n")
+    dataset = only_train(tmp_path)
+    np.testing.assert_allclose(dataset[0][1]["boxes"].numpy(), np.array(boxes).reshape(-1, 4), atol=1e-5)
+    assert dataset.problems == problems
+    report = check_dataset(tmp_path, workers=0, progress=False)
+    assert {f.kind for f in report.findings} >= set(problems)
+
+
+def test_yolo_keypoints(tmp_path):
+    layouts.write(tmp_path / "labels" / "train" / "0.txt", "0 0.5 0.5 0.5 0.5 0.1 0.1 2 0.2 0.2 2 0.3 0.3 1")
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    Image.new("RGB", (80, 60)).save(tmp_path / "images" / "train" / "0.png")
+    layouts.write(tmp_path / "pose.yaml", "train: images/train\nkpt_shape: [3, 3]\nnames: [person]\n")
+    assert only_train(tmp_path)[0][1]["boxes"].tolist() == [[20, 15, 60, 45]]
+
+
+def test_yolo_image_turned_by_exif(tmp_path):
+    image = Image.new("RGB", (80, 60))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    image.save(tmp_path / "images" / "train" / "0.jpg", exif=exif)
+    layouts.write(tmp_path / "labels" / "train" / "0.txt", "0 0.5 0.5 0.5 0.5")
+    layouts.write(tmp_path / "classes.txt", "a\n")
+    pixels, target = only_train(tmp_path)[0]
+    assert pixels.shape[1:] == (80, 60) and target["boxes"].tolist() == [[15, 20, 45, 60]]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"data.yaml": "names: [a]\ntrain: nowhere"}, "no images where it says .*nowhere"),
+        ({"data.yaml": "names: 3\ntrain: images"}, "'names' must be a list"),
+        ({"data.yaml": "names: [a"}, "not a YAML file"),
+        ({"labels/0.txt": "0 0.5 0.5 0.5 0.5", "images/x": ""}, "classes.txt"),
+    ],
+)
+def test_yolo_that_cannot_be_read(files, message, tmp_path):
+    for name, text in files.items():
+        layouts.write(tmp_path / name, text)
+    (tmp_path / "images").mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "0.png")
+    with pytest.raises(ValueError, match=message) as error:
+        find_split(tmp_path, "train")
+    assert "\n" not in str(error.value)
+    assert not check_dataset(tmp_path, workers=0, progress=False).ok
+
+
+# ---- Pascal VOC -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("one", [1, 0])
+def test_voc_corners(one, tmp_path):
+    """Corners from 1 count the pixels of the box; where one is 0, all are coordinates."""
+    pictures = [p | {"boxes": [*p["boxes"], (0, [0, 0, 9, 7])]} for p in layouts.PICTURES]
+    layouts.save(tmp_path / "train", pictures)
+    layouts.save_voc(tmp_path / "train", pictures, one=one)
+    dataset = only_train(tmp_path)
+    assert boxes_of(dataset) == expected(pictures) and dataset.problems == {}
+
+
+def test_voc_half_pixels(tmp_path):
+    pictures = [p | {"boxes": [*p["boxes"], (0, [0.5, 0.5, 9, 7])]} for p in HALVES]
+    layouts.save(tmp_path / "train", pictures)
+    layouts.save_voc(tmp_path / "train", pictures, one=0)
+    assert boxes_of(only_train(tmp_path)) == expected(pictures)
+
+
+def test_voc_splits_have_the_classes_of_all(tmp_path):
+    """A class that only one split shows has its label in both."""
+    few = [p | {"boxes": [b for b in p["boxes"] if b[0] == 1]} for p in layouts.VAL]
+    for split, pictures in (("train", layouts.TRAIN), ("val", few)):
+        layouts.save(tmp_path / split, pictures)
+        layouts.save_voc(tmp_path / split, pictures)
+    train, val = (CocoDataset(*find_split(tmp_path, split)) for split in ("train", "val"))
+    assert train.class_names == val.class_names == ["green", "red"] and val[0][1]["labels"].tolist() == [1]
+
+
+def test_voc_difficult_as_crowd_on_request(tmp_path):
+    layouts.voc(tmp_path, difficult=["00.png", "09.png"])
+    folder, source = find_split(tmp_path, "train")
+    crowd = CocoDataset(folder, changed(source, difficult_as_crowd))
+    assert CocoDataset(folder, source).num_boxes == 14 and crowd.num_boxes == 12
+    assert sum(a["iscrowd"] for a in read_annotations(crowd.annotations)["annotations"]) == 2
+
+
+def test_voc_that_cannot_be_read(tmp_path):
+    layouts.voc(tmp_path)
+    (tmp_path / "Annotations" / "03.xml").write_text("<annotation><object>")
+    with pytest.raises(ValueError, match="03.xml: not an XML file"):
+        find_split(tmp_path, "train")
+    (tmp_path / "Annotations" / "03.xml").write_text(
+        "<annotation><object><name>red</name><bndbox><xmin>7</xmin></bndbox></object></annotation>"
+    )
+    assert CocoDataset(*find_split(tmp_path, "train")).problems == {"box is not 4 finite numbers": 1}
+
+
+# ---- Hugging Face ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["objects in a list", "columns of the row", "numbers"])
+def test_metadata_of_other_forms(form, tmp_path):
+    layouts.save(tmp_path / "train")
+    rows = layouts.hf_rows(layouts.PICTURES)
+    for row in rows:
+        boxes, classes = row["objects"]["bbox"], row["objects"]["category"]
+        if form == "objects in a list":
+            row["objects"] = [{"bbox": b, "label": c} for b, c in zip(boxes, classes, strict=True)]
+        elif form == "columns of the row":
+            del row["objects"]
+            row |= {"bboxes": boxes, "categories": [layouts.CLASSES[c] for c in classes]}
+    layouts.write(tmp_path / "train" / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    dataset = only_train(tmp_path)
+    assert boxes_of(dataset) == expected() and dataset.problems == {}
+    assert dataset.class_names == (layouts.CLASSES if form == "columns of the row" else ["0", "1"])
+
+
+def test_metadata_that_cannot_be_read(tmp_path):
+    layouts.write(tmp_path / "train" / "metadata.jsonl", '{"file_name": "a.png"}\n{"file"\n')
+    with pytest.raises(ValueError, match="metadata.jsonl: line 2 is no JSON"):
+        find_split(tmp_path, "train")
+
+
+def test_tables_without_the_package(tmp_path, monkeypatch):
+    layouts.write(tmp_path / "train.parquet", "x")
+    open_table.cache_clear()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        find_split(tmp_path, "train")
+
+
+# ---- second readers, and scores -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["yolo_roboflow", "voc_roboflow"])
+def test_a_second_reader_agrees(name, tmp_path):
+    """supervision reads the same corners and classes."""
+    supervision = pytest.importorskip("supervision")
+    getattr(layouts, name)(tmp_path)
+    folder = tmp_path / "train"
+    if name.startswith("yolo"):
+        theirs = supervision.DetectionDataset.from_yolo(
+            str(folder / "images"), str(folder / "labels"), str(tmp_path / "data.yaml")
+        )
+    else:
+        theirs = supervision.DetectionDataset.from_pascal_voc(str(folder), str(folder))
+    ours = only_train(tmp_path)
+    found = {path.split("/")[-1]: detections for path, _, detections in theirs}
+    assert len(found) == len(ours) == 8
+    for name, (_, target) in zip(ours.file_names.tolist(), ours, strict=True):
+        detections = found[name.split("/")[-1]]
+        corners = np.asarray(detections.xyxy, dtype=np.float64).reshape(-1, 4)
+        np.testing.assert_allclose(corners, target["boxes"].numpy(), atol=1e-3)
+        names = [theirs.classes[i] for i in detections.class_id]
+        assert names == [ours.class_names[i] for i in target["labels"].tolist()]
+
+
+@pytest.mark.parametrize("name", ["yolo", "voc", "imagefolder", "hf_saved"])
+def test_scores_are_those_of_coco(name, tmp_path):
+    """pycocotools scores the same detections alike, from the file of COCO and from other formats."""
+    if name.startswith("hf_"):
+        pytest.importorskip("datasets")
+    metrics = []
+    for layout in ("usual", name):
+        getattr(layouts, layout)(tmp_path / layout)
+        dataset = CocoDataset(*find_split(tmp_path / layout, "val"))
+        rng, rows = np.random.default_rng(0), []
+        for image_id, (_, target) in zip(dataset.image_ids.tolist(), dataset, strict=True):
+            for (x, y, x2, y2), label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
+                dx, dy, score = rng.uniform(-4, 4), rng.uniform(-4, 4), rng.uniform()
+                row = {"image_id": image_id, "category_id": dataset.category_ids[label], "score": score}
+                rows.append(row | {"bbox": [x + dx, y + dy, x2 - x, y2 - y]})
+        metrics.append(coco_metrics(dataset.annotations, rows))
+    assert metrics[0] == metrics[1] and 0.2 < metrics[0]["AP"] < 0.95
+
+
+def test_classes_of_other_numbers_are_matched_by_name(tmp_path):
+    layouts.usual(tmp_path)
+    file = tmp_path / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    for row in content["categories"]:
+        row["id"] = 90 - row["id"]
+    for row in content["annotations"]:
+        row["category_id"] = 90 - row["category_id"]
+    before = CocoDataset(tmp_path / "val", file, known_classes=["green", "red"])
+    file.write_text(json.dumps(content))
+    after = CocoDataset(tmp_path / "val", file, known_classes=["green", "red"])
+    assert (
+        after.category_ids == [89, 88] and after.class_names == ["green", "red"] and boxes_of(before) == boxes_of(after)
+    )
+    assert CocoDataset(tmp_path / "val", file).class_names == ["red", "green"]

@@ -1,0 +1,73 @@
+"""`convert_data` writes a dataset of any known format as COCO JSON beside its images."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from .annotations import Annotations, changed, difficult_as_crowd, image_problem, read_annotations
+from .formats.places import Split
+from .images import open_image
+from .layouts import candidates
+
+
+def convert_data(source: str | Path, target: str | Path, *, difficult_is_crowd: bool = False) -> dict[str, Path]:
+    """Write annotations/instances_{split}.json and the images of each split into a new folder.
+
+    Images are links to the same file where the disk allows that, and copies otherwise. A dataset that is not split
+    becomes "train".
+
+    Returns:
+        The annotation file of each split.
+
+    Raises:
+        ValueError: no split is found in `source`, `target` is there already, or an image has a name outside its folder.
+    """
+    root, out = Path(source), Path(target)
+    if out.exists():
+        raise ValueError(f"{out} is there already; give the name of a new folder")
+    splits = {word: found for word in ("train", "val", "test") if len(found := candidates(root, word)) == 1}
+    if not splits and len(whole := candidates(root, "")) == 1:
+        splits = {"train": whole}
+    if not splits:
+        raise ValueError(f"{root}: no annotations of COCO, YOLO, Pascal VOC or Hugging Face are found there")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "annotations").mkdir(parents=True)
+    for word, (split,) in splits.items():
+        (partial / word).mkdir()
+        content = write_images(split, partial / word, difficult_is_crowd)
+        (partial / "annotations" / f"instances_{word}.json").write_text(json.dumps(content))
+    partial.rename(out)
+    return {word: out / "annotations" / f"instances_{word}.json" for word in splits}
+
+
+def write_images(split: Split, folder: Path, difficult_is_crowd: bool) -> dict:
+    """Put the images of a split into a folder; returns its annotations with the images' new names."""
+    coco = read_annotations(changed(split.source, difficult_as_crowd) if difficult_is_crowd else split.source)
+    images, inside = [], isinstance(split.source, Annotations) and split.source.read_image
+    for image in coco["images"]:
+        if problem := image_problem(image):
+            raise ValueError(f"{split.folder}: {problem}")
+        name = image["file_name"]
+        if inside:
+            data = inside(name)
+            name += f".{(open_image(data).format or 'png').lower()}"
+            (folder / name).write_bytes(data)
+        else:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(split.folder / name, folder / name)
+        images.append(image | {"file_name": name})
+    return {"images": images, "annotations": coco["annotations"], "categories": coco["categories"]}
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a hard link, or a copy on another disk. `ValueError` where there is no such file."""
+    try:
+        os.link(source.resolve(), target)
+    except FileNotFoundError as error:
+        raise ValueError(f"{source}: no such image; restore it, or remove its entry") from error
+    except OSError:
+        shutil.copyfile(source, target)

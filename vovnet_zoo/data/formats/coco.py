@@ -1,0 +1,56 @@
+"""`coco_content` writes the objects of images down as a COCO JSON file would have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+from ..images import FORMATS, turned_size
+
+UNKNOWN = (1, 1)  # the size of an image that cannot be read; whoever reads it is told so
+
+
+def coco_content(
+    folder: Path,
+    images: Sequence[str],
+    names: Sequence[str],
+    objects_of: Callable[[str, tuple[int, int]], list[dict]],
+    size_of: Callable[[str], tuple[int, int]] | None = None,
+) -> dict:
+    """Make the content of a COCO JSON file. Ids of images begin with 1, ids of categories with 0.
+
+    Args:
+        images: paths of the images from `folder`, in the order of their ids.
+        names: the classes.
+        objects_of: gives the objects of an image of a (height, width) as dicts of `category_id`, `bbox` and more.
+        size_of: gives the (height, width) of an image; default: its file is asked.
+    """
+
+    def read(name: str) -> tuple[tuple[int, int], list[dict]]:
+        size = size_of(name) if size_of else image_size(folder / name)
+        return size, objects_of(name, size)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(read, images))
+    rows: list[dict] = []
+    for image_id, (_, objects) in enumerate(found, start=1):
+        rows += [{"id": len(rows) + i, "image_id": image_id, "iscrowd": 0, **o} for i, o in enumerate(objects, start=1)]
+    entries = [
+        {"id": i, "file_name": name, "width": width, "height": height}
+        for i, (name, ((height, width), _)) in enumerate(zip(images, found, strict=True), start=1)
+    ]
+    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
+    return {"images": entries, "annotations": rows, "categories": categories}
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Read the (height, width) of an image, as its EXIF orientation turns it, from the header of its file."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            height, width = turned_size(image)
+            return height, width
+    except Exception:  # on hostile bytes the decoders raise anything; the reader of the pixels says what is wrong
+        return UNKNOWN

@@ -1,0 +1,94 @@
+"""Hugging Face's `imagefolder`: a file metadata.jsonl beside the images, with a line for each image."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...files import read_bytes
+from ..annotations import Annotations
+from .coco import coco_content
+from .places import Split, folders_below, split_word
+
+CLASS_COLUMNS = ("category", "categories", "label", "labels", "category_id", "class")
+BOX_COLUMNS = ("bbox", "bboxes", "boxes")
+
+
+def find_imagefolder(root: Path) -> dict[str, list[Split]]:
+    """Find the splits of an `imagefolder`: folders with a file metadata.jsonl, whose lines have boxes.
+
+    Raises:
+        ValueError: a line is no JSON object, or has no `file_name`.
+    """
+    files = [path for folder in (root, *folders_below(root, 2)) for path in sorted(folder.glob("metadata.jsonl"))]
+    tables = {path: read_lines(path) for path in files}
+    tables = {path: rows for path, rows in tables.items() if any(objects_of_row(row) is not None for row in rows)}
+    names = class_names([row for rows in tables.values() for row in rows])
+    found: dict[str, list[Split]] = {}
+    for path in tables:
+        word = split_word(path.parent.name) if path.parent != root else ""
+        source = Annotations(path, functools.partial(read_imagefolder, path, tuple(names)))
+        how = f"{path.relative_to(root)}: this is an imagefolder of Hugging Face"
+        found.setdefault(word, []).append(Split(path.parent, source, how))
+    return found
+
+
+def read_imagefolder(path: Path, names: Sequence[str]) -> dict:
+    """Read metadata.jsonl as the content of a COCO JSON file. Boxes are [left, top, width, height] in pixels."""
+    rows = {row["file_name"]: row for row in read_lines(path)}
+    label_of = {name: i for i, name in enumerate(names)}
+    return coco_content(path.parent, list(rows), names, lambda name, size: to_objects(rows[name], label_of))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Read the JSON objects of a file, one on each line; each must have a `file_name`."""
+    rows = []
+    for number, line in enumerate(read_bytes(path, "metadata file").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: line {number} is no JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+            raise ValueError(f"{path}: line {number} is no object with a 'file_name'")
+        rows.append(row)
+    return rows
+
+
+def objects_of_row(row: dict) -> dict | None:
+    """Return a row's columns of objects, each a list: under `objects`, or in the row itself; None without boxes."""
+    for place in (row.get("objects"), row):
+        if isinstance(place, list):  # a list of objects instead of an object of lists
+            keys = sorted({key for x in place if isinstance(x, dict) for key in x})
+            place = {key: [x.get(key) for x in place if isinstance(x, dict)] for key in keys} or {"bbox": []}
+        if isinstance(place, dict) and isinstance(column(place, BOX_COLUMNS), list):
+            return place
+    return None
+
+
+def column(objects: dict, names: Sequence[str]) -> Any:
+    """Return the first of some columns that is there."""
+    return next((objects[name] for name in names if objects.get(name) is not None), None)
+
+
+def class_names(rows: list[dict]) -> list[str]:
+    """Collect the names of the classes: sorted, numbers as numbers."""
+    found = {x for row in rows for x in (column(objects_of_row(row) or {}, CLASS_COLUMNS) or [])}
+    numbers = sorted(x for x in found if isinstance(x, int))
+    return [str(x) for x in [*numbers, *sorted(str(x) for x in found if not isinstance(x, int))]]
+
+
+def to_objects(row: dict, label_of: dict[str, int]) -> list[dict]:
+    """Turn the columns of a row into objects of a COCO JSON file; a box without a class has category -1."""
+    objects = objects_of_row(row) or {}
+    boxes = column(objects, BOX_COLUMNS) or []
+    classes = column(objects, CLASS_COLUMNS) or []
+    classes = [*classes, *[None] * (len(boxes) - len(classes))]
+    return [
+        {"category_id": label_of.get(str(name), -1), "bbox": list(box) if isinstance(box, (list, tuple)) else None}
+        for box, name in zip(boxes, classes, strict=False)
+    ]

@@ -1,0 +1,288 @@
+"""`find_split` finds the images and the annotations of a split below a folder, in the layouts that tools write."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from .annotations import Source, changed, file_of, image_problem, read_annotations
+from .formats import FORMATS
+from .formats.places import Split, folders_below, image_index, split_word
+
+logger = logging.getLogger(__name__)
+
+
+def find_split(root: str | Path, split: str) -> tuple[Path, Source]:
+    """Find the folder of images and the annotations of a split ("train", "val", ...) below `root`.
+
+    What is returned goes to `CocoDataset`. README and recipes/guides/data.md list the layouts and formats. The name of
+    a split is read without case, and words such as "training", "valid" and "validation" mean the same as the usual
+    ones. Where there is no "val", a "test" split takes its place, with a warning.
+
+    Raises:
+        ValueError: there is no such split or more than one; the message lists the files that are there.
+    """
+    found = locate(root, split)
+    if found.doubt:
+        logger.warning("%s: %s", root, found.doubt)
+    return found.folder, found.source
+
+
+def locate(root: str | Path, split: str) -> Split:
+    """Find a split as `find_split` does, and say how it was recognised."""
+    root, found = Path(root), candidates(root, split)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        pairs = "; ".join(f"{file_of(s.source)} with {s.folder}" for s in found)
+        raise ValueError(f"{root}: several '{split}' splits, remove or rename all but one: {pairs}")
+    if split == "val" and len(tests := candidates(root, "test")) == 1:
+        doubt = "there is no 'val' split, so 'test' takes its place; the scores of a model chosen by them are too high"
+        return Split(tests[0].folder, tests[0].source, tests[0].how, doubt)
+    raise ValueError(f"{root}: no '{split}' split; {advice(root, split)}")
+
+
+def locate_file(file: Path, images: Path | None, split: str) -> Split:
+    """Find the images of a split's COCO JSON file: in the folder `images`, or near the file.
+
+    Raises:
+        ValueError: the file is no COCO JSON, or none of its images is there.
+    """
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; give a COCO JSON file, or give the folder as --data")
+    if images is not None and not images.is_dir():
+        raise ValueError(f"{images}: no such folder of images (for {file})")
+    names = _names_or_error(file)
+    root = images or (file.parent.parent if file.parent.name.lower() == "annotations" else file.parent)
+    found = _images_of(file, names, [images] if images else _places(file, root, split), root)
+    if found is None:
+        where = f"in {images}" if images else f"near it; add --{split}-images FOLDER"
+        raise ValueError(f"{file}: the images that it names ({names[0]}, ...) are not {where}")
+    return found
+
+
+def choose_split(root: Path | None, split: str, file: Path | None = None, images: Path | None = None) -> Split:
+    """Find a split in the COCO JSON `file` (--train, --val) if it is given, and below `root` (--data) otherwise."""
+    if file is not None:
+        return locate_file(file, images, split)
+    if images is not None:
+        raise ValueError(f"{split}_images={str(images)!r}: it goes with --{split} JSON; with --data, leave it out")
+    if root is None:
+        raise ValueError(f"give --{split} JSON with --{split}-images FOLDER, or the dataset's folder as --data")
+    return locate(root, split)
+
+
+def choose_whole(root: Path | None, file: Path | None = None, images: Path | None = None) -> Split:
+    """Find the dataset of which --val-fraction keeps a part for scoring: one that is not split, or the train split."""
+    if file is None and images is None and root is not None and (found := unsplit(root)) is not None:
+        return found
+    return choose_split(root, "train", file, images)
+
+
+def unsplit(root: Path) -> Split | None:
+    """Find the annotations of a dataset that is not split, or has a 'train' split only; None where there are none."""
+    for split in ("", "train"):
+        if len(found := candidates(root, split)) == 1:
+            return found[0]
+    return None
+
+
+def split_candidates(root: str | Path, split: str) -> list[tuple[Path, Source]]:
+    """List every (folder of images, annotations) that `find_split` may choose.
+
+    Raises:
+        ValueError: `root` is not a folder.
+    """
+    return [(found.folder, found.source) for found in candidates(root, split)]
+
+
+def candidates(root: str | Path, split: str) -> list[Split]:
+    """List the splits of this name; "" stands for a dataset that is not split."""
+    root = Path(root)
+    word = split_word(split) or split
+    if found := _usual(root, word):
+        return found
+    return _all_splits(root).get(word, [])
+
+
+def _all_splits(root: Path) -> dict[str, list[Split]]:
+    """List all splits of a folder, by their words; those of the only folder in it, where there are no others."""
+    _refuse_archive(root)
+    for reader in (_coco, *FORMATS):
+        if found := reader(root):
+            return found
+    inner = [path for path in sorted(root.iterdir()) if os.path.isdir(path) and not path.name.startswith((".", "__"))]
+    return _all_splits(inner[0]) if len(inner) == 1 and not inner[0].is_symlink() else {}
+
+
+# ---- COCO -----------------------------------------------------------------------------------------------------------
+
+
+def _usual(root: Path, word: str) -> list[Split]:
+    """Find a split by the names that COCO and Roboflow use, without a look into its annotation file."""
+    if not root.is_dir():
+        _refuse_archive(root)
+        raise ValueError(f"{root}: no such folder")
+    found = []
+    for file in sorted((root / "annotations").glob("instances_*.json")):
+        name = file.stem.removeprefix("instances_")
+        if split_word(re.sub(r"\d+$", "", name), whole=True) == word or name == word:
+            folders = [folder for folder in (root / name, root / "images" / name) if folder.is_dir()]
+            found += [
+                Split(folder, file, f"annotations/{file.name} and {folder.name}/: this is COCO") for folder in folders
+            ]
+    for file in sorted(root.glob("*/_annotations.coco.json")):
+        if split_word(file.parent.name, whole=True) == word:
+            how = f"{file.parent.name}/{file.name}: this is COCO, as Roboflow writes it"
+            found.append(Split(file.parent, file, how))
+    return found
+
+
+def _coco(root: Path) -> dict[str, list[Split]]:
+    """Find COCO JSON files of any name, and the images that they name."""
+    files: dict[str, list[Path]] = {}
+    for folder in (root, *folders_below(root, 3)):
+        inside = [path for path in sorted(folder.glob("*.json")) if not OTHER_TASKS.match(path.name)]
+        if len(inside) > MANY:  # a file for each image, as labelme writes them
+            continue
+        for path in inside:
+            if _names(path):
+                files.setdefault(split_word(path.stem) or split_word_of_folders(path, root), []).append(path)
+    found: dict[str, list[Split]] = {}
+    for word, paths in files.items():
+        best = [path for path in paths if path.name.startswith("instances_")] or paths
+        for path in best:
+            names = _names(path)
+            place = _images_of(path, names, _places(path, root, word), root)
+            if place is None and len(best) == 1:
+                raise ValueError(
+                    f"{path} is COCO, but the images that it names ({names[0]}, ...) are not below {root}; put them "
+                    f"there, or type where they are: --{word or 'train'} {path} --{word or 'train'}-images FOLDER"
+                )
+            found.setdefault(word, []).extend([place] if place else [])
+    return found
+
+
+OTHER_TASKS = re.compile("captions_|person_keypoints_|panoptic_|stuff_|image_info_")
+MANY = 50  # JSON files in one folder
+
+
+def split_word_of_folders(path: Path, root: Path) -> str:
+    """Return the word of a split among the names of the folders between `root` and a file; "" where there is none."""
+    names = reversed(path.relative_to(root).parts[:-1])
+    return next((word for name in names if (word := split_word(name))), "")
+
+
+def _names(file: Path) -> tuple[str, ...]:
+    """Return some file names of images in a COCO JSON file; () where it is none."""
+    if not os.path.isfile(file):  # a link to nowhere, a pipe
+        return ()
+    about = file.stat()
+    return _read_names(file, about.st_mtime_ns, about.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_names(file: Path, stamp: int, size: int) -> tuple[str, ...]:
+    try:
+        return _names_or_error(file)
+    except ValueError:
+        return ()
+
+
+def _names_or_error(file: Path) -> tuple[str, ...]:
+    images = read_annotations(file)["images"]
+    names = [
+        image["file_name"] for image in images if isinstance(image, dict) and isinstance(image.get("file_name"), str)
+    ]
+    if not names:
+        raise ValueError(f"{file}: no image in it has a 'file_name'")
+    return tuple(names[:: max(1, len(names) // 20)])
+
+
+def _places(file: Path, root: Path, word: str) -> list[Path]:
+    """List the folders in which the images of a split's annotation file may lie, the likeliest first."""
+    folder = file.parent
+    near = [folder / "images", folder / "data", folder, root, root / "images", root / "data"]
+    places = [place for place in dict.fromkeys([*near, *folders_below(root, 2)]) if place.is_dir()]
+    # files of the same name can be in several splits, and in copies of the dataset further below
+    return sorted(
+        places, key=lambda place: (split_word(place.name) != word, split_word(place.name) != "", len(place.parts))
+    )
+
+
+def _images_of(file: Path, names: Sequence[str], places: Sequence[Path], root: Path) -> Split | None:
+    """Choose the folder with most of the named images; failing that, look for their last names anywhere in `root`."""
+    usable = [name for name in names if image_problem({"id": 0, "file_name": name, "width": 1, "height": 1}) is None]
+    if usable:
+        counts = [sum(os.path.isfile(place / name) for name in usable) for place in places]
+        if max(counts, default=0) > 0:
+            place = places[counts.index(max(counts))]
+            return Split(place, file, f"{file.name} and {place.name}/: this is COCO")
+    index = image_index(root)
+    if any(_last(name) in index for name in names):
+        how = f"{file.name}: this is COCO; its images are found by the last part of their names"
+        return Split(root, changed(file, functools.partial(_moved, root=root)), how)
+    return None
+
+
+def _moved(coco: dict, root: Path) -> dict:
+    """Give each image the path below `root` of the only file of its name."""
+    index = image_index(root)
+    images = [
+        image | {"file_name": index.get(_last(image["file_name"]), image["file_name"])}
+        if isinstance(image, dict) and isinstance(image.get("file_name"), str)
+        else image
+        for image in coco["images"]
+    ]
+    return coco | {"images": images}
+
+
+def _last(name: str) -> str:
+    return name.replace("\\", "/").rsplit("/", 1)[-1]
+
+
+# ---- what to say where nothing is found -----------------------------------------------------------------------------
+
+
+def _refuse_archive(root: Path) -> None:
+    """Raise `ValueError` with the command to type, where `root` is an archive, or a folder with nothing but one."""
+    path = root
+    if root.is_dir():
+        inside = [path for path in root.iterdir() if not path.name.startswith(".")]
+        path = inside[0] if len(inside) == 1 and os.path.isfile(inside[0]) else root
+    if not path.is_file():
+        return
+    target = path.with_suffix("")
+    if zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is an archive; type: unzip {path} -d {target}; then give --data {target}")
+    if tarfile.is_tarfile(path):
+        raise ValueError(
+            f"{path} is an archive; type: mkdir {target} && tar -xf {path} -C {target}; then give --data {target}"
+        )
+    if root.is_file():
+        raise ValueError(f"{root} is a file; give the dataset's folder, or --train {root} --train-images FOLDER")
+
+
+def advice(root: Path, split: str) -> str:
+    """Say what was looked for, what is there, and what to type."""
+    there = [str(path.relative_to(root)) for path in sorted([*root.iterdir(), *root.glob("annotations/*")])]
+    listing = f"{', '.join(there[:20]) or 'nothing'}{', ...' if len(there) > 20 else ''}"
+    whole = unsplit(root) if split in ("train", "val") else None
+    if whole is not None:
+        return (
+            f"looked for annotations/instances_{split}.json and other names of COCO, YOLO and VOC, and found "
+            f"{file_of(whole.source)} only; type --val-fraction 0.2 to keep a fifth of its images for scoring, or name "
+            f"both files: --train JSON --train-images FOLDER --val JSON --val-images FOLDER; there is: {listing}"
+        )
+    return (
+        f"looked for COCO (annotations/instances_{split}.json with {split}/ or images/, "
+        f"{split}/_annotations.coco.json, {split}.json), YOLO (data.yaml, or images/{split}/ with labels/{split}/), "
+        f"Pascal VOC (.xml) and Hugging Face ({split}/metadata.jsonl); name your files: --train JSON --train-images "
+        f"FOLDER --val JSON --val-images FOLDER; there is: {listing}"
+    )
