@@ -242,7 +242,7 @@ def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDatas
     if not config.frozen_norm:
         about["accum"] = repr(config.accum)  # a live batch norm sees one part of the batch at a time
     for name, dataset in (("train annotations", train_set), ("val annotations", val_set)):
-        about[name] = hashlib.sha256(dataset.annotation_file.read_bytes()).hexdigest()
+        about[name] = dataset.annotations_sha256
     return about
 
 

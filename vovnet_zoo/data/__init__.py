@@ -1,6 +1,7 @@
 """This package reads COCO-format data; its modules are listed in the order in which an annotation travels.
 
-`annotations` (COCO JSON to usable boxes) and `images` (files to pixels) -> `dataset` -> `transforms` -> `batches`.
+`parse` (COCO JSON without polygons) -> `annotations` (to usable boxes) -> `index` (to arrays, kept for large files),
+and `images` (files to pixels) -> `dataset` -> `transforms` -> `batches`.
 `check` finds everything that is wrong with a dataset. Boxes are xyxy in pixels, images uint8 RGB `[3, H, W]`, labels
 0..K-1 (foreground only).
 """
@@ -8,12 +9,14 @@
 from .annotations import (
     annotation_problem,
     are_fractions,
+    clip_boxes,
     coco_to_xyxy,
     entries_by_id,
     entry_problem,
     idle_categories,
     image_problem,
     is_crowd,
+    parse_annotations,
     read_annotations,
     repeated,
     usable_boxes,
@@ -56,6 +59,7 @@ __all__ = [
     "annotation_problem",
     "are_fractions",
     "check_size",
+    "clip_boxes",
     "coco_to_xyxy",
     "collate",
     "decode_image",
@@ -70,6 +74,7 @@ __all__ = [
     "label_problem",
     "normalize",
     "open_image",
+    "parse_annotations",
     "pil_to_rgb",
     "read_annotations",
     "read_image",

@@ -3,9 +3,8 @@
 Boxes are xyxy in pixels, labels 0..K-1 (foreground only).
 """
 
-import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -13,17 +12,22 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..files import read_bytes
+from .parse import parse_json
 
 
 def read_annotations(path: str | Path) -> dict:
-    """Parse a COCO JSON file.
+    """Parse a COCO JSON file; polygons are left out, so a `segmentation` is an empty list or a run-length encoding.
 
     Raises:
         ValueError: the file is not JSON, or lacks images, annotations or categories; the message names the file.
     """
-    data = read_bytes(path, "annotation file")
+    return parse_annotations(read_bytes(path, "annotation file"), path)
+
+
+def parse_annotations(data: bytes, path: str | Path, replace: Callable[[dict], Any] | None = None) -> dict:
+    """Parse the content of the COCO JSON file `path`; see `read_annotations`, and `parse_json` for `replace`."""
     try:
-        coco = json.loads(data)
+        coco = parse_json(data, replace)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(coco, dict):
@@ -127,16 +131,29 @@ def usable_boxes(
             position_list.append(i)
     owners, labels, positions = (np.array(x, dtype=np.int64) for x in (owner_list, label_list, position_list))
     xywh = np.array(rows, dtype=np.float64).reshape(-1, 4)
+    boxes, keep, more = clip_boxes(xywh, owners, positions, sizes, plus_one)
+    return owners[keep], labels[keep], boxes[keep], {k: where for k, where in (problems | more).items() if where}
+
+
+def clip_boxes(
+    xywh: np.ndarray, owners: np.ndarray, positions: np.ndarray, sizes: np.ndarray, plus_one: bool
+) -> tuple[np.ndarray, np.ndarray, dict[str, list[int]]]:
+    """Clip the COCO boxes of many images; returns the boxes [A, 4] xyxy, which to keep [A], and `positions` by problem.
+
+    Arguments as in `usable_boxes`, all of length A but `sizes`.
+    """
     limit = sizes[owners][:, ::-1]  # [A, 2] width, height
     boxes, keep = coco_to_xyxy(xywh, limit[:, 1], limit[:, 0], plus_one)
 
     start, extent = xywh[:, :2], xywh[:, 2:]
     outside = ((start >= limit) | (start + extent <= 0)).any(axis=1) & (extent > 0).all(axis=1)
     beyond = ((start < -1) | (start + extent > limit + 1)).any(axis=1)
-    problems["empty box"] = positions[~keep & ~outside].tolist()
-    problems["box outside the image"] = positions[~keep & outside].tolist()
-    problems["box clipped to the image"] = positions[keep & beyond].tolist()
-    return owners[keep], labels[keep], boxes[keep], {kind: where for kind, where in problems.items() if where}
+    problems = {
+        "empty box": positions[~keep & ~outside].tolist(),
+        "box outside the image": positions[~keep & outside].tolist(),
+        "box clipped to the image": positions[keep & beyond].tolist(),
+    }
+    return boxes, keep, problems
 
 
 def annotation_problem(annotation: Any, image_ids: Container[int], category_ids: Container[int]) -> str | None:
