@@ -137,8 +137,8 @@ def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if device is not None and device.startswith("cuda:") and local_size > 1:
         raise ValueError(
-            f"--device {device} is one GPU for {local_size} processes; give --device cuda, which is a GPU for each, and "
-            "choose among the GPUs with the variable CUDA_VISIBLE_DEVICES"
+            f"--device {device} is one GPU for {local_size} processes; give --device cuda, which is a GPU for each, "
+            "and choose among the GPUs with the variable CUDA_VISIBLE_DEVICES"
         )
     target = find_device(device, local_rank)
     if target.type == "cuda":

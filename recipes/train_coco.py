@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from types import ModuleType
 
-from presets import TrainConfig, check_config, parse
+from presets import TrainConfig, check_config, doubts, parse
 from vovnet_zoo.commands import parse_command
 
 PARSE = functools.partial(parse, description=__doc__)
@@ -46,6 +46,9 @@ def main(config: TrainConfig) -> dict | None:
     ):
         pictures = import_pictures() if rank == 0 else None
         run = set_up(config, rank, world_size, device)
+        log.info("%d steps of %d images, learning rate %.3g", config.steps, config.batch_size, config.lr)
+        for doubt in doubts(config) if rank == 0 else ():
+            log.warning("%s", doubt)
         with (
             contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log,
             contextlib.closing(run.notes) if run.notes else contextlib.nullcontext(),
