@@ -151,7 +151,7 @@ def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]
                 "one; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
             )
         dist.init_process_group(
-            "nccl" if target.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo",  # numbers of the host do not wait for a GPU
             timeout=TIMEOUT,
             device_id=target if target.type == "cuda" else None,  # otherwise NCCL guesses it from the rank
         )
@@ -235,9 +235,9 @@ class StopSignal:
         if self._at_once:
             raise Stopped(128 + self.received)
 
-    def agreed(self, device: torch.device) -> int:
+    def agreed(self) -> int:
         """Return the number of the signal that a process received, or 0. All processes call this together."""
-        return int(all_reduce(torch.tensor(self.received, device=device), dist.ReduceOp.MAX))
+        return int(all_reduce(torch.tensor(self.received), dist.ReduceOp.MAX))
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
