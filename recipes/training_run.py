@@ -11,7 +11,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from build import build_datasets, build_model, check_start, load_start, prepare_for_training
+from build import build_datasets, build_model, check_start, check_weights, load_start, prepare_for_training
 from gradients import GradientSum
 from image_notes import ImageNotes
 from optim import create_optimizer, load_changed
@@ -76,6 +76,8 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     """Build a run. If `config.out` has a checkpoint, the run goes on from there."""
     saved = load_checkpoint(config.out / "checkpoints")
     known = saved.get("config") if saved else None  # checkpoints of version 0.2 and before do not hold it
+    if not known:
+        check_weights(config)
     torch.manual_seed(config.seed)
     start = None if known else load_start(config)
     if known and config.init is not None:

@@ -147,6 +147,28 @@ def test_doubtful_schedules_are_named():
     assert "the warm-up of 500 steps does not end" in short
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_weights_or_says_what_to_type(name, tmp_path, monkeypatch):
+    """It says so before it looks at the data, which takes long, and what it says to type works."""
+    options = [name, "--data", str(tmp_path / "missing"), "--out", str(tmp_path / "run")]
+    fetched = []
+    real = build.create_backbone
+    monkeypatch.setattr(build, "create_backbone", lambda name, pretrained: fetched.append(name))
+    build.check_weights(parse(options))
+    known = [timm.get_pretrained_cfg(model).has_weights for model in fetched]
+    assert len(known) == parse(options).pretrained_backbone
+    if all(known):
+        return
+    monkeypatch.setattr(build, "create_backbone", real)
+    with pytest.raises(ValueError, match="no weights of 'vovnet93.*type --no-pretrained-backbone --no-frozen-norm"):
+        train_coco.main(parse(options))
+    assert name == "v93_2x"
+    scratch = parse([*options, "--no-pretrained-backbone", "--no-frozen-norm"])
+    build.check_weights(scratch)
+    model = build.build_model(scratch, ["a", "b"], None)
+    assert not model.config["frozen_norm"] and model.config["num_classes"] == 2
+
+
 @pytest.mark.parametrize("preset", ["finetune", "coco_12e"])
 def test_presets_with_a_live_backbone_train(preset, tiny_coco, tmp_path, hub_on_loopback):
     """Two steps of small images, from weights that a Hub on loopback has."""
@@ -227,7 +249,7 @@ def test_published_preset_starts_from_imagenet_weights(tiny_coco, tmp_path):
     assert about["variant"] == "published" and about["pretrained_backbone"] and about["optimizer"] == "momentum"
     curve = losses(out)
     assert len(curve) == 2 and all(0 < loss < 100 for loss in curve)
-    assert rows(out)[0]["lr"] == pytest.approx(0.01 / 3) and "AP" in rows(out)[-1]
+    assert rows(out)[0]["lr"] == pytest.approx(0.01 / 3 * 2 / 16) and "AP" in rows(out)[-1]
     model = FCOS.from_pretrained(out / "last")
     assert model.config.items() >= VARIANTS["published"].items()
     trained = model.backbone.state_dict()
