@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from average import MovingAverage
 from build import build_datasets, build_model, check_start, check_weights, load_start, prepare_for_training
 from gradients import GradientSum
 from image_notes import ImageNotes
@@ -47,7 +47,7 @@ class Run:
     val_set: Any
     model: Any
     model_config: Mapping  # builds the model without what it started from
-    ema: ModelEmaV3 | None
+    ema: MovingAverage | None
     criterion: nn.Module
     gradients: GradientSum
     optimizer: torch.optim.Optimizer
@@ -123,7 +123,7 @@ def assemble(saved: dict | None, changed: list[str], *, config: Any, model: nn.M
     run = Run(
         config=config,
         model=model,
-        ema=ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None,
+        ema=MovingAverage(model, config.ema) if config.ema else None,
         gradients=GradientSum(model),
         optimizer=create_optimizer(model, config),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
