@@ -165,7 +165,7 @@ def test_every_preset_has_weights_or_says_what_to_type(name, tmp_path, monkeypat
     assert name == "v93_2x"
     scratch = parse([*options, "--no-pretrained-backbone", "--no-frozen-norm"])
     build.check_weights(scratch)
-    model = build.build_model(scratch, ["a", "b"], None)
+    model = build.build_model(scratch, ["a", "b"], [1, 2], None)
     assert not model.config["frozen_norm"] and model.config["num_classes"] == 2
 
 
