@@ -15,6 +15,7 @@ from presets import TrainConfig, with_defaults
 from quickstart_data import make_shapes
 from runtime import StopSignal, barrier, log
 from vovnet_zoo import FCOS, create_detector
+from vovnet_zoo.backbone import create_backbone
 from vovnet_zoo.config import DEFAULTS, THRESHOLDS, VARIANTS, DetectorConfig, DetectorOptions, Resize
 from vovnet_zoo.data import (
     CocoDataset,
@@ -28,7 +29,7 @@ from vovnet_zoo.data import (
 )
 from vovnet_zoo.data.layouts import choose_split, choose_whole
 from vovnet_zoo.data.splitting import hold_out
-from vovnet_zoo.detectors import DETECTORS, load_detector
+from vovnet_zoo.detectors import DETECTORS, STARTS, load_detector
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import has_amx, use_winograd
 
@@ -65,6 +66,26 @@ def check_start(config: TrainConfig, start: DetectorConfig) -> None:
                 f"{option} does not fit --init {config.init}, which has {', '.join(wrong)}; a detector keeps its "
                 f"network and conventions: leave {option.split()[0]} out (in Python, None)"
             )
+
+
+def check_weights(config: TrainConfig) -> None:
+    """Fetch the backbone's pretrained weights, if a run starts from them, before it does what takes longer.
+
+    Raises:
+        ValueError: they cannot be had; the message says what to type instead.
+    """
+    if not config.pretrained_backbone:
+        return
+    config = with_defaults(config)
+    name = config.backbone or STARTS.get(config.model) or DETECTORS[config.model]["backbone"]
+    try:
+        create_backbone(name, pretrained=True)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{error}. The training starts from these weights of the backbone of {config.model}: to start from a "
+            "detector that you have, type --init FOLDER --no-pretrained-backbone; to start without any, type "
+            "--no-pretrained-backbone --no-frozen-norm, and it learns more slowly"
+        ) from error
 
 
 def build_datasets(

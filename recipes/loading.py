@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.util
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,8 @@ class Batches:
         # would leave files behind. It needs a file descriptor for each tensor on its way.
         if "file_descriptor" in torch.multiprocessing.get_all_sharing_strategies():
             torch.multiprocessing.set_sharing_strategy("file_descriptor")
+        if workers and stop:  # see `kill_workers`
+            multiprocessing.util.Finalize(None, kill_workers, exitpriority=10)
         self.workers, self.stop, self.received = workers, stop, 0
         self.finished = multiprocessing.RawArray("q", max(1, workers))  # batches that each worker has finished
         self.loader = iter(
@@ -94,6 +97,13 @@ class Batches:
             raise RuntimeError(f"a data loading worker has finished a batch {waited:.0f} s ago that is lost{advice()}")
         if waited > STUCK_S:
             raise RuntimeError(f"no batch came for {waited:.0f} s; see whether the disk of the images still answers")
+
+
+def kill_workers() -> None:
+    """Kill the workers that are left. At its exit Python sends them SIGTERM, which they ignore, and waits for them."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class Send:

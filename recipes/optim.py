@@ -24,6 +24,8 @@ def create_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
     """
     depth = depth_below_top(model.backbone) if config.layer_decay is not None else {}
     takes_fused = "fused" in inspect.signature(get_optimizer_class(config.optimizer, bind_defaults=False)).parameters
+    # torch's fused SGD leaves its momentum uninitialized where GradScaler skips the first step, as float16 makes it do.
+    takes_fused = takes_fused and config.precision != "fp16"
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         is_bias = "bias" in name

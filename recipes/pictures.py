@@ -24,7 +24,7 @@ def draw_curves(rows: list[dict], path: Path) -> None:
     figure, (losses, rate, ap) = plt.subplots(1, 3, figsize=(15, 4), constrained_layout=True)
     steps = [row["step"] for row in train]
     for name in ("loss", "loss_cls", "loss_box", "loss_ctr"):
-        losses.plot(steps, [row[name] for row in train], label=name, linewidth=1)
+        losses.plot(steps, numbers(train, name), label=name, linewidth=1)
     losses.set(title="losses", xlabel="step", yscale="log")
     losses.legend()
     rate.plot(steps, [row["lr"] for row in train])
@@ -37,6 +37,11 @@ def draw_curves(rows: list[dict], path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def numbers(rows: list[dict], name: str) -> list[float]:
+    """Return a number of each row; NaN, which is not drawn, for one that was not finite."""
+    return [float("nan") if row[name] is None else row[name] for row in rows]
 
 
 def draw_comparison(

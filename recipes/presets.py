@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -80,7 +80,9 @@ class TrainConfig:
     skip_bad_images: bool = False
     """Leave out images that cannot be read or have another size than the JSON says, rather than stop."""
     batch_size: int = 16
-    """Images per step, over all processes and accumulated parts."""
+    """Images per step, over all processes and accumulated parts. A preset is a schedule of images: with another batch
+    than the preset's, what is not typed of lr, steps, milestones, warmup_steps and eval_every is scaled, see
+    `scale_schedule`."""
     accum: int = 1
     """Parts into which each process's share of a batch is split, to save memory."""
     workers: int = 4
@@ -101,7 +103,7 @@ class TrainConfig:
     schedule: Literal["multistep", "cosine"] = "multistep"
     """Course of the learning rate after the warm-up."""
     milestones: tuple[int, ...] = (60_000, 80_000)
-    """Steps where multistep multiplies the learning rate by 0.1; cosine has none."""
+    """Steps where multistep multiplies the learning rate by 0.1; cosine has none. They move with --steps."""
     warmup: Literal["constant", "linear"] = "linear"
     """Course of the learning rate in the warm-up."""
     warmup_steps: int = 500
@@ -222,6 +224,12 @@ def parse(args: Sequence[str] | None = None, description: str = "") -> TrainConf
     args = sys.argv[1:] if args is None else args
     presets = presets_for(args)
     config = tyro.extras.overridable_config_cli(presets, args=args, description=description)
+    if not {arg.replace("_", "-").split("=")[0] for arg in args}.isdisjoint({"--batch-size", "--steps"}):
+        preset = presets[next(arg for arg in args if arg in presets)][1]
+        others = {name: (about, dataclasses.replace(x, **other_schedule(x))) for name, (about, x) in presets.items()}
+        again = tyro.extras.overridable_config_cli(others, args=args, description=description)
+        typed = {name for name in SCHEDULE if getattr(config, name) == getattr(again, name)}
+        config = dataclasses.replace(config, **scale_schedule(config, preset, typed))
     if config.init is None:
         return config
     # What was typed is the same whatever the preset says.
@@ -244,6 +252,57 @@ def parse(args: Sequence[str] | None = None, description: str = "") -> TrainConf
     if "frozen_norm" in typed and not config.frozen_norm:
         raise ValueError("--no-frozen-norm: with --init, norms that are fixed there stay so; leave it out")
     return dataclasses.replace(config, **{name: getattr(TrainConfig, name) for name in NETWORK if name not in typed})
+
+
+SCHEDULE = ("lr", "steps", "milestones", "warmup_steps", "eval_every")
+LINEAR = ("momentum", "sgd")
+
+
+def other_schedule(preset: TrainConfig) -> dict[str, Any]:
+    """Return values of the schedule's options that differ from the preset's."""
+    return dict(
+        lr=preset.lr * 3,
+        steps=preset.steps + 1,
+        milestones=(*preset.milestones, preset.steps + 1),
+        warmup_steps=preset.warmup_steps + 1,
+        eval_every=(preset.eval_every or 0) + 1,
+    )
+
+
+def scale_schedule(config: TrainConfig, preset: TrainConfig, typed: Collection[str]) -> dict[str, Any]:
+    """Return the schedule of a preset for the batch size and the steps of `config`; what was typed stays as it is.
+
+    The run sees as many images as the preset's, also in its warm-up and between evaluations. The learning rate of SGD
+    is proportional to the batch (linear scaling rule, arXiv 1706.02677), that of optimizers that normalize their
+    updates to its square root (arXiv 2205.10287). Milestones stay at their share of all steps.
+    """
+    batches = config.batch_size / preset.batch_size
+    steps = config.steps if "steps" in typed else max(1, round(preset.steps / batches))
+    milestones = sorted({max(1, round(step * steps / preset.steps)) for step in preset.milestones})
+    values = dict(
+        lr=preset.lr * (batches if config.optimizer in LINEAR else batches**0.5),
+        steps=steps,
+        milestones=tuple(milestones) if config.schedule == "multistep" else preset.milestones,
+        warmup_steps=round(preset.warmup_steps / batches),
+        eval_every=preset.eval_every and max(1, round(preset.eval_every / batches)),
+    )
+    return {name: value for name, value in values.items() if name not in typed}
+
+
+def doubts(config: TrainConfig) -> list[str]:
+    """Say what of a schedule has no effect, or hardly the one that was meant."""
+    found = []
+    if config.schedule == "multistep" and (late := [step for step in config.milestones if step >= config.steps]):
+        found.append(
+            f"the run ends after {config.steps} steps, before the milestones {late}, so the learning rate is not "
+            "lowered there; give other --milestones"
+        )
+    if config.warmup_steps >= config.steps:
+        found.append(
+            f"the warm-up of {config.warmup_steps} steps does not end in a run of {config.steps} steps; give other "
+            "--warmup-steps"
+        )
+    return found
 
 
 _PUBLISHED = dict(

@@ -8,13 +8,14 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from torch import Tensor
 from presets import NETWORK, TrainConfig, with_defaults
 from runtime import environment, log, make_folder
 from vovnet_zoo import FCOS
-from vovnet_zoo.data import CocoDataset, ImageError, Skipped, digest_of
+from vovnet_zoo.data import CocoDataset, ImageError, Skipped
 from vovnet_zoo.files import hash_file
 
 try:
@@ -100,7 +101,7 @@ class RunLog:
         about = {"config": dataclasses.asdict(config), "starts": starts}
         write_whole(folder / "run.json", json.dumps(about, indent=2, default=str).encode())
         kept = [row for row in self.rows() if row["step"] < (start_step if "loss" in row else scored)]
-        write_whole(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept).encode())
+        write_whole(folder / "metrics.jsonl", "".join(write_json(row) + "\n" for row in kept).encode())
         self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed by close)
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -113,7 +114,7 @@ class RunLog:
         """Add a row of values for `step`, counted from 0."""
         if not self.active:
             return
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.write(write_json({"step": step, **values}) + "\n")
         self.file.flush()
         with self._optional():
             for name, value in values.items():
@@ -144,6 +145,20 @@ class RunLog:
         except Exception as error:
             log.warning("no tensorboard files from now on (%r); metrics.jsonl has all numbers", error)
             self.tensorboard = None
+
+
+def write_json(value: Any) -> str:
+    """Write a value as JSON, which has no number that is not finite: such a number becomes null."""
+    return json.dumps(finite(value), allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """Replace numbers that are not finite by None, in dicts and lists too."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def earlier_starts(path: Path) -> list[dict]:
@@ -191,7 +206,7 @@ def note_not_finite(
         {name: x.tolist() for name, x in part.items() if name != "images"} | {"shape": list(part["images"].shape)}
         for part in parts
     ]
-    path.write_text(json.dumps({"losses": losses, "grad_norm": grad_norm, "batch": batch}))
+    path.write_text(write_json({"losses": losses, "grad_norm": grad_norm, "batch": batch}))
     log.warning("step %d skipped: losses %s, gradient norm %s; its batch is in %s", step, losses, grad_norm, path)
     return path
 
@@ -243,7 +258,7 @@ def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDatas
     if not config.frozen_norm:
         about["accum"] = repr(config.accum)  # a live batch norm sees one part of the batch at a time
     for name, dataset in (("train annotations", train_set), ("val annotations", val_set)):
-        about[name] = digest_of(dataset.annotations)
+        about[name] = dataset.annotations_sha256
     return about
 
 

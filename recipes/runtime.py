@@ -14,9 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import timm
@@ -31,16 +32,51 @@ from vovnet_zoo.commands import find_device, run_reporting, take_debug
 T = TypeVar("T")
 log = logging.getLogger("vovnet_zoo")
 
+# A process waits so long for another. It has to outlast the scoring of all images by rank 0, and a disk that gives no
+# batch (`loading.STUCK_S`), so that the process at fault is the one that reports.
+TIMEOUT = datetime.timedelta(hours=1)
+
 
 def run_command(main: Callable[[T], object], config: T) -> None:
     """Run a recipe: an error of the user is one line, with `--debug` also its traceback, and the exit status is 2.
 
-    Of processes that torchrun started, one prints the line.
+    Of processes that torchrun started, one prints the line, and after any error or signal a process ends at once.
 
     Args:
         config: what `commands.parse_command` returned.
     """
-    run_reporting(Path(sys.argv[0]).stem, lambda: main(config), take_debug(sys.argv[1:])[1], claim)
+    command, debug = Path(sys.argv[0]).stem, take_debug(sys.argv[1:])[1]
+    try:
+        run_reporting(command, lambda: main(config), debug, claim)
+    except BaseException as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        end_at_once(command, error, debug)
+
+
+def end_at_once(command: str, error: BaseException, debug: bool = False) -> NoReturn:
+    """Print an error and end this process of several, without the clean-up of Python and torch.
+
+    That clean-up would wait for the other processes, and these wait for this one, for ever with NCCL. torchrun ends
+    them when it sees that one has ended. A process whose error is that another one has ended prints one line, so that
+    the traceback of the first is easy to find.
+    """
+    if not isinstance(error, SystemExit):
+        if debug or not tells_of_another(error):
+            traceback.print_exception(error)
+        else:
+            rank = os.environ.get("RANK", "0")
+            print(f"{command}: process {rank} ends, as another process has ended or cannot be reached", file=sys.stderr)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+
+
+def tells_of_another(error: BaseException) -> bool:
+    """Tell whether an error only says that another process does not answer. Those of gloo have no type of their own."""
+    texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and any(t in str(error) for t in texts))
 
 
 def claim(line: str) -> bool:
@@ -87,8 +123,10 @@ def make_folder(folder: Path, what: str) -> None:
 def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]:
     """Join the job that torchrun started, if it did, and leave it at the end.
 
+    After an error the job is not left, since that would wait for the other processes: see `end_at_once`.
+
     Yields (rank, world size, this process's device); (0, 1, device) without torchrun. `ValueError` if there is no such
-    device.
+    device, or if it is one GPU for several processes.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -99,6 +137,12 @@ def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]
         force=True,
     )
     logging.captureWarnings(True)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if device is not None and device.startswith("cuda:") and local_size > 1:
+        raise ValueError(
+            f"--device {device} is one GPU for {local_size} processes; give --device cuda, which is a GPU for each, "
+            "and choose among the GPUs with the variable CUDA_VISIBLE_DEVICES"
+        )
     target = find_device(device, local_rank)
     if target.type == "cuda":
         torch.cuda.set_device(target)
@@ -109,12 +153,14 @@ def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]
                 "torchrun keeps one store over its restarts, so a restarted process may find the address of a dead "
                 "one; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
             )
-        dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
-    try:
-        yield rank, world_size, target
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo",  # numbers of the host do not wait for a GPU
+            timeout=TIMEOUT,
+            device_id=target if target.type == "cuda" else None,  # otherwise NCCL guesses it from the rank
+        )
+    yield rank, world_size, target
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
@@ -192,9 +238,9 @@ class StopSignal:
         if self._at_once:
             raise Stopped(128 + self.received)
 
-    def agreed(self, device: torch.device) -> int:
+    def agreed(self) -> int:
         """Return the number of the signal that a process received, or 0. All processes call this together."""
-        return int(all_reduce(torch.tensor(self.received, device=device), dist.ReduceOp.MAX))
+        return int(all_reduce(torch.tensor(self.received), dist.ReduceOp.MAX))
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:

@@ -48,7 +48,6 @@ def score_dataset(
     Where the dataset skips images that cannot be read, they are given to `note`, and the others are scored;
     `ValueError` if there are no others.
     """
-    device = next(model.parameters(), torch.empty(0)).device
     by_size = sorted(range(len(dataset)), key=lambda index: padded_size(*dataset.sizes[index].tolist(), model.config))
     mine = by_size[rank::world_size]
     share = len(range(0, len(dataset), world_size))  # of rank 0; other ranks may have one image less
@@ -70,7 +69,7 @@ def score_dataset(
     rows, image_ids = [], []
     with contextlib.closing(found):
         for i in tqdm(range(share), desc="evaluate", unit="image", disable=rank > 0, leave=False):
-            if stop and (world_size == 1 or i % LOOK_EVERY == 0) and (number := stop.agreed(device)):
+            if stop and (world_size == 1 or i % LOOK_EVERY == 0) and (number := stop.agreed()):
                 raise Stopped(128 + number)
             if (detection := next(found, None)) is not None:  # skipped images are not among them
                 image_ids.append(int(detection.source))
@@ -85,7 +84,7 @@ def score_dataset(
                 metrics = evaluate(dataset.annotations, results, image_ids=chosen, engine=engine)
         except Stopped as error:
             stopped = error.code
-    if stop and (code := int(all_reduce(torch.tensor(stopped, device=device), torch.distributed.ReduceOp.MAX))):
+    if stop and (code := int(all_reduce(torch.tensor(stopped), torch.distributed.ReduceOp.MAX))):
         raise Stopped(code)  # in all processes
     return results, metrics
 

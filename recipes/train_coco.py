@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from types import ModuleType
 
-from presets import TrainConfig, check_config, parse
+from presets import TrainConfig, check_config, doubts, parse
 from vovnet_zoo.commands import parse_command
 
 PARSE = functools.partial(parse, description=__doc__)
@@ -33,7 +33,7 @@ from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
-from training_loop import log_graphs, log_step, seed_of, update
+from training_loop import clip_gradients, log_graphs, log_step, seed_of, update
 from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, set_up
 from vovnet_zoo.coco_eval import format_table
 
@@ -48,6 +48,9 @@ def main(config: TrainConfig) -> dict | None:
     ):
         pictures = import_pictures() if rank == 0 else None
         run = set_up(config, rank, world_size, device)
+        log.info("%d steps of %d images, learning rate %.3g", config.steps, config.batch_size, config.lr)
+        for doubt in doubts(config) if rank == 0 else ():
+            log.warning("%s", doubt)
         with (
             contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log,
             contextlib.closing(run.notes) if run.notes else contextlib.nullcontext(),
@@ -101,11 +104,14 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         # norms' statistics are averaged, so that every process has the model that rank 0 saves.
         run.gradients.finish()
         average([x for x, _ in run.statistics])
-        losses = dict(zip(losses, all_reduce(totals).tolist(), strict=True))
+        all_reduce(totals)
 
-        # One update of the weights, unless a loss or the gradient is not finite: such a step changes nothing.
+        # One update of the weights, unless a loss or the gradient is not finite: such a step changes nothing. A GPU is
+        # waited for once a step, when losses and norm are read.
         lr = set_lr(run.optimizer, config, step)
-        grad_norm = update(run, step, parts, losses)
+        *totals, grad_norm = torch.cat([totals, clip_gradients(run)[None]]).tolist()
+        losses = dict(zip(losses, totals, strict=True))
+        update(run, step, parts, losses, grad_norm)
 
         # Log: a row of numbers.
         seconds = time.perf_counter() - began
@@ -141,9 +147,8 @@ def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[
 
 def common_size(model: nn.Module, parts: list[dict[str, Tensor]], received: int) -> tuple[int, int, int]:
     """Return the height and width to pad images to, the largest of all parts and processes, and the number of the
-    signal that a process received, or 0."""
-    device = parts[0]["images"].device
-    sizes = torch.tensor([(*part["images"].shape[-2:], received) for part in parts], device=device)
+    signal that a process received, or 0. These numbers stay on the CPU, so that no GPU is waited for."""
+    sizes = torch.tensor([(*part["images"].shape[-2:], received) for part in parts])
     height, width, stopping = all_reduce(sizes.amax(0), torch.distributed.ReduceOp.MAX).tolist()
     return *room_for_norms(model, parts, height, width), stopping
 

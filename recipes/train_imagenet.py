@@ -33,7 +33,7 @@ from optim import set_lr
 from run_folder import RunLog, locked
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from step import compiled
-from training_loop import log_graphs, log_step, seed_of, update
+from training_loop import clip_gradients, log_graphs, log_step, seed_of, update
 from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished
 from vovnet_zoo.classifiers import save_classifier
 from vovnet_zoo.data import normalize
@@ -71,7 +71,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     for step in bar:
         # Data: this process's share of the batch, in parts that are computed one after the other to save memory.
         parts = [{name: x.to(run.device, non_blocking=True) for name, x in part.items()} for part in next(batches)]
-        data_wait, stopping = time.perf_counter() - began, stop.agreed(run.device)
+        data_wait, stopping = time.perf_counter() - began, stop.agreed()
 
         # Forward and backward, part by part; autograd adds up the gradients of the parts. Each part counts by its share
         # of the global batch, so that gradients add up over the processes too. The seed of drop path depends on the
@@ -90,8 +90,9 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         run.gradients.finish()
         average([x for x, _ in run.statistics])
         lr = set_lr(run.optimizer, config, step)
-        losses = {"loss": all_reduce(total).item()}
-        grad_norm = update(run, step, parts, losses)
+        total, grad_norm = torch.cat([all_reduce(total), clip_gradients(run)[None]]).tolist()
+        losses = {"loss": total}
+        update(run, step, parts, losses, grad_norm)
         seconds = time.perf_counter() - began
         progress.train_seconds += seconds
         log_step(run, run_log, bar, step, losses, seconds, lr=lr, grad_norm=grad_norm, data_wait_s=data_wait)
@@ -157,7 +158,7 @@ def score(run: Run, stop: StopSignal) -> dict[str, float]:
     batches = eval_batches(run.config, run.val_set, run.rank, run.world_size)
     while True:
         batch = next(batches, None)
-        state = torch.tensor([batch is not None, stop.received], device=run.device)
+        state = torch.tensor([batch is not None, stop.received])
         more, received = all_reduce(state, torch.distributed.ReduceOp.MAX).tolist()
         if received:
             raise Stopped(128 + received)

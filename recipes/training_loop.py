@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from memory import peak_memory
@@ -16,20 +16,23 @@ from training_run import Run, are_finite, put_back
 from vovnet_zoo.commands import CommandError
 
 
-def update(run: Run, step: int, parts: list[dict], losses: dict[str, float]) -> float:
-    """Change the weights by their gradients, and clear these; returns the gradient's norm.
+def clip_gradients(run: Run) -> Tensor:
+    """Undo the scaling of the gradients, limit their norm if the configuration says so, and return the norm before."""
+    run.scaler.unscale_(run.optimizer)
+    return nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip_grad or float("inf"))
+
+
+def update(run: Run, step: int, parts: list[dict], losses: dict[str, float], grad_norm: float) -> None:
+    """Change the weights by their gradients, and clear these.
 
     A step whose loss or gradient is not finite is skipped instead, and the statistics of batch norms are put back. With
     float16, a gradient that overflows is no such case: GradScaler leaves out the change of the weights and lowers its
     scale.
     """
-    run.scaler.unscale_(run.optimizer)
-    max_norm = run.config.clip_grad or float("inf")
-    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), max_norm).item()
     if all(map(math.isfinite, losses.values())) and (run.scaler.is_enabled() or math.isfinite(grad_norm)):
         run.updating = True
         run.scaler.step(run.optimizer)
-        if run.ema:
+        if run.ema and math.isfinite(grad_norm):  # otherwise GradScaler left out the change
             run.ema.update(run.model, step=step + 1)
         run.progress.not_finite = 0
     else:
@@ -38,7 +41,6 @@ def update(run: Run, step: int, parts: list[dict], losses: dict[str, float]) -> 
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     run.progress.step, run.statistics, run.updating = step + 1, [], False  # the step is finished
-    return grad_norm
 
 
 def skip_step(run: Run, step: int, parts: list[dict], losses: dict[str, float], grad_norm: float) -> None:

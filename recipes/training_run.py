@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from build import build_datasets, build_model, check_start, load_start, prepare_for_training
+from average import MovingAverage
+from build import build_datasets, build_model, check_start, check_weights, load_start, prepare_for_training
 from gradients import GradientSum
 from image_notes import ImageNotes
 from optim import create_optimizer, load_changed
@@ -47,7 +47,7 @@ class Run:
     val_set: Any
     model: Any
     model_config: Mapping  # builds the model without what it started from
-    ema: ModelEmaV3 | None
+    ema: MovingAverage | None
     criterion: nn.Module
     gradients: GradientSum
     optimizer: torch.optim.Optimizer
@@ -76,6 +76,8 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     """Build a run. If `config.out` has a checkpoint, the run goes on from there."""
     saved = load_checkpoint(config.out / "checkpoints")
     known = saved.get("config") if saved else None  # checkpoints of version 0.2 and before do not hold it
+    if not known:
+        check_weights(config)
     torch.manual_seed(config.seed)
     start = None if known else load_start(config)
     if known and config.init is not None:
@@ -121,7 +123,7 @@ def assemble(saved: dict | None, changed: list[str], *, config: Any, model: nn.M
     run = Run(
         config=config,
         model=model,
-        ema=ModelEmaV3(model, decay=config.ema, use_warmup=True) if config.ema else None,
+        ema=MovingAverage(model, config.ema) if config.ema else None,
         gradients=GradientSum(model),
         optimizer=create_optimizer(model, config),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),

@@ -268,3 +268,23 @@ def test_speed_on_an_h100(tmp_path):
     assert seconds("inference", "torchvision fcos_resnet50_fpn", "float32") >= 5 * ours
     reference = seconds("training", "torchvision fcos_resnet50_fpn", "bf16")
     assert reference >= 3 * seconds("training", "ours, compiled", "bf16")
+
+
+def test_any_number_of_graphs(tiny_detector, monkeypatch):
+    """torch compiles one function 8 times at most, counted over all detectors of a process."""
+    torch._dynamo.reset()
+    for i in range(1, 11):
+        found = compile_detector(tiny_detector, (32, 32 * i), backend="eager")(images_and_sizes(1, (32, 32 * i))[0])
+        assert found.boxes.shape[0] == 1
+    run = compile_detector(tiny_detector, (32, 32), backend="eager")
+    for count in range(1, 11):
+        images = images_and_sizes(count, (32, 32))[0]
+        found, again = run(images), run(images, [(32, 32)] * count)
+        assert torch.equal(found.boxes, again.boxes) and len(found.boxes) == count
+
+
+def test_sizes_that_are_not_given_are_made_once(tiny_detector, monkeypatch):
+    run, images = compile_detector(tiny_detector, (64, 64), backend="eager"), images_and_sizes(2, (64, 64))[0]
+    first = run(images)
+    monkeypatch.setattr(torch, "tensor", None)  # on a GPU it would copy, and wait
+    assert torch.equal(run(images).boxes, first.boxes)

@@ -211,8 +211,8 @@ def test_a_last_step_that_is_not_finite_ends_a_run_well(config, monkeypatch):
     """It was skipped, so the weights are those of the step before."""
     real = train_coco.update
 
-    def update(run, step, parts, losses):
-        return real(run, step, parts, losses | ({"loss_box": float("nan")} if step == 3 else {}))
+    def update(run, step, parts, losses, grad_norm):
+        return real(run, step, parts, losses | ({"loss_box": float("nan")} if step == 3 else {}), grad_norm)
 
     monkeypatch.setattr(train_coco, "update", update)
     assert train_coco.main(config)["AP"] >= 0

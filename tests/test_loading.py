@@ -197,3 +197,17 @@ def test_a_batch_norm_that_would_see_one_value(tiny_coco, tmp_path):
     config = dataclasses.replace(config, skip_bad_images=True, out=tmp_path / "skipped", eval_every=None)
     train_coco.main(config)
     assert len(losses(config.out)) == 4
+
+
+def test_a_script_ends_whose_workers_ignore_signals():
+    """Python's exit sends them SIGTERM and waits. Within `StopSignal` they are killed before."""
+    code = """
+import torch
+from loading import Batches
+from runtime import StopSignal
+batches = Batches(torch.arange(1000), workers=2, batch_size=None, stop=StopSignal())
+print(next(batches))
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "recipes")])}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "tensor(0)" in result.stdout, result.stderr

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -261,3 +262,23 @@ def random_boxes(generator, batch, count, height, width):
     boxes = torch.cat([corners.amin(2), corners.amax(2)], dim=-1).round()  # integers hit limits exactly
     labels = torch.randint(-1, 3, (batch, count), generator=generator)
     return boxes, labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_giou_equals_torchvision_to_the_bit(dtype):
+    """The loss and both gradients, also of boxes that are equal, empty, or apart."""
+    generator = torch.Generator().manual_seed(8)
+    ours, theirs = (torch.rand(2, 500, 4, generator=generator) * 100).to(dtype)
+    ours[:50] = theirs[:50]
+    ours[50:100, :2] = theirs[50:100, :2]
+    ours[100:150] = 0
+    ours[150:200, 0] = -theirs[150:200, 2] - 1
+    sign = torch.tensor([-1, -1, 1, 1], dtype=dtype)
+    results = []
+    for function in (giou_loss, lambda a, b: torchvision.ops.generalized_box_iou_loss(a * sign, b * sign)):
+        inputs = [x.clone().requires_grad_() for x in (ours, theirs)]
+        loss = function(*inputs)
+        loss.sum().backward()
+        results.append((loss, *(x.grad for x in inputs)))
+    for found, expected in zip(*results, strict=True):
+        assert found.dtype == expected.dtype and torch.equal(found, expected) and expected.isfinite().all()

@@ -106,7 +106,7 @@ def effects(config: TrainConfig) -> dict:
     )
     run.scaler.scale(sum(losses.values())).backward()
     losses = {name: x.item() for name, x in losses.items()}
-    train_coco.update(run, 0, parts, losses)
+    train_coco.update(run, 0, parts, losses, train_coco.clip_gradients(run).item())
     found["step"] = losses, sum(p.double().abs().sum().item() for p in run.model.parameters())
     found["due"] = []
     for run.progress.step in range(1, 8):

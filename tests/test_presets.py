@@ -18,7 +18,7 @@ from launch import command, losses, rows
 
 import build
 import train_coco
-from presets import FINETUNE_PRETRAINED, PRESETS, PUBLISHED, parse
+from presets import FINETUNE_PRETRAINED, PRESETS, PUBLISHED, check_config, doubts, parse
 from quickstart_data import CLASSES, make_shapes
 from vovnet_zoo import FCOS, inference, loss, results
 from vovnet_zoo.config import VARIANTS
@@ -110,6 +110,65 @@ def test_rows_of_the_published_comparison():
         }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "options, expected",
+    [  # learning rate, steps, milestones, steps of warm-up, steps between evaluations
+        ("", (0.01, 90_000, (60_000, 80_000), 500, 15_000)),
+        ("--batch-size 16", (0.01, 90_000, (60_000, 80_000), 500, 15_000)),
+        ("--batch-size 8", (0.005, 180_000, (120_000, 160_000), 1000, 30_000)),
+        ("--batch_size=64", (0.04, 22_500, (15_000, 20_000), 125, 3750)),
+        ("--steps 45000", (0.01, 45_000, (30_000, 40_000), 500, 15_000)),
+        ("--batch-size 32 --steps 90000 --lr 0.01", (0.01, 90_000, (60_000, 80_000), 250, 7500)),
+        ("--batch-size 8 --milestones 5 6 --warmup-steps 500", (0.005, 180_000, (5, 6), 500, 30_000)),
+        ("--batch-size 4 --optimizer adamw", (0.005, 360_000, (240_000, 320_000), 2000, 60_000)),
+        ("--steps 2", (0.01, 2, (1, 2), 500, 15_000)),
+    ],
+)
+def test_a_schedule_is_one_of_images(options, expected):
+    config = parse(["v39_1x", "--data", "x", *options.split()])
+    check_config(config)
+    found = (config.lr, config.steps, config.milestones, config.warmup_steps, config.eval_every)
+    assert found == (pytest.approx(expected[0]), *expected[1:])
+
+
+def test_a_cosine_schedule_has_no_milestones_to_scale():
+    config = parse(["coco_12e", "--data", "x", "--batch-size", "32"])
+    check_config(config)
+    preset = PRESETS["coco_12e"][1]
+    assert config.steps == round(preset.steps / 2) and config.lr == pytest.approx(preset.lr * 2**0.5)
+
+
+def test_doubtful_schedules_are_named():
+    preset = PRESETS["v39_1x"][1]
+    assert [doubts(config) for _, config in PRESETS.values()] == [[]] * len(PRESETS)
+    (late,) = doubts(dataclasses.replace(preset, steps=70_000))
+    assert "ends after 70000 steps, before the milestones [80000]" in late
+    late, short = doubts(dataclasses.replace(preset, steps=500))
+    assert "the warm-up of 500 steps does not end" in short
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_weights_or_says_what_to_type(name, tmp_path, monkeypatch):
+    """It says so before it looks at the data, which takes long, and what it says to type works."""
+    options = [name, "--data", str(tmp_path / "missing"), "--out", str(tmp_path / "run")]
+    fetched = []
+    real = build.create_backbone
+    monkeypatch.setattr(build, "create_backbone", lambda name, pretrained: fetched.append(name))
+    build.check_weights(parse(options))
+    known = [timm.get_pretrained_cfg(model).has_weights for model in fetched]
+    assert len(known) == parse(options).pretrained_backbone
+    if all(known):
+        return
+    monkeypatch.setattr(build, "create_backbone", real)
+    with pytest.raises(ValueError, match="no weights of 'vovnet93.*type --no-pretrained-backbone --no-frozen-norm"):
+        train_coco.main(parse(options))
+    assert name == "v93_2x"
+    scratch = parse([*options, "--no-pretrained-backbone", "--no-frozen-norm"])
+    build.check_weights(scratch)
+    model = build.build_model(scratch, ["a", "b"], [1, 2], None)
+    assert not model.config["frozen_norm"] and model.config["num_classes"] == 2
+
+
 @pytest.mark.parametrize("preset", ["finetune", "coco_12e"])
 def test_presets_with_a_live_backbone_train(preset, tiny_coco, tmp_path, hub_on_loopback):
     """Two steps of small images, from weights that a Hub on loopback has."""
@@ -190,7 +249,7 @@ def test_published_preset_starts_from_imagenet_weights(tiny_coco, tmp_path):
     assert about["variant"] == "published" and about["pretrained_backbone"] and about["optimizer"] == "momentum"
     curve = losses(out)
     assert len(curve) == 2 and all(0 < loss < 100 for loss in curve)
-    assert rows(out)[0]["lr"] == pytest.approx(0.01 / 3) and "AP" in rows(out)[-1]
+    assert rows(out)[0]["lr"] == pytest.approx(0.01 / 3 * 2 / 16) and "AP" in rows(out)[-1]
     model = FCOS.from_pretrained(out / "last")
     assert model.config.items() >= VARIANTS["published"].items()
     trained = model.backbone.state_dict()

@@ -14,8 +14,9 @@ from launch import rows, tiny_config
 
 import run_folder
 import train_coco
+from pictures import draw_curves
 from presets import TrainConfig
-from run_folder import RunLog, list_checkpoints, load_checkpoint, save_checkpoint
+from run_folder import RunLog, list_checkpoints, load_checkpoint, note_not_finite, save_checkpoint
 from vovnet_zoo import FCOS
 
 
@@ -208,3 +209,22 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch, number, i
     with pytest.raises(OSError) if is_error else contextlib.nullcontext():
         save_checkpoint(tmp_path, 8, {"value": 8})
     assert load_checkpoint(tmp_path) == {"value": 8}
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    """JSON has no Infinity and no NaN; Python's json alone would read them."""
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    config = TrainConfig(data=tmp_path, out=tmp_path)
+    with contextlib.closing(RunLog(tmp_path, config, 0)) as run_log:
+        run_log.write(0, loss=float("inf"), loss_cls=1.0, loss_box=float("nan"), loss_ctr=0.5, lr=0.1)
+        run_log.write(1, loss=1.0, loss_cls=1.0, loss_box=2.0, loss_ctr=0.5, lr=0.1)
+        draw_curves(run_log.rows(), tmp_path / "curves.png")
+    with contextlib.closing(RunLog(tmp_path, config, 0, start_step=2)):  # the rows are written again
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [row["loss"] for row in rows] == [None, 1.0] and rows[0]["loss_box"] is None
+    path = note_not_finite(tmp_path, 0, 0, [], {"loss_cls": float("nan")}, float("-inf"))
+    assert json.loads(path.read_text(), parse_constant=refuse)["losses"] == {"loss_cls": None}

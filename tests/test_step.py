@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 from launch import losses
+from timm.utils import ModelEmaV3
 
 import train_coco
 from presets import TrainConfig
@@ -75,3 +76,34 @@ def test_float16_leaves_out_a_step_that_overflows(config, monkeypatch):
     assert third["scaler"]["scale"] == 512 and third["progress"]["step"] == 3
     assert not any(torch.equal(second["model"][name], third["model"][name]) for name in names if "weight" in name)
     assert len(losses(config.out)) == 3 and all(loss > 0 for loss in losses(config.out))
+
+
+def test_the_average_stays_where_the_scaler_skips_a_step(tiny_coco, tmp_path, monkeypatch):
+    """With float16 a gradient that overflows leaves the weights as they are, so their average must not move either."""
+    averaged, states = [], []
+    real_update, real_clip, real_average = train_coco.update, train_coco.clip_gradients, ModelEmaV3.update
+
+    def update(run, step, parts, losses, grad_norm):
+        real_update(run, step, parts, losses, grad_norm)
+        states.append([x.clone() for x in run.averaged.parameters()])
+
+    def clip(run):
+        if run.progress.step in (0, 2):
+            next(run.model.parameters()).grad.fill_(float("inf"))
+        return real_clip(run)
+
+    def average(self, model, step):
+        averaged.append(step)
+        real_average(self, model, step=step)
+
+    monkeypatch.setattr(train_coco, "update", update)
+    monkeypatch.setattr(train_coco, "clip_gradients", clip)
+    monkeypatch.setattr(ModelEmaV3, "update", average)
+    config = TrainConfig(
+        data=tiny_coco, out=tmp_path / "run", model="fcos", backbone="test_resnet", channels=64, num_convs=1,
+        min_size=(64, 64), max_size=96, test_size=64, batch_size=4, workers=0, steps=4, warmup_steps=0, device="cpu",
+        precision="fp16", ema=0.5, frozen_norm=True,
+    )  # fmt: skip
+    train_coco.main(config)
+    assert averaged == [2, 4]
+    assert all(map(torch.equal, states[1], states[2])) and not all(map(torch.equal, states[2], states[3]))

@@ -254,11 +254,11 @@ def test_a_loss_that_is_not_finite(tiny_coco, tmp_path):
 def test_a_skipped_step_leaves_no_trace_in_batch_norm(tiny_coco, tmp_path, monkeypatch):
     real = train_coco.update
 
-    def update(run, step, parts, losses):
+    def update(run, step, parts, losses, grad_norm):
         if step == 1:
             run.model.backbone.bn1.running_mean.fill_(float("nan"))
             losses["loss_box"] = float("nan")
-        return real(run, step, parts, losses)
+        return real(run, step, parts, losses, grad_norm)
 
     monkeypatch.setattr(train_coco, "update", update)
     run(tiny_coco, tmp_path / "run", steps=3, ema=0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import reprlib
+import types
 from collections.abc import Callable
 from typing import Any, Unpack
 
@@ -82,17 +83,25 @@ def compile_detector(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return detect(fast, images, sizes, thresholds)
 
-    compiled = torch.compile(graph, fullgraph=True, dynamic=False, **how)
+    graphs: dict[int, Callable[..., Detections]] = {}  # by the number of images
+    whole: dict[int, Tensor] = {}  # the sizes of so many images without padding
 
     def run(images: Tensor, sizes: Tensor | None = None) -> Detections:
         check_images(images, height, width, device)
-        if sizes is None:
-            sizes = torch.tensor([[height, width]], device=device).expand(len(images), 2).contiguous()
-        sizes = sizes_of(len(images), sizes, device)
+        if (count := len(images)) not in graphs:
+            graphs[count] = torch.compile(with_own_code(graph), fullgraph=True, dynamic=False, **how)
+            whole[count] = torch.tensor([[height, width]] * count, device=device)
+        sizes = whole[count] if sizes is None else sizes_of(count, sizes, device)
         with torch.no_grad():
-            return compiled(images, sizes)
+            return graphs[count](images, sizes)
 
     return run
+
+
+def with_own_code(function: Callable) -> Callable:
+    """Copy a function. torch compiles the same code only 8 times, and keeps the graphs of all copies apart."""
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
 
 
 def check_size(size: tuple[int, int]) -> tuple[int, int]:

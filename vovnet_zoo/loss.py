@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, Unpack
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 from .arguments import check_choice, check_flag, check_model, check_number, check_tensor
 from .config import DEFAULT_VARIANT, DEFAULTS, VARIANTS, LossOptions, Matching, VariantName
@@ -120,7 +120,7 @@ class FCOSLoss(nn.Module):
         check_tensor("normalizers", normalizers, (3,), "")
         check_labels(targets.labels, preds.logits.shape[-1])
         # without positives the sums are 0, so that any other divisor will do
-        cls_norm, box_norm, ctr_norm = torch.maximum(normalizers, normalizers.new_tensor([1, 1e-6, 1])).unbind()
+        cls_norm, box_norm, ctr_norm = (x.clamp(min=least) for x, least in zip(normalizers, (1, 1e-6, 1), strict=True))
 
         logits = _at_least_float32(preds.logits)  # [B,P,K]
         distances = _at_least_float32(preds.distances)  # [B,P,4]
@@ -368,9 +368,29 @@ def iou_loss(distances: Tensor, targets: Tensor) -> Tensor:
 
 
 def giou_loss(distances: Tensor, targets: Tensor) -> Tensor:
-    """Compute 1 - GIoU [...] (arXiv 1902.09630) of boxes around the same point, as distances [...,4] in pixels."""
-    sign = distances.new_tensor([-1.0, -1.0, 1.0, 1.0])
-    return generalized_box_iou_loss(distances * sign, targets * sign)
+    """Compute 1 - GIoU [...] (arXiv 1902.09630) of boxes around the same point, as distances [...,4] in pixels.
+
+    The numbers are those of torchvision's `generalized_box_iou_loss`, which selects boxes by a mask: each time the host
+    would wait for a GPU to count them.
+    """
+    ours, theirs = (torch.cat([-x[..., :2], x[..., 2:]], -1) for x in (distances, targets))  # xyxy
+    ours, theirs = _at_least_float32(ours), _at_least_float32(theirs)
+    intersection, union = _intersection_and_union(ours, theirs)
+    x1, y1, x2, y2 = ours.unbind(-1)
+    x1_t, y1_t, x2_t, y2_t = theirs.unbind(-1)
+    width = torch.max(x2, x2_t) - torch.min(x1, x1_t)  # of the smallest box around both
+    height = torch.max(y2, y2_t) - torch.min(y1, y1_t)
+    around = width * height
+    return 1 - (intersection / (union + 1e-7) - (around - union) / (around + 1e-7))
+
+
+def _intersection_and_union(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    # The boxes are taken apart here once more, so that gradients are added up in torchvision's order.
+    x1, y1, x2, y2 = ours.unbind(-1)
+    x1_t, y1_t, x2_t, y2_t = theirs.unbind(-1)
+    left, top, right, bottom = torch.max(x1, x1_t), torch.max(y1, y1_t), torch.min(x2, x2_t), torch.min(y2, y2_t)
+    intersection = torch.where((bottom > top) & (right > left), (right - left) * (bottom - top), 0.0)
+    return intersection, (x2 - x1) * (y2 - y1) + (x2_t - x1_t) * (y2_t - y1_t) - intersection
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

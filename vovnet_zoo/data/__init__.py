@@ -1,9 +1,10 @@
 """This package reads data sets; its modules are listed in the order in which an annotation travels.
 
-`formats` (YOLO and others, as COCO JSON), `layouts` (where the files are), `annotations` (COCO JSON to usable boxes)
-and `images` (files to pixels) -> `dataset` -> `transforms` -> `batches`. `near` finds images that look the same,
-`splitting` divides a dataset in two, `conversion` writes COCO JSON, and `check` finds everything that is wrong with a
-dataset. Boxes are xyxy in pixels, images uint8 RGB `[3, H, W]`, labels 0..K-1 (foreground only).
+`formats` (YOLO and others, as COCO JSON), `layouts` (where the files are), `parse` (JSON without polygons),
+`annotations` (to usable boxes), `index` (to arrays, kept for large files) and `images` (files to pixels) ->
+`dataset` -> `transforms` -> `batches`. `near` finds images that look the same, `splitting` divides a dataset in two, `conversion`
+writes COCO JSON, and `check` finds everything that is wrong with a dataset. Boxes are xyxy in pixels, images uint8 RGB
+`[3, H, W]`, labels 0..K-1 (foreground only).
 """
 
 from .annotations import (
@@ -13,6 +14,7 @@ from .annotations import (
     annotation_problem,
     are_fractions,
     changed,
+    clip_boxes,
     coco_to_xyxy,
     difficult_as_crowd,
     digest_of,
@@ -22,6 +24,7 @@ from .annotations import (
     idle_categories,
     image_problem,
     is_crowd,
+    parse_annotations,
     read_annotations,
     repeated,
     usable_boxes,
@@ -71,6 +74,7 @@ __all__ = [
     "are_fractions",
     "changed",
     "check_size",
+    "clip_boxes",
     "coco_to_xyxy",
     "collate",
     "decode_image",
@@ -89,6 +93,7 @@ __all__ = [
     "label_problem",
     "normalize",
     "open_image",
+    "parse_annotations",
     "pil_to_rgb",
     "read_annotations",
     "read_image",

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..files import read_bytes
+from .parse import parse_json
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,21 @@ def file_of(source: str | Path | Annotations) -> Path:
 def read_annotations(path: str | Path | Annotations) -> dict:
     """Read the content of a COCO JSON file, or of annotations of another format that stand for one.
 
-    Ids of images that are all texts of digits become numbers (VIA writes the `image_id` of its boxes so).
+    Polygons of a file are left out, so a `segmentation` is an empty list or a run-length encoding. Ids of images that
+    are all texts of digits become numbers (VIA writes the `image_id` of its boxes so).
 
     Raises:
         ValueError: the file is not JSON, or lacks images, annotations or categories; the message names the file.
     """
     if isinstance(path, Annotations):
         return path.read()
-    data = read_bytes(path, "annotation file")
+    return parse_annotations(read_bytes(path, "annotation file"), path)
+
+
+def parse_annotations(data: bytes, path: str | Path, replace: Callable[[dict], Any] | None = None) -> dict:
+    """Parse the content of the COCO JSON file `path`; see `read_annotations`, and `parse_json` for `replace`."""
     try:
-        coco = json.loads(data)
+        coco = parse_json(data, replace)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(coco, dict):
@@ -60,8 +66,8 @@ def read_annotations(path: str | Path | Annotations) -> dict:
             raise ValueError(f"{path}: not COCO format: there is no list '{key}' in it")
     for key, id_key in (("images", "id"), ("annotations", "image_id")):
         rows = coco[key]
-        ids = [row.get(id_key) if isinstance(row, dict) else None for row in rows]
-        if ids and all(isinstance(x, str) and x.isascii() and x.isdigit() and len(x) < 19 for x in ids):
+        ids = (row.get(id_key) if isinstance(row, dict) else None for row in rows)
+        if rows and all(isinstance(x, str) and x.isascii() and x.isdigit() and len(x) < 19 for x in ids):
             coco[key] = [row | {id_key: int(row[id_key])} for row in rows]
     return coco
 
@@ -69,8 +75,13 @@ def read_annotations(path: str | Path | Annotations) -> dict:
 def digest_of(source: Source) -> str:
     """Compute the SHA-256 of annotations: of the bytes of a COCO JSON file, or of the content that stands for them."""
     if isinstance(source, Annotations):
-        return hashlib.sha256(json.dumps(source.read(), sort_keys=True).encode()).hexdigest()
+        return digest_of_content(source.read())
     return hashlib.sha256(read_bytes(source, "annotation file")).hexdigest()
+
+
+def digest_of_content(coco: dict) -> str:
+    """Compute the SHA-256 of the content of a COCO JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(coco, sort_keys=True).encode()).hexdigest()
 
 
 # ---- changes of what a source gives ---------------------------------------------------------------------------------
@@ -210,16 +221,29 @@ def usable_boxes(
             position_list.append(i)
     owners, labels, positions = (np.array(x, dtype=np.int64) for x in (owner_list, label_list, position_list))
     xywh = np.array(rows, dtype=np.float64).reshape(-1, 4)
+    boxes, keep, more = clip_boxes(xywh, owners, positions, sizes, plus_one)
+    return owners[keep], labels[keep], boxes[keep], {k: where for k, where in (problems | more).items() if where}
+
+
+def clip_boxes(
+    xywh: np.ndarray, owners: np.ndarray, positions: np.ndarray, sizes: np.ndarray, plus_one: bool
+) -> tuple[np.ndarray, np.ndarray, dict[str, list[int]]]:
+    """Clip the COCO boxes of many images; returns the boxes [A, 4] xyxy, which to keep [A], and `positions` by problem.
+
+    Arguments as in `usable_boxes`, all of length A but `sizes`.
+    """
     limit = sizes[owners][:, ::-1]  # [A, 2] width, height
     boxes, keep = coco_to_xyxy(xywh, limit[:, 1], limit[:, 0], plus_one)
 
     start, extent = xywh[:, :2], xywh[:, 2:]
     outside = ((start >= limit) | (start + extent <= 0)).any(axis=1) & (extent > 0).all(axis=1)
     beyond = ((start < -1) | (start + extent > limit + 1)).any(axis=1)
-    problems["empty box"] = positions[~keep & ~outside].tolist()
-    problems["box outside the image"] = positions[~keep & outside].tolist()
-    problems["box clipped to the image"] = positions[keep & beyond].tolist()
-    return owners[keep], labels[keep], boxes[keep], {kind: where for kind, where in problems.items() if where}
+    problems = {
+        "empty box": positions[~keep & ~outside].tolist(),
+        "box outside the image": positions[~keep & outside].tolist(),
+        "box clipped to the image": positions[keep & beyond].tolist(),
+    }
+    return boxes, keep, problems
 
 
 def annotation_problem(annotation: Any, image_ids: Container[int], category_ids: Container[int]) -> str | None:

@@ -14,18 +14,9 @@ import torch
 from torchvision import tv_tensors
 
 from ..arguments import check_flag, check_kind, check_path
-from .annotations import (
-    Annotations,
-    are_fractions,
-    entries_by_id,
-    file_of,
-    idle_categories,
-    image_problem,
-    is_crowd,
-    read_annotations,
-    usable_boxes,
-)
+from .annotations import Annotations, are_fractions, file_of, idle_categories
 from .images import ImageError, decode_image, read_image_bytes
+from .index import open_index
 from .layouts import find_split as find_split  # its place before there was `layouts`
 from .layouts import split_candidates as split_candidates
 
@@ -59,6 +50,7 @@ class CocoDataset(torch.utils.data.Dataset):
         annotation_file: the file that messages name; annotations: what was given, for `coco_metrics`.
         class_names, category_ids: name and original category id of each label, K of both.
         image_ids: int64 [N], ascending; file_names: str [N]; sizes: int64 [N, 2] (height, width) from the JSON.
+        annotations_sha256: the hash of the annotation file.
         problems: number of annotations per kind of problem, `{}` for a clean file.
 
     Raises:
@@ -90,35 +82,23 @@ class CocoDataset(torch.utils.data.Dataset):
         self.annotations = annotation_file if isinstance(annotation_file, Annotations) else Path(annotation_file)
         self.images_dir, self.annotation_file = Path(images_dir), file_of(self.annotations)
         self.transforms, self.skip_bad_images = transforms, skip_bad_images
-        coco = read_annotations(self.annotations)
+        index = open_index(self.annotations)
+        self.annotations_sha256 = index.sha256
         annotation_file = self.annotation_file
         if not self.images_dir.is_dir():
             raise ValueError(f"{images_dir}: no such folder of images (for {annotation_file})")
 
-        categories = entries_by_id(coco["categories"], "categories", "name", annotation_file)
-        if idle := idle_categories(categories, coco["annotations"], known_classes):
+        categories = index.categories
+        if idle := idle_categories(categories, index.used_categories(), known_classes):
             names = ", ".join(f"{category['name']} (id {category['id']})" for category in idle)
             logger.warning("%s: no class is made of %s, which has no annotations", annotation_file, names)
             categories = [category for category in categories if category not in idle]
         categories = in_order(categories, known_classes)
-        images = entries_by_id(coco["images"], "images", "file_name", annotation_file)
-        for image in images:
-            if problem := image_problem(image):
-                raise ValueError(f"{annotation_file}: {problem}")
         self.class_names = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
         # arrays, not lists: counting references to a list's items would copy its memory pages into every worker
-        self.image_ids = np.array([image["id"] for image in images], dtype=np.int64)
-        self.file_names = np.array([image["file_name"] for image in images])
-        self.sizes = np.array([(image["height"], image["width"]) for image in images], dtype=np.int64)
-
-        owners, labels, boxes, problems = usable_boxes(
-            coco["annotations"],
-            {image_id: i for i, image_id in enumerate(self.image_ids.tolist())},
-            {category_id: label for label, category_id in enumerate(self.category_ids)},
-            self.sizes,
-            plus_one,
-        )
+        self.image_ids, self.file_names, self.sizes = index.image_ids, index.file_names, index.sizes
+        owners, labels, boxes, problems = index.usable_boxes(self.category_ids, plus_one)
         self.problems = {kind: len(positions) for kind, positions in problems.items()}
         if self.problems:
             what = ", ".join(f"{kind}: {n}" for kind, n in self.problems.items())
@@ -126,7 +106,7 @@ class CocoDataset(torch.utils.data.Dataset):
                 raise ValueError(f"{annotation_file}: none of its annotations can be used ({what})")
             logger.warning("%s: annotations dropped or changed (%s)", annotation_file, what)
 
-        crowds = sum(isinstance(annotation, dict) and is_crowd(annotation) for annotation in coco["annotations"])
+        crowds = index.num_crowds
         if crowds and len(boxes) == 0:
             raise ValueError(
                 f"{annotation_file}: all its {crowds} annotations are crowd regions, which are neither trained on nor "
@@ -141,7 +121,7 @@ class CocoDataset(torch.utils.data.Dataset):
         if are_fractions(boxes, self.sizes):
             raise ValueError(f"{annotation_file}: all boxes lie in the first pixel: are they fractions? write pixels")
 
-        counts = np.bincount(owners, minlength=len(images))
+        counts = np.bincount(owners, minlength=len(self.image_ids))
         order = np.argsort(owners, kind="stable")
         self._boxes, self._labels = boxes[order], labels[order]
         if drop_empty:
