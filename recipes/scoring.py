@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from runtime import Stopped, StopSignal, all_reduce, gather
 from vovnet_zoo import FCOS, predict
 from vovnet_zoo.coco_eval import evaluate, gather_results
 from vovnet_zoo.data import CocoDataset, Skipped
-from vovnet_zoo.inference import ExportedDetector, Precision, padded_size
+from vovnet_zoo.inference import ExportedDetector, PredictOptions, padded_size
 from vovnet_zoo.sources import Frame
 
 LOOK_EVERY = 4  # images; so often do several processes tell each other of stop signals
@@ -28,22 +29,14 @@ def score_dataset(
     *,
     stop: StopSignal | None = None,
     note: Callable[[list[Skipped]], None] | None = None,
-    workers: int = 2,
-    batch_size: int = 1,
-    precision: Precision = "float32",
-    compile: bool = False,
-    tiles: int | None = None,
-    overlap: float | None = None,
-    flip: bool = False,
-    scales: Sequence[float] = (1.0,),
     engine: str = "pycocotools",
+    **options: Unpack[PredictOptions],
 ) -> tuple[list[dict], dict] | tuple[None, None]:
     """Run the detector on a dataset without transforms; returns COCO result rows and `coco_eval.evaluate`'s metrics.
 
-    The images are sorted by size, so that batches are full, and shared out over the processes. `workers`, `batch_size`,
-    `precision`, `compile`, `tiles`, `overlap`, `flip` and `scales` are arguments of `predict`. Rank 0 gathers the
-    results; the others return (None, None). `Stopped` is raised, in all processes, a few images after one of them
-    received a stop signal.
+    The images are sorted by size, so that batches are full, and shared out over the processes. `options` are those of
+    `predict`, such as `batch_size` and `tiles`. Rank 0 gathers the results; the others return (None, None). `Stopped`
+    is raised, in all processes, a few images after one of them received a stop signal.
 
     Where the dataset skips images that cannot be read, they are given to `note`, and the others are scored;
     `ValueError` if there are no others.
@@ -55,16 +48,9 @@ def score_dataset(
         model,
         (Frame(str(dataset.image_ids[index]), functools.partial(_read, dataset, index)) for index in mine),
         stream=True,
-        batch_size=batch_size,
-        precision=precision,
-        compile=compile,
-        tiles=tiles,
-        overlap=overlap,
-        flip=flip,
-        scales=scales,
-        workers=workers,
         on_error=functools.partial(_skip, note) if dataset.skip_bad_images and note else None,
         score_threshold=0.0,
+        **options,
     )
     rows, image_ids = [], []
     with contextlib.closing(found):

@@ -67,6 +67,7 @@ def config(tiny_coco, tmp_path, monkeypatch) -> TrainConfig:
         return body
 
     monkeypatch.setattr(detectors, "create_backbone", create_backbone)
+    monkeypatch.setattr(build, "create_backbone", create_backbone)
     monkeypatch.setattr(runtime, "find_device", any_device)
     monkeypatch.setattr(train_coco, "calls", calls, raising=False)
     return dataclasses.replace(tiny_config(tiny_coco, tmp_path / "run"), eval_every=2, warmup_steps=2)

@@ -2,9 +2,9 @@
 
 `formats` (YOLO and others, as COCO JSON), `layouts` (where the files are), `parse` (JSON without polygons),
 `annotations` (to usable boxes), `index` (to arrays, kept for large files) and `images` (files to pixels) ->
-`dataset` -> `transforms` -> `batches`. `near` finds images that look the same, `splitting` divides a dataset in two, `conversion`
-writes COCO JSON, and `check` finds everything that is wrong with a dataset. Boxes are xyxy in pixels, images uint8 RGB
-`[3, H, W]`, labels 0..K-1 (foreground only).
+`dataset` -> `transforms` -> `batches`. `near` finds images that look the same, `splitting` divides a dataset in two,
+`conversion` writes COCO JSON, and `check` finds everything that is wrong with a dataset. Boxes are xyxy in pixels,
+images uint8 RGB `[3, H, W]`, labels 0..K-1 (foreground only).
 """
 
 from .annotations import (
@@ -18,6 +18,7 @@ from .annotations import (
     coco_to_xyxy,
     difficult_as_crowd,
     digest_of,
+    digest_of_content,
     entries_by_id,
     entry_problem,
     file_of,
@@ -80,6 +81,7 @@ __all__ = [
     "decode_image",
     "difficult_as_crowd",
     "digest_of",
+    "digest_of_content",
     "entries_by_id",
     "entry_problem",
     "eval_transforms",
