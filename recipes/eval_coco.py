@@ -90,25 +90,10 @@ RANGES |= {"tiles": Range(*TILES), "overlap": Range(*OVERLAPS), "scales": Range(
 
 def main(config: EvalConfig) -> dict | None:
     """Score the detector; returns the metrics on rank 0, None on the others."""
-    check_options(config, RANGES)
-    check_views(config.tiles, config.overlap, config.flip, config.scales)
-    if config.data is not None and config.val is not None:
-        raise ValueError("--val says where the images are; leave --data out")
-    if config.val is None and config.data is None:
-        raise ValueError("give the dataset's folder as --data, or a COCO JSON file as --val")
-    load_engine(config.engine)  # an engine that is not installed is reported now, not after the last image
-    wants_analysis = config.report is not None or config.save_thresholds
-    if wants_analysis:
-        load_hotcoco()
-    if config.save_thresholds and not Path(config.model).is_dir():
-        raise ValueError(f"--save-thresholds: {config.model} is no folder of a saved model that could be changed")
-    if config.save_thresholds and (config.size or config.tiles or config.flip or config.scales != (1.0,)):
-        raise ValueError(
-            "--save-thresholds is for scores as predict gives them; leave out --size, --tiles, --flip, --scales"
-        )
+    check_config(config)
     with process_group(config.device) as (rank, world_size, device):
         if rank == 0 and config.out is not None:
-            check_out(config.out)  # so is a place that cannot be written
+            check_out(config.out)  # a place that cannot be written is reported now, not after the last image
         if rank == 0 and config.report is not None:
             check_out(config.report, "--report", "report.html")
         model = load_detector(config.model).to(device)
@@ -118,18 +103,7 @@ def main(config: EvalConfig) -> dict | None:
                     f"size={config.size}: the model limits the longer side to {limit}; give {limit} at most"
                 )
             model.config["min_size"] = config.size
-        found = choose_split(config.data, config.split if config.val is None else "val", config.val, config.val_images)
-        if found.doubt:
-            log.warning("%s", found.doubt)
-        source = changed(found.source, difficult_as_crowd) if config.difficult_as_crowd else found.source
-        known = model.config["class_names"] or ()
-        dataset = CocoDataset(found.folder, source, known_classes=known)
-        if unknown := unknown_classes(dataset, known):
-            log.warning("the model does not know these classes, which have no box: %s", ", ".join(unknown))
-            source = changed(source, functools.partial(without_classes, names=unknown))
-            dataset = CocoDataset(found.folder, source, known_classes=known)
-        if not dataset.num_boxes:
-            log.warning("%s: no image has a box, so the AP will be -1", dataset.annotation_file)
+        dataset = open_dataset(config, model)
         check_classes(model, dataset)
         with StopSignal() as stop:
             results, metrics = score_dataset(
@@ -138,6 +112,7 @@ def main(config: EvalConfig) -> dict | None:
                 rank,
                 world_size,
                 stop=stop,
+                engine=config.engine,
                 workers=config.workers,
                 batch_size=config.batch_size,
                 precision=config.precision,
@@ -146,16 +121,51 @@ def main(config: EvalConfig) -> dict | None:
                 overlap=config.overlap,
                 flip=config.flip,
                 scales=config.scales,
-                engine=config.engine,
             )
         if rank == 0:
             print(format_table(metrics))
             if config.out is not None:
                 write_whole(config.out, json.dumps(results).encode())
                 log.info("%d detections in %s", len(results), config.out)
-            if wants_analysis:
+            if config.report is not None or config.save_thresholds:
                 report(config, dataset, results)
         return metrics
+
+
+def check_config(config: EvalConfig) -> None:
+    """Raise `ValueError` or `ImportError` where options are out of range, contradict each other, or need a package."""
+    check_options(config, RANGES)
+    check_views(config.tiles, config.overlap, config.flip, config.scales)
+    if config.data is not None and config.val is not None:
+        raise ValueError("--val says where the images are; leave --data out")
+    if config.val is None and config.data is None:
+        raise ValueError("give the dataset's folder as --data, or a COCO JSON file as --val")
+    load_engine(config.engine)
+    if config.report is not None or config.save_thresholds:
+        load_hotcoco()
+    if config.save_thresholds and not Path(config.model).is_dir():
+        raise ValueError(f"--save-thresholds: {config.model} is no folder of a saved model that could be changed")
+    if config.save_thresholds and (config.size or config.tiles or config.flip or config.scales != (1.0,)):
+        raise ValueError(
+            "--save-thresholds is for scores as predict gives them; leave out --size, --tiles, --flip, --scales"
+        )
+
+
+def open_dataset(config: EvalConfig, model: FCOS | ExportedDetector) -> CocoDataset:
+    """Open the images to score, without the classes that the model does not know and that have no box."""
+    found = choose_split(config.data, config.split if config.val is None else "val", config.val, config.val_images)
+    if found.doubt:
+        log.warning("%s", found.doubt)
+    source = changed(found.source, difficult_as_crowd) if config.difficult_as_crowd else found.source
+    known = model.config["class_names"] or ()
+    dataset = CocoDataset(found.folder, source, known_classes=known)
+    if unknown := unknown_classes(dataset, known):
+        log.warning("the model does not know these classes, which have no box: %s", ", ".join(unknown))
+        source = changed(source, functools.partial(without_classes, names=unknown))
+        dataset = CocoDataset(found.folder, source, known_classes=known)
+    if not dataset.num_boxes:
+        log.warning("%s: no image has a box, so the AP will be -1", dataset.annotation_file)
+    return dataset
 
 
 def report(config: EvalConfig, dataset: CocoDataset, results: list[dict]) -> None:

@@ -104,12 +104,11 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         # norms' statistics are averaged, so that every process has the model that rank 0 saves.
         run.gradients.finish()
         average([x for x, _ in run.statistics])
-        all_reduce(totals)
 
         # One update of the weights, unless a loss or the gradient is not finite: such a step changes nothing. A GPU is
         # waited for once a step, when losses and norm are read.
         lr = set_lr(run.optimizer, config, step)
-        *totals, grad_norm = torch.cat([totals, clip_gradients(run)[None]]).tolist()
+        *totals, grad_norm = torch.cat([all_reduce(totals), clip_gradients(run)[None]]).tolist()
         losses = dict(zip(losses, totals, strict=True))
         update(run, step, parts, losses, grad_norm)
 
@@ -122,13 +121,18 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         if stopping or is_due(config.checkpoint_every, run) or is_due(config.eval_every, run):
             save(run)
         if stopping:
-            bar.close()
-            log.warning("stopped by a signal; %d steps are saved, and the same command goes on from there", run.saved)
-            raise Stopped(128 + stopping)
+            raise stopped(run, bar, stopping)
 
         # Score, and save the best model.
         score_if_due(run, run_log, stop)
         began = time.perf_counter()
+
+
+def stopped(run: Run, bar: tqdm, number: int) -> Stopped:
+    """Say that a signal stopped the run; returns what is to be raised."""
+    bar.close()
+    log.warning("stopped by a signal; %d steps are saved, and the same command goes on from there", run.saved)
+    return Stopped(128 + number)
 
 
 def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[str, Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from checkpoints import ARCHS, SMALLEST, published
 
 import vovnet_zoo
-from vovnet_zoo import convert, detectors, hub, publish
+from vovnet_zoo import classifiers, convert, detectors, hub, publish
 from vovnet_zoo.detectors import build_converted
 from vovnet_zoo.files import write_safetensors
 from vovnet_zoo.vovnet import checkpoint_filter_fn, layout_of
@@ -333,7 +333,7 @@ def test_a_model_takes_no_memory_before_the_shapes_fit(monkeypatch, kind, name, 
         return build
 
     monkeypatch.setattr(detectors, "FCOS", watched(detectors.FCOS))
-    monkeypatch.setattr(publish.timm, "create_model", watched(timm.create_model))
+    monkeypatch.setattr(classifiers.timm, "create_model", watched(timm.create_model))
     with pytest.raises(ValueError, match="shape"):
         converted = convert.convert(checkpoint, ARCHS)
         if kind == "authors_detector":
