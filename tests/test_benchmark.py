@@ -174,8 +174,8 @@ def test_runtimes_are_contestants(tiny, tmp_path, monkeypatch, capsys):
     def load(network, images, threads):
         return lambda: [output.numpy() for output in network(images)]
 
-    for name, runtime in benchmark_runtimes.RUNTIMES.items():
-        stand_in = dataclasses.replace(runtime, packages=(), load=load)
+    for name, row in benchmark_runtimes.RUNTIMES.items():
+        stand_in = dataclasses.replace(row, packages=(), load=load)
         monkeypatch.setitem(benchmark_runtimes.RUNTIMES, name, stand_in)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr(benchmark, "inference_contestants", lambda *args: [])  # test_benchmark runs those
