@@ -331,8 +331,11 @@ def test_a_run_goes_on_without_what_it_started_from(config, tiny_coco, monkeypat
     config = dataclasses.replace(config, init=None, pretrained_backbone=True, out=config.out.with_name("pretrained"))
     real = build.create_detector
     monkeypatch.setattr(build, "create_detector", lambda *a, **k: real(*a, **k | {"pretrained_backbone": False}))
+    real_backbone = build.create_backbone
+    monkeypatch.setattr(build, "create_backbone", lambda name, pretrained: real_backbone(name))
     expected = train_coco.main(config)
     monkeypatch.setattr(build, "create_detector", None)
+    monkeypatch.setattr(build, "create_backbone", None)
     assert train_coco.main(config) == expected
 
 

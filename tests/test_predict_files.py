@@ -129,8 +129,14 @@ def test_interrupted(detector_folder, tmp_path):
     while not (out / "detections.jsonl").exists() or (out / "detections.jsonl").read_bytes().count(b"\n") < 20:
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate(timeout=60)
+    # Python loses an interrupt that comes while a library in C calls back (seen once in seven runs): press it again.
+    for seconds in (20, 20, 60):
+        process.send_signal(signal.SIGINT)
+        try:
+            printed, errors = process.communicate(timeout=seconds)
+            break
+        except subprocess.TimeoutExpired:
+            continue
     assert process.returncode == 130 and "interrupted; what was found until now is in" in errors
     assert "Traceback" not in errors
     rows, coco = lines(out), json.loads((tmp_path / "coco.json").read_text())
@@ -171,10 +177,10 @@ def test_a_place_that_cannot_be_written(detector_folder, tmp_path, options):
 
 
 MEMORY = """
-import resource, sys
+import sys
 from pathlib import Path
 from vovnet_zoo import FCOS, predict_files
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
+def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024  # MiB
 def run(images, out, **options):
     return predict_files.predict_files(model, [images], Path(out), labels=True, **options)
 model = FCOS.from_pretrained(sys.argv[1])
@@ -194,6 +200,7 @@ def grown(options: str, *arguments) -> tuple[float, int]:
     return float(mib), int(bad)
 
 
+@pytest.mark.slow
 def test_a_folder_of_1000(detector_folder, tmp_path):
     """Three of them are bad; 1,000 images of 0.75 MiB are not kept in memory."""
     few, many = draw_images(tmp_path / "few", "a.jpg", size=(512, 512)), tmp_path / "many"
@@ -212,6 +219,7 @@ def test_a_folder_of_1000(detector_folder, tmp_path):
     assert mib < 60
 
 
+@pytest.mark.slow
 def test_a_video_of_300_frames(detector_folder, tmp_path):
     """With a video of the pictures; 300 frames of 0.9 MiB are not kept in memory."""
     few = draw_video(tmp_path / "few.mp4", 40, size=(640, 480))
@@ -222,20 +230,23 @@ def test_a_video_of_300_frames(detector_folder, tmp_path):
     assert mib < 80
 
 
-@pytest.mark.parametrize("name", ["panorama.png", "photo.jpg", "photo.png"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("photo.jpg", "photo.png")]
+
+
+@pytest.mark.parametrize("name", ["panorama.png", *SLOW])
 def test_large_images_in_tiles(detector_folder, tmp_path, name):
     """A panorama of 20,000 x 400 pixels and a photo of 100 megapixels, with their pictures, in less than 2 GiB."""
     size = (20_000, 400) if name == "panorama.png" else (12_500, 8000)
     Image.effect_noise((500, 400), 80).convert("RGB").resize(size).save(tmp_path / name, compress_level=1)
     code = f"""
-import resource, sys
+import sys
 from vovnet_zoo import cli
 sys.argv = ["vovnet-zoo", "predict", {str(tmp_path / name)!r}, "--model", {str(detector_folder)!r}, "--out",
     {str(tmp_path / "out")!r}, "--tiles", "1000", "--batch-size", "4", "--max-detections", "5"]
 try:
     cli.main()
 finally:
-    print("MiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print("MiB", int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024)
 """
     result = run_python(code)
     assert result.returncode == 0 and not result.stderr, result.stderr
