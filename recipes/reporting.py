@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime import environment, log
-from vovnet_zoo.data import CocoDataset, Skipped, digest_of, find_split, split_candidates
+from vovnet_zoo.data import CocoDataset, Skipped, find_split, split_candidates
 from vovnet_zoo.evaluation.analysis import Analysis, analyse
 from vovnet_zoo.evaluation.errors import load_hotcoco
 from vovnet_zoo.evaluation.report import write_report
@@ -67,7 +67,7 @@ def save_thresholds(folder: Path, analysis: Analysis, dataset: CocoDataset) -> N
     about = {
         "chosen": "for each class, the score with the best F1, at an IoU of 0.5",
         "file": dataset.annotation_file.name,
-        "sha256": digest_of(dataset.annotations),
+        "sha256": dataset.annotations_sha256,
         "images": len(matches.images),
         "precision": analysis.at_thresholds.precision,
         "recall": analysis.at_thresholds.recall,
@@ -93,7 +93,7 @@ def write_page(
         "command": shlex.join(run["command"]),
         "time": run["time"],
         "model": model,
-        "data": f"{dataset.annotation_file} (SHA-256 {digest_of(dataset.annotations)[:16]}..)",
+        "data": f"{dataset.annotation_file} (SHA-256 {dataset.annotations_sha256[:16]}..)",
         "images": f"{len(analysis.matches.images)} of {dataset.images_dir}",
         "machine": f"{run['machine']}; {run['cpu']['model']}",
         "versions": ", ".join(f"{k} {v}" for k, v in {"python": run["python"], **run["versions"]}.items()),

@@ -33,7 +33,7 @@ from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
-from training_loop import clip_gradients, log_graphs, log_step, seed_of, update
+from training_loop import clip_gradients, log_graphs, log_step, seed_of, stopped, update
 from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, set_up
 from vovnet_zoo.coco_eval import format_table
 
@@ -126,13 +126,6 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         # Score, and save the best model.
         score_if_due(run, run_log, stop)
         began = time.perf_counter()
-
-
-def stopped(run: Run, bar: tqdm, number: int) -> Stopped:
-    """Say that a signal stopped the run; returns what is to be raised."""
-    bar.close()
-    log.warning("stopped by a signal; %d steps are saved, and the same command goes on from there", run.saved)
-    return Stopped(128 + number)
 
 
 def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[str, Tensor]]:

@@ -33,7 +33,7 @@ from optim import set_lr
 from run_folder import RunLog, locked
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from step import compiled
-from training_loop import clip_gradients, log_graphs, log_step, seed_of, update
+from training_loop import clip_gradients, log_graphs, log_step, seed_of, stopped, update
 from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished
 from vovnet_zoo.classifiers import save_classifier
 from vovnet_zoo.data import normalize
@@ -101,9 +101,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         if stopping or is_due(config.checkpoint_every, run) or is_due(config.eval_every, run):
             save(run)
         if stopping:
-            bar.close()
-            log.warning("stopped by a signal; %d steps are saved, and the same command goes on from there", run.saved)
-            raise Stopped(128 + stopping)
+            raise stopped(run, bar, stopping)
         score_if_due(run, run_log, stop)
         began = time.perf_counter()
 

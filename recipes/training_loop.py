@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from memory import peak_memory
 from run_folder import RunLog, note_not_finite
-from runtime import log
+from runtime import Stopped, log
 from training_run import Run, are_finite, put_back
 from vovnet_zoo.commands import CommandError
 
@@ -66,6 +66,13 @@ def log_step(
     memory = peak_memory(run.device)
     run_log.write(step, **{"loss": loss, **losses}, **values, images_per_s=rate, peak_memory_gib=memory)
     bar.set_postfix_str(f"loss {loss:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s")
+
+
+def stopped(run: Run, bar: tqdm, number: int) -> Stopped:
+    """Say that a signal stopped the run; returns what is to be raised."""
+    bar.close()
+    log.warning("stopped by a signal; %d steps are saved, and the same command goes on from there", run.saved)
+    return Stopped(128 + number)
 
 
 def log_graphs() -> None:

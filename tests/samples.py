@@ -1,4 +1,4 @@
-"""The tests of the data share this picture, and these makers of samples and annotations."""
+"""Tests share this picture, and these makers of samples, annotations and a detector."""
 
 import io
 
@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision import tv_tensors
+
+from vovnet_zoo import FCOS, create_detector
 
 Y, X = np.mgrid[:40, :60]
 PICTURE = np.stack([X * 4, Y * 6, (X + Y) * 2], axis=-1).astype(np.uint8)  # [40, 60, 3], no symmetry
@@ -47,3 +49,13 @@ def make_coco(annotations=(), images=3):
         "annotations": list(annotations),
         "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
     }
+
+
+def make_confident_detector() -> FCOS:
+    """Make a small detector of 3 classes with random weights, which finds many boxes with unlike scores."""
+    torch.manual_seed(0)
+    model = create_detector(
+        "fcos", backbone="resnet10t", num_classes=3, channels=64, num_convs=1, min_size=64, max_size=128, prior=0.3
+    )
+    torch.nn.init.normal_(model.head.cls_logits.weight, std=0.5)
+    return model

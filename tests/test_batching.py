@@ -6,9 +6,10 @@ import pytest
 import torch
 from near import assert_same_detections
 from PIL import Image
+from samples import make_confident_detector
 from torch._dynamo.utils import counters
 
-from vovnet_zoo import create_detector, inference, postprocess, predict
+from vovnet_zoo import inference, postprocess, predict
 from vovnet_zoo.batching import group_alike, read_ahead
 from vovnet_zoo.data import normalize
 
@@ -17,12 +18,7 @@ SIZES = [(50, 70), (70, 50), (64, 64), (52, 70), (200, 90), (33, 130), (64, 60),
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = create_detector(
-        "fcos", backbone="resnet10t", num_classes=3, channels=64, num_convs=1, min_size=64, max_size=128, prior=0.3
-    )
-    torch.nn.init.normal_(model.head.cls_logits.weight, std=0.5)
-    return model
+    return make_confident_detector()
 
 
 @pytest.fixture(scope="module")

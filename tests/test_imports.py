@@ -38,7 +38,7 @@ ONLY = {  # rooms that may import even less
     "loss": {"arguments", "config", "fcos"},
     "sources": {"arguments", "data", "files", "video", "web"},
     "draw": {"arguments", "sources"},
-    "results": {"arguments", "draw", "sources"},
+    "results": {"arguments", "convert", "draw", "sources"},
     "inference": {"arguments", "batching", "config", "data", "fcos", "nms", "results", "sources", "tiles"},
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},
     "export": {"arguments", "compiled", "config", "fcos", "files", "inference", "sources", "version"},

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from samples import make_confident_detector
 from torchvision.ops import batched_nms
 
-from vovnet_zoo import FCOS, Predictions, compile_detector, create_detector, postprocess, predict
+from vovnet_zoo import FCOS, Predictions, compile_detector, postprocess, predict
 from vovnet_zoo.fcos import make_points
 
 STRIDES = [8, 16, 32, 64, 128]
@@ -104,12 +105,7 @@ def test_same_box_of_two_classes_survives_nms():
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = create_detector(
-        "fcos", backbone="resnet10t", num_classes=3, channels=64, num_convs=1, min_size=64, max_size=128, prior=0.3
-    )
-    torch.nn.init.normal_(model.head.cls_logits.weight, std=0.5)
-    return model.train()
+    return make_confident_detector().train()
 
 
 def test_predict_takes_every_kind_of_image(model, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from near import assert_same_detections
 from PIL import Image
+from samples import make_confident_detector
 
 from vovnet_zoo import FCOS, FCOSLoss, create_detector, inference, predict
 from vovnet_zoo.data import normalize
@@ -21,12 +22,7 @@ VIEWS = [
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = create_detector(
-        "fcos", backbone="resnet10t", num_classes=3, channels=64, num_convs=1, min_size=64, max_size=128, prior=0.3
-    )
-    torch.nn.init.normal_(model.head.cls_logits.weight, std=0.5)
-    return model
+    return make_confident_detector()
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from . import ledger
 from .commands import find_device, run_reporting, take_debug
 from .config import OVERLAPS, SCALES, TILES, ExportFormat, ExportPrecision, Pictures, Precision
 from .version import __version__
+from .web import is_url
 
 EXPORTED = (".onnx", ".xml")  # the endings of files that `export` writes
 
@@ -399,11 +400,6 @@ def run_list(command: ListModels) -> None:
     if not rows:
         raise ValueError(f"no weights have {' or '.join(map(repr, command.names))} in their name; vovnet-zoo list")
     print(json.dumps(rows, indent=1) if command.json else "\n".join(map(ledger.describe, rows)))
-
-
-def is_url(text: str) -> bool:
-    """Tell whether this is an address, as `sources.is_url` does, without its imports."""
-    return text.lower().startswith(("http://", "https://"))
 
 
 def refuse_missing(*paths: Path) -> None:

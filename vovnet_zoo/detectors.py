@@ -10,7 +10,6 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from . import hub, vovnet
 from .arguments import check_choice, check_flag
@@ -22,6 +21,7 @@ from .fcos import FCOS
 from .ledger import DETECTOR_WEIGHTS as WEIGHTS
 from .ledger import HOW_TO_MAKE_DETECTORS as HOW_TO_MAKE
 from .ledger import available, find
+from .results import coco_class_names
 from .weights import fetch_row, read_checkpoint
 
 NUM_CLASSES = 80  # as COCO has
@@ -163,12 +163,6 @@ def build_converted(converted: Converted, **kwargs: Unpack[DetectorOptions]) -> 
 def archs() -> dict[str, Layout]:
     """Map each backbone's name to its layout, as `convert` takes it."""
     return {name: vovnet.layout(cfg) for name, cfg in vovnet.model_cfgs.items()}
-
-
-def coco_class_names() -> list[str]:
-    """List COCO's 80 classes in the order of their ids; torchvision lists them among 91 places."""
-    names = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    return [names[i] for i in COCO_IDS]
 
 
 def _find_start(

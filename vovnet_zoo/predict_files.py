@@ -27,8 +27,9 @@ from .fcos import FCOS
 from .files import free_to_write, write_whole
 from .inference import ExportedDetector, PredictOptions, predict, read
 from .results import ImageDetections, default_category_ids, to_yolo
-from .sources import Frame, find, is_url, video_frames
+from .sources import Frame, find, video_frames
 from .video import Video, VideoWriter
+from .web import is_url
 
 JPEG_QUALITY = 90
 NO_PLACE_FOR = r'[\\/:*?"<>|\x00-\x1f]|^\.+|[. ]+$'  # in the name of a file, on some system

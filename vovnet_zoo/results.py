@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from .arguments import check_flag, check_kind
+from .convert import COCO_IDS
 from .draw import DISPLAY_SCORE, check_detection, draw_detections
 from .sources import ImageLike, to_rgb
 
@@ -135,9 +136,13 @@ def to_yolo(detection: Mapping[str, Tensor], size: tuple[int, int], plus_one: bo
 
 def default_category_ids(class_names: Sequence[str] | None, num_classes: int) -> list[int]:
     """Choose the COCO category id of each label: COCO's own for its 80 classes, otherwise 1 to K."""
-    ids = {name: i for i, name in enumerate(FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"])}
-    names = [name for name in ids if name not in ("__background__", "N/A")]
-    return [ids[name] for name in names] if class_names == names else list(range(1, num_classes + 1))
+    return list(COCO_IDS) if class_names == coco_class_names() else list(range(1, num_classes + 1))
+
+
+def coco_class_names() -> list[str]:
+    """List COCO's 80 classes in the order of their ids; torchvision lists them among 91 places."""
+    names = FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return [names[i] for i in COCO_IDS]
 
 
 def check_ids(name: str, ids: Sequence[int]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .data import FORMATS, pil_to_rgb, read_image
 from .files import read_bytes
 from .video import SUFFIXES, Video
-from .web import receive
+from .web import is_url, receive
 
 ImageLike = str | PathLike | Image.Image | np.ndarray | Tensor
 MAX_LIST_BYTES = 1 << 30  # a longer file is no list of paths
@@ -88,11 +88,6 @@ def read_url(url: str) -> Tensor:
         return read_image(file.getvalue())
     except ValueError as error:
         raise ValueError(f"{url}: {str(error).removeprefix('<bytes>: ')}") from error
-
-
-def is_url(source: object) -> bool:
-    """Tell whether a source is the address of an image on a server."""
-    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
 
 
 def check_url(url: str) -> None:

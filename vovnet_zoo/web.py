@@ -74,6 +74,11 @@ class Redirects(HTTPRedirectHandler):
         return super().redirect_request(request, *args)
 
 
+def is_url(source: object) -> bool:
+    """Tell whether a source is the address of a file on a server."""
+    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
+
+
 def is_loopback(host: str) -> bool:
     """Tell whether a host's name or address stands for this machine itself."""
     try:

@@ -81,7 +81,7 @@ class CocoDataset(torch.utils.data.Dataset):
             check_flag(name, flag)
         self.annotations = annotation_file if isinstance(annotation_file, Annotations) else Path(annotation_file)
         self.images_dir, self.annotation_file = Path(images_dir), file_of(self.annotations)
-        self.transforms, self.skip_bad_images = transforms, skip_bad_images
+        self.transforms, self.plus_one, self.skip_bad_images = transforms, plus_one, skip_bad_images
         index = open_index(self.annotations)
         self.annotations_sha256 = index.sha256
         annotation_file = self.annotation_file
@@ -175,6 +175,17 @@ class CocoDataset(torch.utils.data.Dataset):
     def num_boxes(self) -> int:
         """The number of boxes of all images together."""
         return int(self._offsets[-1])
+
+    def all_boxes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the boxes of all images, without reading an image.
+
+        Returns:
+            owners: int64 [A], the index of each box's image, ascending.
+            labels: int64 [A].
+            boxes: float32 [A, 4] xyxy in pixels, as in the targets.
+        """
+        count = self.num_boxes
+        return np.repeat(np.arange(len(self)), np.diff(self._offsets)), self._labels[:count], self._boxes[:count]
 
     @property
     def class_counts(self) -> list[int]:
