@@ -8,11 +8,14 @@ import io
 import json
 import math
 import re
+import signal
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple, Unpack
 from urllib.parse import urlparse
 
@@ -104,8 +107,12 @@ def predict_files(
     done, count, began = 0, 0, time.perf_counter()
     with ResultFolder(model, out, pictures, crops, labels, coco) as results:
         try:
-            with contextlib.closing(predict(model, jobs(), stream=True, **options)) as stream:  # type: ignore[type-var]
+            with (
+                remembered_interrupt() as look_for_interrupt,
+                contextlib.closing(predict(model, jobs(), stream=True, **options)) as stream,  # type: ignore[type-var]
+            ):
                 for found in stream:
+                    look_for_interrupt()
                     job = started.popleft()
                     best = found["scores"].max().item() if len(found["scores"]) else None
                     if not isinstance(threshold, Mapping):
@@ -125,6 +132,35 @@ def predict_files(
                 f"{seconds:.1f} s, {done / seconds:.1f} images/s; {results.lines.name}"
             )
     return len(bad)
+
+
+@contextlib.contextmanager
+def remembered_interrupt() -> Iterator[Callable[[], None]]:
+    """Remember a Ctrl-C that Python loses, as it does where an interrupt comes while a library in C calls back.
+
+    Yields:
+        A function that raises `KeyboardInterrupt` if there was a Ctrl-C.
+    """
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    is_possible = callable(before) and threading.current_thread() is threading.main_thread()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        assert callable(before)
+        before(number, frame)
+
+    def look() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    if is_possible:
+        signal.signal(signal.SIGINT, remember)
+    try:
+        yield look
+    finally:
+        if is_possible:
+            signal.signal(signal.SIGINT, before)
 
 
 class Job(NamedTuple):
