@@ -1,8 +1,9 @@
-"""Tests share this picture, and these makers of samples, annotations and a detector."""
+"""Tests share this picture, and these makers of samples, annotations, videos and a detector."""
 
 import io
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torchvision import tv_tensors
@@ -59,3 +60,22 @@ def make_confident_detector() -> FCOS:
     )
     torch.nn.init.normal_(model.head.cls_logits.weight, std=0.5)
     return model
+
+
+def draw_video(path, count, size=(64, 48), rotation=None, rate=10):
+    """Write a video whose frames are grey, each by 4 brighter than the one before, with a red left half."""
+    av = pytest.importorskip("av", reason="videos need the extra `video`")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "10"})
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for i in range(count):
+            pixels = np.full((size[1], size[0], 3), 40 + 4 * i % 160, np.uint8)
+            pixels[:, : size[0] // 2] = (250, 10, 10)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode(None):
+            container.mux(packet)
+    return path

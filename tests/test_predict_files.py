@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from launch import ROOT, run_python
 from PIL import Image
-from test_video import draw_video
+from samples import draw_video
 
 from vovnet_zoo import FCOS, predict, predict_files
 from vovnet_zoo.results import default_category_ids

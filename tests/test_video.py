@@ -4,32 +4,16 @@ import shutil
 import sys
 from fractions import Fraction
 
-import av
 import numpy as np
 import pytest
 from launch import run_python
+from samples import draw_video
 
 from vovnet_zoo import predict, video
 from vovnet_zoo.sources import frames, to_rgb
 from vovnet_zoo.video import Video, VideoWriter
 
-
-def draw_video(path, count, size=(64, 48), rotation=None, rate=10):
-    """Write a video whose frames are grey, each by 4 brighter than the one before, with a red left half."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=rate, options={"crf": "10"})
-        stream.width, stream.height = size
-        stream.pix_fmt = "yuv420p"
-        if rotation is not None:
-            stream.set_display_rotation(rotation)
-        for i in range(count):
-            pixels = np.full((size[1], size[0], 3), 40 + 4 * i % 160, np.uint8)
-            pixels[:, : size[0] // 2] = (250, 10, 10)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode(None):
-            container.mux(packet)
-    return path
+av = pytest.importorskip("av", reason="videos need the extra `video`")
 
 
 def test_frames(tmp_path):

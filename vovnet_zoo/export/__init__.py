@@ -80,8 +80,8 @@ def export_detector(
         raise ValueError(f"model has weights of {', '.join(map(str, wrong))}; give model.float()")
     if model.config["resize"] != "antialias":
         raise ValueError("an exported file takes uint8 images, and this model's images are resized to floating point")
-    chosen = choose_format(format, precision)
     thresholds = choose_thresholds(model, options)
+    chosen = choose_format(format, precision)
     out = Path(out)
     targets = [out / name for name in (*chosen.files, CERTIFICATE, CARD)]
     free_to_write(targets, [], overwrite)
