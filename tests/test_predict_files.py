@@ -157,10 +157,14 @@ def test_a_lost_interrupt(detector_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(predict_files, "predict", losing)
     folder = draw_images(tmp_path / "in", *(f"{i}.png" for i in range(6)))
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        predict_files.predict_files(FCOS.from_pretrained(detector_folder), [folder], tmp_path / "out")
-    assert len(lines(tmp_path / "out")) == 2 and signal.getsignal(signal.SIGINT) is handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            predict_files.predict_files(FCOS.from_pretrained(detector_folder), [folder], tmp_path / "out")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(lines(tmp_path / "out")) == 2
 
 
 def test_a_full_disk(detector_folder, tmp_path):
