@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from loading import Batches
 from presets import TrainConfig, with_defaults
@@ -19,11 +20,14 @@ from vovnet_zoo.backbone import create_backbone
 from vovnet_zoo.config import DEFAULTS, THRESHOLDS, VARIANTS, DetectorConfig, DetectorOptions, Resize
 from vovnet_zoo.data import (
     CocoDataset,
+    MixImages,
     Source,
     TrainSampler,
     changed,
     collate,
     difficult_as_crowd,
+    photometric,
+    repeat_factors,
     train_transforms,
     without_classes,
 )
@@ -101,21 +105,17 @@ def build_datasets(
             make_shapes(config.data)
         barrier()
     places = find_splits(config, rank)
+    resizing = functools.partial(train_transforms, config.min_size, config.max_size, plus_one=plus_one, resize=resize)
     train_set = CocoDataset(
         *places["train"],
-        transforms=train_transforms(
-            config.min_size,
-            config.max_size,
-            config.augment,
-            scale=config.zoom,
-            plus_one=plus_one,
-            resize=resize,
-        ),
+        transforms=resizing(config.augment, scale=config.zoom),
+        late_transforms=resizing("none" if config.augment == "none" else "flip"),
         drop_empty=config.drop_empty,
         plus_one=plus_one,
         skip_bad_images=config.skip_bad_images,
         known_classes=known,
     )
+    train_set.transforms = with_augmentation(config, train_set)
     val_set = CocoDataset(
         *places["val"],
         plus_one=plus_one,
@@ -124,6 +124,19 @@ def build_datasets(
     )
     check_data(config, train_set, val_set, world_size)
     return train_set, val_set
+
+
+def with_augmentation(config: TrainConfig, dataset: CocoDataset) -> Callable:
+    """Add the augmentation that a configuration asks for to the transforms of a dataset; returns the transforms."""
+    steps: list[Callable] = [dataset.transforms]
+    if config.copy_paste or config.mosaic or config.mixup:
+        steps = [
+            MixImages(
+                dataset, dataset.transforms, copy_paste=config.copy_paste, mosaic=config.mosaic, mixup=config.mixup
+            )
+        ]
+    steps += photometric(config.color, config.blur, config.jpeg)
+    return v2.Compose(steps)
 
 
 def find_splits(config: TrainConfig, rank: int) -> dict[str, tuple[Path, Source]]:
@@ -270,6 +283,8 @@ def build_loader(
         rank=rank,
         world_size=world_size,
         start_step=start_step,
+        factors=repeat_factors(dataset, config.repeat_rare) if config.repeat_rare else None,
+        late_from=round(config.augment_until * config.steps) if config.augment_until < 1 else None,
     )
     return Batches(
         dataset,

@@ -75,6 +75,23 @@ class TrainConfig:
     """Augmentation in training: none, mirroring, or mirroring with zooming and cropping."""
     zoom: tuple[float, float] = (0.5, 2.0)
     """Range of the zoom of jitter_crop."""
+    copy_paste: float = 0.0
+    """Probability that an image gets objects of another image; each class is as likely to be pasted."""
+    mosaic: float = 0.0
+    """Probability that an image becomes a mosaic, in which four images meet at a random point."""
+    mixup: float = 0.0
+    """Probability that an image is blended with another, about half and half."""
+    color: float = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
+    blur: float = 0.0
+    """Probability of a slight blur."""
+    jpeg: float = 0.0
+    """Probability of a JPEG compression, of a quality of 30 to 90."""
+    augment_until: float = 1.0
+    """Share of the steps after which images are only resized, and mirrored unless --augment is none."""
+    repeat_rare: float = 0.0
+    """Show images of a class more often if the class is in less than this share of the images (repeat factor sampling,
+    arXiv 1908.03195): 4 times as often for a class that is in a sixteenth of this share."""
     drop_empty: bool = False
     """Leave out training images without boxes."""
     skip_bad_images: bool = False
@@ -143,6 +160,8 @@ class TrainConfig:
 NETWORK = ("model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone", "frozen_norm")
 NETWORK_DEFAULTS = dict(model="fcos_vovnet39_fpn", channels=256, num_convs=4)  # without --init
 
+AUGMENTATIONS = ("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg")
+
 RANGES = {
     **{name: Range(*MODEL_RANGES[name][:2]) for name in ("channels", "num_convs", "max_size")},
     **{name: Range(*MODEL_RANGES["min_size"][:2]) for name in ("min_size", "test_size")},
@@ -151,6 +170,8 @@ RANGES = {
     **dict.fromkeys(("workers", "warmup_steps", "weight_decay", "bias_lr_factor"), Range(0)),
     **dict.fromkeys(("lr", "clip_grad"), Range(0, inside=True)),
     "zoom": Range(0, inside=True),
+    **dict.fromkeys(("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg", "repeat_rare"), Range(0, 1)),
+    "augment_until": Range(0.01, 1),
     "val_fraction": Range(0, 1, inside=True),
     "warmup_factor": Range(0, 1),
     "ema": Range(0, 1, inside=True),
@@ -175,6 +196,12 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError(f"zoom={config.zoom}: give the lower end of the range first")
     if config.zoom != TrainConfig.zoom and config.augment != "jitter_crop":
         raise ValueError(f"zoom={config.zoom}: only --augment jitter_crop zooms; leave it out")
+    strong = config.augment == "jitter_crop" or any(getattr(config, name) for name in AUGMENTATIONS)
+    if config.augment_until < 1 and not strong:
+        raise ValueError(
+            f"augment_until={config.augment_until}: there is nothing to switch off; leave it out, or give "
+            f"{', '.join('--' + name.replace('_', '-') for name in AUGMENTATIONS)} or --augment jitter_crop"
+        )
     if list(config.milestones) != sorted(set(config.milestones)):
         raise ValueError(f"milestones={config.milestones}: give different steps, the first step first")
     if config.schedule == "cosine" and config.milestones != TrainConfig.milestones:

@@ -2,9 +2,9 @@
 
 `formats` (YOLO and others, as COCO JSON), `layouts` (where the files are), `parse` (JSON without polygons),
 `annotations` (to usable boxes), `index` (to arrays, kept for large files) and `images` (files to pixels) ->
-`dataset` -> `transforms` -> `batches`. `near` finds images that look the same, `splitting` divides a dataset in two,
-`conversion` writes COCO JSON, and `check` finds everything that is wrong with a dataset. Boxes are xyxy in pixels,
-images uint8 RGB `[3, H, W]`, labels 0..K-1 (foreground only).
+`dataset` -> `transforms` -> `augment` (several images to one) -> `batches`. `near` finds images that look the same,
+`splitting` divides a dataset in two, `conversion` writes COCO JSON, and `check` finds everything that is wrong with a
+dataset. Boxes are xyxy in pixels, images uint8 RGB `[3, H, W]`, labels 0..K-1 (foreground only).
 """
 
 from .annotations import (
@@ -31,7 +31,8 @@ from .annotations import (
     usable_boxes,
     without_classes,
 )
-from .batches import Batch, TrainSampler, collate, normalize
+from .augment import MixImages
+from .batches import Batch, TrainSampler, collate, normalize, repeat_factors
 from .dataset import CocoDataset, Skipped, in_order, label_problem
 from .images import (
     FORMATS,
@@ -52,6 +53,8 @@ from .transforms import (
     RandomShortestSide,
     eval_transforms,
     hflip_boxes,
+    photometric,
+    randint,
     resize_image,
     resize_size,
     train_transforms,
@@ -66,6 +69,7 @@ __all__ = [
     "ImageError",
     "ImageWarning",
     "MAX_IMAGE_BYTES",
+    "MixImages",
     "RandomScaleCrop",
     "RandomShortestSide",
     "Skipped",
@@ -96,10 +100,13 @@ __all__ = [
     "normalize",
     "open_image",
     "parse_annotations",
+    "photometric",
     "pil_to_rgb",
+    "randint",
     "read_annotations",
     "read_image",
     "read_image_bytes",
+    "repeat_factors",
     "repeated",
     "resize_image",
     "resize_size",

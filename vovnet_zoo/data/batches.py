@@ -6,9 +6,10 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .dataset import Skipped, label_problem
+from .dataset import CocoDataset, Skipped, label_problem
 
 
 class TrainSampler:
@@ -29,6 +30,9 @@ class TrainSampler:
         group_by_aspect: make each batch of wide images or of tall ones, to save padding.
         repeats: give each image so many times in a row, with other seeds, and so many fewer images in an epoch
             (repeated augmentation, arXiv 1902.05509).
+        factors: [N], how many times an epoch shows each image, on average; None shows each once. An epoch draws whether
+            a factor of 1.3 means 1 or 2.
+        late_from: from this step on, keys are `(index, seed, True)`, for the `late_transforms` of a dataset.
 
     Raises:
         ValueError: `batch_size` is not a multiple of `world_size`, or another argument is out of range.
@@ -46,6 +50,8 @@ class TrainSampler:
         start_step: int = 0,
         group_by_aspect: bool = True,
         repeats: int = 1,
+        factors: ArrayLike | None = None,
+        late_from: int | None = None,
     ):
         tall = np.asarray(aspect_ratios) >= 1
         if len(tall) == 0:
@@ -58,6 +64,11 @@ class TrainSampler:
             raise ValueError(
                 f"start_step ({start_step}), num_steps ({num_steps}) and seed ({seed}) must not be negative"
             )
+        if factors is not None:
+            factors = np.asarray(factors, dtype=np.float64)
+            if factors.shape != tall.shape or not (factors >= 1).all() or np.isinf(factors).any():
+                raise ValueError(f"factors: give a number of 1 or more for each of the {len(tall)} images")
+        self.factors, self.late_from = factors, late_from
         self.groups = tall if group_by_aspect else np.zeros_like(tall)
         self.batch_size, self.num_steps, self.start_step = batch_size, num_steps, start_step
         self.seed, self.rank, self.world_size, self.repeats = seed, rank, world_size, repeats
@@ -65,15 +76,16 @@ class TrainSampler:
     def __len__(self) -> int:
         return max(0, self.num_steps - self.start_step)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]] | list[tuple[int, int, bool]]]:
         share = self.batch_size // self.world_size
         mine = slice(self.rank * share, (self.rank + 1) * share)
-        if len(set(self.groups.tolist())) == 1:  # images come in the order of their epoch: no earlier epoch matters
+        if len(set(self.groups.tolist())) == 1 and self.factors is None:  # no earlier epoch matters
             first, batches = 0, self._global_batches(*divmod(self.start_step * self.batch_size, len(self.groups)))
         else:
             first, batches = self.start_step, self._global_batches()
-        for batch in itertools.islice(batches, first, first + len(self)):
-            yield batch[mine]
+        for step, batch in enumerate(itertools.islice(batches, first, first + len(self)), self.start_step):
+            late = self.late_from is not None and step >= self.late_from
+            yield [(index, seed, True) for index, seed in batch[mine]] if late else batch[mine]
 
     def _global_batches(self, first_epoch: int = 0, skip: int = 0) -> Iterator[list[tuple[int, int]]]:
         """Give the batches from an epoch on, without the first `skip` images of that epoch."""
@@ -81,15 +93,42 @@ class TrainSampler:
         waiting: tuple[list, list] = ([], [])
         for epoch in itertools.count(first_epoch):
             rng = np.random.default_rng((self.seed, epoch))
-            order, seeds = rng.permutation(len(groups)).tolist(), rng.integers(2**63, size=len(groups)).tolist()
+            images = list(range(len(groups)))
+            if self.factors is not None:
+                images = np.repeat(images, np.floor(self.factors + rng.random(len(images))).astype(np.int64)).tolist()
+            order, seeds = rng.permutation(len(images)).tolist(), rng.integers(2**63, size=len(images)).tolist()
             for place in range(skip, len(order)):
-                index = order[place // self.repeats]
+                drawn = order[place // self.repeats]
+                index = images[drawn]
                 group = waiting[groups[index]]
-                group.append((index, seeds[index] + place % self.repeats))
+                group.append((index, seeds[drawn] + place % self.repeats))
                 if len(group) == self.batch_size:
                     yield list(group)
                     group.clear()
             skip = 0
+
+
+def repeat_factors(dataset: CocoDataset, threshold: float) -> np.ndarray:
+    """Compute how often an epoch should show each image, so that rare classes are seen (arXiv 1908.03195).
+
+    A class that is in a share f of the images, less than `threshold`, wants each of its images `sqrt(threshold / f)`
+    times. An image is shown as often as the rarest of its classes wants, and at least once.
+
+    Returns:
+        float64 [N], at least 1, for `TrainSampler`.
+
+    Raises:
+        ValueError: `threshold` is not from 0 to 1.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold!r}: give a share of the images, from 0 to 1")
+    owners, labels, _ = dataset.all_boxes()
+    pairs = np.unique(np.stack([owners, labels], axis=1), axis=0)  # (image, class)
+    images = np.bincount(pairs[:, 1], minlength=len(dataset.class_names))  # of each class
+    wanted = np.sqrt(threshold * len(dataset) / np.maximum(images, 1))
+    factors = np.ones(len(dataset))
+    np.maximum.at(factors, pairs[:, 0], wanted[pairs[:, 1]])
+    return factors
 
 
 class Batch(TypedDict):

@@ -39,6 +39,8 @@ class CocoDataset(torch.utils.data.Dataset):
         annotation_file: COCO JSON, or the `Annotations` of another format, as `find_split` returns them; every image
             needs `id`, `file_name`, `width` and `height`.
         transforms: `(image, target) -> (image, target)`, see `train_transforms` and `eval_transforms`.
+        late_transforms: take their place for keys `(index, seed, True)`, which `TrainSampler` gives from
+            its step `late_from` on.
         drop_empty: leave out images without a usable box (the published recipes do).
         plus_one: boxes in the published convention, see `coco_to_xyxy`.
         skip_bad_images: give a `Skipped` for an image that cannot be used, which `collate` leaves out of the batch.
@@ -64,6 +66,7 @@ class CocoDataset(torch.utils.data.Dataset):
         annotation_file: str | Path | Annotations,
         *,
         transforms: Callable | None = None,
+        late_transforms: Callable | None = None,
         drop_empty: bool = False,
         plus_one: bool = False,
         skip_bad_images: bool = False,
@@ -75,13 +78,15 @@ class CocoDataset(torch.utils.data.Dataset):
         of_names = isinstance(known_classes, Collection) and all(isinstance(name, str) for name in known_classes)
         if isinstance(known_classes, str) or not of_names:
             raise ValueError(f"known_classes={reprlib.repr(known_classes)}: give a list of names")
-        if transforms is not None and not callable(transforms):
-            raise ValueError(f"transforms must be a function of (image, target), got {type(transforms).__name__}")
+        for name, function in (("transforms", transforms), ("late_transforms", late_transforms)):
+            if function is not None and not callable(function):
+                raise ValueError(f"{name} must be a function of (image, target), got {type(function).__name__}")
         for name, flag in (("drop_empty", drop_empty), ("plus_one", plus_one), ("skip_bad_images", skip_bad_images)):
             check_flag(name, flag)
         self.annotations = annotation_file if isinstance(annotation_file, Annotations) else Path(annotation_file)
         self.images_dir, self.annotation_file = Path(images_dir), file_of(self.annotations)
-        self.transforms, self.plus_one, self.skip_bad_images = transforms, plus_one, skip_bad_images
+        self.transforms, self.late_transforms = transforms, late_transforms
+        self.plus_one, self.skip_bad_images = plus_one, skip_bad_images
         index = open_index(self.annotations)
         self.annotations_sha256 = index.sha256
         annotation_file = self.annotation_file
@@ -135,8 +140,10 @@ class CocoDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[tv_tensors.Image, dict] | Skipped:
-        """Load the image of `index`, or of `(index, seed)`, and transform it.
+    def __getitem__(
+        self, key: int | tuple[int, int] | tuple[int, int, bool]
+    ) -> tuple[tv_tensors.Image, dict] | Skipped:
+        """Load the image of `index`, of `(index, seed)`, or of `(index, seed, late)`, and transform it.
 
         With a seed, the sample depends on the key only, not on the worker, the rank or earlier samples: torch's
         default CPU generator, from which torchvision's transforms draw, is seeded for the transforms alone.
@@ -147,26 +154,25 @@ class CocoDataset(torch.utils.data.Dataset):
                 `orig_size` (height, width) of the decoded image, before any transform.
 
         Raises:
-            ImageError: the image cannot be read, or its size is not the one in the JSON; the message names the file.
-                With `skip_bad_images` a `Skipped` is returned instead.
+            ImageError: the image, or another one that the transforms want, cannot be read, or its size is not the one
+                in the JSON; the message names the file. With `skip_bad_images` a `Skipped` is returned instead.
             ValueError: the transforms gave labels that are no classes, or not one for each box.
         """
-        index, seed = key if isinstance(key, tuple) else (key, None)
+        index, seed, late = (*key, False)[:3] if isinstance(key, tuple) else (key, None, False)
         index = range(len(self))[index]
+        transforms = self.late_transforms if late else self.transforms
         try:
-            image, target = self._load(index)
+            image, target = self.load(index)
+            if transforms is None:
+                return image, target
+            with torch.random.fork_rng(devices=[], enabled=seed is not None):
+                if seed is not None:
+                    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+                sample = transforms(image, target)
         except ImageError as error:
             if not self.skip_bad_images:
                 raise
             return Skipped(int(self.image_ids[index]), str(error))
-        if self.transforms is None:
-            return image, target
-        if seed is None:
-            sample = self.transforms(image, target)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which reseeds the accelerators too
-                sample = self.transforms(image, target)
         if problem := label_problem(sample[1], len(self.class_names)):
             raise ValueError(f"{self.images_dir / str(self.file_names[index])}: after the transforms, {problem}")
         return sample
@@ -197,7 +203,8 @@ class CocoDataset(torch.utils.data.Dataset):
         """The ratio height / width of each image, float64 [N]."""
         return self.sizes[:, 0] / self.sizes[:, 1]
 
-    def _load(self, index: int) -> tuple[tv_tensors.Image, dict]:
+    def load(self, index: int) -> tuple[tv_tensors.Image, dict]:
+        """Load the image of an index as it is, without the transforms; raises `ImageError`."""
         name, size = str(self.file_names[index]), tuple(self.sizes[index].tolist())
         if isinstance(self.annotations, Annotations) and self.annotations.read_image is not None:  # in a table
             path, data = self.annotation_file / name, self.annotations.read_image(name)

@@ -47,8 +47,6 @@ def train_transforms(
         raise ValueError(f"augment is one of 'none', 'flip', 'jitter_crop', not {augment!r}")
     if not 0 <= flip <= 1:
         raise ValueError(f"flip={flip!r}: give a probability from 0 to 1")
-    if not 0 <= color <= 1:
-        raise ValueError(f"color={color!r}: give a change from 0 to 1")
     if plus_one and augment == "jitter_crop":
         raise ValueError("plus_one goes with augment 'none' or 'flip': the published models know no 'jitter_crop'")
     steps = []
@@ -58,11 +56,34 @@ def train_transforms(
         steps.append(RandomShortestSide(min_size, max_size, resize))
     if augment != "none":
         steps.append(_RandomPlusOneFlip(flip) if plus_one else v2.RandomHorizontalFlip(flip))
-    if color:
-        steps.append(v2.ColorJitter(brightness=color, contrast=color, saturation=color))
+    steps += photometric(color)
     if not plus_one:
         steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
     return v2.Compose(steps)
+
+
+def photometric(color: float = 0.0, blur: float = 0.0, jpeg: float = 0.0) -> list[v2.Transform]:
+    """List the transforms that change colours and sharpness, and no box; none for 0.
+
+    Args:
+        color: largest relative change of brightness, contrast and saturation.
+        blur: probability of a Gaussian blur of 0.3 to 1.5 pixels.
+        jpeg: probability of a compression to a JPEG quality of 30 to 90.
+
+    Raises:
+        ValueError: a number is not from 0 to 1.
+    """
+    for name, value in (("color", color), ("blur", blur), ("jpeg", jpeg)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value!r}: give a number from 0 to 1")
+    steps: list[v2.Transform] = []
+    if color:
+        steps.append(v2.ColorJitter(brightness=color, contrast=color, saturation=color))
+    if blur:
+        steps.append(v2.RandomApply([v2.GaussianBlur(kernel_size=7, sigma=(0.3, 1.5))], p=blur))
+    if jpeg:
+        steps.append(v2.RandomApply([v2.JPEG(quality=(30, 90))], p=jpeg))
+    return steps
 
 
 def eval_transforms(min_size: int = 800, max_size: int = 1333) -> v2.Compose:
@@ -81,7 +102,7 @@ class RandomShortestSide(v2.Transform):
 
     def make_params(self, flat_inputs: list) -> dict:
         height, width = v2.query_size(flat_inputs)
-        return {"size": resize_size(height, width, _randint(*self.min_sizes), self.max_size, self.resize)}
+        return {"size": resize_size(height, width, randint(*self.min_sizes), self.max_size, self.resize)}
 
     def transform(self, inpt: Any, params: dict) -> Any:
         return F.resize(inpt, list(params["size"]), antialias=self.resize == "antialias")
@@ -106,13 +127,13 @@ class RandomScaleCrop(v2.Transform):
 
     def make_params(self, flat_inputs: list) -> dict:
         height, width = v2.query_size(flat_inputs)
-        target = resize_size(height, width, _randint(*self.min_sizes), self.max_size, self.resize)
+        target = resize_size(height, width, randint(*self.min_sizes), self.max_size, self.resize)
         low, high = np.log(self.scale)
         zoom = float(np.exp(low + (high - low) * torch.rand(()).item()))
         window = [max(1, round(side / max(zoom, 1))) for side in (height, width)]
         return {
-            "top": _randint(0, height - window[0]),
-            "left": _randint(0, width - window[1]),
+            "top": randint(0, height - window[0]),
+            "left": randint(0, width - window[1]),
             "height": window[0],
             "width": window[1],
             "size": [max(1, round(side * min(zoom, 1))) for side in target],
@@ -173,7 +194,7 @@ def hflip_boxes(boxes: Tensor, width: int, plus_one: bool = False) -> Tensor:
     return torch.stack([width - x2 - one, y1, width - x1 - one, y2], dim=-1)
 
 
-def _randint(low: int, high: int) -> int:
+def randint(low: int, high: int) -> int:
     """Draw a whole number uniformly, both ends included."""
     return int(torch.randint(low, high + 1, ()))
 
