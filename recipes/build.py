@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from loading import Batches
 from presets import TrainConfig, with_defaults
@@ -17,18 +17,24 @@ from quickstart_data import make_shapes
 from runtime import StopSignal, barrier, log
 from vovnet_zoo import FCOS, create_detector
 from vovnet_zoo.backbone import create_backbone
-from vovnet_zoo.config import DEFAULTS, THRESHOLDS, VARIANTS, DetectorConfig, DetectorOptions, Resize
+from vovnet_zoo.config import (
+    DEFAULTS,
+    THRESHOLDS,
+    VARIANTS,
+    Augmentation,
+    DetectorConfig,
+    DetectorOptions,
+    Resize,
+)
 from vovnet_zoo.data import (
     CocoDataset,
-    MixImages,
     Source,
     TrainSampler,
+    augment_training,
     changed,
     collate,
     difficult_as_crowd,
-    photometric,
     repeat_factors,
-    train_transforms,
     without_classes,
 )
 from vovnet_zoo.data.layouts import choose_split, choose_whole
@@ -105,17 +111,15 @@ def build_datasets(
             make_shapes(config.data)
         barrier()
     places = find_splits(config, rank)
-    resizing = functools.partial(train_transforms, config.min_size, config.max_size, plus_one=plus_one, resize=resize)
     train_set = CocoDataset(
         *places["train"],
-        transforms=resizing(config.augment, scale=config.zoom),
-        late_transforms=resizing("none" if config.augment == "none" else "flip"),
         drop_empty=config.drop_empty,
         plus_one=plus_one,
         skip_bad_images=config.skip_bad_images,
         known_classes=known,
     )
-    train_set.transforms = with_augmentation(config, train_set)
+    augmentation = {field.name: getattr(config, field.name) for field in dataclasses.fields(Augmentation)}
+    augment_training(train_set, Augmentation(**augmentation), resize)
     val_set = CocoDataset(
         *places["val"],
         plus_one=plus_one,
@@ -124,19 +128,6 @@ def build_datasets(
     )
     check_data(config, train_set, val_set, world_size)
     return train_set, val_set
-
-
-def with_augmentation(config: TrainConfig, dataset: CocoDataset) -> Callable:
-    """Add the augmentation that a configuration asks for to the transforms of a dataset; returns the transforms."""
-    steps: list[Callable] = [dataset.transforms]
-    if config.copy_paste or config.mosaic or config.mixup:
-        steps = [
-            MixImages(
-                dataset, dataset.transforms, copy_paste=config.copy_paste, mosaic=config.mosaic, mixup=config.mixup
-            )
-        ]
-    steps += photometric(config.color, config.blur, config.jpeg)
-    return v2.Compose(steps)
 
 
 def find_splits(config: TrainConfig, rank: int) -> dict[str, tuple[Path, Source]]:

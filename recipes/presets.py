@@ -160,7 +160,7 @@ class TrainConfig:
 NETWORK = ("model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone", "frozen_norm")
 NETWORK_DEFAULTS = dict(model="fcos_vovnet39_fpn", channels=256, num_convs=4)  # without --init
 
-AUGMENTATIONS = ("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg")
+STRONG = ("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg")
 
 RANGES = {
     **{name: Range(*MODEL_RANGES[name][:2]) for name in ("channels", "num_convs", "max_size")},
@@ -196,11 +196,11 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError(f"zoom={config.zoom}: give the lower end of the range first")
     if config.zoom != TrainConfig.zoom and config.augment != "jitter_crop":
         raise ValueError(f"zoom={config.zoom}: only --augment jitter_crop zooms; leave it out")
-    strong = config.augment == "jitter_crop" or any(getattr(config, name) for name in AUGMENTATIONS)
+    strong = config.augment == "jitter_crop" or any(getattr(config, name) for name in STRONG)
     if config.augment_until < 1 and not strong:
         raise ValueError(
             f"augment_until={config.augment_until}: there is nothing to switch off; leave it out, or give "
-            f"{', '.join('--' + name.replace('_', '-') for name in AUGMENTATIONS)} or --augment jitter_crop"
+            f"{', '.join('--' + name.replace('_', '-') for name in STRONG)} or --augment jitter_crop"
         )
     if list(config.milestones) != sorted(set(config.milestones)):
         raise ValueError(f"milestones={config.milestones}: give different steps, the first step first")

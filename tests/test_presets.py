@@ -22,7 +22,7 @@ from presets import FINETUNE_PRETRAINED, PRESETS, PUBLISHED, check_config, doubt
 from quickstart_data import CLASSES, make_shapes
 from vovnet_zoo import FCOS, inference, loss, results
 from vovnet_zoo.config import VARIANTS
-from vovnet_zoo.data import CocoDataset, annotations, find_split
+from vovnet_zoo.data import CocoDataset, annotations, augment, find_split
 from vovnet_zoo.detectors import STARTS
 
 SMALL = functools.partial(make_shapes, num_train=24, num_val=6)
@@ -207,7 +207,7 @@ def test_plus_one_reaches_data_loss_and_evaluation(tiny_coco, tmp_path, monkeypa
         monkeypatch.setattr(module, name, call)
 
     spy(annotations, "coco_to_xyxy")
-    spy(build, "train_transforms")
+    spy(augment, "train_transforms")
     spy(loss, "assign_targets")
     spy(inference, "decode")
     spy(inference, "nms_fixed")

@@ -1,8 +1,9 @@
-"""A detector has these settings, and the table of variants says what "improved", "published" and "torchvision" mean."""
+"""A detector and its training images have these settings, and tables name those that belong together."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, NotRequired, TypedDict
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ BoxLoss = Literal["giou", "iou"]
 Matching = Literal["paper", "torchvision"]
 Points = Literal["center", "corner"]
 Resize = Literal["antialias", "torchvision"]
+Mirroring = Literal["none", "flip", "jitter_crop"]
 Precision = Literal["float32", "bf16", "fp16"]  # of the network, under autocast
 ExportFormat = Literal["onnx", "openvino"]
 ExportPrecision = Literal["float32", "float16"]  # of the weights in an exported file
@@ -212,3 +214,42 @@ class ThresholdOptions(TypedDict, total=False):
     nms_threshold: float
     topk: int
     max_detections: int
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Training images are resized and augmented so. Sizes are in pixels."""
+
+    min_size: tuple[int, int] = (640, 800)
+    """Range of the shorter side."""
+    max_size: int = 1333
+    """Limit of the longer side."""
+    augment: Mirroring = "flip"
+    """Only resize, also mirror, or also zoom and crop."""
+    zoom: tuple[float, float] = (0.5, 2.0)
+    """Range of the zoom of "jitter_crop"."""
+    copy_paste: float = 0.0
+    """Probability that an image gets objects of another image."""
+    mosaic: float = 0.0
+    """Probability that an image becomes a mosaic of four images."""
+    mixup: float = 0.0
+    """Probability that an image is blended with another image."""
+    color: float = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
+    blur: float = 0.0
+    """Probability of a slight blur."""
+    jpeg: float = 0.0
+    """Probability of a JPEG compression."""
+
+
+# What the presets of recipes/presets.py make of images; a test compares them. `finetune` may choose other sizes by the
+# boxes of a dataset.
+_COCO_CROPS = Augmentation(min_size=(800, 800), augment="jitter_crop")
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "quickstart": Augmentation(min_size=(128, 128), max_size=128),
+    "finetune": Augmentation(min_size=(288, 352), max_size=640),
+    "coco_12e": _COCO_CROPS,
+    "coco_24e": _COCO_CROPS,
+    "coco_36e": Augmentation(min_size=(800, 800), augment="jitter_crop", zoom=(0.1, 2.0)),
+    **dict.fromkeys(("r50_1x", "v39_1x", "r101_2x", "v57_2x", "x101_2x", "v93_2x"), Augmentation()),
+}

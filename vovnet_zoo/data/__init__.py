@@ -31,7 +31,7 @@ from .annotations import (
     usable_boxes,
     without_classes,
 )
-from .augment import MixImages
+from .augment import MixImages, augment_training
 from .batches import Batch, TrainSampler, collate, normalize, repeat_factors
 from .dataset import CocoDataset, Skipped, in_order, label_problem
 from .images import (
@@ -77,6 +77,7 @@ __all__ = [
     "TrainSampler",
     "annotation_problem",
     "are_fractions",
+    "augment_training",
     "changed",
     "check_size",
     "clip_boxes",

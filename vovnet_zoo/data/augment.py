@@ -1,4 +1,4 @@
-"""`MixImages` makes one training sample of several images: it pastes objects in, lays mosaics, and blends.
+"""`augment_training` augments the images of a dataset; `MixImages` makes one sample of several images.
 
 Like torchvision's transforms, these draw from torch's default generator, which `CocoDataset` seeds for each sample. So
 the other images of a sample, too, depend on its key only.
@@ -6,15 +6,18 @@ the other images of a sample, too, depend on its key only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
+from ..config import Augmentation, Resize
 from .dataset import CocoDataset
-from .transforms import randint
+from .transforms import photometric, randint, train_transforms
 
 Sample = tuple[tv_tensors.Image, dict]
 Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in whole pixels
@@ -25,6 +28,27 @@ PLACES = 10  # places that are tried for a pasted object
 MOST_PASTED = 4  # objects
 MARGIN = 0.2  # pixels around a pasted object that fade into the image, as a share of the object's longer side
 GREY = (124, 116, 104)  # ImageNet's mean colour, which normalization makes (nearly) 0, as padding is
+
+
+def augment_training(dataset: CocoDataset, augmentation: Augmentation, resize: Resize = "antialias") -> None:
+    """Give a dataset the transforms of a training. Its `late_transforms` resize, and mirror if the others do.
+
+    Args:
+        dataset: its `transforms` and `late_transforms` are replaced.
+        augmentation: sizes, probabilities and strengths.
+        resize: how images are resized, see `resize_image`.
+
+    Raises:
+        ValueError: a number is out of range, or the boxes of `dataset` are in the published convention, which knows
+            mirroring and other colours only.
+    """
+    a = augmentation
+    make = functools.partial(train_transforms, a.min_size, a.max_size, plus_one=dataset.plus_one, resize=resize)
+    transforms: Callable = make(a.augment, scale=a.zoom)
+    if a.copy_paste or a.mosaic or a.mixup:
+        transforms = MixImages(dataset, transforms, copy_paste=a.copy_paste, mosaic=a.mosaic, mixup=a.mixup)
+    dataset.transforms = v2.Compose([transforms, *photometric(a.color, a.blur, a.jpeg)])
+    dataset.late_transforms = make("none" if a.augment == "none" else "flip")
 
 
 class MixImages:
