@@ -342,7 +342,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
             dict(
                 images_dir=[*NOT_A_PATH, "nosuch"],
                 annotation_file=[*NOT_A_PATH, "nosuch.json"],
-                transforms=[5, "flip"],
+                **dict.fromkeys(("transforms", "late_transforms"), [5, "flip"]),
                 **dict.fromkeys(("drop_empty", "plus_one", "skip_bad_images"), NOT_A_FLAG),
                 known_classes=[5, None, "cat", [3]],
             ),

@@ -12,6 +12,8 @@ from vovnet_zoo.data import (
     TrainSampler,
     collate,
     eval_transforms,
+    photometric,
+    repeat_factors,
     train_transforms,
 )
 from vovnet_zoo.data.check import check_dataset
@@ -60,7 +62,12 @@ DATA = [
     (eval_transforms, {}, dict(min_size=0, max_size=-1)),
     (RandomShortestSide, dict(min_sizes=(8, 9), max_size=9), dict(min_sizes=(8.5, 9), max_size=0)),
     (RandomScaleCrop, dict(min_sizes=(8, 9), max_size=9, scale=(1, 2)), dict(max_size=0, scale=(2, 1))),
+    (photometric, {}, dict.fromkeys(("color", "blur", "jpeg"), 1.5)),
     (TrainSampler, dict(aspect_ratios=[1.0], batch_size=2, num_steps=3), dict(batch_size=0, num_steps=-1, seed=-1)),
+    (TrainSampler, dict(aspect_ratios=[1.0], batch_size=2, num_steps=3), dict(factors=[0.5], late_from=-1)),
+    (TrainSampler, dict(aspect_ratios=[1.0], batch_size=2, num_steps=3), dict(factors=[1, 1])),
+    (TrainSampler, dict(aspect_ratios=[1.0], batch_size=2, num_steps=3), dict(factors=[NAN])),
+    (repeat_factors, dict(dataset=None), dict(threshold=1.5)),
     (collate, dict(batch=[(torch.zeros(3, 4, 4), {})]), dict(size_divisor=0, batch=[])),
 ]  # fmt: skip
 

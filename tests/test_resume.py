@@ -18,7 +18,8 @@ import run_folder
 from run_folder import list_checkpoints, load_checkpoint, locked, save_checkpoint
 from vovnet_zoo import FCOS
 
-OPTIONS = "--steps 24 --workers 1 --checkpoint-every 2"  # batch norm live, EMA on, Muon: all that has a state
+# Batch norm live, EMA on, Muon: all that has a state. Samples of several images, until step 12.
+OPTIONS = "--steps 24 --workers 1 --checkpoint-every 2 --mosaic 0.5 --copy-paste 0.5 --augment-until 0.5"
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,18 @@ import tyro
 
 from . import ledger
 from .commands import find_device, run_reporting, take_debug
-from .config import OVERLAPS, SCALES, TILES, ExportFormat, ExportPrecision, Pictures, Precision
+from .config import (
+    AUGMENTATIONS,
+    OVERLAPS,
+    SCALES,
+    TILES,
+    Augmentation,
+    ExportFormat,
+    ExportPrecision,
+    Mirroring,
+    Pictures,
+    Precision,
+)
 from .version import __version__
 from .web import is_url
 
@@ -106,6 +117,46 @@ class CheckData:
     """Processes that decode images; default: one per core."""
     json: Path | None = None
     """Write the whole report there, over an earlier report only."""
+
+
+@dataclass(frozen=True)
+class ShowData:
+    """Draw images as a training sees them, augmented and with boxes, side by side into one PNG."""
+
+    root: tyro.conf.Positional[Path | None] = None
+    """The dataset's folder."""
+    preset: str = "finetune"
+    """The preset of recipes/train_coco.py whose sizes and augmentation are shown. The options below change them."""
+    out: Path = Path("samples.png")
+    """The picture; one of an earlier show-data is replaced, other files are not."""
+    train: Path | None = None
+    """COCO JSON file of the training images, instead of what is found in ROOT."""
+    train_images: Path | None = None
+    """Folder of the images of --train."""
+    count: int = 16
+    """Images on the picture."""
+    seed: int = 0
+    """Seed of the order of the images and of the augmentation."""
+    min_size: tuple[int, int] | None = None
+    """Range of the shorter side in pixels."""
+    max_size: int | None = None
+    """Limit of the longer side in pixels."""
+    augment: Mirroring | None = None
+    """Only resize, also mirror, or also zoom and crop."""
+    zoom: tuple[float, float] | None = None
+    """Range of the zoom of jitter_crop."""
+    copy_paste: float | None = None
+    """Probability that an image gets objects of another image."""
+    mosaic: float | None = None
+    """Probability that an image becomes a mosaic of four images."""
+    mixup: float | None = None
+    """Probability that an image is blended with another image."""
+    color: float | None = None
+    """Largest relative change of brightness, contrast and saturation."""
+    blur: float | None = None
+    """Probability of a slight blur."""
+    jpeg: float | None = None
+    """Probability of a JPEG compression."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +250,7 @@ def main() -> None:
     command = tyro.cli(
         Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[CheckData, tyro.conf.subcommand("check-data")]
+        | Annotated[ShowData, tyro.conf.subcommand("show-data")]
         | Annotated[ConvertData, tyro.conf.subcommand("convert-data")]
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Publish, tyro.conf.subcommand("publish")]
@@ -211,6 +263,7 @@ def main() -> None:
     run: dict[type, Callable[[Any], None]] = {
         Predict: run_predict,
         CheckData: run_check_data,
+        ShowData: run_show_data,
         ConvertData: run_convert_data,
         Convert: run_convert,
         Publish: run_publish,
@@ -324,6 +377,25 @@ def check_data_files(command: CheckData) -> None:
         raise ValueError(f"--val-fraction {command.val_fraction}: give a number between 0 and 1")
     if command.min_size < 1 or command.max_size < command.min_size:
         raise ValueError(f"--min-size {command.min_size} --max-size {command.max_size}: give sizes in pixels")
+
+
+def run_show_data(command: ShowData) -> None:
+    if command.root is None and command.train is None:
+        raise ValueError("give the dataset's folder, or --train JSON")
+    if command.preset not in AUGMENTATIONS:
+        raise ValueError(f"--preset {command.preset}: give one of {', '.join(AUGMENTATIONS)}")
+    refuse_missing(*(path for path in (command.root, command.train, command.train_images) if path is not None))
+    from .data.layouts import choose_whole
+    from .show_data import show_data
+
+    typed = {field.name: getattr(command, field.name) for field in fields(Augmentation)}
+    changes = {name: value for name, value in typed.items() if value is not None}
+    augmentation = replace(AUGMENTATIONS[command.preset], **changes)
+    if command.zoom is not None and augmentation.augment != "jitter_crop":
+        raise ValueError("--zoom: only --augment jitter_crop zooms; leave it out")
+    found = choose_whole(command.root, command.train, command.train_images)
+    dataset = show_data(found.folder, found.source, command.out, augmentation, count=command.count, seed=command.seed)
+    print(f"{command.out}: {command.count} samples of {len(dataset)} images, as {command.preset} sees them")
 
 
 def run_convert_data(command: ConvertData) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from ..arguments import check_number
 from ..config import Augmentation, Resize
 from .dataset import CocoDataset
 from .transforms import photometric, randint, train_transforms
@@ -78,10 +79,12 @@ class MixImages:
         mixup: float = 0.0,
     ):
         for name, value in (("copy_paste", copy_paste), ("mosaic", mosaic), ("mixup", mixup)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name}={value!r}: give a probability from 0 to 1")
+            check_number(name, value, 0, 1)
             if value and dataset.plus_one:
-                raise ValueError(f"{name}={value!r}: the published models know none; leave it out, or choose a variant")
+                raise ValueError(
+                    f"{name}={value!r}: boxes in the published convention (plus_one) cannot be mixed; leave it out, or "
+                    "train the variant 'improved'"
+                )
         self.dataset, self.transforms = dataset, transforms
         self.copy_paste, self.mosaic, self.mixup = copy_paste, mosaic, mixup
         owners, labels, _ = dataset.all_boxes()

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from ..arguments import check_number
 from .dataset import CocoDataset, Skipped, label_problem
 
 
@@ -60,9 +61,10 @@ class TrainSampler:
             raise ValueError(f"global batch size {batch_size} is not a multiple of the world size {world_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not within the world size of {world_size}")
-        if start_step < 0 or seed < 0 or num_steps < 0:
+        if start_step < 0 or seed < 0 or num_steps < 0 or (late_from or 0) < 0:
             raise ValueError(
-                f"start_step ({start_step}), num_steps ({num_steps}) and seed ({seed}) must not be negative"
+                f"start_step ({start_step}), num_steps ({num_steps}), seed ({seed}) and late_from ({late_from}) must "
+                "not be negative"
             )
         if factors is not None:
             factors = np.asarray(factors, dtype=np.float64)
@@ -120,8 +122,7 @@ def repeat_factors(dataset: CocoDataset, threshold: float) -> np.ndarray:
     Raises:
         ValueError: `threshold` is not from 0 to 1.
     """
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold={threshold!r}: give a share of the images, from 0 to 1")
+    check_number("threshold", threshold, 0, 1)
     owners, labels, _ = dataset.all_boxes()
     pairs = np.unique(np.stack([owners, labels], axis=1), axis=0)  # (image, class)
     images = np.bincount(pairs[:, 1], minlength=len(dataset.class_names))  # of each class

@@ -13,6 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from ..arguments import check_number
 from ..config import Resize
 
 
@@ -74,8 +75,7 @@ def photometric(color: float = 0.0, blur: float = 0.0, jpeg: float = 0.0) -> lis
         ValueError: a number is not from 0 to 1.
     """
     for name, value in (("color", color), ("blur", blur), ("jpeg", jpeg)):
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value!r}: give a number from 0 to 1")
+        check_number(name, value, 0, 1)
     steps: list[v2.Transform] = []
     if color:
         steps.append(v2.ColorJitter(brightness=color, contrast=color, saturation=color))
