@@ -24,7 +24,7 @@ from vovnet_zoo.data import (
     photometric,
     repeat_factors,
 )
-from vovnet_zoo.data.augment import VISIBLE, blend, crop_boxes, make_mosaic, paste_objects, trim_boxes
+from vovnet_zoo.data.augment import COVERED, VISIBLE, blend, crop_boxes, make_mosaic, paste_objects, trim_boxes
 
 EVERYTHING = dict(copy_paste=0.5, mixup=0.5, mosaic=0.5, color=0.3, blur=0.3, jpeg=0.3)
 
@@ -106,6 +106,10 @@ def test_pasted_objects(monkeypatch):
         for label in boxes.keys() & {3, 4, 5}:
             new, old = boxes[label], boxes_of(other)[label]
             assert area(new) == area(old)
+            shared = [
+                np.clip(np.minimum(new[2:], b[2:]) - np.maximum(new[:2], b[:2]), 0, None) for b in before.values()
+            ]
+            assert max(s.prod() / area(b) for s, b in zip(shared, before.values(), strict=True)) <= COVERED
             untouched = torch.ones(60, 80, dtype=torch.bool)
             untouched[int(new[1]) : int(new[3]), int(new[0]) : int(new[2])] = False
             assert torch.equal(image[:, untouched], sample[0][:, untouched])
