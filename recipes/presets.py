@@ -134,9 +134,9 @@ class TrainConfig:
     layer_decay: float | None = None
     """Each part of the backbone has the learning rate of the part above it, times this."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """Precision of the network (autocast); losses are always float32."""
+    """Precision of the network (autocast), in evaluations too; losses are always float32."""
     compile: bool = False
-    """Compile network and losses to one graph with fused kernels (torch.compile)."""
+    """Compile network and losses to one graph with fused kernels (torch.compile), and the network for evaluations."""
     winograd: bool = True
     """On a CPU, compute 3x3 convolutions with a quarter of the multiplications where that gains (kernels/)."""
     grad_checkpointing: bool = False

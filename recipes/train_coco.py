@@ -188,6 +188,8 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
             note=note,
             workers=config.workers,
             batch_size=max(1, config.batch_size // (run.world_size * config.accum)),  # fits, as a training step did
+            precision=config.precision,
+            compile=config.compile,
         )
     except Stopped:
         log.warning("stopped by a signal in the evaluation after step %d; the same command repeats it", progress.step)

@@ -10,7 +10,8 @@ from vovnet_zoo.nms import class_nms, nms_fixed
 
 
 def draw(generator: torch.Generator, kind: str, batch: int, count: int):
-    """Boxes of one kind: spread out, crowded around few places, or on a grid with many equal IoUs and scores."""
+    """Boxes of one kind: spread out, crowded around few places, on a grid with many equal IoUs and scores, or in pairs
+    whose IoU is 0.6 but for float32's rounding."""
 
     def rand(*shape):
         return torch.rand(*shape, generator=generator)
@@ -23,6 +24,11 @@ def draw(generator: torch.Generator, kind: str, batch: int, count: int):
         which = torch.randint(0, centers.shape[1], (batch, count), generator=generator)
         low = centers.gather(1, which[..., None].expand(-1, -1, 2)) + rand(batch, count, 2) * 8
         size, scores = 40 + rand(batch, count, 2) * 10, rand(batch, count)
+    elif kind == "edge":
+        size = 30 + rand(batch, (count + 1) // 2, 2) * 500
+        size = torch.stack([size, size * torch.tensor([0.6, 1])], dim=2).flatten(1, 2)[:, :count]
+        labels = torch.arange(count).div(2, rounding_mode="floor").expand(batch, -1)
+        return torch.cat([torch.zeros_like(size), size], dim=-1), rand(batch, count), labels
     else:
         low, size, scores = rand(batch, count, 2) * 600, rand(batch, count, 2) * 200, rand(batch, count)
     labels = torch.randint(0, 1 + count // 100, (batch, count), generator=generator)
@@ -63,6 +69,12 @@ def test_plus_one_suppresses_at_the_threshold():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]])
     assert class_nms(boxes, scores, labels, 0.5, 3).tolist() == [0, 1]
     assert nms_fixed(boxes[None], scores[None], labels[None], 0.5, 3).tolist() == [[0, 1, -1]]
+
+
+def test_classes_do_not_meet():
+    """A box suppresses none of another class, also where coordinates are below 0."""
+    boxes = torch.tensor([[-50.0, -50, 50, 50], [1, 1, 101, 101], [0, 0, 10, 10]])
+    assert class_nms(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 0, 0]), 0.5, 3).tolist() == [0, 1, 2]
 
 
 def test_shapes_are_checked():
@@ -107,16 +119,21 @@ def test_operator():
 IN_THE_INTERPRETER = """
 import torch
 from test_nms import draw
-from vovnet_zoo.nms import _nms_fixed_cuda, nms_fixed
+from vovnet_zoo.nms import _class_nms_cuda, _nms_fixed_cuda, class_nms, nms_fixed
 generator = torch.Generator().manual_seed(2)
-for kind in ("spread", "crowded", "grid"):
-    for batch, count in ((0, 5), (2, 0), (1, 1), (3, 70)):
-        boxes, scores, labels = draw(generator, kind, batch, count)
-        for plus_one in (False, True):
-            for threshold in (0.5, 0.6):
-                wanted = nms_fixed(boxes, scores, labels, threshold, 12, plus_one)
-                got = _nms_fixed_cuda(boxes, scores, labels, threshold, 12, plus_one)
-                assert torch.equal(got, wanted), (kind, got, wanted)
+sizes = {"spread": (1, 200, 100), "crowded": (2, 70, 12), "grid": (1, 70, 70), "edge": (1, 70, 70)}
+for kind, (batch, count, most) in [*sizes.items(), ("spread", (0, 5, 3)), ("spread", (2, 0, 3)), ("spread", (1, 1, 3))]:
+    boxes, scores, labels = draw(generator, kind, batch, count)
+    for plus_one, threshold in ((False, 0.6), (True, 0.5)):
+        wanted = nms_fixed(boxes, scores, labels, threshold, most, plus_one)
+        got = _nms_fixed_cuda(boxes, scores, labels, threshold, most, plus_one)
+        assert torch.equal(got, wanted), (kind, got, wanted)
+for kind in ("spread", "grid"):
+    boxes, scores, labels = draw(generator, kind, 1, 70)
+    alone = boxes[0] - 100, scores[0], labels[0]  # with scores below 0, which are candidates here
+    for plus_one in (False, True):
+        wanted = class_nms(*alone, 0.6, 40, plus_one)
+        assert torch.equal(_class_nms_cuda(*alone, 0.6, 40, plus_one), wanted), kind
 """
 
 
@@ -132,7 +149,7 @@ def test_triton_kernel_in_its_interpreter():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["spread", "crowded", "grid"])
+@pytest.mark.parametrize("kind", ["spread", "crowded", "grid", "edge"])
 def test_triton_kernel(kind):
     generator = torch.Generator().manual_seed(3)
     for count in (0, 1, 100, 1000, 5000):
@@ -141,3 +158,8 @@ def test_triton_kernel(kind):
             wanted = nms_fixed(boxes, scores, labels, 0.6, 100, plus_one)
             got = nms_fixed(boxes.cuda(), scores.cuda(), labels.cuda(), 0.6, 100, plus_one)
             assert torch.equal(got.cpu(), wanted)
+            alone = boxes[0] - 100, scores[0], labels[0]
+            for dtype in (torch.float32, torch.float64):
+                wanted = class_nms(alone[0].to(dtype), *alone[1:], 0.6, 300, plus_one)
+                got = class_nms(alone[0].to("cuda", dtype), *(x.cuda() for x in alone[1:]), 0.6, 300, plus_one)
+                assert got.device.type == "cuda" and torch.equal(got.cpu(), wanted)

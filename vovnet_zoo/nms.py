@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import torch
@@ -27,15 +28,19 @@ def class_nms(
     check_tensor("scores", scores, (len(boxes),))
     check_tensor("labels", labels, (len(boxes),), "whole")
     check_limits(threshold, max_detections, plus_one)
-    if boxes.device.type == "mps":  # Apple's GPUs have no float64
-        return class_nms(boxes.cpu(), scores.cpu(), labels.cpu(), threshold, max_detections, plus_one).to(boxes.device)
+    limits = threshold, max_detections, plus_one
+    if boxes.device.type == "cuda" and boxes.dtype != torch.float64 and _has_triton():
+        return _class_nms_cuda(boxes, scores, labels, *limits)
+    # Apple's GPUs have no float64, and on Nvidia's torchvision rounds the threshold to float32.
+    if boxes.device.type in ("mps", "cuda"):
+        return class_nms(boxes.cpu(), scores.cpu(), labels.cpu(), *limits).to(boxes.device)
     # One NMS for all classes: each class on a plane of its own, in float64 so that the shift rounds nothing away.
     corners = boxes.to(torch.float64, copy=True)
     if plus_one:
         corners[:, 2:] += 1
         threshold = math.nextafter(threshold, 0)
     if len(boxes):
-        corners += labels[:, None] * (corners.max() + 1)
+        corners += labels[:, None] * (corners.max() - corners.min().clamp(max=0) + 1)
     order = scores.argsort(descending=True, stable=True)
     looked_at = 4 * max_detections  # its time grows with the square; worse boxes do not matter to better ones
     while True:
@@ -106,10 +111,25 @@ def _(boxes, scores, labels, threshold, max_detections, plus_one):
 def _nms_fixed_cuda(
     boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool
 ) -> Tensor:
-    try:
-        from .kernels.nms_triton import nms
-    except ImportError:  # Triton comes with torch's CUDA builds for Linux
+    if not _has_triton():
         return _nms_each(boxes, scores, labels, threshold, max_detections, plus_one)
-    if plus_one:
-        threshold = math.nextafter(threshold, 0)
-    return nms(boxes, scores, labels, threshold, max_detections, int(plus_one))
+    from .kernels.nms_triton import nms
+
+    return nms(boxes, scores, labels, threshold, max_detections, plus_one)
+
+
+def _class_nms_cuda(
+    boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool
+) -> Tensor:
+    from .kernels.nms_triton import nms
+
+    order = scores.argsort(descending=True, stable=True)
+    most = max(1, min(max_detections, len(order)))
+    equal = torch.zeros_like(order, dtype=torch.float32)  # the kernel leaves out scores below 0, and these may be
+    keep = nms(boxes[order].float()[None], equal[None], labels[order][None], threshold, most, plus_one)[0]
+    return order[keep[keep >= 0]]
+
+
+def _has_triton() -> bool:
+    """Tell whether the kernel for GPUs can be used; Triton comes with torch's CUDA builds for Linux."""
+    return importlib.util.find_spec("triton") is not None

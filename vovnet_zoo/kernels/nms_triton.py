@@ -2,76 +2,159 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+TILE = 64  # boxes that are compared at a time; so many bits has the word that says which of them are left
 
-def nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, extent: int) -> Tensor:
-    """Indices int64 [B,max_detections] of the boxes that are kept, best first, then -1.
 
-    One program for each image picks `max_detections` times the best box left, and drops what it suppresses.
+def nms(
+    boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool = False
+) -> Tensor:
+    """`class_nms` of B images: indices int64 [B,max_detections] of the boxes that are kept, best first, then -1.
+
+    One program for each image looks at one tile of boxes after the other, the best first, and ends when it has kept
+    `max_detections` boxes or no box is left. No decision is made by the host, so that a CUDA graph can hold it.
 
     Args:
         boxes: float32 [B,N,4] xyxy; scores: float32 [B,N], negative where there is no box; labels: int64 [B,N].
-        threshold: an IoU above it suppresses a box of the same class.
-        extent: is added to widths and heights, 0 or 1.
+        threshold, max_detections, plus_one: see `class_nms`.
     """
-    count = scores.shape[1]
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)).contiguous()
-    labels, alive = labels.gather(1, order), (scores >= 0).to(torch.int8)
-    picked = torch.empty(len(boxes), max_detections, dtype=torch.int64, device=boxes.device)
-    if not count or not len(boxes):
-        return picked.fill_(-1)
-    limit = boxes.new_full((1,), threshold, dtype=torch.float64)
-    block = triton.next_power_of_2(count)
-    pick[(len(boxes),)](
-        boxes, labels, alive, picked, limit, count, extent, max_detections, block,
-        num_warps=min(32, max(4, block // 256)),
+    extent, batch, count = int(plus_one), *scores.shape
+    if plus_one:
+        threshold = math.nextafter(threshold, 0)
+    kept = torch.empty(batch, max_detections, dtype=torch.int64, device=boxes.device)
+    if not count or not batch:
+        return kept.fill_(-1)
+    scores, order = scores.contiguous().sort(dim=1, descending=True, stable=True)
+    limit = boxes.new_full((1,), threshold, dtype=torch.float64)  # as a number it might be rounded to float32
+    keep[(batch,)](
+        boxes.contiguous(), scores, labels.contiguous(), order, kept, limit, count, extent, max_detections, TILE,
+        num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return torch.where(picked < count, order.gather(1, picked.clamp(max=count - 1)), -1)
+    return kept
 
 
 @triton.jit
-def pick(
-    boxes,  # float32 [B,N,4], best first
+def keep(
+    boxes,  # float32 [B,N,4]
+    scores,  # float32 [B,N], descending
     labels,  # int64 [B,N]
-    alive,  # int8 [B,N]
-    picked,  # int64 [B,D]: places in 0..N-1, N where nothing is left
-    limit,  # float64 [1], the threshold: as a number it might be rounded to float32
+    order,  # int64 [B,N], the box of each score
+    kept,  # int64 [B,D], filled by this kernel
+    limit,  # float64 [1]
     N,
-    extent,  # 1 or 0
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
+    extent,  # is added to widths and heights, 1 or 0
+    D,
+    TILE: tl.constexpr,
 ):
     image = tl.program_id(0).to(tl.int64)
     boxes += image * N * 4
     labels += image * N
+    scores += image * N
+    order += image * N
+    kept += image * D
     threshold = tl.load(limit)
-    place = tl.arange(0, BLOCK)
-    inside = place < N
-    x1 = tl.load(boxes + place * 4, mask=inside, other=0.0)
-    y1 = tl.load(boxes + place * 4 + 1, mask=inside, other=0.0)
-    x2 = tl.load(boxes + place * 4 + 2, mask=inside, other=0.0)
-    y2 = tl.load(boxes + place * 4 + 3, mask=inside, other=0.0)
-    label = tl.load(labels + place, mask=inside, other=-1)
-    left = tl.load(alive + image * N + place, mask=inside, other=0) != 0
-    for i in range(D):
-        first = tl.min(tl.where(left, place, N), axis=0)
-        tl.store(picked + image * D + i, first.to(tl.int64))
-        there = first < N
-        # products of differences of float32 numbers are exact in float64, as in `class_nms`
-        px1 = tl.load(boxes + first * 4, mask=there, other=0.0).to(tl.float64)
-        py1 = tl.load(boxes + first * 4 + 1, mask=there, other=0.0).to(tl.float64)
-        px2 = tl.load(boxes + first * 4 + 2, mask=there, other=0.0).to(tl.float64)
-        py2 = tl.load(boxes + first * 4 + 3, mask=there, other=0.0).to(tl.float64)
-        own = tl.load(labels + first, mask=there, other=-2)
-        width = tl.minimum(x2.to(tl.float64), px2) + extent - tl.maximum(x1.to(tl.float64), px1)
-        height = tl.minimum(y2.to(tl.float64), py2) + extent - tl.maximum(y1.to(tl.float64), py1)
-        shared = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
-        area = (x2.to(tl.float64) + extent - x1) * (y2.to(tl.float64) + extent - y1)
-        union = area + (px2 + extent - px1) * (py2 + extent - py1) - shared
-        # as division has it, but for the 0 / 0 of two empty boxes
-        left = left & (place != first) & ((label != own) | (union == 0.0) | (shared / union <= threshold))
+    row = tl.arange(0, TILE)
+    found = 0
+    start = 0
+    while start < N:
+        place = start + row
+        inside = place < N
+        score = tl.load(scores + place, mask=inside, other=-1.0)
+        index = tl.load(order + place, mask=inside, other=0)
+        x1, y1, x2, y2, label = load_boxes(boxes, labels, index)
+        left = inside & (score >= 0)
+
+        # what the boxes kept before suppress
+        for first in range(0, found, TILE):
+            hit = overlaps(boxes, labels, kept + first, found - first, x1, y1, x2, y2, label, threshold, extent, TILE)
+            left = left & (tl.max(hit.to(tl.int32), axis=0) == 0)
+
+        # What boxes of the tile suppress: bit i of a box's word says that box i is better and overlaps it. The boxes
+        # that are left decide which are left. This is settled for the first box, then for the second, and so on, so
+        # that nothing changes any more after TILE rounds at most, and mostly after a few.
+        hit = overlaps(boxes, labels, order + start, N - start, x1, y1, x2, y2, label, threshold, extent, TILE)
+        hit = hit & (row[:, None] < row[None, :])
+        bit = tl.full((TILE,), 1, tl.int64) << row.to(tl.int64)
+        word = tl.sum(tl.where(hit, bit[:, None], 0), axis=0)
+        before = tl.full((), 0, tl.int64)
+        now = tl.sum(tl.where(left, bit, 0), axis=0)
+        while now != before:
+            before = now
+            now = tl.sum(tl.where(left & ((word & before) == 0), bit, 0), axis=0)
+        left = left & ((now & bit) != 0)
+
+        rank = found + tl.cumsum(left.to(tl.int32), axis=0) - 1
+        tl.store(kept + rank, index, mask=left & (rank < D))
+        found = tl.minimum(found + tl.sum(left.to(tl.int32), axis=0), D)
+        tl.debug_barrier()  # the next tile reads what was stored
+        # scores descend, so nothing is left after a negative one
+        over = (found == D) | (tl.max((score < 0).to(tl.int32), axis=0) == 1)
+        start = tl.where(over, N, start + TILE)
+    for first in range(found, D, TILE):
+        tl.store(kept + first + row, -1, mask=first + row < D)
+
+
+@triton.jit
+def load_boxes(boxes, labels, index):
+    """Load the corners and the classes of the boxes at these indices."""
+    x1 = tl.load(boxes + index * 4)
+    y1 = tl.load(boxes + index * 4 + 1)
+    x2 = tl.load(boxes + index * 4 + 2)
+    y2 = tl.load(boxes + index * 4 + 3)
+    return x1, y1, x2, y2, tl.load(labels + index).to(tl.int32)
+
+
+@triton.jit
+def overlaps(boxes, labels, better, count, x1, y1, x2, y2, label, threshold, extent, TILE: tl.constexpr):
+    """Say which of the first boxes of the list `better`, of `count` boxes, suppress which boxes of a tile: [TILE,TILE].
+
+    float32 decides where its error cannot matter, and float64 decides on all pairs if one is too close.
+    """
+    row = tl.arange(0, TILE)
+    index = tl.load(better + row, mask=row < count, other=0)
+    px1, py1, px2, py2, own = load_boxes(boxes, labels, index)
+    asked = (row < count)[:, None] & (own[:, None] == label[None, :])
+    a, b = area(px1, py1, px2, py2, extent)[:, None], area(x1, y1, x2, y2, extent)[None, :]
+    width = tl.minimum(px2[:, None], x2[None, :]) - tl.maximum(px1[:, None], x1[None, :])
+    height = tl.minimum(py2[:, None], y2[None, :]) - tl.maximum(py1[:, None], y1[None, :])
+    shared = tl.maximum(width + extent, 0.0) * tl.maximum(height + extent, 0.0)
+    # Each rounding is of 2^-24. All of them, in areas, union and excess, make less than 16 of these, relative to the
+    # sum of both areas. The last number covers underflow.
+    error = (a + b) * 2**-19 + 1e-30
+    union = a + b - shared
+    excess = shared - threshold.to(tl.float32) * union
+    above = (excess > error) & (union > error)
+    below = (excess < -error) | (width < -extent) | (height < -extent)
+    hit = asked & above
+    if tl.max((asked & ~above & ~below).to(tl.int32)) == 1:
+        for i in range(tl.minimum(count, TILE)):
+            exact = overlaps_exactly(boxes + tl.load(better + i) * 4, x1, y1, x2, y2, threshold, extent)
+            hit = tl.where(row[:, None] == i, asked & exact[None, :], hit)
+    return hit
+
+
+@triton.jit
+def area(x1, y1, x2, y2, extent):
+    """Compute areas in float32; NaN where a box ends before it begins, so that float64 decides on it."""
+    width, height = x2 - x1, y2 - y1
+    return tl.where((width >= 0) & (height >= 0), (width + extent) * (height + extent), float("nan"))
+
+
+@triton.jit
+def overlaps_exactly(box, x1, y1, x2, y2, threshold, extent):
+    """Say with which of some boxes one box has an IoU above the threshold: by the operations of `class_nms`."""
+    px1, py1 = tl.load(box).to(tl.float64), tl.load(box + 1).to(tl.float64)
+    px2, py2 = tl.load(box + 2).to(tl.float64), tl.load(box + 3).to(tl.float64)
+    x1, y1, x2, y2 = x1.to(tl.float64), y1.to(tl.float64), x2.to(tl.float64), y2.to(tl.float64)
+    width = tl.minimum(x2, px2) + extent - tl.maximum(x1, px1)
+    height = tl.minimum(y2, py2) + extent - tl.maximum(y1, py1)
+    shared = tl.maximum(width, 0.0) * tl.maximum(height, 0.0)
+    area = (x2 + extent - x1) * (y2 + extent - y1)
+    union = area + (px2 + extent - px1) * (py2 + extent - py1) - shared
+    return (union != 0.0) & (shared / union > threshold)  # 0 / 0 of two empty boxes is not above it
