@@ -52,11 +52,11 @@ def main(command: tuple[Plan, TrainConfig, list[str]]) -> list[Row]:
         here = find_gpu(device_name(device))
         kind = plan.gpu or (HERE if device.type == "cuda" or plan.calibrate else DEFAULT_GPU)
         gpu = GPUS.get(here or "" if kind == HERE else kind)
-        counts = gpu_counts(plan.gpus if gpu else 1)
         schedule = schedule_of(plan, config)
+        counts = gpu_counts(plan.gpus, schedule) if gpu else [1]
+        check_counts(schedule, counts)
         calibration = load_calibration(config, device) if kind in (HERE, here) else None
         if plan.calibrate:
-            check_counts(schedule, counts)
             images = [config.batch_size // count for count in counts]
             calibration = calibrate(plan.preset, options, config, images, device)
         if gpu is None and calibration is None:
@@ -83,7 +83,7 @@ def check_plan(plan: Plan, config: TrainConfig) -> None:
         raise ValueError(f"--gpu {plan.gpu}: give here, or one of {', '.join(GPUS)}")
     if plan.calibrate and plan.gpu not in (None, HERE):
         raise ValueError(f"--calibrate measures this machine; leave --gpu {plan.gpu} out")
-    if not 1 <= plan.gpus <= MOST_GPUS:
+    if plan.gpus is not None and not 1 <= plan.gpus <= MOST_GPUS:
         raise ValueError(
             f"--gpus {plan.gpus}: give 1 to {MOST_GPUS}, of one machine; recipes/guides/scale.md is about several"
         )
@@ -93,8 +93,10 @@ def check_plan(plan: Plan, config: TrainConfig) -> None:
         raise ValueError(f"--price-per-gpu-hour {plan.price_per_gpu_hour}: give a number of 0 or more")
 
 
-def gpu_counts(most: int) -> list[int]:
-    """List the powers of two up to a number of GPUs, and that number."""
+def gpu_counts(most: int | None, schedule: Schedule) -> list[int]:
+    """List the powers of two up to a number of GPUs, and that number; None is as many as share out the batch."""
+    if most is None:
+        return [count for count in (1, 2, 4, 8) if schedule.batch_size % (count * schedule.accum) == 0]
     return [*(count for count in (1, 2, 4, 8) if count < most), most]
 
 

@@ -6,10 +6,13 @@ The real step runs on fake tensors, which have shapes but no numbers: it takes s
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +23,7 @@ from memory import kept_by
 from optim import create_optimizer
 from presets import TrainConfig
 from step import compute_losses, find_targets
-from vovnet_zoo import FCOSLoss
+from vovnet_zoo import FCOS, FCOSLoss
 from vovnet_zoo.data import train_transforms
 from vovnet_zoo.planning import StepWork
 
@@ -39,7 +42,6 @@ KERNELS = {
     "aten::native_group_norm_backward": 5,
 }
 NO_KERNELS = ("prim::", "profiler::", "aten::empty", "aten::_unsafe_view", "aten::lift_fresh", "aten::scalar_tensor")
-CLIP_KERNELS = 16  # of clip_grad_norm_ on a GPU, where it takes all tensors together
 
 
 class CountKernels(TorchDispatchMode):
@@ -70,16 +72,11 @@ def count_work(config: TrainConfig) -> StepWork:
     pixels, (height, width) = padded_pixels(config, config.batch_size), largest_size(config)
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer")  # by the copy of the average
-        model.to_empty(device="cpu")
-        criterion, optimizer = FCOSLoss.of(model), create_optimizer(model, config)
-        average = MovingAverage(model, config.ema) if config.ema else None
+        model.to_empty(device="cpu")  # where autocast works without a GPU
+        update_launches, state_bytes = count_update(model, config)
+        criterion = FCOSLoss.of(model)
         images, sizes = torch.zeros(1, 3, height, width, dtype=torch.uint8), torch.tensor([[height, width]])
         boxes, labels = torch.zeros(1, BOXES, 4), torch.zeros(1, BOXES, dtype=torch.int64)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        with CountKernels():  # these are not counted: the first step makes the optimizer's state
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         losses = {}
 
         def forward() -> None:
@@ -90,29 +87,45 @@ def count_work(config: TrainConfig) -> StepWork:
             kept = kept_by(forward) * 2**20
             forward_launches, forward_flops = kernels.launches, counter.get_total_flops()
             sum(losses.values()).backward()
-            flops = counter.get_total_flops()
-            optimizer.step()
-            if average:
-                average.update(model, step=1)
         scale = pixels / (height * width)
-        weights = list(model.state_dict().values())
-        trained = [x for x in model.parameters() if x.requires_grad]
-        states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
         return StepWork(
-            flops=flops * scale,
+            flops=counter.get_total_flops() * scale,
             forward_flops=forward_flops * scale,
-            launches=kernels.launches + CLIP_KERNELS,
+            launches=kernels.launches + update_launches,
             forward_launches=forward_launches,
             kept_bytes=kept,
-            weight_bytes=bytes_of(weights),
-            gradient_bytes=bytes_of(trained),
-            state_bytes=bytes_of(states) + (bytes_of(weights) if average else 0),
+            weight_bytes=bytes_of(model.state_dict().values()),
+            gradient_bytes=bytes_of(x for x in model.parameters() if x.requires_grad),
+            state_bytes=state_bytes,
             pixels=pixels,
             most_pixels=height * width,
         )
 
 
-def bytes_of(tensors: list[torch.Tensor]) -> int:
+def count_update(model: FCOS, config: TrainConfig) -> tuple[int, int]:
+    """Count the kernels of an update of fake weights, and the bytes of the states that it keeps.
+
+    An optimizer takes many tensors at a time (foreach), as is usual on a GPU.
+    """
+    optimizer = create_optimizer(model, config)
+    for group in optimizer.param_groups:
+        if "foreach" in group and not group.get("fused"):
+            group["foreach"] = True
+    average = MovingAverage(model, config.ema) if config.ema else None
+    for _ in range(2):  # the first update makes the states
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        with CountKernels() as kernels:
+            nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf, foreach=True)
+            optimizer.step()
+            if average:
+                average.update(model, step=1)
+    model.zero_grad(set_to_none=True)
+    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    return kernels.launches, bytes_of(states) + (bytes_of(model.state_dict().values()) if average else 0)
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(x.nbytes for x in tensors)
 
 

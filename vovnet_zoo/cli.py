@@ -200,11 +200,12 @@ class Plan:
 
     preset: tyro.conf.Positional[str]
     """A preset of recipes/train_coco.py."""
-    gpus: int = 8
-    """GPUs of the machine; the table has a line for each power of two up to this number."""
+    gpus: int | None = None
+    """GPUs of the machine; the table has a line for each power of two up to this number. Default: 8, or as many as the
+    batch can be shared out over."""
     gpu: str | None = None
-    """Kind of the GPUs: a key of vovnet_zoo.gpus.GPUS, or "here" for the GPU or CPU of this machine; default: the GPU
-    of this machine, else h100."""
+    """Kind of the GPUs: h100, h200, a100, v100, l40s, l4, a10, t4, rtx4090, rtx3090, or "here" for the GPU or CPU of
+    this machine; default: the GPU of this machine, else h100."""
     price_per_gpu_hour: float | None = None
     """Price of one GPU for one hour, in any currency."""
     images: int | None = None
@@ -221,7 +222,8 @@ def main() -> None:
     if arguments == ["--version"]:
         print(f"vovnet-zoo {__version__}")
         return
-    planning = arguments[:1] == ["plan"]  # the options that tyro does not know here are the preset's
+    planning = arguments[:1] == ["plan"]
+    options: dict[str, Any] = {"return_unknown_args": True} if planning else {}  # of the preset, which has its own
     parsed = tyro.cli(
         Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[CheckData, tyro.conf.subcommand("check-data")]
@@ -234,7 +236,7 @@ def main() -> None:
         prog="vovnet-zoo",
         description="VoVNet backbones and FCOS detectors. --version prints the version, --debug an error's traceback.",
         args=arguments,
-        return_unknown_args=planning,
+        **options,
     )
     command = parsed[0] if planning else parsed
     run: dict[type, Callable[[Any], None]] = {
