@@ -107,20 +107,18 @@ class Row(NamedTuple):
 
 
 # Efficiencies are parts of the dense peak of the data sheet that a whole training step reaches where it is bound by
-# the GPU. They were measured on one kind of GPU; on another they are a guess, which a calibration replaces.
-ON_H100 = "guess, not measured yet"
+# the GPU. They were measured on one kind of GPU; on another they are a guess, which a calibration replaces. GPUs whose
+# peak is low for their memory's bandwidth, as a T4 in float32, reach more.
+GUESS = "guess; --calibrate measures it"
 EFFICIENCY = {
-    ("float32", False): Assumption(0.35, "of the peak", ON_H100),
-    ("float32", True): Assumption(0.40, "of the peak", ON_H100),
-    ("bf16", False): Assumption(0.22, "of the peak", ON_H100),
-    ("bf16", True): Assumption(0.30, "of the peak", ON_H100),
-    ("fp16", False): Assumption(0.22, "of the peak", ON_H100),
-    ("fp16", True): Assumption(0.30, "of the peak", ON_H100),
+    "float32": Assumption(0.25, "of the peak", "H200, RESULTS.md, planner: v39_1x, eager, 16 images"),
+    "bf16": Assumption(0.17, "of the peak", "H200, RESULTS.md, planner: inference of one image, compiled"),
+    "fp16": Assumption(0.17, "of the peak", "as bf16"),
 }
-LAUNCH = Assumption(20e-6, "s per launch", ON_H100)
-COMPILED_LAUNCHES = Assumption(0.4, "of the eager launches", ON_H100)
+LAUNCH = Assumption(20e-6, "s per launch", GUESS)
+COMPILED_LAUNCHES = Assumption(0.4, "of the eager launches", GUESS)
+SYNC = Assumption(5e-3, "s per step", GUESS)
 COMPILED_KEPT = Assumption(0.7, "of the eager activations", "RESULTS.md, memory at 800x1333: 824 of 1195 MiB")
-SYNC = Assumption(5e-3, "s per step", ON_H100)
 LINK = Assumption(0.5, "of the link's bandwidth", "guess for messages of 25 MiB; nccl-tests measures it (busbw)")
 BACKWARD = Assumption(2 / 3, "of the GPU's time", "the backward pass has twice the FLOPs of the forward pass")
 LAST_BUCKET = Assumption(25 * 2**20, "bytes", "recipes/gradients.py: the last bucket is sent when all else is done")
@@ -207,7 +205,7 @@ def model_of(work: StepWork, schedule: Schedule, gpu: Gpu | None) -> StepModel:
     if schedule.precision not in gpu.tflops:
         there = " or ".join(gpu.tflops)
         raise ValueError(f"--precision {schedule.precision}: a {gpu.title} does not compute in it; give {there}")
-    efficiency = EFFICIENCY[schedule.precision, schedule.compiled].value
+    efficiency = EFFICIENCY[schedule.precision].value
     launches = work.launches * schedule.accum * (COMPILED_LAUNCHES.value if schedule.compiled else 1)
     per_image = work.flops / (gpu.tflops[schedule.precision] * 1e12 * efficiency)
     return StepModel(launches * LAUNCH.value, per_image / work.pixels, SYNC.value, f"data sheet: {gpu.source}")
@@ -286,7 +284,7 @@ def assumptions(schedule: Schedule, gpu: Gpu | None, calibration: Calibration | 
         }
     if calibration is None:
         found |= {
-            "efficiency": EFFICIENCY[schedule.precision, schedule.compiled],
+            "efficiency": EFFICIENCY[schedule.precision],
             "time per launch": LAUNCH,
             "synchronisation": SYNC,
             "decoding": DECODE,
