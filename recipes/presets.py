@@ -148,8 +148,11 @@ class TrainConfig:
 
     eval_every: int | None = None
     """Steps between evaluations; the last step is always followed by one."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints; a killed run loses at most this many."""
+    checkpoint_minutes: float | None = 5.0
+    """A killed run loses at most what it did in so many minutes. A checkpoint begins a tenth earlier, and is written
+    while the training goes on."""
+    checkpoint_every: int | None = None
+    """A killed run also loses at most so many steps."""
     max_not_finite: int = 10
     """Stop after this many steps in a row whose loss is not finite; such a step is skipped."""
     allow_changes: bool = False
@@ -168,7 +171,7 @@ RANGES = {
     **dict.fromkeys(("batch_size", "accum", "steps", "milestones"), Range(1)),
     **dict.fromkeys(("eval_every", "checkpoint_every", "max_not_finite"), Range(1)),
     **dict.fromkeys(("workers", "warmup_steps", "weight_decay", "bias_lr_factor"), Range(0)),
-    **dict.fromkeys(("lr", "clip_grad"), Range(0, inside=True)),
+    **dict.fromkeys(("lr", "clip_grad", "checkpoint_minutes"), Range(0, inside=True)),
     "zoom": Range(0, inside=True),
     **dict.fromkeys(("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg", "repeat_rare"), Range(0, 1)),
     "augment_until": Range(0.01, 1),
@@ -408,7 +411,6 @@ def _coco(epochs: int, model: str, zoom: tuple[float, float]) -> tuple[str, Trai
         precision="bf16",
         compile=True,
         eval_every=2 * _COCO_EPOCH,
-        checkpoint_every=1000,
         **_PRETRAINED,
     )
 
@@ -459,7 +461,6 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             steps=600,
             warmup_steps=50,
             ema=0.995,
-            checkpoint_every=100,
             **_FROM_SCRATCH,
         ),
     ),

@@ -34,7 +34,7 @@ from runtime import Stopped, StopSignal, all_reduce, average, log, process_group
 from scoring import score_dataset
 from step import compiled, compute_losses, find_targets
 from training_loop import clip_gradients, log_graphs, log_step, seed_of, stopped, update
-from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, set_up
+from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, save_if_due, set_up
 from vovnet_zoo.coco_eval import format_table
 
 
@@ -54,6 +54,7 @@ def main(config: TrainConfig) -> dict | None:
         with (
             contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log,
             contextlib.closing(run.notes) if run.notes else contextlib.nullcontext(),
+            contextlib.closing(run.saver),
         ):
             try:
                 train(run, run_log, stop)
@@ -118,14 +119,14 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         log_step(run, run_log, bar, step, losses, seconds, lr=lr, grad_norm=grad_norm, data_wait_s=data_wait)
 
         # Save. This comes before the evaluation, which takes long and can fail, so that no finished step is lost.
-        if stopping or is_due(config.checkpoint_every, run) or is_due(config.eval_every, run):
-            save(run)
+        save_if_due(run, stopping)
         if stopping:
             raise stopped(run, bar, stopping)
 
         # Score, and save the best model.
         score_if_due(run, run_log, stop)
         began = time.perf_counter()
+    run.saver.wait()
 
 
 def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[str, Tensor]]:
