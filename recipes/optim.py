@@ -43,9 +43,9 @@ def create_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
         weight_decay=config.weight_decay,
         **({"fused": True} if takes_fused else {}),
     )
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if type(optimizer) is timm.optim.Muon and on_cpu and not multiplies_bfloat16():
-        optimizer.__class__ = Float32Muon
+    if type(optimizer) is timm.optim.Muon:
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        optimizer.__class__ = Float32Muon if on_cpu and not multiplies_bfloat16() else BatchedMuon
     return optimizer
 
 
@@ -62,16 +62,19 @@ def load_changed(optimizer: torch.optim.Optimizer, names: list[str], saved: dict
 
 
 class BatchedMuon(timm.optim.Muon):
-    """timm's Muon, but it orthogonalizes all matrices of one shape in one product, and does all else for all weights at
-    once. A GPU is given a fraction of the kernels, which matters since these are small."""
+    """timm's Muon, but it orthogonalizes all matrices of one shape together, and does all else for all weights at once.
+
+    A GPU is given 40 % of the kernels, which are so small that starting them takes longest; a CPU is faster, too. A
+    matrix has temporary memory for the time that its shape takes.
+    """
 
     def step(self, closure: Callable | None = None):
         with replaced("muon", step_matrices):
             return super().step(closure)
 
 
-class Float32Muon(timm.optim.Muon):
-    """timm's Muon, but it orthogonalizes its updates in float32 instead of bfloat16.
+class Float32Muon(BatchedMuon):
+    """The same, but updates are orthogonalized in float32 instead of bfloat16.
 
     timm's function for this takes a dtype, but its optimizer has no way to pass one.
     """
@@ -121,12 +124,13 @@ def step_matrices(
         pair = as_matrix(param, param), as_matrix(update, param)
         by_shape.setdefault((pair[0].shape, param.dtype), []).append(pair)
     for (shape, dtype), pairs in by_shape.items():
-        matrices, stacked = [m for m, _ in pairs], torch.stack([u for _, u in pairs])  # [N,out,in]
+        matrices, same = zip(*pairs, strict=True)
+        stacked = torch.stack(same) if len(same) > 1 else same[0]  # [N,out,in]; one matrix is [out,in]
         stacked = timm.optim.muon.zeropower_via_newtonschulz(
             stacked, ns_steps, coefficients, eps=eps, safety_factor=safety_factor
-        )
+        ).to(dtype)
         scale = timm.optim.muon.get_lr_scale(shape, adjust_lr_fn) if adjust_lr_fn else 1.0
-        torch._foreach_add_(matrices, stacked.to(dtype).unbind(), alpha=-lr * scale)
+        torch._foreach_add_(matrices, stacked.view(-1, *shape).unbind(), alpha=-lr * scale)
 
 
 def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
