@@ -40,14 +40,8 @@ OTHER = dict(  # another value of each field than `tiny_config` has
 )  # fmt: skip
 NETWORK = {"model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone"}
 # A named model has a backbone of its own; and checkpointing needs frozen norms.
-ALONE = {
-    "grad_checkpointing",
-    "cuda_graphs",
-    "zoom",
-    "augment_until",
-    "train_images",
-    "val_images",
-}  # they go with other options
+# These go with other options.
+ALONE = {"grad_checkpointing", "cuda_graphs", "zoom", "augment_until", "train_images", "val_images"}
 REFUSED = {
     "scratch": {"model"} | ALONE,
     "pretrained": {"model", "init"} | ALONE,
