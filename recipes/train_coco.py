@@ -32,9 +32,9 @@ from reporting import DETECTIONS, report_run
 from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_image, note_skipped, write_whole
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from scoring import score_dataset
-from step import compiled, compute_losses, find_targets
+from step import bucket, compiled, compute_losses, find_targets
 from training_loop import clip_gradients, log_graphs, log_step, seed_of, stopped, update
-from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, set_up
+from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, save_if_due, set_up
 from vovnet_zoo.coco_eval import format_table
 
 
@@ -54,6 +54,7 @@ def main(config: TrainConfig) -> dict | None:
         with (
             contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log,
             contextlib.closing(run.notes) if run.notes else contextlib.nullcontext(),
+            contextlib.closing(run.saver),
         ):
             try:
                 train(run, run_log, stop)
@@ -70,6 +71,8 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     """Do the steps that are left of a run, with the checkpoints and evaluations that are due."""
     config, model, criterion, progress = run.config, run.model, run.criterion, run.progress
     find, compute = (compiled(f) if config.compile else f for f in (find_targets, compute_losses))
+    if config.cuda_graphs:
+        compute = compiled(compute_losses, mode="reduce-overhead")
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     batches = build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop)
     steps = range(progress.step, config.steps)
@@ -84,6 +87,8 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         # their images to the same size (GroupNorm sees the padding), so that neither the number of processes nor the
         # number of parts changes the result. With the size they learn whether one of them received a stop signal.
         height, width, stopping = common_size(model, parts, stop.received)
+        if config.cuda_graphs:
+            height, width = bucket(height, width)
         assigned = [find(model, criterion, part["boxes"], part["labels"], height, width) for part in parts]
         normalizers = all_reduce(sum(n for _, n in assigned))
 
@@ -118,14 +123,14 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         log_step(run, run_log, bar, step, losses, seconds, lr=lr, grad_norm=grad_norm, data_wait_s=data_wait)
 
         # Save. This comes before the evaluation, which takes long and can fail, so that no finished step is lost.
-        if stopping or is_due(config.checkpoint_every, run) or is_due(config.eval_every, run):
-            save(run)
+        save_if_due(run, stopping)
         if stopping:
             raise stopped(run, bar, stopping)
 
         # Score, and save the best model.
         score_if_due(run, run_log, stop)
         began = time.perf_counter()
+    run.saver.wait()
 
 
 def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[str, Tensor]]:

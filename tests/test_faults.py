@@ -20,6 +20,7 @@ import eval_coco
 import runtime
 import scoring
 import train_coco
+import training_run
 from optim import create_optimizer
 from presets import TrainConfig
 from run_folder import list_checkpoints, load_checkpoint, save_checkpoint
@@ -307,7 +308,7 @@ def train_rank(rank: int, config: TrainConfig) -> None:
         models.append([{k: x.clone() for k, x in m.state_dict().items()} for m in (run.model, run.averaged)])
         real(run)
 
-    train_coco.save = save
+    train_coco.save = training_run.save = save
     train_coco.main(config)
     torch.save(models, config.out / f"rank{rank}.pt")
 

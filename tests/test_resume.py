@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import random
 import signal
@@ -69,6 +70,29 @@ def test_a_signal_doubled_by_torchrun(tiny_coco, tmp_path):
     out = tmp_path / "run"
     interrupt(tiny_coco, out, 2, 7, signal.SIGTERM)
     assert load_checkpoint(out / "checkpoints")["progress"]["step"] == rows(out)[-1]["step"] + 1 >= 8
+
+
+def test_killed_while_a_checkpoint_is_written(tiny_coco, tmp_path, undisturbed):
+    """kill -9 in a write that goes on beside the training: it loses no more than the interval, here 10 steps."""
+    out, options = tmp_path / "run", OPTIONS.replace("-every 2", "-every 10")
+    code = (
+        "import os, sys, time; sys.path[:0] = ['ROOT', 'ROOT/recipes']; import train_coco; from presets import parse\n"
+        "def fsync(file, real=os.fsync):\n"
+        "    time.sleep(100 if '00000018' in os.readlink(f'/proc/self/fd/{file}') else 0); real(file)\n"
+        "os.fsync = fsync; train_coco.main(parse(sys.argv[1:]))"
+    ).replace("ROOT", str(ROOT))
+    line = [sys.executable, "-c", code, *train_command(tiny_coco, out, options)[2:]]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        wait_for_step(out, 18, job)  # step 18 is the 19th, done after the write has begun
+        time.sleep(1)
+        send_all(out, signal.SIGKILL)
+        printed = job.communicate(timeout=100)[0]
+    assert job.returncode == -signal.SIGKILL, printed
+    assert len(losses(out)) == 19 and list((out / "checkpoints").glob("00000018.pt.partial"))
+    assert load_checkpoint(out / "checkpoints")["progress"]["step"] == 9
+    train_here(tiny_coco, out, options)
+    assert [start["step"] for start in json.loads((out / "run.json").read_text())["starts"]] == [0, 9]
+    assert_same(out, undisturbed(tiny_coco, 1))
 
 
 def test_damaged_newest_checkpoint(tiny_coco, tmp_path, undisturbed, monkeypatch, capsys):
