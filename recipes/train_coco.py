@@ -32,7 +32,7 @@ from reporting import DETECTIONS, report_run
 from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_image, note_skipped, write_whole
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from scoring import score_dataset
-from step import bucket, compiled, compute_losses, find_targets
+from step import bucket, compile_step, compute_losses, find_targets
 from training_loop import clip_gradients, log_graphs, log_step, seed_of, stopped, update
 from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, save_if_due, set_up
 from vovnet_zoo.coco_eval import format_table
@@ -70,9 +70,9 @@ def main(config: TrainConfig) -> dict | None:
 def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     """Do the steps that are left of a run, with the checkpoints and evaluations that are due."""
     config, model, criterion, progress = run.config, run.model, run.criterion, run.progress
-    find, compute = (compiled(f) if config.compile else f for f in (find_targets, compute_losses))
-    if config.cuda_graphs:
-        compute = compiled(compute_losses, mode="reduce-overhead")
+    find, compute = find_targets, compute_losses
+    if config.compile:
+        find, compute = compile_step(model, cuda_graphs=config.cuda_graphs)
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     batches = build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop)
     steps = range(progress.step, config.steps)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from step import compute_losses, find_targets
+from step import compile_step, compute_losses, find_targets
 from vovnet_zoo import FCOSLoss, compile_detector, create_detector, postprocess
 from vovnet_zoo.compiled import Detections
 from vovnet_zoo.data import normalize
@@ -124,6 +124,47 @@ def test_multi_scale_training_compiles_few_times():
         with torch.no_grad():
             compare(model, criterion, images, unpadded, targets, normalizers, "float32")
     assert counters["stats"]["unique_graphs"] <= 8 and not counters["graph_break"]
+
+
+MANY_SIZES = [(256, 320), (384, 288), (320, 448)]  # 2 or more cells on each level: torch compiles for 1 apart
+
+
+def assert_parts_learn(model, device, tolerance, **options):
+    """A step that `compile_step` compiles has the losses and gradients of one that is not compiled, at many sizes."""
+    criterion, fast = FCOSLoss(), copy.deepcopy(model)
+    find, compute = compile_step(fast, **options)
+    for size in MANY_SIZES:
+        images, unpadded = (x.to(device) for x in images_and_sizes(2, size))
+        boxes = torch.tensor([[10.0, 12, 50, 40]], device=device).expand(2, 1, 4)
+        labels = torch.tensor([[1], [2]], device=device)
+        results = []
+        for net, assign, compare in ((model, find_targets, compute_losses), (fast, find, compute)):
+            net.zero_grad()
+            targets, normalizers = assign(net, criterion, boxes, labels, *size)
+            losses = compare(net, criterion, images, unpadded, targets, normalizers, "float32")
+            sum(losses.values()).backward()
+            results.append((losses, {name: p.grad.clone() for name, p in net.named_parameters()}))
+        (losses, gradients), (found, found_gradients) = results
+        torch.testing.assert_close(found, losses, rtol=tolerance, atol=0)
+        for name, wanted in gradients.items():
+            error = (found_gradients[name] - wanted).norm()
+            assert error <= tolerance * wanted.norm(), f"{size}, {name}: {error:.1e} of {wanted.norm():.1e}"
+
+
+def test_parts_are_compiled_once_for_all_sizes():
+    model = create_detector("fcos", backbone="test_resnet", num_classes=4, channels=64, num_convs=1, frozen_norm=True)
+    assert_parts_learn(model.train(), "cpu", 1e-5, backend="eager")
+    # the backbone's 8 parts, the FPN, a tower for all levels, the targets and the comparison
+    assert counters["stats"]["unique_graphs"] <= 12 and not counters["graph_break"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}], ids=str)
+def test_a_compiled_step_on_a_gpu(options):
+    torch.backends.cudnn.allow_tf32 = False
+    kwargs = dict(num_classes=4, channels=64, num_convs=1, frozen_norm=True)
+    model = create_detector("fcos", backbone="test_resnet", **kwargs).cuda().to(memory_format=torch.channels_last)
+    assert_parts_learn(model.train(), "cuda", 1e-3, **options)
 
 
 def test_options_and_bad_input():
