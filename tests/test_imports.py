@@ -45,7 +45,7 @@ ONLY = {  # rooms that may import even less
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},
     "export": {"arguments", "compiled", "config", "fcos", "files", "inference", "sources", "version"},
     "load": {"arguments", "detectors", "export", "fcos", "inference"},
-    "evaluation": {"arguments", "data", "fcos", "files", "inference", "results"},
+    "evaluation": {"arguments", "data", "fcos", "files", "inference", "results", "version"},
 }
 
 

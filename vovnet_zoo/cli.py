@@ -231,6 +231,31 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Compare models on the same images: differences of AP with intervals, curves, and where the models differ most.
+
+    Prints a table, and writes a page that needs no network."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of training runs, or detections that recipes/eval_coco.py --out wrote; others are compared with the
+    first."""
+    out: Path = Path("compare.html")
+    """File of the page."""
+    data: Path | None = None
+    """Folder of the dataset that was scored; default: what the runs say."""
+    split: str = "val"
+    """The split of --data."""
+    val: Path | None = None
+    """COCO JSON file of the images that were scored, instead of --data."""
+    val_images: Path | None = None
+    """Folder of the images of --val; default: it is looked for near that file."""
+    difficult_as_crowd: bool = False
+    """The objects that Pascal VOC calls difficult were not scored; it goes with --data."""
+    overwrite: bool = False
+    """Write over a file that is there already."""
+
+
+@dataclass(frozen=True)
 class ListModels:
     """List the weights of backbones and detectors: which can be had, from where, with which scores and licenses."""
 
@@ -283,6 +308,7 @@ def main() -> None:
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Publish, tyro.conf.subcommand("publish")]
         | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
         | Annotated[ListModels, tyro.conf.subcommand("list")]
         | Annotated[Plan, tyro.conf.subcommand("plan")],
         prog="vovnet-zoo",
@@ -299,6 +325,7 @@ def main() -> None:
         Convert: run_convert,
         Publish: run_publish,
         Export: run_export,
+        Compare: run_compare,
         ListModels: run_list,
         Plan: lambda _: run_plan(sys.argv[2:]),
     }
@@ -494,6 +521,35 @@ def run_export(command: Export) -> None:
         f"in {made['images']} images ({made['images_are']}) match, boxes differ by at most "
         f"{made['largest_box_difference']:.1g} px, scores by {made['largest_score_difference']:.1g}"
     )
+
+
+def run_compare(command: Compare) -> None:
+    check_compare(command)
+    from .evaluation.compare_page import compare_runs
+
+    options = {name: value for name, value in vars(command).items() if name not in ("runs", "out", "overwrite")}
+    print(compare_runs(command.runs, command.out, **options))
+    print(f"\npage: {command.out}")
+
+
+def check_compare(command: Compare) -> None:
+    """Raise `ValueError` where there is nothing to compare, options contradict each other, or OUT is there already."""
+    if len(command.runs) < 2:
+        raise ValueError("compare needs two run folders, or more; give a folder twice to see what is no difference")
+    files = (*command.runs, command.data, command.val, command.val_images)
+    refuse_missing(*(path for path in files if path is not None))
+    if command.data is not None and command.val is not None:
+        raise ValueError("--val says where the images are; leave --data out")
+    if command.data is None and command.split != "val":
+        raise ValueError(f"--split {command.split}: it is a split of --data; give it too")
+    if command.val is None and command.val_images is not None:
+        raise ValueError(f"--val-images {command.val_images}: it goes with --val JSON")
+    if command.difficult_as_crowd and command.data is None:
+        raise ValueError("--difficult-as-crowd goes with --data; what the runs say is followed without it")
+    if command.out.is_dir():
+        raise ValueError(f"--out {command.out} is a folder; give the name of a file, such as {command.out / 'a.html'}")
+    if command.out.exists() and not command.overwrite:
+        raise ValueError(f"{command.out} is there already; give --overwrite, or another --out")
 
 
 def run_list(command: ListModels) -> None:
