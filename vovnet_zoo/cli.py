@@ -206,6 +206,8 @@ class Publish:
     """Branch to push to; default: main."""
     create_pr: bool = False
     """Open a pull request instead."""
+    space: bool = False
+    """Push a Space of the same name too: a page to try the model in, which is checked here first (extra `demo`)."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,23 @@ class Compare:
     """The objects that Pascal VOC calls difficult were not scored; it goes with --data."""
     overwrite: bool = False
     """Write over a file that is there already."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Serve a page to try a detector in, with images or a camera, until Ctrl-C (extra `demo`)."""
+
+    model: tyro.conf.Positional[str]
+    """Folder of a saved detector, its name on the Hub, a name of create_detector(..., pretrained=True), or an exported
+    file: model.onnx or model.xml."""
+    device: str | None = None
+    """torch device; default: the GPU where there is one."""
+    host: str = "127.0.0.1"
+    """Address to listen at; the default is seen by this machine only, 0.0.0.0 is seen by others too."""
+    port: int | None = None
+    """Port to listen at; default: the first free one from 7860 on."""
+    open: bool = False
+    """Open the page in a browser."""
 
 
 @dataclass(frozen=True)
@@ -309,6 +328,7 @@ def main() -> None:
         | Annotated[Publish, tyro.conf.subcommand("publish")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Compare, tyro.conf.subcommand("compare")]
+        | Annotated[Demo, tyro.conf.subcommand("demo")]
         | Annotated[ListModels, tyro.conf.subcommand("list")]
         | Annotated[Plan, tyro.conf.subcommand("plan")],
         prog="vovnet-zoo",
@@ -326,6 +346,7 @@ def main() -> None:
         Publish: run_publish,
         Export: run_export,
         Compare: run_compare,
+        Demo: run_demo,
         ListModels: run_list,
         Plan: lambda _: run_plan(sys.argv[2:]),
     }
@@ -490,6 +511,7 @@ def run_publish(command: Publish) -> None:
         token=command.token,
         branch=command.branch,
         create_pr=command.create_pr,
+        space=command.space,
     )
     print(url)
 
@@ -550,6 +572,20 @@ def check_compare(command: Compare) -> None:
         raise ValueError(f"--out {command.out} is a folder; give the name of a file, such as {command.out / 'a.html'}")
     if command.out.exists() and not command.overwrite:
         raise ValueError(f"{command.out} is there already; give --overwrite, or another --out")
+
+
+def run_demo(command: Demo) -> None:
+    if command.port is not None and not 1 <= command.port <= 65_535:
+        raise ValueError(f"--port {command.port}: give a number from 1 to 65535")
+    refuse_model(command.model)
+    from .demo import load_gradio, serve, title
+    from .load import load_detector
+
+    load_gradio()
+    device = find_device(command.device)
+    model = load_detector(command.model)
+    model.to(device)
+    serve(model, title(command.model), host=command.host, port=command.port, open=command.open)
 
 
 def run_list(command: ListModels) -> None:

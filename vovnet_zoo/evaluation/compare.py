@@ -11,7 +11,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from ..data import Annotations
-from .bootstrap import Interval, Samples, bootstrap_ap, interval
+from .bootstrap import Interval, Samples, ap_interval, bootstrap_ap, interval
 from .matches import Matches, match
 from .thresholds import Choice, at_thresholds, class_thresholds, is_kept, mistakes
 
@@ -103,29 +103,32 @@ def format_comparison(comparison: Comparison) -> str:
 
 def _compared(name: str, own: Matches, other: Matches, samples: Samples, first: Samples) -> Compared:
     """Put together what is known of a model, whose own samples are drawn with the images of the first one's."""
-    thresholds = class_thresholds(own)
+    thresholds, count = class_thresholds(own), len(own.images)
     return Compared(
         name=name,
         matches=own,
         thresholds=thresholds,
         at_thresholds=at_thresholds(own, thresholds),
-        ap=interval(samples.overall),
-        difference=_subtract(own.metrics["AP"], other.metrics["AP"], samples.overall, first.overall),
+        ap=ap_interval(samples.overall, own.metrics["AP"], count),
+        difference=_subtract(own.metrics["AP"], other.metrics["AP"], samples.overall, first.overall, count),
         class_differences=[
             _subtract(
                 own.class_metrics[name]["AP"],
                 other.class_metrics[name]["AP"],
                 samples.per_class[:, label],
                 first.per_class[:, label],
+                count,
             )
             for label, name in enumerate(own.class_names)
         ],
     )
 
 
-def _subtract(ap: float, first_ap: float, samples: np.ndarray, first: np.ndarray) -> Difference | None:
+def _subtract(ap: float, first_ap: float, samples: np.ndarray, first: np.ndarray, images: int) -> Difference | None:
     """Subtract APs and samples [B]; None where nothing is to be found."""
-    return None if ap < 0 else Difference(ap - first_ap, interval(samples - first))
+    if ap < 0:
+        return None
+    return Difference(ap - first_ap, interval(samples - first, ap - first_ap, images))
 
 
 def _signed(difference: Difference | None) -> str:
