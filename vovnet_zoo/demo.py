@@ -125,9 +125,12 @@ def detect(model: FCOS | ExportedDetector, path: str, tiles: int | None) -> Foun
     """Detect objects in an image file, of any score that the model gives; `tiles` is that of `predict`."""
     began = time.perf_counter()
     options: dict[str, Any] = {}
-    most = model.config["max_detections"] if tiles is None else None  # with tiles, this limit is of each window
+    most = None
     if not isinstance(model, ExportedDetector):  # which keeps its own thresholds
-        options = {"score_threshold": 0.0, "max_detections": SPARE * model.config["max_detections"]}
+        options["score_threshold"] = 0.0
+        if tiles is None:  # with tiles, the limit is of each window
+            most = model.config["max_detections"]
+            options["max_detections"] = SPARE * most
     (found,) = predict(model, path, tiles=tiles, **options)
     seconds = time.perf_counter() - began
     return Found(to_rgb(path).cpu(), found, most, seconds)
