@@ -28,14 +28,16 @@ from tqdm import tqdm
 from build import build_loader
 from memory import peak_memory
 from optim import set_lr
-from reporting import DETECTIONS, report_run
+from reporting import report_run
 from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_image, note_skipped, write_whole
-from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
+from runtime import Stopped, StopSignal, all_reduce, average, gather, log, process_group, run_command
 from scoring import score_dataset
 from step import bucket, compile_step, compute_losses, find_targets
 from training_loop import clip_gradients, log_graphs, log_step, seed_of, stopped, update
 from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, save_if_due, set_up
 from vovnet_zoo.coco_eval import format_table
+from vovnet_zoo.data import Skipped
+from vovnet_zoo.evaluation.runs import DETECTIONS, SKIPPED
 
 
 def main(config: TrainConfig) -> dict | None:
@@ -182,7 +184,12 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     config, progress = run.config, run.progress
     if progress.scored == progress.step or not is_due(config.eval_every, run) or not is_trusted(run):
         return
-    note = functools.partial(note_skipped, config.out, progress.step)
+    skipped: list[Skipped] = []
+
+    def note(images: list[Skipped]) -> None:
+        note_skipped(config.out, progress.step, images)
+        skipped.extend(images)
+
     try:
         results, metrics = score_dataset(
             run.averaged,
@@ -199,6 +206,7 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     except Stopped:
         log.warning("stopped by a signal in the evaluation after step %d; the same command repeats it", progress.step)
         raise
+    skipped_ids = gather([image.image_id for image in skipped])
     progress.scored = progress.step
     if run.rank == 0:
         overall = {name: value for name, value in metrics.items() if name != "per_class"}
@@ -207,6 +215,7 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         run.averaged.save_pretrained(config.out / "last")
         if metrics["AP"] >= progress.best:
             write_whole(config.out / DETECTIONS, json.dumps(results).encode())
+            write_whole(config.out / SKIPPED, json.dumps(skipped_ids).encode())
             run.averaged.save_pretrained(config.out / "best")
         progress.best, progress.metrics = max(progress.best, metrics["AP"]), metrics
     save(run)

@@ -14,7 +14,7 @@ from vovnet_zoo.evaluation.bootstrap import bootstrap_ap, interval
 from vovnet_zoo.evaluation.compare import compare, format_comparison
 from vovnet_zoo.evaluation.compare_page import differing_images, differing_settings, write_comparison
 from vovnet_zoo.evaluation.matches import match
-from vovnet_zoo.evaluation.runs import DETECTIONS, read_runs
+from vovnet_zoo.evaluation.runs import DETECTIONS, SKIPPED, read_runs
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,9 @@ def test_command_compares_run_folders_and_files(runs, data, run, tmp_path):
     page = (tmp_path / "new" / "page.html").read_text()
     assert "Loss in training" in page and "<td>0.2</td>" in page and ">out<" not in page
     assert "data:image/jpeg" in page and "default-src 'none'" in page
+    (runs[1] / SKIPPED).write_text("[7]")  # an image that one run could not read is left out for both
+    assert run(*runs, "--out", tmp_path / "page.html")[0] == 0 and "39 of" in (tmp_path / "page.html").read_text()
+    (runs[1] / SKIPPED).unlink()
     (tmp_path / "b.json").write_text(json.dumps(worse))
     options = ["--val", dataset.annotation_file, "--val-images", dataset.images_dir]
     status, out, err = run(runs[0], runs[0], tmp_path / "b.json", *options, "--out", tmp_path / "three.html")

@@ -21,6 +21,7 @@ import train_coco
 from vovnet_zoo import FCOS, create_detector
 from vovnet_zoo.evaluation.analysis import analyse
 from vovnet_zoo.evaluation.report import write_report
+from vovnet_zoo.evaluation.runs import DETECTIONS
 from vovnet_zoo.evaluation.thresholds import at_thresholds, class_thresholds
 from vovnet_zoo.inference import choose_thresholds
 
@@ -217,7 +218,7 @@ def test_a_run_ends_with_a_report_of_its_best_model(tiny_coco, tmp_path, monkeyp
     monkeypatch.setattr(train_coco, "score_dataset", score)
     out = tmp_path / "run"
     train_here(tiny_coco, out, "--steps 4 --eval-every 2 --workers 0")
-    assert {row["score"] for row in json.loads((out / reporting.DETECTIONS).read_text())} == {0.4}  # of the best
+    assert {row["score"] for row in json.loads((out / DETECTIONS).read_text())} == {0.4}  # of the best
     assert FCOS.from_pretrained(out / "best").config["thresholds"] == {
         "red": pytest.approx(0.2),
         "green": pytest.approx(0.2),

@@ -93,7 +93,7 @@ def publish_model(
         card = checked_card(folder, **facts)
         page = Path(temporary) / "space"
         if space:  # before anything is pushed
-            write_space(page, folder, repo_id, card.data.license)
+            write_space(page, folder, repo_id, card.data.to_dict().get("license"))
         url = push(repo_id, folder, card, **options)
         return f"{url}\n{push_space(repo_id, page, **options)}" if space else url
 

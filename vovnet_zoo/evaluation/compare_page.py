@@ -17,7 +17,7 @@ from .charts import Chart, line_chart
 from .compare import Comparison, compare, format_comparison
 from .galleries import MOST, Figure, Gallery, make_figure, photos
 from .page import PHOTO_BYTES, load_jinja2, render_page
-from .runs import Run, read_runs, scored_set
+from .runs import Run, read_runs, scored_ids, scored_set
 from .thresholds import curve, is_kept, mistakes
 
 METRICS = ("AP50", "AP75", "APs", "APm", "APl", "AR100")
@@ -55,11 +55,13 @@ def compare_runs(
         dataset = CocoDataset(
             found.folder, changed(found.source, change_difficult) if difficult_as_crowd else found.source
         )
-    comparison = compare(dataset.annotations, {name: run.results for name, run in runs.items()})
+    skipped = {image_id for run in runs.values() for image_id in run.skipped}
+    results = {name: run.results for name, run in runs.items()}
+    comparison = compare(dataset.annotations, results, image_ids=scored_ids(dataset, skipped))
     facts = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "data": f"{dataset.annotation_file} (SHA-256 {dataset.annotations_sha256[:16]}..)",
-        "images": f"{len(dataset)} of {dataset.images_dir}",
+        "images": f"{len(comparison.models[0].matches.images)} of {dataset.images_dir}",
         "version": f"vovnet_zoo {__version__}",
     }
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from ..files import read_json
 from .coco_eval import check_rows
 
 DETECTIONS = "best_detections.json"  # of the best model of a run, as COCO results
+SKIPPED = "best_skipped.json"  # ids of the images that could not be read then, which were not scored
 DATA = ("data", "val", "val_images", "val_fraction", "difficult_as_crowd", "drop_empty_classes")  # what was scored
 SPLIT = ("train", "train_images", "seed")  # which images these are too, where a share of the training images is scored
 
@@ -25,6 +26,7 @@ class Run(NamedTuple):
     results: list[dict]
     log: list[dict]  # of metrics.jsonl
     settings: dict[str, Any]  # of run.json
+    skipped: list[int]  # ids of images that were not scored
 
 
 def read_runs(paths: Sequence[Path]) -> dict[str, Run]:
@@ -46,14 +48,20 @@ def read_runs(paths: Sequence[Path]) -> dict[str, Run]:
 def read_run(path: Path) -> Run:
     """Read a run folder, or a COCO results file; the errors are those of `read_runs`."""
     if path.is_file():
-        return Run(path, _read_results(path), [], {})
+        return Run(path, _read_results(path), [], {}, [])
     found = path / DETECTIONS
     if not found.is_file():
         inside = path.parent if (path.parent / DETECTIONS).is_file() else None
         hint = f"; {inside} has" if inside else ", so it is no folder of a training run with a report"
         raise ValueError(f"{path} has no {DETECTIONS}{hint}; eval_coco.py --out FILE writes the detections of a model")
     settings = read_json(path / "run.json").get("config") if (path / "run.json").is_file() else None
-    return Run(path, _read_results(found), read_log(path / "metrics.jsonl"), settings or {})
+    skipped = json.loads((path / SKIPPED).read_bytes()) if (path / SKIPPED).is_file() else []
+    return Run(path, _read_results(found), read_log(path / "metrics.jsonl"), settings or {}, skipped)
+
+
+def scored_ids(dataset: CocoDataset, skipped: Collection[int]) -> list[int] | None:
+    """List the ids of a dataset's images that are not among the skipped ones; None stands for all."""
+    return [i for i in dataset.image_ids.tolist() if i not in skipped] if skipped else None
 
 
 def read_log(path: Path) -> list[dict]:
