@@ -17,9 +17,10 @@ from launch import ROOT
 from samples import RGB
 
 import vovnet_zoo
-from vovnet_zoo import cli, hub, publish, space
+from vovnet_zoo import cli, demo, hub, publish, space
 from vovnet_zoo.files import read_json
 from vovnet_zoo.predict_files import as_lists
+from vovnet_zoo.results import ImageDetections
 
 
 @pytest.fixture
@@ -134,6 +135,26 @@ def test_page_in_a_browser(served, browser, detector_folder, tmp_path):
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
+
+
+def test_what_is_shown(tiny_detector):
+    """Without a browser: thresholds, the limit of detections, names with letters of HTML, sliders of many classes."""
+    assert demo.first_thresholds(tiny_detector) == [0.3, 0.3]
+    own = vovnet_zoo.create_detector("fcos", backbone="test_resnet", num_classes=2, class_names=["<b>", "dog"],
+                                     channels=64, num_convs=0, thresholds={"dog": 0.4567})  # fmt: skip
+    assert demo.first_thresholds(own) == [0.0, 0.457] and demo.class_names(own) == ["<b>", "dog"]
+    boxes = torch.tensor([[0.0, 0, 9, 9], [5, 5, 20, 20], [1, 1, 30, 30], [2, 2, 8, 8]])
+    tensors = {"boxes": boxes, "scores": torch.tensor([0.9, 0.8, 0.5, 0.05]), "labels": torch.tensor([1, 0, 1, 0])}
+    found = demo.Found(torch.zeros(3, 40, 50, dtype=torch.uint8), ImageDetections(tensors, "x", (40, 50)), 2, 0.5)
+    picture, summary, link = demo.show(found, (0.85, 0.2), ["<b>", "dog"], "model")
+    content = json.loads(base64.b64decode(link.split("base64,")[1].split('"')[0]))
+    assert content["scores"] == pytest.approx([0.9, 0.5]) and content["labels"] == [1, 1] and picture.width > 50
+    assert "2 detections" in summary and "2 dog" in summary and "50 x 40 pixels; detected in 0.50 s" in summary
+    assert "1 &lt;b&gt;" in demo.show(found, (0.0, 0.2), ["<b>", "dog"], "model")[1]  # the limit is 2
+    assert demo.show(None, (0.5, 0.5), ["a", "b"], "model") == (None, "", "")
+    assert demo.seen(found, 2) == [True, True] and demo.seen(None, 11) == [False] * 11
+    found.detections["scores"][1] = 0.05
+    assert demo.seen(found, 11) == [False, True] + [False] * 9
 
 
 def test_missing_package_is_one_line(run, detector_folder, monkeypatch):

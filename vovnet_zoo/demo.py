@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vovnet_zoo.config import TILES
+from vovnet_zoo.config import RANGES, TILES
 from vovnet_zoo.draw import DISPLAY_SCORE, draw_detections
 from vovnet_zoo.fcos import FCOS
 from vovnet_zoo.inference import ExportedDetector, predict
@@ -28,7 +28,8 @@ from vovnet_zoo.results import ImageDetections
 from vovnet_zoo.sources import to_rgb
 
 SPARE = 10  # times as many detections are kept as are shown, so that a higher threshold brings others in
-ALWAYS = 10  # classes; of more, only those that were found have a slider that is seen
+ALWAYS = 10  # classes; of more, only those that were found, with a score of SEEN, have a slider that is seen
+SEEN = 0.1
 FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none from another server
 
 
@@ -98,9 +99,7 @@ def build_page(model: FCOS | ExportedDetector, name: str) -> Any:
                 result = detect(model, path, side if use_tiles else None) if path else None
             except ValueError as error:
                 raise gr.Error(str(error)) from error
-            there = set(result.detections["labels"].tolist()) if result else set()
-            shown = [gr.update(visible=len(names) <= ALWAYS or label in there) for label in range(len(names))]
-            return [result, *shown]
+            return [result, *(gr.update(visible=visible) for visible in seen(result, len(names)))]
 
         def draw(result: Found | None, *thresholds: float) -> tuple[Any, str, str]:
             return show(result, thresholds, names, name)
@@ -130,10 +129,18 @@ def detect(model: FCOS | ExportedDetector, path: str, tiles: int | None) -> Foun
         options["score_threshold"] = 0.0
         if tiles is None:  # with tiles, the limit is of each window
             most = model.config["max_detections"]
-            options["max_detections"] = SPARE * most
+            options["max_detections"] = min(SPARE * most, RANGES["max_detections"][1])
     (found,) = predict(model, path, tiles=tiles, **options)
     seconds = time.perf_counter() - began
     return Found(to_rgb(path).cpu(), found, most, seconds)
+
+
+def seen(found: Found | None, classes: int) -> list[bool]:
+    """Say for each of K classes whether its slider is seen."""
+    if classes <= ALWAYS or found is None:
+        return [classes <= ALWAYS] * classes
+    labels = found.detections["labels"][found.detections["scores"] >= SEEN].tolist()
+    return [label in labels for label in range(classes)]
 
 
 def show(found: Found | None, thresholds: tuple[float, ...], names: list[str], model: str) -> tuple[Any, str, str]:
