@@ -83,10 +83,7 @@ def compile_step(
     torch._inductor.config.force_layout_optimization = True
     if cuda_graphs:
         return compiled(find_targets), compiled(compute_losses, mode="reduce-overhead")
-    # torch counts the graphs of all modules together
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for part in (*model.backbone.children(), model.fpn, model.head.cls_tower, model.head.box_tower):
-        part.compile(fullgraph=True, dynamic=True, backend=backend)
+    compile_parts(model, backend)
     compare = compiled(FCOSLoss.compare, dynamic=True, backend=backend)
 
     def compute(
@@ -101,6 +98,14 @@ def compile_step(
         return compare(criterion, run_network(model, images, sizes, precision), targets, normalizers)
 
     return compiled(find_targets, dynamic=True, backend=backend), compute
+
+
+def compile_parts(model: FCOS, backend: str = "inductor") -> None:
+    """Compile, in place, the parts of a detector that are most of its work, each to one graph for all sizes."""
+    # torch counts the graphs of all modules together
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for part in (*model.backbone.children(), model.fpn, model.head.cls_tower, model.head.box_tower):
+        part.compile(fullgraph=True, dynamic=True, backend=backend)
 
 
 def bucket(height: int, width: int, step: int = 64) -> tuple[int, int]:

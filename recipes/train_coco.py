@@ -32,7 +32,7 @@ from reporting import report_run
 from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_image, note_skipped, write_whole
 from runtime import Stopped, StopSignal, all_reduce, average, gather, log, process_group, run_command
 from scoring import score_dataset
-from step import bucket, compile_step, compute_losses, find_targets
+from step import bucket, compile_parts, compile_step, compute_losses, find_targets
 from training_loop import clip_gradients, log_graphs, log_step, seed_of, stopped, update
 from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, save_if_due, set_up
 from vovnet_zoo.coco_eval import format_table
@@ -75,6 +75,8 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     find, compute = find_targets, compute_losses
     if config.compile:
         find, compute = compile_step(model, cuda_graphs=config.cuda_graphs)
+        if run.ema and run.device.type == "cuda":
+            compile_parts(run.averaged)  # for evaluations, as the model's own parts are
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     batches = build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop)
     steps = range(progress.step, config.steps)
@@ -201,7 +203,7 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
             workers=config.workers,
             batch_size=max(1, config.batch_size // (run.world_size * config.accum)),  # fits, as a training step did
             precision=config.precision,
-            compile=config.compile,
+            compile=config.compile and run.device.type == "cpu",  # on a GPU its parts are compiled
         )
     except Stopped:
         log.warning("stopped by a signal in the evaluation after step %d; the same command repeats it", progress.step)

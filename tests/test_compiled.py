@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from step import compile_step, compute_losses, find_targets
-from vovnet_zoo import FCOSLoss, compile_detector, create_detector, postprocess
+from step import compile_parts, compile_step, compute_losses, find_targets
+from vovnet_zoo import FCOSLoss, compile_detector, create_detector, postprocess, predict
 from vovnet_zoo.compiled import Detections
 from vovnet_zoo.data import normalize
 from vovnet_zoo.kernels.osa import fuse_for_training
@@ -156,6 +156,16 @@ def test_parts_are_compiled_once_for_all_sizes():
     assert_parts_learn(model.train(), "cpu", 1e-5, backend="eager")
     # the backbone's 8 parts, the FPN, a tower for all levels, the targets and the comparison
     assert counters["stats"]["unique_graphs"] <= 12 and not counters["graph_break"]
+
+
+def test_an_evaluation_with_compiled_parts():
+    model = busy(create_detector("fcos", backbone="test_resnet", num_classes=4, channels=64, num_convs=1, min_size=64))
+    fast = copy.deepcopy(model)
+    compile_parts(fast, backend="eager")
+    images = list(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8))
+    for found, wanted in zip(predict(fast, images, batch_size=2), predict(model, images, batch_size=2), strict=True):
+        assert len(wanted["scores"]) and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
 
 
 @pytest.mark.gpu

@@ -193,35 +193,3 @@ run_command(fail, None)
     )
     assert result.returncode == 1 and result.stderr.count("RuntimeError: the reason") == 1, result.stderr
     assert "cuda:nccl" in result.stdout and "cpu:gloo" in result.stdout
-
-
-COUNT_EVALUATION = """
-import sys
-import nullgpu
-import scoring
-from vovnet_zoo import create_detector, inference
-from vovnet_zoo.data import CocoDataset
-
-dataset = CocoDataset(f"{sys.argv[1]}/train", f"{sys.argv[1]}/annotations/instances_train.json")
-sizes = dict(channels=64, num_convs=1, min_size=64, max_size=96)
-model = create_detector("fcos", backbone="test_resnet", num_classes=2, **sizes).cuda()
-batches, detect_batch = [], inference.detect_batch
-
-def counted(model, items, *rest):
-    batches.append(len(items))
-    return detect_batch(model, items, *rest)
-
-inference.detect_batch, scoring.evaluate = counted, lambda *rest, **options: None  # results are no numbers here
-scoring.score_dataset(model, dataset, batch_size=2, precision="bf16")
-batches.clear()
-with nullgpu.count() as seen:
-    scoring.score_dataset(model, dataset, batch_size=2, precision="bf16")
-print("waits", seen.syncs - len(batches), "images", sum(batches), "batches", len(batches), seen)
-"""
-
-
-def test_an_evaluation_waits_for_the_gpu_once_a_batch(tiny_coco, launcher):
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "recipes")])}
-    line = [launcher, sys.executable, "-c", COUNT_EVALUATION, tiny_coco]
-    result = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
-    assert "waits 0 images 8 batches 5" in result.stdout, result.stdout + result.stderr
