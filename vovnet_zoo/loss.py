@@ -270,21 +270,19 @@ def choose_box(
     x, y = points[:, None].unbind(-1)  # [P,1]
     x1, y1, x2, y2 = boxes[:, None].unbind(-1)  # [B,1,M]
     left, top, right, bottom = x - x1, y - y1, x2 - x, y2 - y  # [B,P,M]
-    inside = torch.minimum(torch.minimum(left, right), torch.minimum(top, bottom)) > 0
+    candidate = torch.minimum(torch.minimum(left, right), torch.minimum(top, bottom)) > 0  # [B,P,M], inside the box
     if center_radius is not None:
         reach = strides[:, None] * center_radius  # [P,1]
-        inside &= ((x - (x1 + x2) / 2).abs() < reach) & ((y - (y1 + y2) / 2).abs() < reach)
+        candidate &= ((x - (x1 + x2) / 2).abs() < reach) & ((y - (y1 + y2) / 2).abs() < reach)
 
     furthest = torch.maximum(torch.maximum(left, right), torch.maximum(top, bottom))  # [B,P,M]
     low = torch.where(strides == strides.amin(), 0.0, 4 * strides)[:, None]  # [P,1]
     high = torch.where(strides == strides.amax(), torch.inf, 8 * strides)[:, None]
     if matching == "torchvision":
-        fits = (furthest > low) & (furthest < high)  # [B,P,M]
+        candidate &= (furthest > low) & (furthest < high)  # [B,P,M]
     else:
-        fits = (furthest >= low) & (furthest <= high)
-    candidate = inside & fits & (labels[:, None] >= 0)  # [B,P,M]
-
-    area = comparable_area(boxes, plus_one, matching)[:, None]  # [B,1,M]
+        candidate &= (furthest >= low) & (furthest <= high)
+    area = torch.where(labels >= 0, comparable_area(boxes, plus_one, matching), torch.inf)[:, None]  # [B,1,M]
     least, chosen = torch.where(candidate, area, torch.inf).min(-1)  # [B,P], the first among equals
     return chosen, least
 
