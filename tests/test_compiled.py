@@ -323,19 +323,19 @@ def test_speed_on_an_h100(tmp_path):
     assert reference >= 3 * seconds("training", "ours, compiled", "bf16")
 
 
-def test_any_number_of_graphs(tiny_detector, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_any_number_of_graphs(tiny_detector):
     """torch compiles one function 8 times at most, here twice, counted over all detectors of a process."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     for i in range(1, 5):
         found = compile_detector(tiny_detector, (32, 32 * i), backend="eager")(images_and_sizes(1, (32, 32 * i))[0])
         assert found.boxes.shape[0] == 1
 
 
-def test_any_number_of_batches(tiny_detector, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_any_number_of_batches(tiny_detector):
     """Each number of images is a graph of its own."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     run = compile_detector(tiny_detector, (32, 32), backend="eager")
     for count in range(1, 5):
         images = images_and_sizes(count, (32, 32))[0]
