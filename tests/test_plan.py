@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import calibration
 import plan
+import presets
 import step_work
 from build import build_model, prepare_for_training
 from memory import kept_by
@@ -21,6 +23,7 @@ from step import compute_losses, find_targets
 from vovnet_zoo import FCOSLoss, cli
 from vovnet_zoo.gpus import GPUS, NETWORKS, find_gpu
 from vovnet_zoo.planning import (
+    LINK,
     Calibration,
     Measured,
     Schedule,
@@ -269,3 +272,41 @@ def test_the_forecast_of_200_steps(preset, tmp_path, monkeypatch):
     rows = [row for row in calibration.read_rows(out / "metrics.jsonl") if "images_per_s" in row][calibration.FIRST :]
     seconds = sum(config["batch_size"] / row["images_per_s"] for row in rows) / len(rows)
     assert row.step_s == pytest.approx(seconds, rel=0.15)
+
+
+# ---- the guide
+
+
+def test_the_numbers_of_the_guide():
+    guide = (ROOT / "recipes" / "guides" / "scale.md").read_text()
+    rows = re.findall(r"^\| (?:(\w[\w ]*?) ?[(,E].*?)\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", guide, re.M)
+    assert len(rows) == 1 + len(NETWORKS)
+    for name, bandwidth, *times in rows:
+        count = 8 if name.startswith("NVLink") else 64
+        expected = 450.0 if count == 8 else NETWORKS[name.lower()]
+        assert float(bandwidth) == expected
+        for size, milliseconds in zip((120.1e6, 258.5e6, 25 * 2**20), times, strict=True):
+            seconds = ring_seconds(size, count, expected * 1e9 * LINK.value)
+            assert f"{seconds * 1e3:.1f}" == milliseconds
+    steps = dataclasses.asdict(presets.parse(["v39_1x", "--batch-size", "128"]))
+    assert (steps["steps"], round(steps["lr"], 3), steps["warmup_steps"]) == (11_250, 0.08, 62)
+    steps = dataclasses.asdict(presets.parse(["coco_24e", "--batch-size", "128"]))
+    assert f"{steps['steps']:,} steps at\n{steps['lr'] * 1e4:.1f}e-4" in guide
+
+
+@pytest.mark.slow
+def test_the_forecasts_of_the_guide():
+    """The guide's table is what the planner says today."""
+    guide = (ROOT / "recipes" / "guides" / "scale.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| (\d+) MB \|((?: \d+ \|){4}) (\d) \|$", guide, re.M)
+    assert [row[0] for row in rows] == [*presets.PUBLISHED, "coco_12e", "coco_24e", "coco_36e"]
+    for preset, gflop, megabytes, times, sensible in rows:
+        config = presets.parse([preset])
+        work = step_work.count_work(config)
+        schedule = plan.schedule_of(cli.Plan(preset), config)
+        seconds = [row.step_s for row in forecast(work, schedule, [1, 2, 4, 8], GPUS["h100"])]
+        assert (f"{work.flops / 1e9:,.0f}", f"{work.gradient_bytes / 1e6:.0f}") == (gflop, megabytes)
+        assert [f"{x * 1e3:.0f}" for x in seconds] == re.findall(r"\d+", times)
+        pairs = zip((2, 4, 8), seconds[:-1], seconds[1:], strict=True)
+        pays = [count for count, before, after in pairs if after <= 0.75 * before]
+        assert int(sensible) == max(pays)
