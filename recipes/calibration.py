@@ -50,7 +50,15 @@ NOISE = 23.0  # in values of a pixel: a file is about as long as COCO's then
 FREE = ("data", "out", "train", "train_images", "val", "val_images", "val_fraction", "drop_empty_classes")
 FREE += ("difficult_as_crowd", "draw_shapes", "drop_empty", "skip_bad_images", "batch_size", "workers", "steps", "lr")
 FREE += ("weight_decay", "schedule", "milestones", "warmup", "warmup_steps", "warmup_factor", "seed", "eval_every")
-FREE += ("checkpoint_every", "max_not_finite", "allow_changes", "pretrained_backbone", "test_size", "bias_lr_factor")
+FREE += (
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "max_not_finite",
+    "allow_changes",
+    "pretrained_backbone",
+    "test_size",
+    "bias_lr_factor",
+)
 
 
 def calibrate(
@@ -116,7 +124,7 @@ def measure_steps(
     """
     line = [sys.executable, str(HERE / "train_coco.py"), preset, *options, "--out", str(out)]
     line += ["--batch-size", str(count), "--lr", "1e-9", "--steps", "1000000", "--eval-every", "1000000"]
-    line += ["--checkpoint-every", "1000000"] + (["--no-pretrained-backbone"] if config.init is None else [])
+    line += ["--no-pretrained-backbone"] if config.init is None else []
     began, start_s, rows = time.monotonic(), 0.0, []
     with open(out.with_suffix(".log"), "w+b") as printed:
         run = subprocess.Popen(line, stdout=printed, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)

@@ -56,6 +56,7 @@ class Schedule:
     workers: int  # data loading processes of each GPU
     precision: str
     compiled: bool
+    cuda_graphs: bool
     evaluations: int
     images: int  # of the training set
 
@@ -118,6 +119,7 @@ EFFICIENCY = {
 LAUNCH = Assumption(20e-6, "s per launch", GUESS)
 COMPILED_LAUNCHES = Assumption(0.4, "of the eager launches", GUESS)
 SYNC = Assumption(5e-3, "s per step", GUESS)
+GRAPH_LAUNCHES = Assumption(0.1, "of the eager launches", "guess: the update of the weights, data and log")
 COMPILED_KEPT = Assumption(0.7, "of the eager activations", "RESULTS.md, memory at 800x1333: 824 of 1195 MiB")
 LINK = Assumption(0.5, "of the link's bandwidth", "guess for messages of 25 MiB; nccl-tests measures it (busbw)")
 BACKWARD = Assumption(2 / 3, "of the GPU's time", "the backward pass has twice the FLOPs of the forward pass")
@@ -206,9 +208,16 @@ def model_of(work: StepWork, schedule: Schedule, gpu: Gpu | None) -> StepModel:
         there = " or ".join(gpu.tflops)
         raise ValueError(f"--precision {schedule.precision}: a {gpu.title} does not compute in it; give {there}")
     efficiency = EFFICIENCY[schedule.precision].value
-    launches = work.launches * schedule.accum * (COMPILED_LAUNCHES.value if schedule.compiled else 1)
+    launches = work.launches * schedule.accum * launched_share(schedule).value
     per_image = work.flops / (gpu.tflops[schedule.precision] * 1e12 * efficiency)
     return StepModel(launches * LAUNCH.value, per_image / work.pixels, SYNC.value, f"data sheet: {gpu.source}")
+
+
+def launched_share(schedule: Schedule) -> Assumption:
+    """Say which part of the eager launches the host makes."""
+    if schedule.cuda_graphs:
+        return GRAPH_LAUNCHES
+    return COMPILED_LAUNCHES if schedule.compiled else Assumption(1.0, "of the eager launches", "not compiled")
 
 
 def measured_model(calibration: Calibration) -> StepModel:
@@ -291,7 +300,8 @@ def assumptions(schedule: Schedule, gpu: Gpu | None, calibration: Calibration | 
             "resizing": RESIZE,
             "start": START,
         }
-        found |= {"compiled launches": COMPILED_LAUNCHES, "compiled memory": COMPILED_KEPT} if schedule.compiled else {}
+        if schedule.compiled:
+            found |= {"compiled launches": launched_share(schedule), "compiled memory": COMPILED_KEPT}
     else:
         model, source = measured_model(calibration), f"calibration on {calibration.device}"
         found |= {
