@@ -86,7 +86,6 @@ class StepModel(NamedTuple):
     host: float
     gpu_per_pixel: float
     sync: float
-    source: str
 
 
 class Row(NamedTuple):
@@ -97,7 +96,7 @@ class Row(NamedTuple):
     step_s: float
     images_per_s: float
     hours: float  # training, evaluations and the start
-    bound: str  # what a step waits for: "launches", "GPU" or "loader"
+    bound: str  # what a step waits for: "launches", "compute" or "loader"
     exposed_s: float  # of the all-reduce, in `step_s`
     memory_gib: float  # of each GPU
     fits: bool
@@ -164,7 +163,7 @@ def forecast(
         step = busy + model.sync + exposed
         wanted = math.ceil(images / step / rate)
         loading = images / (max(1, schedule.workers) * rate)
-        bound = "loader" if loading > step else "launches" if model.host > gpu_s else "GPU"
+        bound = "loader" if loading > step else "launches" if model.host > gpu_s else "compute"
         step = max(step, loading)
         seconds = schedule.steps * step + evaluation_seconds(work, schedule, count, model, images)
         seconds += calibration.start_s if calibration else START.value
@@ -210,7 +209,7 @@ def model_of(work: StepWork, schedule: Schedule, gpu: Gpu | None) -> StepModel:
     efficiency = EFFICIENCY[schedule.precision].value
     launches = work.launches * schedule.accum * launched_share(schedule).value
     per_image = work.flops / (gpu.tflops[schedule.precision] * 1e12 * efficiency)
-    return StepModel(launches * LAUNCH.value, per_image / work.pixels, SYNC.value, f"data sheet: {gpu.source}")
+    return StepModel(launches * LAUNCH.value, per_image / work.pixels, SYNC.value)
 
 
 def launched_share(schedule: Schedule) -> Assumption:
@@ -231,7 +230,7 @@ def measured_model(calibration: Calibration) -> StepModel:
     sync = longest - slope * most
     if slope <= 0 or sync < 0:  # all bound by the host, or noise
         slope, sync = longest / most, 0.0
-    return StepModel(points[0][1] - sync, slope, sync, f"calibration on {calibration.device}")
+    return StepModel(points[0][1] - sync, slope, sync)
 
 
 def exposed_seconds(work: StepWork, schedule: Schedule, count: int, gpu_s: float, gpu: Gpu | None) -> float:
