@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,7 @@ from memory import kept_by
 from presets import TrainConfig
 from step import compute_losses, find_targets
 from vovnet_zoo import FCOSLoss, cli
+from vovnet_zoo.commands import CommandError
 from vovnet_zoo.gpus import GPUS, find_gpu
 from vovnet_zoo.planning import (
     LINK,
@@ -239,6 +243,54 @@ def test_steps_that_compile_are_left_out(tmp_path):
     assert len(times) == 60 - calibration.FIRST and calibration.steady(times) == pytest.approx([0.2] * (len(times) - 1))
     assert calibration.enough(times) and not calibration.enough(times[:20]) and not calibration.enough(times[:25])
     assert calibration.read_rows(tmp_path / "none") == []
+
+
+FAKE = """
+import json, pathlib, sys, time
+out, fails = pathlib.Path(sys.argv[sys.argv.index("--out") + 1]), "--fails" in sys.argv
+out.mkdir()
+print("reading the data")
+row = {"images_per_s": 40.0, "data_wait_s": 0.02, "peak_memory_gib": 3.0}
+(out / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for _ in range(0 if fails else 100)))
+sys.exit("no such option") if fails else time.sleep(60)
+"""
+
+
+@pytest.fixture
+def fake_training(tmp_path, monkeypatch):
+    """A stand-in for the training, which takes 0.1 s a step of 4 images, 0.02 s of them for data."""
+    (tmp_path / "train_coco.py").write_text(FAKE)
+    monkeypatch.setattr(calibration, "HERE", tmp_path)
+    started, real = [], subprocess.Popen
+
+    def start(*args, **options):
+        started.append(real(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return started
+
+
+def test_a_training_is_measured_and_ended(tmp_path, fake_training):
+    config = presets.parse(["finetune"])
+    measured, start_s = calibration.measure_steps("finetune", [], config, 4, tmp_path / "run")
+    assert (measured.images, measured.seconds, measured.memory_bytes) == (4, pytest.approx(0.08), 3 * 2**30)
+    assert 0 < start_s < 30 and fake_training[0].poll() is not None
+    line = fake_training[0].args
+    assert line[line.index("--batch-size") + 1] == "4" and "--no-pretrained-backbone" in line
+    with pytest.raises(CommandError, match="has ended: reading the data / no such option"):
+        calibration.measure_steps("finetune", ["--fails"], config, 4, tmp_path / "failed")
+
+
+def test_a_stopped_calibration_leaves_no_training_behind(tmp_path, fake_training, monkeypatch):
+    monkeypatch.setattr(calibration, "SECONDS", 1e9)
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    config = dataclasses.replace(presets.parse(["finetune"]), data=tmp_path)
+    with pytest.raises(SystemExit):
+        calibration.calibrate("finetune", [], config, [4], torch.device("cpu"))
+    timer.join()
+    assert len(fake_training) == 1 and fake_training[0].poll() is not None
 
 
 def test_a_calibration_is_kept_for_the_same_step_only(tiny_coco, tmp_path, monkeypatch):

@@ -286,7 +286,9 @@ def assumptions(schedule: Schedule, gpu: Gpu | None, calibration: Calibration | 
     if gpu is not None:
         peak = gpu.tflops.get(schedule.precision, math.nan)
         found |= {
-            f"peak of {gpu.title} in {schedule.precision}": Assumption(peak, "TFLOP/s", f"{gpu.source}, dense"),
+            f"peak of {gpu.title} in {schedule.precision}": Assumption(
+                peak, "TFLOP/s", f"{gpu.source}, dense; float32 with TF32 where the GPU has it"
+            ),
             f"memory of {gpu.title}": Assumption(gpu.memory_gb, "GB", gpu.source),
             f"{gpu.link}, one direction": Assumption(gpu.link_gb_s, "GB/s", gpu.source),
         }
