@@ -68,6 +68,8 @@ def test_a_slow_loader_bounds_a_step():
     light = dataclasses.replace(WORK, flops=1e11)
     (enough,) = forecast(light, SCHEDULE, [1], GPUS["h100"])
     (few,) = forecast(light, dataclasses.replace(SCHEDULE, workers=1), [1], GPUS["h100"])
+    (none,) = forecast(light, dataclasses.replace(SCHEDULE, workers=0), [1], GPUS["h100"])
+    assert none.bound == "loader" and none.step_s == pytest.approx(few.step_s + enough.step_s, rel=0.01)
     assert enough.bound != "loader" and few.bound == "loader" and few.step_s > enough.step_s
     assert few.workers == enough.workers > 1 and enough.cores == enough.workers + 1
 

@@ -162,7 +162,8 @@ def forecast(
         exposed = exposed_seconds(work, schedule, count, gpu_s, gpu)
         step = busy + model.sync + exposed
         wanted = math.ceil(images / step / rate)
-        loading = images / (max(1, schedule.workers) * rate)
+        # without workers, the process that computes loads the images too
+        loading = images / (schedule.workers * rate) if schedule.workers else step + images / rate
         bound = "loader" if loading > step else "launches" if model.host > gpu_s else "compute"
         step = max(step, loading)
         seconds = schedule.steps * step + evaluation_seconds(work, schedule, count, model, images)
