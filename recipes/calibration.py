@@ -27,7 +27,7 @@ from PIL import Image
 from build import build_datasets, build_loader
 from presets import TrainConfig
 from quickstart_data import background
-from runtime import environment
+from runtime import StopSignal, environment
 from step_work import CLASSES, SHARES, SIZES, padded_pixels
 from vovnet_zoo.commands import CommandError
 from vovnet_zoo.config import DEFAULT_VARIANT, VARIANTS
@@ -40,6 +40,7 @@ HERE = Path(__file__).resolve().parent
 STEPS = 25  # that are measured at least, after the first ones
 FIRST = 8  # steps whose images were loaded before they were asked for, or for which kernels are chosen and compiled
 SECONDS = 4.0  # likewise
+MOST_STEPS = 10_000  # after which a run ends by itself
 WAIT_S = 900.0  # for a run: graphs of large models take minutes to compile
 SLOW = 3.0  # a step that takes so many times the median compiled a graph, and is left out
 POLL_S = 0.2
@@ -50,7 +51,15 @@ NOISE = 23.0  # in values of a pixel: a file is about as long as COCO's then
 FREE = ("data", "out", "train", "train_images", "val", "val_images", "val_fraction", "drop_empty_classes")
 FREE += ("difficult_as_crowd", "draw_shapes", "drop_empty", "skip_bad_images", "batch_size", "workers", "steps", "lr")
 FREE += ("weight_decay", "schedule", "milestones", "warmup", "warmup_steps", "warmup_factor", "seed", "eval_every")
-FREE += ("checkpoint_every", "max_not_finite", "allow_changes", "pretrained_backbone", "test_size", "bias_lr_factor")
+FREE += (
+    "checkpoint_every",
+    "checkpoint_minutes",
+    "max_not_finite",
+    "allow_changes",
+    "pretrained_backbone",
+    "test_size",
+    "bias_lr_factor",
+)
 
 
 def calibrate(
@@ -65,7 +74,7 @@ def calibrate(
     Raises:
         CommandError: a run failed; the message has its last lines.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with StopSignal() as stop, stop.at_once(), tempfile.TemporaryDirectory() as folder:
         if config.data is None and config.train is None:
             config = dataclasses.replace(config, data=draw_photos(Path(folder) / "photos"))
             options = [*options, "--data", str(config.data)]
@@ -115,8 +124,8 @@ def measure_steps(
     The learning rate is so small that weights from chance stay finite.
     """
     line = [sys.executable, str(HERE / "train_coco.py"), preset, *options, "--out", str(out)]
-    line += ["--batch-size", str(count), "--lr", "1e-9", "--steps", "1000000", "--eval-every", "1000000"]
-    line += ["--checkpoint-every", "1000000"] + (["--no-pretrained-backbone"] if config.init is None else [])
+    line += ["--batch-size", str(count), "--lr", "1e-9", "--steps", str(MOST_STEPS), "--eval-every", str(MOST_STEPS)]
+    line += ["--no-pretrained-backbone"] if config.init is None else []
     began, start_s, rows = time.monotonic(), 0.0, []
     with open(out.with_suffix(".log"), "w+b") as printed:
         run = subprocess.Popen(line, stdout=printed, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)

@@ -4,12 +4,16 @@ NULLGPU_RUN is the path of a launcher that runs a command with such a GPU and th
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from launch import ROOT, TINY
+
+from presets import parse
+from step_work import count_work
 
 # Count from one batch to the next, after the number of steps in the variable STEPS.
 COUNT = """
@@ -67,6 +71,12 @@ def count_step(launcher: str, data: Path, out: Path, options: str, steps: int = 
 @pytest.mark.parametrize("variant", ["published", "improved"])
 def test_a_step_waits_for_the_gpu_once(tiny_coco, tmp_path, launcher, variant):
     assert "waits 1, replays 0," in count_step(launcher, tiny_coco, tmp_path / "run", f"--variant {variant}")
+
+
+def test_a_plan_counts_the_kernels_of_a_step(tiny_coco, tmp_path, launcher):
+    launched = int(re.search(r"kernels (\d+),", count_step(launcher, tiny_coco, tmp_path / "run", ""))[1])
+    work = count_work(parse(["finetune", *TINY.split()]))
+    assert work.launches == pytest.approx(launched, rel=0.1)
 
 
 @pytest.mark.slow
