@@ -242,8 +242,10 @@ def test_steps_that_compile_are_left_out(tmp_path):
     rows = [{"step": i, "images_per_s": 4 / (9.0 if i in (0, 20) else 0.25), "data_wait_s": 0.05} for i in range(60)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 60, "im')
     times = calibration.step_seconds(calibration.read_rows(tmp_path / "metrics.jsonl"), 4)
-    assert len(times) == 60 - calibration.FIRST and calibration.steady(times) == pytest.approx([0.2] * (len(times) - 1))
-    assert calibration.enough(times) and not calibration.enough(times[:20]) and not calibration.enough(times[:25])
+    assert len(times) == 60 and calibration.steady(times) == pytest.approx([0.2] * 58)
+    assert calibration.enough(times) and not calibration.enough(times[:24]) and not calibration.enough(times[:30])
+    assert [len(part) for part in calibration.split(times[21:])] == [30, 9]
+    assert [len(part) for part in calibration.split([4.0] * 60)] == [8, 52]  # a slow machine
     assert calibration.read_rows(tmp_path / "none") == []
 
 
@@ -331,7 +333,7 @@ def test_the_forecast_of_200_steps(preset, tmp_path, monkeypatch):
     line = [sys.executable, ROOT / "recipes" / "train_coco.py", preset, "--data", data, "--out", out, *options]
     subprocess.run(line, check=True, capture_output=True, timeout=300)
     config = json.loads((out / "run.json").read_text())["config"]
-    rows = [row for row in calibration.read_rows(out / "metrics.jsonl") if "images_per_s" in row][calibration.FIRST :]
+    rows = [row for row in calibration.read_rows(out / "metrics.jsonl") if "images_per_s" in row][1:]
     seconds = sum(config["batch_size"] / row["images_per_s"] for row in rows) / len(rows)
     assert row.step_s == pytest.approx(seconds, rel=0.15)
 
