@@ -48,7 +48,7 @@ class EvalConfig:
     batch_size: int = 1
     """Images that the network sees together, at most; the detections do not depend on it."""
     precision: Precision = "float32"
-    """Precision of the network (autocast)."""
+    """Precision of the network (autocast); float32 convolutions are of TF32 on an NVIDIA GPU, as torch's default is."""
     compile: bool = False
     """Compile the network with torch.compile, which takes minutes once."""
     tiles: int | None = None

@@ -135,6 +135,8 @@ class TrainConfig:
     """Each part of the backbone has the learning rate of the part above it, times this."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """Precision of the network (autocast), in evaluations too; losses are always float32."""
+    tf32: bool = True
+    """On an NVIDIA GPU, float32 convolutions round their inputs to TF32, of 10 bits, as is also torch's default."""
     compile: bool = False
     """Compile network and losses with torch.compile, which fuses kernels, and the network in evaluations too."""
     cuda_graphs: bool = False

@@ -13,6 +13,7 @@ from test_faults import stop_after
 import build
 import eval_coco
 import runtime
+import step
 import train_coco
 import training_loop
 from build import build_loader
@@ -36,7 +37,7 @@ OTHER = dict(  # another value of each field than `tiny_config` has
     max_not_finite=3, allow_changes=True, zoom=(0.3, 2.0), train="copy", train_images="copy", val="copy",
     val_images="copy", val_fraction=0.25, drop_empty_classes=True, difficult_as_crowd=True,
     copy_paste=1.0, mosaic=1.0, mixup=1.0, color=0.5, blur=1.0, jpeg=1.0, augment_until=0.5, repeat_rare=1.0,
-    checkpoint_minutes=3.0, cuda_graphs=True,
+    checkpoint_minutes=3.0, cuda_graphs=True, tf32=False,
 )  # fmt: skip
 NETWORK = {"model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone"}
 # A named model has a backbone of its own; and checkpointing needs frozen norms.
@@ -61,7 +62,7 @@ def config(tiny_coco, tmp_path, monkeypatch) -> TrainConfig:
     calls = []
     monkeypatch.setattr(build, "make_shapes", lambda data: calls.append("shapes"))
     monkeypatch.setattr(build, "use_winograd", lambda model: calls.append("winograd"))
-    monkeypatch.setattr(train_coco, "compiled", lambda f, **options: calls.append(f.__name__) or f)
+    monkeypatch.setattr(step, "compiled", lambda f, **options: calls.append(f.__name__) or f)
     real = detectors.create_backbone
 
     def create_backbone(name, pretrained=False):
@@ -123,6 +124,7 @@ def effects(config: TrainConfig) -> dict:
     with pytest.raises(RuntimeError, match="in a row"):
         for _ in range(100):
             training_loop.skip_step(run, 0, [], losses, 0.0)
+    found["tf32"] = torch.backends.cudnn.allow_tf32
     found["patience"] = run.progress.not_finite
     if config.compile:
         train_coco.train(dataclasses.replace(run, config=dataclasses.replace(config, steps=0)), None, None)
@@ -313,7 +315,7 @@ WRONG = {
     "zoom": [(0, 1), (2, 1), (0.1, 2)], "schedule": ["cos"], "warmup": ["none"], "augment": ["mosaic"],
     **dict.fromkeys(("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg", "repeat_rare"), [-0.1, 1.1, None]),
     "augment_until": [0, 1.5, 0.5], "precision": ["int8"], "val_fraction": [0, 1, -0.5], "variant": ["best"],
-    "cuda_graphs": [True, 1],
+    "cuda_graphs": [True, 1], "tf32": [1, None],
     "compile": [1, "yes"], "data": ["text"], "model": ["nosuch", "fcos"], "backbone": ["resnet18"], "device": [0],
 }  # fmt: skip
 
