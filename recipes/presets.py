@@ -137,10 +137,6 @@ class TrainConfig:
     """Precision of the network (autocast), in evaluations too; losses are always float32."""
     compile: bool = False
     """Compile network and losses to one graph with fused kernels (torch.compile), and the network for evaluations."""
-    cuda_graphs: bool = False
-    """Replay the compiled step as CUDA graphs, which spares a GPU with few images the waiting for Python. There is one
-    for each size of a batch, so images are padded to multiples of 64 pixels; norms of the head that see the padding
-    make the result another one. Not with --accum."""
     winograd: bool = True
     """On a CPU, compute 3x3 convolutions with a quarter of the multiplications where that gains (kernels/)."""
     grad_checkpointing: bool = False
@@ -211,10 +207,6 @@ def check_config(config: TrainConfig) -> None:
         )
     if list(config.milestones) != sorted(set(config.milestones)):
         raise ValueError(f"milestones={config.milestones}: give different steps, the first step first")
-    if config.cuda_graphs and not config.compile:
-        raise ValueError("cuda_graphs=True: only a compiled step becomes CUDA graphs; give --compile too")
-    if config.cuda_graphs and config.accum > 1:
-        raise ValueError("cuda_graphs=True: its gradients are overwritten by the next part; leave out --accum")
     if config.schedule == "cosine" and config.milestones != TrainConfig.milestones:
         raise ValueError(f"milestones={config.milestones}: the cosine schedule has none; leave them out")
     if config.model not in (None, "fcos", *DETECTORS):
