@@ -109,7 +109,6 @@ def schedule_of(plan: Plan, config: TrainConfig) -> Schedule:
         workers=config.workers,
         precision=config.precision,
         compiled=config.compile,
-        cuda_graphs=config.cuda_graphs,
         evaluations=-(-config.steps // config.eval_every) if config.eval_every else 1,
         images=plan.images or IMAGES.get(plan.preset, COCO_IMAGES),
     )

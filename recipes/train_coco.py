@@ -32,7 +32,7 @@ from reporting import report_run
 from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_image, note_skipped, write_whole
 from runtime import Stopped, StopSignal, all_reduce, average, gather, log, process_group, run_command
 from scoring import score_dataset
-from step import bucket, compile_parts, compile_step, compute_losses, find_targets
+from step import compile_parts, compile_step, compute_losses, find_targets
 from training_loop import clip_gradients, log_graphs, log_step, seed_of, stopped, update
 from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, save_if_due, set_up
 from vovnet_zoo.coco_eval import format_table
@@ -74,7 +74,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     config, model, criterion, progress = run.config, run.model, run.criterion, run.progress
     find, compute = find_targets, compute_losses
     if config.compile:
-        find, compute = compile_step(model, cuda_graphs=config.cuda_graphs)
+        find, compute = compile_step(model)
         if run.ema and run.device.type == "cuda":
             compile_parts(run.averaged)  # for evaluations, as the model's own parts are
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
@@ -91,8 +91,6 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         # their images to the same size (GroupNorm sees the padding), so that neither the number of processes nor the
         # number of parts changes the result. With the size they learn whether one of them received a stop signal.
         height, width, stopping = common_size(model, parts, stop.received)
-        if config.cuda_graphs:
-            height, width = bucket(height, width)
         assigned = [find(model, criterion, part["boxes"], part["labels"], height, width) for part in parts]
         normalizers = all_reduce(sum(n for _, n in assigned))
 

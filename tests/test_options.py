@@ -37,12 +37,12 @@ OTHER = dict(  # another value of each field than `tiny_config` has
     max_not_finite=3, allow_changes=True, zoom=(0.3, 2.0), train="copy", train_images="copy", val="copy",
     val_images="copy", val_fraction=0.25, drop_empty_classes=True, difficult_as_crowd=True,
     copy_paste=1.0, mosaic=1.0, mixup=1.0, color=0.5, blur=1.0, jpeg=1.0, augment_until=0.5, repeat_rare=1.0,
-    checkpoint_minutes=3.0, cuda_graphs=True, tf32=False,
+    checkpoint_minutes=3.0, tf32=False,
 )  # fmt: skip
 NETWORK = {"model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone"}
 # A named model has a backbone of its own; and checkpointing needs frozen norms.
 # These go with other options.
-ALONE = {"grad_checkpointing", "cuda_graphs", "zoom", "augment_until", "train_images", "val_images"}
+ALONE = {"grad_checkpointing", "zoom", "augment_until", "train_images", "val_images"}
 REFUSED = {
     "scratch": {"model"} | ALONE,
     "pretrained": {"model", "init"} | ALONE,
@@ -315,7 +315,7 @@ WRONG = {
     "zoom": [(0, 1), (2, 1), (0.1, 2)], "schedule": ["cos"], "warmup": ["none"], "augment": ["mosaic"],
     **dict.fromkeys(("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg", "repeat_rare"), [-0.1, 1.1, None]),
     "augment_until": [0, 1.5, 0.5], "precision": ["int8"], "val_fraction": [0, 1, -0.5], "variant": ["best"],
-    "cuda_graphs": [True, 1], "tf32": [1, None],
+    "tf32": [1, None],
     "compile": [1, "yes"], "data": ["text"], "model": ["nosuch", "fcos"], "backbone": ["resnet18"], "device": [0],
 }  # fmt: skip
 

@@ -44,7 +44,7 @@ WORK = StepWork(
     gradient_bytes=120_000_000, state_bytes=120_000_000, pixels=1e6, most_pixels=1_100_000,
 )  # fmt: skip
 SCHEDULE = Schedule(
-    steps=90_000, batch_size=16, accum=1, workers=8, precision="float32", compiled=False, cuda_graphs=False,
+    steps=90_000, batch_size=16, accum=1, workers=8, precision="float32", compiled=False,
     evaluations=6, images=118_287,
 )  # fmt: skip
 
@@ -59,8 +59,6 @@ def test_few_images_on_each_gpu_are_bound_by_launches():
     rows = {row.gpus: row for row in forecast(slow, SCHEDULE, [1, 8], GPUS["h100"], price=2.0)}
     assert rows[8].bound == "launches" and rows[8].step_s == pytest.approx(rows[1].step_s, rel=0.01)
     assert rows[8].money == pytest.approx(2.0 * 8 * rows[8].hours)
-    graphs = dataclasses.replace(SCHEDULE, compiled=True, cuda_graphs=True)
-    assert forecast(slow, graphs, [8], GPUS["h100"])[0].step_s < 0.2 * rows[8].step_s
     assert rows[1].money is not None and rows[1].hours > 90_000 * rows[1].step_s / 3600
 
 
@@ -155,8 +153,6 @@ def test_the_work_is_that_of_a_real_step(tiny_coco, tmp_path):
 def test_larger_batches_have_more_padding():
     config = TrainConfig(data=None, out=Path("x"))
     one, few, many = (step_work.padded_pixels(config, count) for count in (1, 4, 16))
-    graphs = dataclasses.replace(config, compile=True, cuda_graphs=True)
-    assert step_work.padded_pixels(graphs, 4) > few and step_work.largest_size(graphs)[0] % 64 == 0
     assert 640 * 853 < one < few < many <= step_work.largest_size(config)[0] * step_work.largest_size(config)[1]
 
 
