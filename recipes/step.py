@@ -74,7 +74,8 @@ def compile_step(
 
     On a CPU, each is one graph. On a GPU, the backbone's parts, the FPN and the head's towers are graphs for all sizes,
     and so is the comparison; the towers' graph serves all levels. One graph of the network, in which sizes are
-    variables, takes many minutes to compile there.
+    variables, takes many minutes to compile there. `find_targets` is left as it is there: it is little work, and the
+    compiler of torch 2.11 fails on it when sizes are variables.
     """
     if next(model.parameters()).device.type == "cpu" and backend == "inductor":
         return compiled(find_targets), compiled(compute_losses)
@@ -95,7 +96,7 @@ def compile_step(
     ) -> dict[str, Tensor]:
         return compare(criterion, run_network(model, images, sizes, precision), targets, normalizers)
 
-    return compiled(find_targets, dynamic=True, backend=backend), compute
+    return find_targets, compute
 
 
 def compile_parts(model: FCOS, backend: str = "inductor") -> None:
