@@ -105,7 +105,7 @@ def assert_same(found, wanted):
 
 
 def as_detections(found):
-    return vovnet_zoo.inference.Detections(found["boxes"], found["scores"], found["labels"], len(found["scores"]))
+    return vovnet_zoo.results.Detections(found["boxes"], found["scores"], found["labels"], len(found["scores"]))
 
 
 @pytest.mark.parametrize("format", ["onnx", WITH_OPENVINO])

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Thresholds
+from ..exported import ExportedDetector
 from ..fcos import FCOS
-from ..inference import Detections, ExportedDetector, Prepared, detect, prepare
+from ..inference import Prepared, detect, prepare
+from ..results import Detections
 from ..sources import Frame, Source, frames
 from .graph import DetectorGraph
 from .registry import Format

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..config import Thresholds
-from ..inference import ExportedDetector
+from ..exported import ExportedDetector
 from .registry import FORMATS, need
 
 Arrays = list[np.ndarray]
