@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_cli import run  # noqa: F401
+from torch.utils.cpp_extension import include_paths, library_paths
 
 import eval_coco
 import vovnet_zoo
 from vovnet_zoo import FCOS, create_detector, export_detector, load_detector, predict
-from vovnet_zoo.export import certificate, registry
+from vovnet_zoo.export import blame, certificate, registry
 from vovnet_zoo.export.graph import DetectorGraph
 from vovnet_zoo.inference import choose_thresholds
 from vovnet_zoo.nms import nms_fixed
@@ -79,12 +81,12 @@ def exported(model, tmp_path_factory):
 def reuse_onnx(patch, writer, make):
     """In place of a trace and its translation, let `make(file)` write the ONNX file."""
 
-    def write(program, file, precision, num_classes):
+    def write(graph, program, file, precision):
         make(file)
         return importlib.import_module("vovnet_zoo.export.onnx").name_layers(onnx.load(file).graph)
 
     patch.setattr(writer, write)
-    patch.setattr("vovnet_zoo.export.trace", lambda model, *rest: (DetectorGraph(model, rest[0]).eval(), None))
+    patch.setattr("vovnet_zoo.export.trace", lambda *arguments: None)
 
 
 def pictures(*sizes):
@@ -168,6 +170,109 @@ def test_nms_in_onnx(plus_one):
         assert session.run(None, feeds)[0].tolist() == wanted.tolist()
 
 
+# ---- pt2 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_nms_in_plain_operators(plus_one):
+    """It keeps what `nms_fixed` keeps, with equal scores, and with fewer boxes than places."""
+    from vovnet_zoo.export.pt2 import nms_plain
+
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.randint(0, 40, (3, 200, 2), generator=generator).float()
+    boxes = torch.cat([corner, corner + torch.randint(4, 20, (3, 200, 2), generator=generator)], -1)
+    scores = torch.randint(-3, 30, (3, 200), generator=generator) / 30
+    labels = torch.randint(0, 3, (3, 200), generator=generator)
+    scores[1, 7:] = -1
+    wanted = nms_fixed(boxes, scores, labels, 0.5, 20, plus_one)
+    assert (wanted >= 0).sum() > 40 and (wanted[1, 7:] == -1).all()
+    assert nms_plain(boxes, scores, labels, 0.5, 20, plus_one).tolist() == wanted.tolist()
+
+
+def test_a_package_of_another_cpu_is_refused(model, tmp_path):
+    """A package says for which instructions it was compiled, and its code is not loaded where they are not there."""
+    from torch.export.pt2_archive._package import PT2ArchiveWriter
+
+    from vovnet_zoo.export import pt2, runtimes
+
+    file = tmp_path / "model.pt2"
+    with PT2ArchiveWriter(str(file)) as writer:
+        writer.write_string("data/aotinductor/model/x.wrapper_metadata.json", '{"AOTI_DEVICE_KEY": "cpu"}')
+        writer.write_bytes("data/aotinductor/model/x.wrapper.so", b"no code")
+    facts = {"config": model.config, "size": (64, 96)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pt2, "compiled_for", lambda: ["avx1024", "fma3"])
+        pt2.write_facts(file, facts)
+        assert pt2.versions()["instructions"] == ["avx1024", "fma3"]
+    kept = runtimes.read_package(file)
+    assert kept["AOTI_DEVICE_KEY"] == "cpu" and kept["class_names"] == "red\ngreen" and kept["size"] == "[64, 96]"
+    with pytest.raises(ValueError, match="compiled for a CPU with .*avx1024.*, which this one lacks"):
+        load_detector(file)
+    pt2.write_facts(file, facts)
+    with pytest.raises(ValueError, match="torch cannot load it"):
+        load_detector(file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="torch cannot load it"):
+        load_detector(file)
+
+
+def test_pt2_needs_a_compiler(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
+        export_detector(model, tmp_path / "out", format="pt2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_pt2(model, tmp_path):
+    """A package gives the same boxes in `predict`, and without this library in Python and in C++."""
+    out = tmp_path / "out"
+    made = export_detector(model, out, format="pt2")
+    assert made["matched"] == 1 and made["detections"] > 50
+    assert {x.name for x in out.iterdir()} == {"certificate.json", "README.md", "model.pt2"}
+    detector, images = load_detector(out / "model.pt2"), pictures((64, 64), (64, 64), (70, 100), (160, 64))
+    wanted = predict(model, images)
+    assert_same(predict(detector, images, batch_size=2), wanted)
+
+    Image.fromarray(images[2].permute(1, 2, 0).numpy()).save(tmp_path / "image.ppm")
+    np.save(tmp_path / "image.npy", images[2].permute(1, 2, 0).numpy())
+    program = (
+        "import runpy, sys; runpy.run_path(sys.argv.pop(1)); "
+        "sys.exit(bool({'timm', 'torchvision', 'vovnet_zoo'} & sys.modules.keys()))"
+    )
+    printed = outputs(
+        [sys.executable, "-c", program, GUIDES / "detect_pt2.py", out / "model.pt2", "image.npy"], tmp_path
+    )
+    rows = [json.loads(line) for line in printed]
+    assert_printed(rows, wanted[2])
+
+    flags = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    flags += [f"-Wl,-rpath,{path}" for path in library_paths()]
+    libraries = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    outputs(["g++", "-std=c++20", GUIDES / "detect_pt2.cpp", "-o", "detect", *flags, *libraries], tmp_path)
+    printed = outputs([tmp_path / "detect", out / "model.pt2", "image.ppm"], tmp_path)
+    rows = [(name, float(score), [float(x) for x in box]) for name, score, *box in map(str.split, printed)]
+    assert_printed(rows, wanted[2])
+
+
+def outputs(command, folder):
+    """Run a command without this library on its path, and return what it prints."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def assert_printed(rows, want):
+    """The rows (name, score, box) that an example printed are the detections of one image."""
+    assert len(rows) == len(want["scores"]) > 5
+    for name, score, box in rows:
+        near = (want["boxes"] - torch.tensor(box)).abs().amax(1) < 0.02
+        near &= (want["scores"] - score).abs() < 1e-3
+        assert name in [want.names[i] for i in near.nonzero()[:, 0]]
+
+
 # ---- broken files ---------------------------------------------------------------------------------------------------
 
 
@@ -246,15 +351,11 @@ def test_no_layer_of_a_whole_file_is_blamed(exported, model):
     layers = importlib.import_module("vovnet_zoo.export.onnx").name_layers(onnx.load(file).graph)
     assert {"model.head.box_tower.0", "model.fpn.layer_blocks.0.0"} <= layers.keys()
     thresholds = choose_thresholds(model, {})
-    graph, (item,) = (
-        DetectorGraph(model, thresholds).eval(),
-        certificate.choose_images(model, pictures((64, 90)), thresholds, None)[0],
-    )
-    assert len(certificate.record_maps(graph, layers, item)) == len(layers) > 15
-    assert (
-        certificate.blame(graph, file, layers, item, bounds)
-        == "no convolution differs, so it happens in decoding or NMS"
-    )
+    graph = DetectorGraph(model, thresholds).eval()
+    (item,), _ = certificate.choose_images(model, pictures((64, 90)), thresholds, None)
+    assert len(blame.record_maps(graph, layers, blame.as_batch(item))) == len(layers) > 15
+    written = registry.Written(registry.FORMATS["onnx"], file, graph, layers)
+    assert blame.blame(written, item, bounds.layer) == "no convolution differs, so it happens in decoding or NMS"
 
 
 # ---- what cannot be done --------------------------------------------------------------------------------------------
@@ -263,7 +364,7 @@ def test_no_layer_of_a_whole_file_is_blamed(exported, model):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(format="tflite"), "format='tflite': give 'onnx' or 'openvino'"),
+        (dict(format="tflite"), "format='tflite': give 'onnx' or 'openvino' or 'pt2'"),
         (dict(precision="int8"), "precision='int8': give 'float32' or 'float16'"),
         (dict(size=(100, 64)), "multiples of 32"),
         (dict(size=(32, 64)), "size=32: give a whole number from 64"),
@@ -409,17 +510,8 @@ def test_the_example_needs_no_torch(exported, model, format, tmp_path):
         "heavy = {'torch', 'timm', 'vovnet_zoo', 'onnx'} & sys.modules.keys(); "
         "sys.exit(str(heavy) if heavy else 0)"
     )
-    arguments = [sys.executable, "-c", program, script, FILES[format], "image.npy"]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    (want,) = predict(model, image)
-    assert len(rows) == len(want["scores"]) > 5
-    for name, score, box in rows:
-        near = (want["boxes"] - torch.tensor(box)).abs().amax(1) < 0.02
-        near &= (want["scores"] - score).abs() < 1e-3
-        assert name in [want.names[i] for i in near.nonzero()[:, 0]]
+    printed = outputs([sys.executable, "-c", program, script, FILES[format], "image.npy"], tmp_path)
+    assert_printed([json.loads(line) for line in printed], predict(model, image)[0])
 
 
 # ---- the models of the README ---------------------------------------------------------------------------------------

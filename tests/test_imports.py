@@ -48,8 +48,8 @@ ONLY = {  # rooms that may import even less
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},
     "space": {"files", "hub", "version"},
     "demo": {"config", "draw", "fcos", "inference", "load", "predict_files", "results", "sources"},
-    "export": {"arguments", "compiled", "config", "exported", "fcos", "files", "inference", "results", "sources"}
-    | {"version"},
+    "export": {"arguments", "compiled", "config", "data", "evaluation", "exported", "fcos", "files", "inference"}
+    | {"results", "sources", "version"},
     "load": {"arguments", "detectors", "export", "exported", "fcos"},
     "evaluation": {"arguments", "data", "fcos", "files", "inference", "results", "version"},
 }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from .graph import Graph
 from .onnx import OPSET
 from .onnx import write as write_onnx
 from .registry import need
@@ -18,11 +19,11 @@ from .runtimes import RT_INFO
 openvino = need("openvino")
 
 
-def write(program: ExportedProgram, file: Path, precision: str, num_classes: int) -> dict[str, str]:
+def write(graph: Graph, program: ExportedProgram, file: Path, precision: str) -> dict[str, str]:
     """Write model.xml and model.bin, and map the name of each convolution to the tensor that it computes."""
     between = file.with_suffix(".onnx")
     try:
-        layers = write_onnx(program, between, "float32", num_classes)
+        layers = write_onnx(graph, program, between, "float32")
         model = openvino.convert_model(between)
         openvino.save_model(model, file, compress_to_fp16=precision == "float16")
     finally:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from ..arguments import check_choice
 from ..config import ExportPrecision
+from .graph import Graph
 
 
 @dataclass(frozen=True)
 class Format:
     """A format is known by its runtime, the files that it consists of, and the packages that it needs.
 
-    `exporter()` has `write(program, file, precision, num_classes)`, which returns the tensor that holds the map of
-    each convolution, `write_facts(file, facts)`, and `versions()`.
+    `exporter()` has `write(graph, program, file, precision)`, which returns the tensor that holds the map of each
+    convolution, `write_facts(file, facts)`, and `versions()`.
     """
 
     name: str
@@ -25,9 +29,20 @@ class Format:
     files: tuple[str, ...]  # the first one is what `load_detector` takes
     packages: tuple[str, ...]  # the first one is the runtime, which is all that an exported file needs
     precisions: tuple[str, ...]
+    compiled: bool = False  # by a C++ compiler, for the CPU of this machine
 
     def exporter(self) -> Any:
         return importlib.import_module(f"{__package__}.{self.name}")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file was written of a graph."""
+
+    format: Format
+    file: Path
+    graph: Graph
+    layers: Mapping[str, str]  # the tensor of the file that holds the map of each convolution, by its name
 
 
 FORMATS = {
@@ -41,6 +56,7 @@ FORMATS = {
         ("openvino", "onnx", "onnxscript"),
         ("float32", "float16"),
     ),
+    "pt2": Format("pt2", "AOTInductor", ("model.pt2",), ("torch",), ("float32",), compiled=True),
 }
 
 
@@ -58,6 +74,8 @@ def choose_format(name: str, precision: str) -> Format:
         raise ValueError(f"format {name!r} has no {precision}; it has {' and '.join(chosen.precisions)}")
     for package in chosen.packages:
         need(package)
+    if chosen.compiled and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ValueError(f"format {name!r} needs a C++ compiler, and there is no g++; install one, or name it in CXX")
     return chosen
 
 

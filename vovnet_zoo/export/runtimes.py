@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.export.pt2_archive._package import PT2ArchiveReader
 
 from ..config import Thresholds
 from ..exported import ExportedDetector
+from .cpu import compiled_for
 from .registry import FORMATS, need
 
 Arrays = list[np.ndarray]
-Run = Callable[[np.ndarray, np.ndarray], Arrays]  # images uint8 [B,3,H,W], sizes int64 [B,2] -> outputs
-RT_INFO = "vovnet_zoo"
+Run = Callable[..., Arrays]  # takes the inputs of a `Graph`, and returns its outputs
+RT_INFO = "vovnet_zoo"  # where an OpenVINO model has its metadata
+PT2_METADATA = "_metadata.json"  # files of a package whose names end so hold texts that both of torch's loaders return
 SUFFIXES = {Path(chosen.files[0]).suffix: name for name, chosen in FORMATS.items()}
 
 
@@ -36,12 +39,14 @@ def load_exported(path: str | os.PathLike) -> ExportedDetector:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    run, facts = RUNTIMES[SUFFIXES[path.suffix]](path, ())
+    run, facts = open_file(path)
     if missing := {"config", "thresholds", "size", "batch"} - facts.keys():
         raise ValueError(
             f"{path} was not written by vovnet-zoo export: its metadata lacks {', '.join(sorted(missing))}"
         )
     kept = {key: json.loads(facts[key]) for key in ("config", "thresholds", "size", "batch")}
+    if kept["thresholds"] is None:
+        raise ValueError(f"{path} holds the network alone (raw), which finds no boxes; export it without raw")
     least = kept["thresholds"]["score_threshold"]
     if isinstance(least, list):
         kept["thresholds"]["score_threshold"] = torch.tensor(least)
@@ -49,10 +54,9 @@ def load_exported(path: str | os.PathLike) -> ExportedDetector:
     return ExportedDetector(str(path), kept["config"], Thresholds(**kept["thresholds"]), size, kept["batch"], run)
 
 
-def run_layers(path: Path, tensors: Sequence[str], images: np.ndarray, sizes: np.ndarray) -> Arrays:
-    """Compute some inner tensors of an exported file."""
-    run, _ = RUNTIMES[SUFFIXES[path.suffix]](path, tensors)
-    return run(images, sizes)[4:]
+def open_file(path: Path, tensors: Sequence[str] = ()) -> tuple[Run, dict[str, str]]:
+    """Open an exported file, with further inner `tensors` as outputs; returns a call and the metadata."""
+    return RUNTIMES[SUFFIXES[path.suffix]](path, tensors)
 
 
 def open_onnx(path: Path, tensors: Sequence[str]) -> tuple[Run, dict[str, str]]:
@@ -71,8 +75,10 @@ def open_onnx(path: Path, tensors: Sequence[str]) -> tuple[Run, dict[str, str]]:
     except Exception as error:  # its errors have no common class
         raise ValueError(f"{path}: ONNX Runtime cannot load it ({str(error).splitlines()[0]:.200})") from error
 
-    def run(images: np.ndarray, sizes: np.ndarray) -> Arrays:
-        return session.run(None, {"images": images, "sizes": sizes})
+    names = [x.name for x in session.get_inputs()]
+
+    def run(*inputs: np.ndarray) -> Arrays:
+        return session.run(None, dict(zip(names, inputs, strict=True)))
 
     return run, session.get_modelmeta().custom_metadata_map
 
@@ -98,14 +104,44 @@ def open_openvino(path: Path, tensors: Sequence[str]) -> tuple[Run, dict[str, st
     if model.has_rt_info([RT_INFO]):
         facts = {key: str(value) for key, value in model.get_rt_info([RT_INFO]).value.items()}
 
-    def run(images: np.ndarray, sizes: np.ndarray) -> Arrays:
-        found = request.infer([images, sizes])
-        return [np.array(found[i]) for i in range(4 + len(tensors))]
+    def run(*inputs: np.ndarray) -> Arrays:
+        found = request.infer(list(inputs))
+        return [np.array(found[i]) for i in range(len(compiled.outputs))]
 
     return run, facts
+
+
+def open_pt2(path: Path, tensors: Sequence[str]) -> tuple[Run, dict[str, str]]:
+    """Open a package of AOTInductor in torch; returns a call and the metadata."""
+    assert not tensors  # it does not show inner ones
+    from torch._inductor import aoti_load_package  # torch._inductor takes seconds to import
+
+    try:
+        facts = read_package(path)
+        if missing := set(json.loads(facts.get("instructions", "[]"))) - set(compiled_for()):
+            raise ValueError(
+                f"{path} was compiled for a CPU with {', '.join(sorted(missing))}, which this one lacks; export it here"
+            )
+        package = aoti_load_package(str(path))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{path}: torch cannot load it ({str(error).splitlines()[0]:.200})") from error
+
+    def run(*inputs: np.ndarray) -> Arrays:
+        with torch.no_grad():
+            return [x.numpy() for x in package(*map(torch.from_numpy, inputs))]
+
+    return run, facts
+
+
+def read_package(path: Path) -> dict[str, str]:
+    """Read the metadata of a package, without a look at its code."""
+    reader = PT2ArchiveReader(str(path))
+    names = [name for name in reader.get_file_names() if name.endswith(PT2_METADATA)]
+    return {key: value for name in names for key, value in json.loads(reader.read_string(name)).items()}
 
 
 RUNTIMES: dict[str, Callable[[Path, Sequence[str]], tuple[Run, dict[str, str]]]] = {
     "onnx": open_onnx,
     "openvino": open_openvino,
+    "pt2": open_pt2,
 }
