@@ -227,7 +227,8 @@ class Export:
     batch: int | None = None
     """Number of images of each call; default: each call has its own."""
     precision: ExportPrecision = "float32"
-    """float16 stores the weights in 16 bits, and computes in float32."""
+    """float16 stores the weights in 16 bits, and computes in float32. int8 computes convolutions in 8 bits, and needs
+    --images, on which the ranges of all maps are measured, and --data."""
     raw: bool = False
     """Write the network alone, from normalised images to logits, distances and centerness."""
     images: Path | None = None
@@ -235,7 +236,7 @@ class Export:
     data: Path | None = None
     """Folder of a dataset; the AP on its val split is measured with the file and with PyTorch."""
     max_ap_difference: float | None = None
-    """How far the two APs may lie apart; default: 0.001, with float16 0.005."""
+    """How far the two APs may lie apart; default: 0.001, with float16 0.005, with int8 0.01."""
     score: float | None = None
     """Least score of a detection that the file gives; default: the thresholds in the model's config."""
     overwrite: bool = False

@@ -23,6 +23,7 @@ class ExportedDetector(nn.Module):
         thresholds: the thresholds that the file keeps.
         size: (H, W) that all images must have; None where it takes any multiples of 32.
         batch: the number of images of each call of `run`; None where it takes any.
+        precision: what `export_detector` was asked for.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class ExportedDetector(nn.Module):
         thresholds: Thresholds,
         size: tuple[int, int] | None,
         batch: int | None,
+        precision: str,
         run: Callable[[np.ndarray, np.ndarray], list[np.ndarray]],
     ):
         super().__init__()
         self.source, self.config, self.thresholds = source, config, thresholds
-        self.size, self.batch, self.run = size, batch, run
+        self.size, self.batch, self.precision, self.run = size, batch, precision, run
 
     @property
     def class_names(self) -> list[str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from os import PathLike
@@ -21,6 +22,7 @@ from ..version import __version__
 from .accuracy import Comparison, open_dataset
 from .card import card
 from .certificate import BOUNDS, certify, certify_network, choose_images
+from .cpu import warn_of_the_cpu
 from .graph import LEAST_SIDE, DetectorGraph, Graph, NetworkGraph, trace
 from .registry import FORMATS, Written, choose_format
 from .runtimes import load_exported
@@ -56,14 +58,16 @@ def export_detector(
         format: one of `FORMATS`; `pip install vovnet_zoo[export]` installs what they need.
         size: (H, W) of all images, multiples of 32; None lets each call have its own, from 64 pixels on.
         batch: number of images of each call; None lets each call have its own.
-        precision: "float32"; or "float16", which stores the weights in 16 bits and computes in float32.
+        precision: "float32"; or "float16", which stores the weights in 16 bits and computes in float32; or "int8",
+            which computes convolutions in 8 bits, but leaves those in float32 that the AP needs; it takes `data`.
         raw: the graph is the network alone: it takes `images` float32 [B,3,H,W], normalised, and gives `logits`
             [B,P,K], `distances` [B,P,4] and `centerness` [B,P], as in `Predictions`.
         images: the images that are compared, see `predict`. None draws shapes, and keeps pictures in which the model
-            finds something.
+            finds something. int8 needs images of the user, since it measures the ranges of all maps on them.
         data: the folder of a dataset; the AP on its val split is measured with the file and with PyTorch. None measures
             none.
-        max_ap_difference: how far the two may lie apart; None is 0.001, and 0.005 with float16.
+        max_ap_difference: how far the two may lie apart; None is 0.001, with float16 0.005, and
+            with int8 0.01.
         overwrite: write over an earlier export in `out`.
         options: fields of `Thresholds`, see `predict`; the file keeps them.
 
@@ -81,6 +85,13 @@ def export_detector(
     check_path("out", out)
     size, thresholds = check_arguments(model, size, batch, raw, data, max_ap_difference, overwrite, options)
     chosen = choose_format(format, precision)
+    if precision == "int8":
+        if images is None or data is None:
+            raise ValueError(
+                "int8 measures the ranges of maps on images, and is judged by its AP: give images (--images) and data "
+                "(--data)"
+            )
+        warn_of_the_cpu()
     out = Path(out)
     free_to_write([out / name for name in (*chosen.files, CERTIFICATE, CARD)], [], overwrite)
     dataset = open_dataset(data, model) if data is not None else None
@@ -100,15 +111,22 @@ def export_detector(
         compared, drawn = choose_images(model, images, thresholds, size)
         graph: Graph = NetworkGraph(model).eval() if raw else DetectorGraph(model, thresholds).eval()
         file, exporter = folder / chosen.files[0], chosen.exporter()
-        written = Written(chosen, file, graph, exporter.write(graph, trace(graph, size, batch), file, precision))
+        first_precision = "float32" if precision == "int8" else precision
+        layers = exporter.write(graph, trace(graph, size, batch), file, first_precision)
+        written = Written(chosen, file, graph, layers)
         exporter.write_facts(file, facts)
         certificate: dict[str, Any] = {"images_are": "drawn" if drawn else "the user's"}
+        comparison = None if dataset is None else Comparison(model, dataset, thresholds, size)
+        if precision == "int8":
+            assert comparison is not None
+            certificate |= importlib.import_module(".int8", __package__).quantize(
+                written, compared, comparison, bounds.ap
+            )
         if raw:
             certificate |= certify_network(model, written, compared, bounds)
         else:
             certificate |= certify(model, thresholds, written, compared, bounds)
-        if dataset is not None:
-            comparison = Comparison(model, dataset, thresholds, size)
+        if comparison is not None:
             certificate |= comparison.certify(load_exported(file), bounds.ap)
         certificate |= exporter.versions()
         exporter.write_facts(file, {**facts, "certificate": certificate})

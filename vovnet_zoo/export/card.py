@@ -52,8 +52,8 @@ def summary(certificate: Mapping[str, Any]) -> dict[str, str]:
             f"{certificate['AP_difference']:+.4f} (95%: {low:+.4f} to {high:+.4f})"
         )
     if "int8_layers" in certificate:
-        floats, seconds = certificate["float_layers"], certificate["seconds_per_image"]
+        floats, seconds = certificate["float_layers"], certificate["seconds_per_call"]
         found["layers in int8"] = f"{len(certificate['int8_layers'])}"
         found["layers in float32"] = f"{len(floats)}: {', '.join(floats)}" if floats else "none"
-        found["time of one image"] = f"{seconds['int8'] * 1e3:.1f} ms, in float32 {seconds['float32'] * 1e3:.1f} ms"
+        found["time of a call"] = f"{seconds['int8'] * 1e3:.1f} ms, in float32 {seconds['float32'] * 1e3:.1f} ms"
     return found

@@ -14,7 +14,7 @@ from .graph import Graph
 from .onnx import OPSET
 from .onnx import write as write_onnx
 from .registry import need
-from .runtimes import RT_INFO
+from .runtimes import RT_INFO, read_openvino
 
 openvino = need("openvino")
 
@@ -33,7 +33,7 @@ def write(graph: Graph, program: ExportedProgram, file: Path, precision: str) ->
 
 def write_facts(file: Path, facts: Mapping[str, Any]) -> None:
     """Write facts into the rt_info of a model, each as JSON."""
-    model = openvino.Core().read_model(file.read_bytes(), file.with_suffix(".bin").read_bytes())
+    model = read_openvino(file)
     for key, value in facts.items():
         model.set_rt_info(json.dumps(value), [RT_INFO, key])
     openvino.serialize(model, file, file.with_suffix(".bin"))

@@ -54,7 +54,7 @@ FORMATS = {
         "OpenVINO",
         ("model.xml", "model.bin"),
         ("openvino", "onnx", "onnxscript"),
-        ("float32", "float16"),
+        ("float32", "float16", "int8"),
     ),
     "pt2": Format("pt2", "AOTInductor", ("model.pt2",), ("torch",), ("float32",), compiled=True),
 }
@@ -72,7 +72,7 @@ def choose_format(name: str, precision: str) -> Format:
     chosen = FORMATS[name]
     if precision not in chosen.precisions:
         raise ValueError(f"format {name!r} has no {precision}; it has {' and '.join(chosen.precisions)}")
-    for package in chosen.packages:
+    for package in (*chosen.packages, *(["nncf"] if precision == "int8" else [])):
         need(package)
     if chosen.compiled and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ValueError(f"format {name!r} needs a C++ compiler, and there is no g++; install one, or name it in CXX")
@@ -95,7 +95,7 @@ def need(name: str) -> Any:
 
 
 def import_package(name: str) -> Any:
-    """Import a package of a runtime. OpenVINO is imported without its telemetry, which reports every import."""
-    if name == "openvino" and name not in sys.modules:
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO does without it
+    """Import a package of a runtime. OpenVINO and NNCF are imported without their telemetry, which reports each use."""
+    if name in ("openvino", "nncf") and name not in sys.modules:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # they do without it
     return importlib.import_module(name)
