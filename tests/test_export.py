@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from samples import draw_video
 from test_cli import run  # noqa: F401
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import eval_coco
 import vovnet_zoo
 from vovnet_zoo import FCOS, create_detector, export_detector, load_detector, predict
-from vovnet_zoo.export import blame, certificate, registry
-from vovnet_zoo.export.graph import DetectorGraph
+from vovnet_zoo.export import accuracy, blame, certificate, cpu, registry
+from vovnet_zoo.export.graph import DetectorGraph, NetworkGraph
+from vovnet_zoo.exported import ExportedDetector
 from vovnet_zoo.inference import choose_thresholds
 from vovnet_zoo.nms import nms_fixed
 
@@ -358,6 +360,104 @@ def test_no_layer_of_a_whole_file_is_blamed(exported, model):
     assert blame.blame(written, item, bounds.layer) == "no convolution differs, so it happens in decoding or NMS"
 
 
+# ---- the AP ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_ap_of_both(tampered, model, tiny_coco, tmp_path):
+    """With a dataset, the certificate and the card have both APs, and the difference with its interval."""
+    tampered(lambda graph: None)
+    made = export_detector(model, tmp_path / "out", images=tiny_coco / "val", data=tiny_coco, max_ap_difference=1e-3)
+    assert made["images_are"] == "the user's" and made["data_images"] == 3
+    truth = eval_coco.main(eval_coco.EvalConfig(str(tmp_path / "out" / "model.onnx"), tiny_coco, device="cpu"))
+    assert made["AP"] == pytest.approx(truth["AP"], abs=1e-9) and made["AP"] > 0
+    low, high = made["AP_difference_interval"]
+    assert low <= made["AP_difference"] <= high and made["AP_bound"] == 1e-3
+    assert f"{made['AP']:.4f}, in PyTorch" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_another_ap_is_refused(model, tiny_coco):
+    dataset, thresholds = accuracy.open_dataset(tiny_coco, model), choose_thresholds(model, {})
+    comparison = accuracy.Comparison(model, dataset, thresholds, None)
+    empty = [torch.zeros(1, 100, 4), torch.zeros(1, 100), torch.full((1, 100), -1), torch.zeros(1, dtype=torch.int64)]
+    blind = ExportedDetector("", model.config, thresholds, None, None, "int8", lambda *_: [x.numpy() for x in empty])
+    assert comparison.certify(blind, bound=1.0)["AP"] == 0
+    with pytest.raises(ValueError, match="AP of 0.0000 and PyTorch .*they may differ by 1e-06"):
+        comparison.certify(blind, bound=1e-6)
+
+
+def test_a_dataset_of_other_classes(model, tiny_coco, tmp_path):
+    other = copy.deepcopy(model)
+    other.config["class_names"] = ["green", "blue"]
+    with pytest.raises(ValueError, match="has the classes .*'red'.*, and the model .*'blue'"):
+        export_detector(other, tmp_path / "out", data=tiny_coco)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the network alone ----------------------------------------------------------------------------------------------
+
+
+def test_raw(model, tmp_path):
+    """The network alone gives what the model gives; `load_detector` refuses it."""
+    made = export_detector(model, tmp_path / "out", raw=True, size=(64, 96), batch=1)
+    assert 0 < max(made["largest_relative_differences"].values()) < 1e-4
+    file = tmp_path / "out" / "model.onnx"
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        preds = model(images)
+    found = onnxruntime.InferenceSession(file).run(None, {"images": images.numpy()})
+    for got, want in zip(found, (preds.logits, preds.distances, preds.centerness), strict=True):
+        torch.testing.assert_close(torch.from_numpy(got), want, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="network alone"):
+        load_detector(file)
+
+    def shift(file):
+        changed = onnx.load(file)
+        round_to_4_bits(changed.graph)
+        onnx.save(changed, file)
+
+    shift(file)
+    graph = NetworkGraph(model).eval()
+    layers = importlib.import_module("vovnet_zoo.export.onnx").name_layers(onnx.load(file).graph)
+    written = registry.Written(registry.FORMATS["onnx"], file, graph, layers)
+    (item,), _ = certificate.choose_images(model, pictures((64, 90)), choose_thresholds(model, {}), (64, 96))
+    with pytest.raises(ValueError, match="differ by .* of the largest.*first layer that differs is head.box_tower.0 "):
+        certificate.certify_network(model, written, [item], certificate.BOUNDS["float32"])
+
+
+# ---- int8 -----------------------------------------------------------------------------------------------------------
+
+
+def test_int8_needs_images_and_a_dataset(model, tiny_coco, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(registry, "need", lambda name: None)
+    for lacking in (dict(images=tiny_coco / "val"), dict(data=tiny_coco)):
+        with pytest.raises(ValueError, match="give images .* and data"):
+            export_detector(model, tmp_path / "out", format="openvino", precision="int8", **lacking)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx_vnni": False})
+    cpu.warn_of_the_cpu()
+    assert "no instructions for int8" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx_vnni": True})
+    cpu.warn_of_the_cpu()
+    assert cpu.int8_instructions() == ["avx_vnni"] and not caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_OPENVINO, reason="OpenVINO would crash")
+def test_int8(model, tiny_coco, tmp_path, monkeypatch):
+    """Convolutions compute in 8 bits; where the AP suffers, layers stay float32, and the certificate names them."""
+    pytest.importorskip("nncf", reason="int8 needs the extra `export`")
+    common = dict(
+        format="openvino", precision="int8", images=tiny_coco / "train", data=tiny_coco, size=(64, 96), batch=1
+    )
+    made = export_detector(model, tmp_path / "out", **common, max_ap_difference=1.0)
+    assert len(made["int8_layers"]) > 15 and not made["float_layers"]
+    assert made["matched"] < 1 and made["seconds_per_call"]["int8"] > 0
+    file = (tmp_path / "out" / "model.xml").read_text()
+    assert 'element_type="i8"' in file
+    (image,) = pictures((64, 90))
+    assert len(predict(load_detector(tmp_path / "out" / "model.xml"), image)[0]["scores"]) > 5
+
+
 # ---- what cannot be done --------------------------------------------------------------------------------------------
 
 
@@ -365,7 +465,10 @@ def test_no_layer_of_a_whole_file_is_blamed(exported, model):
     "options, message",
     [
         (dict(format="tflite"), "format='tflite': give 'onnx' or 'openvino' or 'pt2'"),
-        (dict(precision="int8"), "precision='int8': give 'float32' or 'float16'"),
+        (dict(precision="int4"), "precision='int4': give 'float32' or 'float16' or 'int8'"),
+        (dict(precision="int8"), "format 'onnx' has no int8; it has float32 and float16"),
+        (dict(max_ap_difference=0.1), "give data too"),
+        (dict(raw=True, score_threshold=0.1), "raw: the network alone has no detections"),
         (dict(size=(100, 64)), "multiples of 32"),
         (dict(size=(32, 64)), "size=32: give a whole number from 64"),
         (dict(batch=0), "batch=0"),
@@ -441,6 +544,22 @@ def test_options_of_predict(exported, model):
             predict(detector, images, **wrong)
     with pytest.raises(ValueError, match="score_threshold=2"):
         predict(detector, images, score_threshold=2)
+
+
+def test_views_of_an_image(exported, model):
+    """Windows, the mirrored image and other scales are looked at as with the model."""
+    detector, (image,) = load_detector(exported("onnx")[0] / "model.onnx"), pictures((90, 200))
+    for options in (dict(tiles=96), dict(flip=True, scales=(1.0, 1.5))):
+        assert_same(predict(detector, image, **options), predict(model, image, **options))
+
+
+def test_videos(exported, model, tmp_path):
+    pytest.importorskip("av", reason="videos need the extra `video`")
+    path = draw_video(tmp_path / "clip.mp4", 3)
+    detector = load_detector(exported("onnx")[0] / "model.onnx")
+    found, wanted = (list(predict(x, path, stream=True)) for x in (detector, model))
+    assert len(found) == 3
+    assert_same(found, wanted)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (64, 64)])
