@@ -464,7 +464,8 @@ def test_int8(model, tiny_coco, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(format="tflite"), "format='tflite': give 'onnx' or 'openvino' or 'pt2'"),
+        (dict(format="tflite"), "format='tflite': give 'onnx' or 'openvino' or 'pt2' or"),
+        (dict(format="executorch"), "has no loops .while_loop., and the NMS is one; choose onnx or openvino or pt2"),
         (dict(precision="int4"), "precision='int4': give 'float32' or 'float16' or 'int8'"),
         (dict(precision="int8"), "format 'onnx' has no int8; it has float32 and float16"),
         (dict(max_ap_difference=0.1), "give data too"),

@@ -221,7 +221,7 @@ class Export:
     """Folder for the file, its certificate and a page about both."""
     format: ExportFormat = "onnx"
     """Format of the file, and the runtime that computes it: ONNX Runtime, OpenVINO, or torch for
-    pt2 (AOTInductor)."""
+    pt2 (AOTInductor). executorch is refused with the reason."""
     size: tuple[int, int] | None = None
     """Height and width of all images, multiples of 32; default: each call has its own."""
     batch: int | None = None

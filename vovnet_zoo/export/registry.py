@@ -30,6 +30,7 @@ class Format:
     packages: tuple[str, ...]  # the first one is the runtime, which is all that an exported file needs
     precisions: tuple[str, ...]
     compiled: bool = False  # by a C++ compiler, for the CPU of this machine
+    refusal: str = ""  # why nothing can be written in it
 
     def exporter(self) -> Any:
         return importlib.import_module(f"{__package__}.{self.name}")
@@ -57,6 +58,14 @@ FORMATS = {
         ("float32", "float16", "int8"),
     ),
     "pt2": Format("pt2", "AOTInductor", ("model.pt2",), ("torch",), ("float32",), compiled=True),
+    "executorch": Format(
+        "executorch",
+        "ExecuTorch",
+        ("model.pte",),
+        (),
+        (),
+        refusal="ExecuTorch (1.5) has no loops (while_loop), and the NMS is one",
+    ),
 }
 
 
@@ -70,6 +79,9 @@ def choose_format(name: str, precision: str) -> Format:
     check_choice("format", name, FORMATS)
     check_choice("precision", precision, get_args(ExportPrecision))
     chosen = FORMATS[name]
+    if chosen.refusal:
+        others = [other for other in FORMATS if not FORMATS[other].refusal]
+        raise ValueError(f"format {name!r} cannot be written: {chosen.refusal}; choose {' or '.join(others)}")
     if precision not in chosen.precisions:
         raise ValueError(f"format {name!r} has no {precision}; it has {' and '.join(chosen.precisions)}")
     for package in (*chosen.packages, *(["nncf"] if precision == "int8" else [])):

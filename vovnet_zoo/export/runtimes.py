@@ -22,7 +22,7 @@ Run = Callable[..., Arrays]  # takes the inputs of a `Graph`, and returns its ou
 KEPT = ("config", "thresholds", "size", "batch", "precision")  # of the metadata, for a detector
 RT_INFO = "vovnet_zoo"  # where an OpenVINO model has its metadata
 PT2_METADATA = "_metadata.json"  # files of a package whose names end so hold texts that both of torch's loaders return
-SUFFIXES = {Path(chosen.files[0]).suffix: name for name, chosen in FORMATS.items()}
+SUFFIXES = {Path(chosen.files[0]).suffix: name for name, chosen in FORMATS.items() if not chosen.refusal}
 
 
 def is_exported(path: str | os.PathLike) -> bool:
