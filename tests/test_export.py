@@ -233,7 +233,7 @@ def test_pt2(model, tmp_path):
     made = export_detector(model, out, format="pt2")
     assert made["matched"] == 1 and made["detections"] > 50
     assert {x.name for x in out.iterdir()} == {"certificate.json", "README.md", "model.pt2"}
-    detector, images = load_detector(out / "model.pt2"), pictures((64, 64), (64, 64), (70, 100), (160, 64))
+    detector, images = load_detector(out / "model.pt2"), pictures((64, 64), (64, 64), (64, 90), (160, 64))
     wanted = predict(model, images)
     assert_same(predict(detector, images, batch_size=2), wanted)
 
@@ -450,12 +450,19 @@ def test_int8(model, tiny_coco, tmp_path, monkeypatch):
         format="openvino", precision="int8", images=tiny_coco / "train", data=tiny_coco, size=(64, 96), batch=1
     )
     made = export_detector(model, tmp_path / "out", **common, max_ap_difference=1.0)
-    assert len(made["int8_layers"]) > 15 and not made["float_layers"]
+    assert {"head.box_tower.0", "fpn.layer_blocks.0.0"} <= set(made["int8_layers"]) and not made["float_layers"]
     assert made["matched"] < 1 and made["seconds_per_call"]["int8"] > 0
-    file = (tmp_path / "out" / "model.xml").read_text()
-    assert 'element_type="i8"' in file
+    assert 'element_type="i8"' in (tmp_path / "out" / "model.xml").read_text()
     (image,) = pictures((64, 90))
     assert len(predict(load_detector(tmp_path / "out" / "model.xml"), image)[0]["scores"]) > 5
+
+    bound = abs(made["AP_difference"]) / 2
+    assert bound > 0
+    kept = export_detector(model, tmp_path / "kept", **common, max_ap_difference=bound)
+    assert kept["float_layers"] and abs(kept["AP_difference"]) <= bound
+    assert sorted(kept["float_layers"] + kept["int8_layers"]) == made["int8_layers"]
+    card = (tmp_path / "kept" / "README.md").read_text()
+    assert f"| layers in float32 | {len(kept['float_layers'])}: {kept['float_layers'][0]}" in card
 
 
 # ---- what cannot be done --------------------------------------------------------------------------------------------
@@ -467,7 +474,7 @@ def test_int8(model, tiny_coco, tmp_path, monkeypatch):
         (dict(format="tflite"), "format='tflite': give 'onnx' or 'openvino' or 'pt2' or"),
         (dict(format="executorch"), "has no loops .while_loop., and the NMS is one; choose onnx or openvino or pt2"),
         (dict(precision="int4"), "precision='int4': give 'float32' or 'float16' or 'int8'"),
-        (dict(precision="int8"), "format 'onnx' has no int8; it has float32 and float16"),
+        (dict(precision="int8"), "precision='int8': format 'onnx' has float32 and float16"),
         (dict(max_ap_difference=0.1), "give data too"),
         (dict(raw=True, score_threshold=0.1), "raw: the network alone has no detections"),
         (dict(size=(100, 64)), "multiples of 32"),

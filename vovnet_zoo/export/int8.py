@@ -6,10 +6,12 @@ and OpenVINO computes its int8 convolutions beside float32 ones without conversi
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import statistics
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +48,7 @@ def quantize(written: Written, images: Sequence[Prepared], comparison: Compariso
     """
     detector, model = load_exported(written.file), read_openvino(written.file)
     known = detector.config, detector.thresholds, detector.size, detector.batch, "int8"
-    whole = list(range(len(comparison.dataset)))
+    names, whole = layer_names(model), list(range(len(comparison.dataset)))
 
     def validate(compiled: Any, places: Iterable[int]) -> tuple[float, list[float]]:
         """Compute 1 where the AP of the dataset is in bounds, or less; and the likeness of each image's detections."""
@@ -60,24 +62,25 @@ def quantize(written: Written, images: Sequence[Prepared], comparison: Compariso
         return 1 + min(0.0, bound - difference), likeness
 
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    quantized = nncf.quantize_with_accuracy_control(
-        model,
-        nncf.Dataset([arrays(item, detector.batch) for item in images]),
-        nncf.Dataset(whole),
-        validate,
-        max_drop=0.0,
-        preset=nncf.QuantizationPreset.MIXED,
-        subset_size=len(images),
-        ignored_scope=nncf.IgnoredScope(names=outside(model), validate=False),
-        advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
-            ranking_subset_size=RANKED, num_ranking_workers=1
-        ),
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # its progress bars
+        quantized = nncf.quantize_with_accuracy_control(
+            model,
+            nncf.Dataset([arrays(item, detector.batch) for item in images]),
+            nncf.Dataset(whole),
+            validate,
+            max_drop=0.0,
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(images),
+            ignored_scope=nncf.IgnoredScope(names=outside(model), validate=False),
+            advanced_accuracy_restorer_parameters=nncf.AdvancedAccuracyRestorerParameters(
+                ranking_subset_size=RANKED, num_ranking_workers=1
+            ),
+        )
     seconds = time_both(model, quantized, arrays(images[0], detector.batch))
     openvino.serialize(quantized, written.file, written.file.with_suffix(".bin"))
     if seconds["int8"] >= seconds["float32"]:
         log.warning("int8 gains nothing here: %.1f ms, in float32 %.1f ms", *(seconds[x] * 1e3 for x in seconds))
-    return {**names_of(quantized), "seconds_per_call": seconds, "int8_instructions": int8_instructions()}
+    return {**list_layers(quantized, names), "seconds_per_call": seconds, "int8_instructions": int8_instructions()}
 
 
 def alike(want: ImageDetections, got: ImageDetections) -> float:
@@ -126,14 +129,28 @@ def time_both(model: Any, quantized: Any, inputs: list[np.ndarray]) -> dict[str,
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def names_of(model: Any) -> dict[str, list[str]]:
-    """List the layers that compute in int8, and those that stayed float32, by the names of their weights."""
+def layer_names(model: Any) -> dict[str, str]:
+    """Map each layer's node in a float32 model to the layer's name in PyTorch, which its weights have."""
+    found = {}
+    for node in layers_of(model):
+        weight = node.input_value(1).get_node()
+        while weight.get_type_name() != "Constant" and weight.get_input_size():
+            weight = weight.input_value(0).get_node()
+        found[node.get_friendly_name()] = weight.get_friendly_name().split(".weight")[0].removeprefix("model.")
+    return found
+
+
+def list_layers(model: Any, names: Mapping[str, str]) -> dict[str, list[str]]:
+    """List the layers that compute in int8, and those that stayed float32; one that runs several times counts once."""
     found: dict[str, set[str]] = {"int8_layers": set(), "float_layers": set()}
-    for node in model.get_ordered_ops():
-        if node.get_type_name() in LAYERS:
-            weight, kind = node.input_value(1).get_node(), "float_layers"
-            while weight.get_type_name() != "Constant":  # it is quantised, or made whole numbers that are multiplied
-                kind = "int8_layers" if weight.get_type_name() != "Reshape" else kind
-                weight = weight.input_value(0).get_node()
-            found[kind].add(weight.get_friendly_name().split(".weight")[0].removeprefix("model."))
-    return {key: sorted(names) for key, names in found.items()}
+    for node in layers_of(model):
+        kinds = [x.get_node().get_type_name() for x in node.input_values()]
+        # NNCF quantises what a layer takes: maps, and weights, which it stores as whole numbers that are multiplied
+        is_float = kinds[1] in ("Constant", "Reshape", "Transpose")
+        found["float_layers" if is_float else "int8_layers"].add(names[node.get_friendly_name()])
+    return {key: sorted(values) for key, values in found.items()}
+
+
+def layers_of(model: Any) -> list[Any]:
+    """List the nodes that multiply by weights, in the order in which they are computed."""
+    return [node for node in model.get_ordered_ops() if node.get_type_name() in LAYERS]

@@ -83,7 +83,7 @@ def choose_format(name: str, precision: str) -> Format:
         others = [other for other in FORMATS if not FORMATS[other].refusal]
         raise ValueError(f"format {name!r} cannot be written: {chosen.refusal}; choose {' or '.join(others)}")
     if precision not in chosen.precisions:
-        raise ValueError(f"format {name!r} has no {precision}; it has {' and '.join(chosen.precisions)}")
+        raise ValueError(f"precision={precision!r}: format {name!r} has {' and '.join(chosen.precisions)}")
     for package in (*chosen.packages, *(["nncf"] if precision == "int8" else [])):
         need(package)
     if chosen.compiled and shutil.which(os.environ.get("CXX", "g++")) is None:
