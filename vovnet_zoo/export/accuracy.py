@@ -90,8 +90,9 @@ class Comparison:
             ValueError: the APs differ by more than `bound`.
         """
         want, got = self.score(self.wanted), self.score(self.detect(detector, range(len(self.dataset))))
-        low, high, confidence = interval(bootstrap_ap(got).overall - bootstrap_ap(want).overall)
         difference = got.metrics["AP"] - want.metrics["AP"]
+        samples = bootstrap_ap(got).overall - bootstrap_ap(want).overall
+        low, high, confidence = interval(samples, difference, len(self.dataset))
         if not abs(difference) <= bound:
             raise ValueError(
                 f"the file has an AP of {got.metrics['AP']:.4f} and PyTorch {want.metrics['AP']:.4f} on "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch._inductor
 from torch import Tensor
-from torch._higher_order_ops import while_loop
+from torch._higher_order_ops.while_loop import while_loop_op
 from torch.export import ExportedProgram
 from torch.export.pt2_archive._package import PT2ArchiveReader, PT2ArchiveWriter
 
@@ -45,10 +45,19 @@ def nms_plain(
     own = torch.arange(boxes.shape[1], device=boxes.device)  # [N]
     places = torch.arange(max_detections, device=boxes.device)  # [D]
 
-    def goes_on(step: Tensor, left: Tensor, kept: Tensor) -> Tensor:
+    def goes_on(step: Tensor, left: Tensor, kept: Tensor, *rest: Tensor) -> Tensor:
         return step < max_detections
 
-    def keep_best(step: Tensor, left: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def keep_best(
+        step: Tensor,
+        left: Tensor,
+        kept: Tensor,
+        boxes: Tensor,
+        area: Tensor,
+        labels: Tensor,
+        own: Tensor,
+        places: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         best = left.argmax(1, keepdim=True)  # [B,1]; equal scores: the first wins
         box = boxes.gather(1, best[..., None].expand(-1, -1, 4))  # [B,1,4]
         sides = torch.minimum(boxes[..., 2:], box[..., 2:]) - torch.maximum(boxes[..., :2], box[..., :2])
@@ -60,7 +69,10 @@ def nms_plain(
 
     first = torch.zeros((), dtype=torch.int64, device=boxes.device)
     nothing = torch.full((boxes.shape[0], max_detections), -1, device=boxes.device)
-    return while_loop(goes_on, keep_best, (first, scores.clone(), nothing))[2]
+    # `while_loop` itself would compile these functions with torch.compile, which takes other shapes for dynamic when it
+    # sees them for the second time, and then the export of a second model fails
+    state: Any = (first, scores.clone(), nothing)
+    return while_loop_op(goes_on, keep_best, state, (boxes, area, labels, own, places))[2]
 
 
 def write_facts(file: Path, facts: Mapping[str, Any]) -> None:
