@@ -375,13 +375,22 @@ def test_the_ap_of_both(tampered, model, tiny_coco, tmp_path):
     assert f"{made['AP']:.4f}, in PyTorch" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_the_command_prints_the_certificate(run, tampered, model, tiny_coco, tmp_path):  # noqa: F811
+    tampered(lambda graph: None)
+    model.save_pretrained(tmp_path / "model")
+    options = ["--images", tiny_coco / "val", "--data", tiny_coco, "--score", "0"]
+    status, out, err = run("export", tmp_path / "model", "--out", tmp_path / "out", *options)
+    assert status == 0 and len(out.splitlines()) == 1, err
+    assert "found by both: 100.00%" in out and "AP on 3 images: 0." in out and "(95%: " in out
+
+
 def test_another_ap_is_refused(model, tiny_coco):
     dataset, thresholds = accuracy.open_dataset(tiny_coco, model), choose_thresholds(model, {})
     comparison = accuracy.Comparison(model, dataset, thresholds, None)
     empty = [torch.zeros(1, 100, 4), torch.zeros(1, 100), torch.full((1, 100), -1), torch.zeros(1, dtype=torch.int64)]
     blind = ExportedDetector("", model.config, thresholds, None, None, "int8", lambda *_: [x.numpy() for x in empty])
     assert comparison.certify(blind, bound=1.0)["AP"] == 0
-    with pytest.raises(ValueError, match="AP of 0.0000 and PyTorch .*they may differ by 1e-06"):
+    with pytest.raises(ValueError, match="AP of 0.0000 and PyTorch .*they may differ by 1e-06.*worst image: .*.png"):
         comparison.certify(blind, bound=1e-6)
 
 

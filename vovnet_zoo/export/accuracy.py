@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import Thresholds
@@ -20,9 +21,10 @@ from ..evaluation.matches import Matches, match
 from ..exported import ExportedDetector
 from ..fcos import FCOS
 from ..inference import Prepared, detect_batch, prepare, run_network
-from ..results import ImageDetections
+from ..results import Detections, ImageDetections
 from ..sources import Frame
-from .certificate import evaluating
+from .certificate import evaluating, overlap
+from .certificate import match as match_alike
 
 log = logging.getLogger("vovnet_zoo")
 
@@ -89,14 +91,18 @@ class Comparison:
         Raises:
             ValueError: the APs differ by more than `bound`.
         """
-        want, got = self.score(self.wanted), self.score(self.detect(detector, range(len(self.dataset))))
+        found = self.detect(detector, range(len(self.dataset)))
+        want, got = self.score(self.wanted), self.score(found)
         difference = got.metrics["AP"] - want.metrics["AP"]
         samples = bootstrap_ap(got).overall - bootstrap_ap(want).overall
         low, high, confidence = interval(samples, difference, len(self.dataset))
         if not abs(difference) <= bound:
+            likeness = [alike(a, b) for a, b in zip(self.wanted, found, strict=True)]
+            worst = self.dataset.file_names[min(range(len(found)), key=likeness.__getitem__)]
             raise ValueError(
                 f"the file has an AP of {got.metrics['AP']:.4f} and PyTorch {want.metrics['AP']:.4f} on "
-                f"{self.dataset.annotation_file}, so it was deleted: they may differ by {bound:g} (--max-ap-difference)"
+                f"{self.dataset.annotation_file}, so it was deleted: they may differ by {bound:g} "
+                f"(--max-ap-difference); worst image: {worst}"
             )
         return {
             "data": str(self.dataset.annotation_file),
@@ -108,3 +114,12 @@ class Comparison:
             "confidence": confidence,
             "AP_bound": bound,
         }
+
+
+def alike(want: ImageDetections, got: ImageDetections) -> float:
+    """Compute how alike two lists of detections of an image are, 0..1; scores weigh them, and IoUs of pairs count."""
+    a, b = (Detections(x["boxes"], x["scores"], x["labels"], torch.tensor(0)) for x in (want, got))
+    total = float(a.scores.sum() + b.scores.sum())
+    ious = overlap(a.boxes, b.boxes)
+    shared = sum(float(ious[i, j] * 2 * min(a.scores[i], b.scores[j])) for i, j in match_alike(a, b))
+    return shared / total if total else 1.0

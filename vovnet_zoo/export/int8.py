@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from ..exported import ExportedDetector
 from ..inference import Prepared
-from ..results import Detections, ImageDetections
-from .accuracy import Comparison
+from .accuracy import Comparison, alike
 from .blame import as_batch
-from .certificate import match, overlap
 from .cpu import int8_instructions
+from .graph import Graph
 from .registry import Written, need
 from .runtimes import call_openvino, compile_openvino, load_exported, read_openvino
 
@@ -48,7 +49,7 @@ def quantize(written: Written, images: Sequence[Prepared], comparison: Compariso
     """
     detector, model = load_exported(written.file), read_openvino(written.file)
     known = detector.config, detector.thresholds, detector.size, detector.batch, "int8"
-    names, whole = layer_names(model), list(range(len(comparison.dataset)))
+    names, whole = layer_names(model, written.graph), list(range(len(comparison.dataset)))
 
     def validate(compiled: Any, places: Iterable[int]) -> tuple[float, list[float]]:
         """Compute 1 where the AP of the dataset is in bounds, or less; and the likeness of each image's detections."""
@@ -81,15 +82,6 @@ def quantize(written: Written, images: Sequence[Prepared], comparison: Compariso
     if seconds["int8"] >= seconds["float32"]:
         log.warning("int8 gains nothing here: %.1f ms, in float32 %.1f ms", *(seconds[x] * 1e3 for x in seconds))
     return {**list_layers(quantized, names), "seconds_per_call": seconds, "int8_instructions": int8_instructions()}
-
-
-def alike(want: ImageDetections, got: ImageDetections) -> float:
-    """Compute how alike two lists of detections of an image are, 0..1; scores weigh them, and IoUs of pairs count."""
-    a, b = (Detections(x["boxes"], x["scores"], x["labels"], torch.tensor(len(x))) for x in (want, got))
-    total = float(a.scores.sum() + b.scores.sum())
-    ious = overlap(a.boxes, b.boxes)
-    shared = sum(float(ious[i, j] * 2 * min(a.scores[i], b.scores[j])) for i, j in match(a, b))
-    return shared / total if total else 1.0
 
 
 def outside(model: Any) -> list[str]:
@@ -129,15 +121,26 @@ def time_both(model: Any, quantized: Any, inputs: list[np.ndarray]) -> dict[str,
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def layer_names(model: Any) -> dict[str, str]:
+def layer_names(model: Any, graph: Graph) -> dict[str, str]:
     """Map each layer's node in a float32 model to the layer's name in PyTorch, which its weights have."""
     found = {}
     for node in layers_of(model):
         weight = node.input_value(1).get_node()
         while weight.get_type_name() != "Constant" and weight.get_input_size():
             weight = weight.input_value(0).get_node()
-        found[node.get_friendly_name()] = weight.get_friendly_name().split(".weight")[0].removeprefix("model.")
+        name, _, rest = weight.get_friendly_name().rpartition(".weight")
+        if rest or not name:  # OpenVINO has multiplied the weights by the scale of a level, and named them anew
+            name = find_weight(torch.tensor(weight.data), graph) or node.get_friendly_name()
+        found[node.get_friendly_name()] = name.removeprefix("model.")
     return found
+
+
+def find_weight(numbers: Tensor, graph: Graph) -> str | None:
+    """Find the layer whose weights are a multiple of some numbers."""
+    for name, weight in graph.named_parameters():
+        if weight.shape == numbers.shape and cosine_similarity(weight.flatten(), numbers.flatten(), 0) > 0.9999:
+            return name.removesuffix(".weight")
+    return None
 
 
 def list_layers(model: Any, names: Mapping[str, str]) -> dict[str, list[str]]:
