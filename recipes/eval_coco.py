@@ -82,7 +82,8 @@ from vovnet_zoo.data import CocoDataset, changed, difficult_as_crowd, without_cl
 from vovnet_zoo.data.layouts import choose_split
 from vovnet_zoo.evaluation.analysis import analyse
 from vovnet_zoo.evaluation.errors import load_hotcoco
-from vovnet_zoo.inference import ExportedDetector, check_views
+from vovnet_zoo.exported import ExportedDetector
+from vovnet_zoo.inference import check_views
 
 RANGES = {"size": Range(*MODEL_RANGES["min_size"][:2]), "workers": Range(0), "batch_size": Range(1)}
 RANGES |= {"tiles": Range(*TILES), "overlap": Range(*OVERLAPS), "scales": Range(*SCALES)}

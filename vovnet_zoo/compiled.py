@@ -16,11 +16,12 @@ from torch import Tensor
 from .arguments import check_choice, check_flag, check_model, check_number
 from .config import ThresholdOptions
 from .fcos import FCOS
-from .inference import Detections, choose_thresholds, detect, sizes_of
+from .inference import choose_thresholds, detect, sizes_of
 from .kernels.freeze import freeze
 from .kernels.surgery import restore
 from .kernels.tensor_cores import align_channels
 from .kernels.winograd import has_amx, why_not
+from .results import Detections as Detections
 
 log = logging.getLogger("vovnet_zoo")
 
