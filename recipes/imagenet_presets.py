@@ -111,6 +111,8 @@ class ClassifierConfig:
 
     eval_epochs: int = 1
     """Epochs between evaluations; the last step is always followed by one."""
+    loggers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that get the numbers of the run too, beside TensorBoard, which gets them where it is installed."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; a killed run loses at most this many."""
     max_not_finite: int = 10

@@ -23,32 +23,64 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds, so 
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from build import build_loader
+from loggers import check_loggers
 from memory import peak_memory
 from optim import set_lr
 from reporting import DETECTIONS, report_run
-from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_image, note_skipped, write_whole
+from run_folder import (
+    RunLog,
+    draw_pictures,
+    import_pictures,
+    locked,
+    longer,
+    note_bad_image,
+    note_skipped,
+    write_whole,
+)
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from scoring import score_dataset
+from seeds import compare_seeds, seed_configs
 from step import compiled, compute_losses, find_targets
-from training_loop import clip_gradients, log_graphs, log_step, seed_of, stopped, update
-from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, set_up
+from training_loop import (
+    clip_gradients,
+    has_stalled,
+    log_graphs,
+    log_plan,
+    log_step,
+    note_score,
+    seed_of,
+    share_stale,
+    show_progress,
+    stopped,
+    update,
+)
+from training_run import Progress, Run, batch_statistics, is_due, is_trusted, save, save_finished, set_up
 from vovnet_zoo.coco_eval import format_table
 
 
 def main(config: TrainConfig) -> dict | None:
-    """Train as `config` says; returns the last evaluation on rank 0, None on the others."""
+    """Train as `config` says; returns the last evaluation on rank 0, None on the others.
+
+    With several seeds, returns the AP of each, their mean and their deviation.
+    """
     check_config(config)
-    with (
-        process_group(config.device) as (rank, world_size, device),
-        StopSignal() as stop,
-        locked(config.out, rank),
-    ):
+    check_loggers(config.loggers)
+    with process_group(config.device) as (rank, world_size, device), StopSignal() as stop:
+        if config.seeds == 1:
+            return train_once(config, rank, world_size, device, stop).metrics
+        runs = [train_once(one, rank, world_size, device, stop) for one in seed_configs(config)]
+        return compare_seeds(config, [run.best for run in runs]) if rank == 0 else None
+
+
+def train_once(config: TrainConfig, rank: int, world_size: int, device: torch.device, stop: StopSignal) -> Progress:
+    """Train with one seed; returns what was reached."""
+    with locked(config.out, rank):
         pictures = import_pictures() if rank == 0 else None
         run = set_up(config, rank, world_size, device)
-        log.info("%d steps of %d images, learning rate %.3g", config.steps, config.batch_size, config.lr)
+        config = run.config
+        log_plan(run)
         for doubt in doubts(config) if rank == 0 else ():
             log.warning("%s", doubt)
         with (
@@ -63,7 +95,7 @@ def main(config: TrainConfig) -> dict | None:
                 raise
             if rank == 0:
                 summarize(run, run_log, pictures)
-        return run.progress.metrics
+        return run.progress
 
 
 def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
@@ -73,9 +105,12 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     batches = build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop)
     steps = range(progress.step, config.steps)
-    bar = tqdm(steps, total=config.steps, initial=progress.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
+    bar = show_progress(run, steps)
     began = time.perf_counter()
     for step in bar:
+        if has_stalled(run):
+            break
+
         # Data: this process's share of the batch, in parts that are computed one after the other to save memory.
         parts = next_parts(run, step, batches)
         data_wait = time.perf_counter() - began
@@ -136,7 +171,7 @@ def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[
         save(run)
         raise
     skipped = [image for part in parts for image in part.get("skipped", [])]
-    note_skipped(run.config.out, step, skipped)
+    note_skipped(run.config.out, step + 1, skipped)
     return [
         {name: x.to(run.device, non_blocking=True) for name, x in part.items() if name != "skipped"} for part in parts
     ]
@@ -197,13 +232,14 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     progress.scored = progress.step
     if run.rank == 0:
         overall = {name: value for name, value in metrics.items() if name != "per_class"}
-        run_log.write(progress.step - 1, **overall)
+        run_log.write(progress.step, **overall)
         log.info("step %d: AP %.3f, AP50 %.3f", progress.step, metrics["AP"], metrics["AP50"])
         run.averaged.save_pretrained(config.out / "last")
         if metrics["AP"] >= progress.best:
             write_whole(config.out / DETECTIONS, json.dumps(results).encode())
             run.averaged.save_pretrained(config.out / "best")
-        progress.best, progress.metrics = max(progress.best, metrics["AP"]), metrics
+        note_score(progress, metrics["AP"], metrics)
+    share_stale(run)
     save(run)
 
 
@@ -211,12 +247,12 @@ def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
     """Print the last evaluation and the speed, write the report of the best model, and draw pictures."""
     config, seconds = run.config, run.progress.train_seconds
     print(format_table(run.progress.metrics, per_class=True))
-    rate, peak = config.steps * config.batch_size / seconds, peak_memory(run.device)
+    rate, peak = run.progress.step * config.batch_size / seconds, peak_memory(run.device)
     memory = f", peak {peak:.2f} GiB" if peak is not None else ""
     log.info("trained %.0f s, %.2f images/s%s", seconds, rate, memory)
     if config.compile:
         log_graphs()
-    log.info("best model: %s", config.out / "best")
+    log.info("best model: %s (AP %.3f); to train longer: %s", config.out / "best", run.progress.best, longer(config))
     report_run(config.out, run_log.rows(), run.train_set, run.val_set)
     draw_pictures(pictures, config.out, run_log.rows(), run.averaged, run.val_set)
 

@@ -24,7 +24,6 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds, so 
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from classifier_run import set_up
 from image_data import eval_batches, train_batches
@@ -33,7 +32,7 @@ from optim import set_lr
 from run_folder import RunLog, locked
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from step import compiled
-from training_loop import clip_gradients, log_graphs, log_step, seed_of, stopped, update
+from training_loop import clip_gradients, log_graphs, log_step, note_score, seed_of, show_progress, stopped, update
 from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished
 from vovnet_zoo.classifiers import save_classifier
 from vovnet_zoo.data import normalize
@@ -66,7 +65,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     num_classes = len(run.model_config["class_names"])
     batches = train_batches(config, run.train_set, num_classes, progress.step, run.rank, run.world_size)
     steps = range(progress.step, config.steps)
-    bar = tqdm(steps, total=config.steps, initial=progress.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
+    bar = show_progress(run, steps)
     began = time.perf_counter()
     for step in bar:
         # Data: this process's share of the batch, in parts that are computed one after the other to save memory.
@@ -135,12 +134,12 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         raise
     progress.scored = progress.step
     if run.rank == 0:
-        run_log.write(progress.step - 1, **metrics)
+        run_log.write(progress.step, **metrics)
         log.info("step %d: top-1 %.4f, top-5 %.4f", progress.step, metrics["top1"], metrics["top5"])
         save_model(run, config.out / "last")
         if metrics["top1"] >= progress.best:
             save_model(run, config.out / "best")
-        progress.best, progress.metrics = max(progress.best, metrics["top1"]), metrics
+        note_score(progress, metrics["top1"], metrics)
     save(run)
 
 

@@ -53,7 +53,7 @@ def test_interrupted(tiny_coco, tmp_path, undisturbed, number):
     code, printed = interrupt(tiny_coco, out, 1, 7, number)
     assert code == 128 + number and "the same command goes on from there" in printed
     saved = load_checkpoint(out / "checkpoints")["progress"]["step"]
-    assert saved == rows(out)[-1]["step"] + 1 >= 8
+    assert saved == rows(out)[-1]["step"] >= 7
     train(tiny_coco, out, OPTIONS)
     assert_same(out, undisturbed(tiny_coco, 1))
 
@@ -63,7 +63,7 @@ def test_a_signal_doubled_by_torchrun(tiny_coco, tmp_path):
     """torchrun forwards SIGTERM to two processes that received it with torchrun: the step is saved all the same."""
     out = tmp_path / "run"
     interrupt(tiny_coco, out, 2, 7, signal.SIGTERM)
-    assert load_checkpoint(out / "checkpoints")["progress"]["step"] == rows(out)[-1]["step"] + 1 >= 8
+    assert load_checkpoint(out / "checkpoints")["progress"]["step"] == rows(out)[-1]["step"] >= 7
 
 
 def test_damaged_newest_checkpoint(tiny_coco, tmp_path, undisturbed):
@@ -199,7 +199,7 @@ def wait_for_step(out: Path, step: int, job: subprocess.Popen) -> None:
 
 def assert_same(out: Path, other: Path) -> None:
     """Bitwise the same weights and losses, each step once."""
-    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(24))
+    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, 25))
     assert losses(out) == losses(other)
     for name in ("last", "best"):
         ours, theirs = (FCOS.from_pretrained(run / name).state_dict() for run in (out, other))

@@ -72,8 +72,8 @@ def test_a_run_and_the_detector_that_starts_from_it(folder, tmp_path, capsys):
     metrics = train_here(folder, out, "--epochs 12 --eval-epochs 6")
     assert metrics["top1"] >= 8 / 9 and metrics["top5"] == 1.0
     assert "top-1" in capsys.readouterr().out
-    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(36))
-    assert [row["step"] for row in rows(out) if "top1" in row] == [17, 35]
+    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, 37))
+    assert [row["step"] for row in rows(out) if "top1" in row] == [18, 36]
     assert {"loss", "lr", "grad_norm", "images_per_s", "data_wait_s"} <= rows(out)[0].keys()
     assert losses(out)[-1] < 0.7 * losses(out)[0]
 

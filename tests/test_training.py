@@ -32,8 +32,8 @@ def test_a_run_leaves_everything(tiny_coco, tmp_path, capsys):
     assert (out / "curves.png").stat().st_size > 10_000 and (out / "detections.png").stat().st_size > 1000
     about = json.loads((out / "run.json").read_text())
     assert about["config"]["steps"] == 6 and about["starts"][0]["versions"]["torch"] == torch.__version__
-    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(6))
-    assert [row["step"] for row in rows(out) if "AP" in row] == [2, 5]
+    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, 7))
+    assert [row["step"] for row in rows(out) if "AP" in row] == [3, 6]
     first = rows(out)[0]
     assert {
         "loss_cls",
