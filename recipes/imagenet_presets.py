@@ -123,6 +123,7 @@ class ClassifierConfig:
     # a detector's training has options for these
     bias_lr_factor: ClassVar[float] = 1.0
     layer_decay: ClassVar[float | None] = None
+    patience: ClassVar[int | None] = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import time
@@ -73,7 +75,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run at the server, or in the folder, that MLFLOW_TRACKING_URI names."""
+    """A run at the server, or in the database or folder, that MLFLOW_TRACKING_URI names."""
 
     def on_start(self, folder: Path, config: dict[str, Any], step: int) -> None:
         from mlflow import MlflowClient
@@ -115,16 +117,18 @@ class Trackio:
         import trackio
 
         name = read_id(folder, "trackio", step) or f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", PROJECT), name=name, config=config, resume="allow", embed=False
-        )
+        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        with contextlib.redirect_stdout(io.StringIO()):  # trackio prints in colours, also where there is no terminal
+            self.run = trackio.init(project=project, name=name, config=config, resume="allow", embed=False)
+        log.info("trackio: the run is %s; trackio show --project %s", name, project)
         write_id(folder, "trackio", name)
 
     def on_metrics(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
     def on_end(self) -> None:
-        self.run.finish()
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.run.finish()
 
 
 LOGGERS: dict[str, Callable[[], Logger]] = {

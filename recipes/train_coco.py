@@ -45,7 +45,6 @@ from seeds import compare_seeds, seed_configs
 from step import compiled, compute_losses, find_targets
 from training_loop import (
     clip_gradients,
-    has_stalled,
     log_graphs,
     log_plan,
     log_step,
@@ -104,13 +103,9 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     find, compute = (compiled(f) if config.compile else f for f in (find_targets, compute_losses))
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     batches = build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop)
-    steps = range(progress.step, config.steps)
-    bar = show_progress(run, steps)
+    bar = show_progress(run)
     began = time.perf_counter()
     for step in bar:
-        if has_stalled(run):
-            break
-
         # Data: this process's share of the batch, in parts that are computed one after the other to save memory.
         parts = next_parts(run, step, batches)
         data_wait = time.perf_counter() - began

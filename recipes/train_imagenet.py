@@ -64,8 +64,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     num_classes = len(run.model_config["class_names"])
     batches = train_batches(config, run.train_set, num_classes, progress.step, run.rank, run.world_size)
-    steps = range(progress.step, config.steps)
-    bar = show_progress(run, steps)
+    bar = show_progress(run)
     began = time.perf_counter()
     for step in bar:
         # Data: this process's share of the batch, in parts that are computed one after the other to save memory.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -81,10 +82,16 @@ def score_name(run: Run) -> str:
     return "top-1" if "top1" in (run.progress.metrics or ()) else "AP"
 
 
-def show_progress(run: Run, steps: range) -> tqdm:
+def show_progress(run: Run) -> tqdm:
     """Make a progress bar over the steps that are left; it is not shown where stderr is no terminal."""
-    hidden = run.rank > 0 or None  # None leaves it to tqdm, which looks for a terminal
-    return tqdm(steps, total=run.config.steps, initial=steps.start, unit="step", disable=hidden, dynamic_ncols=True)
+    hidden, done = run.rank > 0 or None, run.progress.step  # None leaves it to tqdm, which looks for a terminal
+    return tqdm(steps_left(run), total=run.config.steps, initial=done, unit="step", disable=hidden, dynamic_ncols=True)
+
+
+def steps_left(run: Run) -> Iterator[int]:
+    """Give the steps until the run is complete, counted from 0; each has to be done before the next is asked for."""
+    while run.progress.step < run.config.steps and not has_stalled(run):
+        yield run.progress.step
 
 
 def log_plan(run: Run) -> None:
