@@ -151,6 +151,21 @@ def count_steps(config: ClassifierConfig, steps_per_epoch: float) -> ScheduledCo
     )
 
 
+# `--help` shows these options first, then groups that begin with a field of ClassifierConfig.
+FIRST_OPTIONS = ("data", "out", "model", "epochs", "batch_size")
+SECTIONS = {
+    "dataset": "data",
+    "init": "network",
+    "train_size": "image",
+    "smoothing": "loss",
+    "accum": "batch",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+    "ema": "optimizer",
+    "precision": "machine",
+    "eval_epochs": "run",
+}
+
 # "ResNet strikes back", arXiv 2110.00476, table 2, and `--bce-target-thresh 0.2` of timm's command for it. timm ends
 # the cosine at a learning rate of 1e-6, which is 0 here; clips the gradient to norm 1 inside LAMB, as here; and draws
 # Mixup once for the images of each GPU, here once for each pair of images.

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import tyro
-
+from grouping import parse_grouped
 from options import Range, check_options
 from vovnet_zoo.config import RANGES as MODEL_RANGES
 from vovnet_zoo.config import VARIANTS, VariantName
@@ -101,8 +100,8 @@ class TrainConfig:
     """Leave out images that cannot be read or have another size than the JSON says, rather than stop."""
     batch_size: int | None = 16
     """Images per step, over all processes and accumulated parts. A preset is a schedule of images: with another batch
-    than the preset's, what is not typed of lr, steps, milestones, warmup_steps and eval_every is scaled, see
-    `scale_schedule`. None: by the cores, or by the memory of a GPU, which is tried out."""
+    than the preset's, what is not typed of lr, steps, milestones, warmup_steps and eval_every is scaled. None: by the
+    cores, or by the memory of a GPU, which is tried out."""
     accum: int = 1
     """Parts into which each process's share of a batch is split, to save memory."""
     workers: int | None = 4
@@ -171,6 +170,22 @@ class TrainConfig:
     allow_changes: bool = False
     """Go on from the checkpoints in --out although the configuration or the data has changed."""
 
+
+# `--help` shows these options first, then groups that begin with a field of TrainConfig.
+FIRST_OPTIONS = ("data", "out", "init", "epochs", "batch_size")
+SECTIONS = {
+    "train": "data",
+    "model": "network",
+    "min_size": "image",
+    "batch_size": "batch",
+    "steps": "schedule",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+    "ema": "optimizer",
+    "precision": "machine",
+    "eval_every": "evaluation",
+    "loggers": "run",
+}
 
 # These options decide the network. With --init they can only say what that detector is.
 NETWORK = ("model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone", "frozen_norm")
@@ -287,7 +302,7 @@ def parse(args: Sequence[str] | None = None, description: str = "") -> TrainConf
     """
     args = sys.argv[1:] if args is None else args
     presets = presets_for(args)
-    config = tyro.extras.overridable_config_cli(presets, args=args, description=description)
+    config = parse_grouped(presets, FIRST_OPTIONS, SECTIONS, args, description)
     preset, typed = presets[next(arg for arg in args if arg in presets)][1], typed_options(args)
     if len(lengths := sorted({"steps", "epochs", "minutes"} & typed)) > 1:
         raise ValueError(f"--{lengths[0]} and --{lengths[1]} both say how long the run is; leave out one of the two")

@@ -13,12 +13,11 @@ import functools
 import time
 from pathlib import Path
 
-import tyro
-
-from imagenet_presets import PRESETS, ClassifierConfig
+from grouping import parse_grouped
+from imagenet_presets import FIRST_OPTIONS, PRESETS, SECTIONS, ClassifierConfig
 from vovnet_zoo.commands import parse_command
 
-PARSE = functools.partial(tyro.extras.overridable_config_cli, PRESETS, description=__doc__)
+PARSE = functools.partial(parse_grouped, PRESETS, FIRST_OPTIONS, SECTIONS, description=__doc__)
 if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
     CONFIG = parse_command(PARSE)
 

@@ -114,7 +114,11 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     model = build_model(config, train_set.class_names, train_set.category_ids, start, known)
     assert (model.config["plus_one"], model.config["resize"]) == (plus_one, resize)
     prepare_for_training(model, config, device)
-    log.info("%d images, %d classes: %s", len(train_set), len(train_set.class_names), ", ".join(train_set.class_names))
+    names = train_set.class_names
+    log.info(
+        *("%d images to train on, %d to score on, %d classes: %s", len(train_set), len(val_set), len(names)),
+        ", ".join(names),
+    )
     return assemble(
         saved,
         changed,

@@ -2,14 +2,20 @@
 
 import dataclasses
 import functools
+import json
 
 import numpy as np
 import pytest
 import torch
+from launch import rows
+from test_faults import stop_after
 
 import fitting
+import train_coco
 from fitting import fit_batch, fit_schedule, fit_size, fit_steps, probe_batch, size_for
 from presets import FIT, FIT_PRETRAINED, PRESETS, TrainConfig, parse
+from run_folder import load_checkpoint, save_checkpoint
+from training_run import set_up
 from trial import Trial, blank_batch, largest_input
 from vovnet_zoo.data import CocoDataset, find_split
 
@@ -196,3 +202,100 @@ def test_the_largest_input_of_a_batch():
     assert largest_input(np.array([[100, 100], [50, 50]]), config) == (128, 128)  # wide and tall are never together
     assert largest_input(np.array([[100, 300], [300, 100], [300, 80]]), config) == (96, 224)
     assert blank_batch(2, 64, 96)["images"].shape == (2, 3, 64, 96)
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+TINY_FIT = dict(model="fcos", backbone="test_resnet", channels=64, num_convs=1, test_size=64, max_size=96, device="cpu")
+
+
+@pytest.fixture
+def config(tiny_coco, tmp_path) -> TrainConfig:
+    return dataclasses.replace(FINETUNE, data=tiny_coco, out=tmp_path / "run", workers=0, **TINY_FIT)
+
+
+def test_a_run_goes_on_with_what_it_chose(config, cores, monkeypatch, capsys):
+    """Another machine would choose another batch, learning rate and schedule."""
+    cores(2)
+    stop_after(config, 2, monkeypatch)
+    assert "chosen, since not typed: 4 images a step (2 cores); 600 steps" in capsys.readouterr().err
+    chosen = json.loads((config.out / "run.json").read_text())["config"]
+    assert (chosen["steps"], chosen["batch_size"], chosen["eval_every"], chosen["min_size"]) == (600, 4, 60, [57, 70])
+    cores(64)
+    run = set_up(config, 0, 1, CPU)
+    assert run.progress.step == 3 and (run.config.steps, run.config.batch_size, run.config.lr) == (600, 4, 2e-3)
+    assert "chosen" not in capsys.readouterr().err
+    with pytest.raises(ValueError, match="batch_size: was 4, now 8"):
+        set_up(dataclasses.replace(config, batch_size=8), 0, 1, CPU)
+    with pytest.raises(ValueError, match="steps: was 600, now 20.*to train longer: .*--init .*best --out .*-longer"):
+        set_up(dataclasses.replace(config, epochs=10.0), 0, 1, CPU)
+
+
+def test_a_checkpoint_of_version_0_2_goes_on(config, monkeypatch):
+    """Its `finetune` had 600 steps of 4 images, and was scored at the end only."""
+    old = dataclasses.replace(
+        config, batch_size=4, steps=600, lr=2e-3, warmup_steps=50, min_size=(60, 70), evals=None, eval_every=None
+    )
+    stop_after(old, 2, monkeypatch)
+    state = load_checkpoint(config.out / "checkpoints")
+    new = {"epochs", "minutes", "evals", "patience", "seeds", "loggers"}
+    state["run"] = {name: text for name, text in state["run"].items() if name not in new}
+    save_checkpoint(config.out / "checkpoints", 3, state)
+    run = set_up(config, 0, 1, CPU)
+    assert (run.config.steps, run.config.eval_every, run.config.min_size) == (600, None, (60, 70))
+
+
+def test_minutes(config, monkeypatch, capsys):
+    """Steps and evaluations that take so long, by the clock of the trial, fit into the time; then the run is one of so
+    many steps, to the bit, and goes on as such."""
+    trials = []
+    real = Trial.step_seconds
+
+    def step_seconds(trial, *arguments):
+        trials.append(real(trial, *arguments))
+        return 10.0
+
+    monkeypatch.setattr(Trial, "step_seconds", step_seconds)
+    monkeypatch.setattr(Trial, "eval_seconds", lambda *arguments: 1.0)  # three images
+    timed = dataclasses.replace(config, minutes=1.0, out=config.out.with_name("timed"))
+    stop_after(timed, 1, monkeypatch)
+    assert trials[0] > 0
+    train_coco.main(timed)
+    steps = [row["step"] for row in rows(timed.out) if "loss" in row]
+    assert steps in ([1, 2, 3], [1, 2, 3, 4]) and len(trials) == 1
+    train_coco.main(dataclasses.replace(config, steps=len(steps)))
+    assert [row.get("loss") for row in rows(config.out)] == [row.get("loss") for row in rows(timed.out)]
+    printed = capsys.readouterr().err
+    assert "1 minutes at 10.00 s a step" in printed and f"step {len(steps)} of {len(steps)}: loss" in printed
+    for fact in ("8 images to train on, 3 to score on", "FCOS on test_resnet, 0.", "on cpu", "(2 epochs)"):
+        assert fact in printed or len(steps) == 3
+    assert "\r" not in printed and "\x1b" not in printed  # no bar where there is no terminal
+
+
+def test_the_time_of_an_evaluation(config, tiny_coco):
+    fitted = dataclasses.replace(config, batch_size=2, min_size=(60, 70))
+    trial = Trial(fitted, CocoDataset(*find_split(tiny_coco, "train")), None, None, CPU)
+    assert 0 < trial.eval_seconds(CocoDataset(*find_split(tiny_coco, "val")), 2) < 60 and trial.model.training
+
+
+def test_patience(config, capsys):
+    config = dataclasses.replace(config, steps=9, evals=None, eval_every=1, patience=2, lr=1e-12, ema=None)
+    for _ in range(2):  # the second finds nothing to do
+        train_coco.main(config)
+        assert [row["step"] for row in rows(config.out) if "loss" in row] == [1, 2, 3]
+        assert [row["step"] for row in rows(config.out) if "AP" in row] == [1, 2, 3]
+    printed = capsys.readouterr().err
+    assert printed.count("the run ends after step 3: 2 evaluations in a row gave no better AP") == 1
+    assert printed.count("best model") == 2 and "to train longer: the same command with --init" in printed
+
+
+def test_seeds(config, capsys):
+    config = dataclasses.replace(config, steps=1, seeds=2, seed=5)
+    found = train_coco.main(config)
+    assert found == json.loads((config.out / "seeds.json").read_text())
+    ap = [max(row["AP"] for row in rows(config.out / name) if "AP" in row) for name in ("seed5", "seed6")]
+    assert list(found["AP"].values()) == ap and found["mean"] == pytest.approx(sum(ap) / 2)
+    assert found["deviation"] == pytest.approx(abs(ap[0] - ap[1]) / 2**0.5)
+    assert rows(config.out / "seed5")[0]["loss"] != rows(config.out / "seed6")[0]["loss"]
+    assert "best AP of 2 seeds" in capsys.readouterr().out
+    assert train_coco.main(config) == found and len(rows(config.out / "seed5")) == 2
