@@ -9,6 +9,8 @@ from typing import ClassVar, Literal
 
 import tyro
 
+from options import Range, check_options
+
 
 @dataclass(frozen=True)
 class ClassifierConfig:
@@ -124,6 +126,33 @@ class ClassifierConfig:
     bias_lr_factor: ClassVar[float] = 1.0
     layer_decay: ClassVar[float | None] = None
     patience: ClassVar[int | None] = None
+
+
+RANGES = {
+    **dict.fromkeys(("train_size", "test_size"), Range(1, 4096)),
+    **dict.fromkeys(("batch_size", "accum", "repeats", "epochs", "milestone_epochs"), Range(1)),
+    **dict.fromkeys(("eval_epochs", "checkpoint_every", "max_not_finite"), Range(1)),
+    **dict.fromkeys(("workers", "weight_decay", "warmup_epochs", "color_jitter", "mixup", "cutmix"), Range(0)),
+    **dict.fromkeys(("lr", "clip_grad"), Range(0, inside=True)),
+    **dict.fromkeys(("crop_pct", "min_scale"), Range(0.01, 1)),
+    **dict.fromkeys(("hflip", "erase", "warmup_factor"), Range(0, 1)),
+    **dict.fromkeys(("drop_path", "smoothing"), Range(0, 0.99)),
+    **dict.fromkeys(("ema", "target_threshold"), Range(0, 1, inside=True)),
+    "seed": Range(0, 2**63 - 1),
+}
+
+
+def check_config(config: ClassifierConfig) -> None:
+    """Raise `ValueError`, naming the option, where one is out of its range or would have no effect."""
+    check_options(config, RANGES)
+    if list(config.milestone_epochs) != sorted(set(config.milestone_epochs)):
+        raise ValueError(f"milestone_epochs={config.milestone_epochs}: give different epochs, the first epoch first")
+    if config.schedule == "cosine" and config.milestone_epochs != ClassifierConfig.milestone_epochs:
+        raise ValueError(f"milestone_epochs={config.milestone_epochs}: the cosine schedule has none; leave them out")
+    if config.target_threshold is not None and config.loss != "binary":
+        raise ValueError(
+            f"target_threshold={config.target_threshold}: only --loss binary has one; give --target-threshold None"
+        )
 
 
 @dataclass(frozen=True)
