@@ -42,10 +42,8 @@ def kept(config: TrainConfig, saved: Mapping[str, str]) -> TrainConfig:
     values = {name: saved[name] for name in FITTED if getattr(config, name) is None and name in saved}
     if config.minutes is not None and saved.get("minutes") == repr(config.minutes):
         values |= {name: saved[name] for name in ("steps", "milestones")}
-    if "minutes" not in saved and config.eval_every is None:  # of a version before there was --evals
-        config = dataclasses.replace(config, evals=None)
-    elif config.evals is not None:
-        values.pop("eval_every", None)
+    if config.evals is not None and "minutes" not in saved:  # of version 0.2 and before, which had no --evals
+        values["eval_every"], config = saved["eval_every"], dataclasses.replace(config, evals=None)
     return dataclasses.replace(config, **{name: ast.literal_eval(text) for name, text in values.items()})
 
 
@@ -143,6 +141,7 @@ def fit_batch(
     if device.type == "cuda":
         memory = GpuMemory(device)
         share, reason = probe_batch(config, train_set, try_out, memory, max(1, MOST_BATCH // parts))
+        memory.give_back()
     else:
         total = 2 ** int(math.log2(max(LEAST_BATCH, min(count_cores() * world_size, MOST_BATCH))))
         share, reason = math.ceil(total / parts), f"{count_cores() * world_size} cores"

@@ -194,7 +194,7 @@ NETWORK_DEFAULTS = dict(model="fcos_vovnet39_fpn", channels=256, num_convs=4)  #
 STRONG = ("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg")
 
 # Where these are None, `fitting` chooses them; a run that goes on has those of its checkpoint.
-FITTED = ("test_size", "min_size", "max_size", "batch_size", "steps", "lr", "warmup_steps", "eval_every")
+FITTED = ("test_size", "min_size", "max_size", "batch_size", "steps", "lr", "warmup_steps")
 
 RANGES = {
     **{name: Range(*MODEL_RANGES[name][:2]) for name in ("channels", "num_convs", "max_size")},
@@ -358,6 +358,10 @@ def doubts(config: TrainConfig) -> list[str]:
         found.append(
             f"the run ends after {config.steps} steps, before the milestones {late}, so the learning rate is not "
             "lowered there; give other --milestones"
+        )
+    if config.minutes is not None and config.steps < 100:
+        found.append(
+            f"only {config.steps} steps fit into --minutes {config.minutes:g}; a detector learns little in so few"
         )
     if config.warmup_steps >= config.steps:
         found.append(

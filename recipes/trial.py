@@ -110,6 +110,11 @@ class GpuMemory:
     def peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) - self.before
 
+    def give_back(self) -> None:
+        """Free what no tensor uses any more, and forget the peak, which is not one of the run."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
 
 def largest_input(sizes: np.ndarray, config: TrainConfig) -> tuple[int, int]:
     """Return the largest height and width of a batch, whose images are all wide or all tall, see `TrainSampler`.

@@ -42,7 +42,14 @@ OTHER = dict(  # another value of each field than `tiny_config` has
 )  # fmt: skip
 NETWORK = {"model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone"}
 # A named model has a backbone of its own; and checkpointing needs frozen norms.
-ALONE = {"grad_checkpointing", "zoom", "augment_until", "train_images", "val_images", "evals"}  # they go with other options
+ALONE = {
+    "grad_checkpointing",
+    "zoom",
+    "augment_until",
+    "train_images",
+    "val_images",
+    "evals",
+}  # they go with other options
 LENGTHS = {"epochs", "minutes"}  # they say how many steps the run has
 REFUSED = {
     "scratch": {"model"} | ALONE,

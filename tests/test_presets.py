@@ -146,6 +146,8 @@ def test_doubtful_schedules_are_named():
     assert "ends after 70000 steps, before the milestones [80000]" in late
     late, short = doubts(dataclasses.replace(preset, steps=500))
     assert "the warm-up of 500 steps does not end" in short
+    (few,) = doubts(dataclasses.replace(PRESETS["quickstart"][1], minutes=2.0, steps=99))
+    assert few.startswith("only 99 steps fit into --minutes 2;")
 
 
 @pytest.mark.parametrize("name", PRESETS)
