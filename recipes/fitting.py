@@ -28,6 +28,7 @@ VISIBLE = 16  # pixels: a box covers two by two locations of the finest map, who
 LEAST_BATCH, MOST_BATCH = 4, 16  # 16 is the batch of the published schedules
 MOST_STEPS = {"cpu": 6000, "cuda": 90_000}  # about 3 hours on 2 cores; the published schedule of COCO
 MOST_WORKERS = {"cpu": 4, "cuda": 8}  # on a CPU, the network needs the cores
+MOST_EVALS = 10  # that are not typed
 EVAL_SHARE = 0.15  # of a run's time at most is for its evaluations, where their number is not typed
 EVAL_COST = 1 / 3  # of the time of an image that is trained on, an image that is scored takes about a third
 TRIAL_SHARE = 0.05  # of the time of a run is for its trial
@@ -250,7 +251,8 @@ def with_steps(config: TrainConfig, steps: int) -> TrainConfig:
 
 
 def num_evals(config: TrainConfig, num_val: int) -> int:
-    """Return the number of evaluations: `config.evals`, or as many as take `EVAL_SHARE` of the time of training."""
+    """Return the number of evaluations; if it is open, as many as take `EVAL_SHARE` of the time of training."""
     if config.evals is None:
         return 1 if config.eval_every is None else math.ceil(config.steps / config.eval_every)
-    return max(1, min(config.evals, int(EVAL_SHARE / EVAL_COST * config.steps * config.batch_size / max(1, num_val))))
+    cheap = int(EVAL_SHARE / EVAL_COST * config.steps * config.batch_size / max(1, num_val))
+    return min(config.evals or max(1, min(cheap, MOST_EVALS)), config.steps)

@@ -69,7 +69,7 @@ def log_step(
     loss, rate, done, total = sum(losses.values()), run.config.batch_size / seconds, step + 1, run.config.steps
     memory = peak_memory(run.device)
     run_log.write(done, **{"loss": loss, **losses}, **values, images_per_s=rate, peak_memory_gib=memory)
-    score = f", {score_name(run)} {run.progress.best:.3f}" if run.progress.scored else ""
+    score = f", best {score_name(run)} {run.progress.best:.3f}" if run.progress.scored else ""
     shown = f"loss {loss:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s{score}"
     bar.set_postfix_str(shown)
     if bar.disable and run.rank == 0 and (done == total or done % min(LINE_EVERY, -(-total // LINES)) == 0):

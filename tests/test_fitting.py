@@ -127,6 +127,7 @@ def test_the_schedule_follows_the_batch(tiny_coco, cores):
     assert fit(dataclasses.replace(FINETUNE, epochs=5.0))[0].steps == 10
     few = dataclasses.replace(FINETUNE, batch_size=4, steps=100)
     assert [fitting.num_evals(few, count) for count in (10, 18, 100, 10**6)] == [10, 10, 1, 1]
+    assert fitting.num_evals(dataclasses.replace(few, evals=20), 10**6) == 20  # typed
 
 
 def test_epochs_are_another_word_for_steps():

@@ -323,7 +323,7 @@ WRONG = {
     "weight_decay": [-1], "bias_lr_factor": [-1], "warmup_steps": [-1], "warmup_factor": [-0.1, 2], "clip_grad": [0],
     "layer_decay": [0, 1.5], "seed": [-1, 2**63], "max_not_finite": [0], "channels": [0, 1], "num_convs": [-1],
     "zoom": [(0, 1), (2, 1), (0.1, 2)], "schedule": ["cos"], "warmup": ["none"], "augment": ["mosaic"],
-    "evals": [0], "epochs": [0, -1], "minutes": [0], "patience": [0], "seeds": [0, None], "loggers": [("x",), "wandb"],
+    "evals": [-1], "epochs": [0, -1], "minutes": [0], "patience": [0], "seeds": [0, None], "loggers": [("x",), "wandb"],
     **dict.fromkeys(("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg", "repeat_rare"), [-0.1, 1.1, None]),
     "augment_until": [0, 1.5, 0.5], "precision": ["int8"], "val_fraction": [0, 1, -0.5], "variant": ["best"],
     "compile": [1, "yes"], "data": ["text"], "model": ["nosuch", "fcos"], "backbone": ["resnet18"], "device": [0],
