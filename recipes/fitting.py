@@ -100,16 +100,35 @@ def fit_schedule(
     fit, began = FIT_PRETRAINED if config.pretrained_backbone else FIT, time.monotonic()
     config, workers = fit_workers(config, device)
     config, batch = fit_batch(config, train_set, device, world_size, try_out)
-    config = fit_rate(config, fit)
     if config.minutes is not None and (saved is None or saved["run"].get("minutes") != repr(config.minutes)):
         config, length = fit_minutes(config, train_set, val_set, world_size, try_out, began, saved)
     else:
         config, length = fit_steps(config, len(train_set), device, fit)
+    config = fit_rest(config, fit, len(val_set))
+    return config, [reason for reason in (batch, length, workers) if reason]
+
+
+def fit_plan(config: TrainConfig, num_images: int, device: torch.device) -> TrainConfig:
+    """Choose for a plan, which has no data: as for boxes that are not small, and a GPU with enough memory."""
+    fit = FIT_PRETRAINED if config.pretrained_backbone else FIT
+    config, _ = fit_size(dataclasses.replace(config, test_size=config.test_size or LEAST_SIZE), None, device)
+    config, _ = fit_workers(config, device)
+    if config.batch_size is None:
+        config = dataclasses.replace(
+            config, batch_size=MOST_BATCH if device.type == "cuda" else batch_for(count_cores())
+        )
+    config, _ = fit_steps(config, num_images, device, fit)
+    return fit_rest(config, fit, num_val=0)
+
+
+def fit_rest(config: TrainConfig, fit: Fit, num_val: int) -> TrainConfig:
+    """Choose learning rate, warm-up and evaluations for a number of steps."""
+    config = fit_rate(config, fit)
     if config.warmup_steps is None:
         config = dataclasses.replace(config, warmup_steps=min(fit.warmup_steps, config.steps // 10))
     if config.evals is not None:
-        config = dataclasses.replace(config, eval_every=math.ceil(config.steps / num_evals(config, len(val_set))))
-    return config, [reason for reason in (batch, length, workers) if reason]
+        config = dataclasses.replace(config, eval_every=math.ceil(config.steps / num_evals(config, num_val)))
+    return config
 
 
 def fit_workers(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, str]:
@@ -144,10 +163,15 @@ def fit_batch(
         share, reason = probe_batch(config, train_set, try_out, memory, max(1, MOST_BATCH // parts))
         memory.give_back()
     else:
-        total = 2 ** int(math.log2(max(LEAST_BATCH, min(count_cores() * world_size, MOST_BATCH))))
-        share, reason = math.ceil(total / parts), f"{count_cores() * world_size} cores"
+        cores = count_cores() * world_size
+        share, reason = math.ceil(batch_for(cores) / parts), f"{cores} cores"
     share = int(all_reduce(torch.tensor(share), dist.ReduceOp.MIN))  # the machines may differ
     return dataclasses.replace(config, batch_size=share * parts), f"{share * parts} images a step ({reason})"
+
+
+def batch_for(cores: int) -> int:
+    """Return the largest power of two for which each image has a core, within bounds."""
+    return 2 ** int(math.log2(max(LEAST_BATCH, min(cores, MOST_BATCH))))
 
 
 def probe_batch(

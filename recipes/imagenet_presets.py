@@ -115,8 +115,11 @@ class ClassifierConfig:
     """Epochs between evaluations; the last step is always followed by one."""
     loggers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
     """Trackers that get the numbers of the run too, beside TensorBoard, which gets them where it is installed."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints; a killed run loses at most this many."""
+    checkpoint_minutes: float | None = 5.0
+    """A killed run loses at most what it did in so many minutes. A checkpoint begins a tenth earlier, and is written
+    while the training goes on."""
+    checkpoint_every: int | None = None
+    """A killed run also loses at most so many steps."""
     max_not_finite: int = 10
     """Stop after this many steps in a row whose loss is not finite; such a step is skipped."""
     allow_changes: bool = False
@@ -237,7 +240,6 @@ PRESETS: dict[str, tuple[str, ClassifierConfig]] = {
             smoothing=0.1,
             ema=0.99,
             clip_grad=10.0,
-            checkpoint_every=100,
         ),
     ),
     "rsb_a3": (

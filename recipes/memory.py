@@ -36,7 +36,8 @@ def kept_by(call: Callable) -> float:
 
     def keep(x: Tensor) -> Tensor:
         if not (x.is_leaf and x.requires_grad):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            storage = x.untyped_storage()  # a fake tensor's has no address, so the storage itself is the key
+            kept[storage._cdata] = storage.nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):

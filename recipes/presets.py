@@ -143,6 +143,10 @@ class TrainConfig:
     """Precision of the network (autocast), in evaluations too; losses are always float32."""
     compile: bool = False
     """Compile network and losses to one graph with fused kernels (torch.compile), and the network for evaluations."""
+    cuda_graphs: bool = False
+    """Replay the compiled step as CUDA graphs, which spares a GPU with few images the waiting for Python. There is one
+    for each size of a batch, so images are padded to multiples of 64 pixels; norms of the head that see the padding
+    make the result another one. Not with --accum."""
     winograd: bool = True
     """On a CPU, compute 3x3 convolutions with a quarter of the multiplications where that gains (kernels/)."""
     grad_checkpointing: bool = False
@@ -163,8 +167,11 @@ class TrainConfig:
     --seed; with --val-fraction, each has a split of its own."""
     loggers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
     """Trackers that get the numbers of the run too, beside TensorBoard, which gets them where it is installed."""
-    checkpoint_every: int = 500
-    """Steps between checkpoints; a killed run loses at most this many."""
+    checkpoint_minutes: float | None = 5.0
+    """A killed run loses at most what it did in so many minutes. A checkpoint begins a tenth earlier, and is written
+    while the training goes on."""
+    checkpoint_every: int | None = None
+    """A killed run also loses at most so many steps."""
     max_not_finite: int = 10
     """Stop after this many steps in a row whose loss is not finite; such a step is skipped."""
     allow_changes: bool = False
@@ -203,7 +210,7 @@ RANGES = {
     **dict.fromkeys(("eval_every", "checkpoint_every", "max_not_finite", "patience", "seeds"), Range(1)),
     **dict.fromkeys(("epochs", "minutes"), Range(0, inside=True)),
     **dict.fromkeys(("workers", "warmup_steps", "weight_decay", "bias_lr_factor", "evals"), Range(0)),
-    **dict.fromkeys(("lr", "clip_grad"), Range(0, inside=True)),
+    **dict.fromkeys(("lr", "clip_grad", "checkpoint_minutes"), Range(0, inside=True)),
     "zoom": Range(0, inside=True),
     **dict.fromkeys(("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg", "repeat_rare"), Range(0, 1)),
     "augment_until": Range(0.01, 1),
@@ -233,6 +240,10 @@ def check_config(config: TrainConfig) -> None:
         )
     if list(config.milestones) != sorted(set(config.milestones)):
         raise ValueError(f"milestones={config.milestones}: give different steps, the first step first")
+    if config.cuda_graphs and not config.compile:
+        raise ValueError("cuda_graphs=True: only a compiled step becomes CUDA graphs; give --compile too")
+    if config.cuda_graphs and config.accum > 1:
+        raise ValueError("cuda_graphs=True: its gradients are overwritten by the next part; leave out --accum")
     if config.schedule == "cosine" and config.milestones != TrainConfig.milestones:
         raise ValueError(f"milestones={config.milestones}: the cosine schedule has none; leave them out")
     if config.model not in (None, "fcos", *DETECTORS):
@@ -447,7 +458,6 @@ def _coco(epochs: int, model: str, zoom: tuple[float, float]) -> tuple[str, Trai
         precision="bf16",
         compile=True,
         eval_every=2 * _COCO_EPOCH,
-        checkpoint_every=1000,
         **_PRETRAINED,
     )
 
@@ -512,7 +522,6 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             **dict.fromkeys((*FITTED, "workers")),
             evals=0,
             ema=0.995,
-            checkpoint_every=100,
             **_FROM_SCRATCH,
         ),
     ),

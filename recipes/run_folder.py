@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import io
 import json
 import math
 import os
@@ -229,8 +228,8 @@ def draw_pictures(
 
 # These fields of the configuration do not change the result of a run, apart from rounding.
 # `skip_bad_images` is among them, since without it a run ends at the first image that it would change.
-FREE = {"out", "data", "workers", "accum", "device", "compile", "checkpoint_every", "max_not_finite", "allow_changes"}
-FREE |= {"skip_bad_images", "seeds", "loggers"}
+FREE = {"out", "data", "workers", "accum", "device", "compile", "max_not_finite", "allow_changes"}
+FREE |= {"skip_bad_images", "checkpoint_every", "checkpoint_minutes", "seeds", "loggers"}
 FREE |= {"epochs", "evals"}  # `steps` and `eval_every` say more
 FREE |= {"train", "train_images", "val", "val_images"}  # the hashes of the annotations say more
 # These decide the network and its first weights.
@@ -293,23 +292,25 @@ def longer(config: Any) -> str:
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int = 2) -> Path:
     """Write `state` (tensors, numbers, strings in dicts and lists) after `step` steps; keep the newest `keep` files.
 
-    Only undamaged files count among those to keep; the others are removed. The file's name carries the first digits of
-    its SHA-256, so that a damaged file is noticed. A file of the same step is replaced. `OSError` if the file cannot be
-    written, on a full disk for instance; earlier ones are then untouched.
+    It is written as it is read, without a copy in memory. Only undamaged files count among those to keep; the others
+    are removed. The file's name carries the first digits of its SHA-256, so that a damaged file is noticed. A file of
+    the same step is replaced. `OSError` if the file cannot be written, on a full disk for instance; earlier ones are
+    then untouched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob("*.pt.partial"):  # of runs that were killed while they wrote
         left.unlink()
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getbuffer()
-    path = folder / f"{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
     try:
-        write_whole(path, content)
+        with synced(folder / f"{step:08d}.pt.partial") as file:
+            writer = HashingWriter(file)
+            torch.save(state, writer)
+            path = folder / f"{step:08d}-{writer.digest()[:16]}.pt"
+        move(Path(file.name), path)
     except OSError as error:
         newest = list_checkpoints(folder)
         intact = f"{newest[-1]} is intact" if newest else "there is no earlier one"
-        raise OSError(error.errno, f"checkpoint of step {step} not saved ({error.strerror}); {intact}", path) from error
+        text = f"checkpoint of step {step} not saved ({error.strerror}); {intact}"
+        raise OSError(error.errno, text, folder) from error
     whole = [path]
     for old in reversed([other for other in list_checkpoints(folder) if other != path]):
         if old.name[:8] != path.name[:8] and len(whole) < keep and is_whole(old):
@@ -369,19 +370,58 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("????????-????????????????.pt"))
 
 
+class HashingWriter:
+    """A writer passes bytes on to a file and computes their SHA-256, so that they need not be in memory all at once.
+
+    torch.save does not hand on the error of a `write`, so the first one is raised by `digest`.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self._hash, self._error = file, hashlib.sha256(), None
+
+    def write(self, content: bytes | memoryview) -> int:
+        if self._error is None:
+            try:
+                self._file.write(content)
+                self._hash.update(content)
+            except OSError as error:
+                self._error = error
+        return len(content)
+
+    def flush(self) -> None:
+        """Do nothing: `synced` does it."""
+
+    def digest(self) -> str:
+        """Return the SHA-256 of what was written, in hexadecimal digits."""
+        if self._error is not None:
+            raise self._error
+        return self._hash.hexdigest()
+
+
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that, whenever the machine stops, it is whole or as it was before."""
-    partial = path.with_name(path.name + ".partial")
+    with synced(path.with_name(path.name + ".partial")) as file:
+        file.write(content)
+    move(Path(file.name), path)
+
+
+@contextlib.contextmanager
+def synced(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file to write, which is on the disk at the end; after an error it is removed."""
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
+        with open(path, "wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.rename(path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
-            partial.unlink()
+            path.unlink()
         raise
+
+
+def move(source: Path, path: Path) -> None:
+    """Give a file another name in its folder, where it replaces a file of this name."""
+    source.rename(path)
     if os.name == "nt":  # Windows opens no folders
         return
     folder = os.open(path.parent, os.O_RDONLY)

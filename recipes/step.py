@@ -63,12 +63,18 @@ def compute_losses(
     return criterion.compare(preds, targets, normalizers)
 
 
+def bucket(height: int, width: int, step: int = 64) -> tuple[int, int]:
+    """Round the size of a batch up to one of few sizes, for each of which there is a CUDA graph."""
+    return height + -height % step, width + -width % step
+
+
 @functools.cache
-def compiled(function: Callable, dynamic: bool | None = None) -> Callable:
+def compiled(function: Callable, dynamic: bool | None = None, mode: str | None = None) -> Callable:
     """Compile `function` to one graph; torch raises an error where that is impossible.
 
     With `dynamic=None`, a size that differs between two calls becomes a variable of the graph, which is then
-    compiled once more.
+    compiled once more. With the mode "reduce-overhead" a GPU replays CUDA graphs, one for each size; gradients are
+    then overwritten by the next call.
     """
     # The compiler chooses which activations the forward pass keeps for the backward pass, and these three rules make it
     # keep many. Without them it computes what is cheap again, above all GroupNorm and ReLU, which saves memory and
@@ -76,4 +82,4 @@ def compiled(function: Callable, dynamic: bool | None = None) -> Callable:
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._functorch.config.ban_recompute_used_far_apart = False
     torch._functorch.config.ban_recompute_long_fusible_chains = False
-    return torch.compile(function, fullgraph=True, dynamic=dynamic)
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, mode=mode)

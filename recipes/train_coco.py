@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from presets import TrainConfig, check_config, doubts, parse
@@ -42,7 +42,7 @@ from run_folder import (
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from scoring import score_dataset
 from seeds import compare_seeds, seed_configs
-from step import compiled, compute_losses, find_targets
+from step import bucket, compiled, compute_losses, find_targets
 from training_loop import (
     clip_gradients,
     log_graphs,
@@ -55,7 +55,17 @@ from training_loop import (
     stopped,
     update,
 )
-from training_run import Progress, Run, batch_statistics, is_due, is_trusted, save, save_finished, set_up
+from training_run import (
+    Progress,
+    Run,
+    batch_statistics,
+    is_due,
+    is_trusted,
+    save,
+    save_finished,
+    save_if_due,
+    set_up,
+)
 from vovnet_zoo.coco_eval import format_table
 
 
@@ -85,6 +95,7 @@ def train_once(config: TrainConfig, rank: int, world_size: int, device: torch.de
         with (
             contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log,
             contextlib.closing(run.notes) if run.notes else contextlib.nullcontext(),
+            contextlib.closing(run.saver),
         ):
             try:
                 train(run, run_log, stop)
@@ -100,7 +111,7 @@ def train_once(config: TrainConfig, rank: int, world_size: int, device: torch.de
 def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     """Do the steps that are left of a run, with the checkpoints and evaluations that are due."""
     config, model, criterion, progress = run.config, run.model, run.criterion, run.progress
-    find, compute = (compiled(f) if config.compile else f for f in (find_targets, compute_losses))
+    find, compute = step_functions(config)
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     batches = build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop)
     bar = show_progress(run)
@@ -113,7 +124,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         # Targets and normalizers of the global batch. All processes divide their losses by the same normalizers and pad
         # their images to the same size (GroupNorm sees the padding), so that neither the number of processes nor the
         # number of parts changes the result. With the size they learn whether one of them received a stop signal.
-        height, width, stopping = common_size(model, parts, stop.received)
+        height, width, stopping = common_size(run, parts, stop.received)
         assigned = [find(model, criterion, part["boxes"], part["labels"], height, width) for part in parts]
         normalizers = all_reduce(sum(n for _, n in assigned))
 
@@ -148,14 +159,20 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         log_step(run, run_log, bar, step, losses, seconds, lr=lr, grad_norm=grad_norm, data_wait_s=data_wait)
 
         # Save. This comes before the evaluation, which takes long and can fail, so that no finished step is lost.
-        if stopping or is_due(config.checkpoint_every, run) or is_due(config.eval_every, run):
-            save(run)
+        save_if_due(run, stopping)
         if stopping:
             raise stopped(run, bar, stopping)
 
         # Score, and save the best model.
         score_if_due(run, run_log, stop)
         began = time.perf_counter()
+    run.saver.wait()
+
+
+def step_functions(config: TrainConfig) -> tuple[Callable, Callable]:
+    """Return `find_targets` and `compute_losses`, compiled if the configuration says so."""
+    find, compute = (compiled(f) if config.compile else f for f in (find_targets, compute_losses))
+    return find, compiled(compute_losses, mode="reduce-overhead") if config.cuda_graphs else compute
 
 
 def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[str, Tensor]]:
@@ -172,12 +189,13 @@ def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[
     ]
 
 
-def common_size(model: nn.Module, parts: list[dict[str, Tensor]], received: int) -> tuple[int, int, int]:
-    """Return the height and width to pad images to, the largest of all parts and processes, and the number of the
-    signal that a process received, or 0. These numbers stay on the CPU, so that no GPU is waited for."""
+def common_size(run: Run, parts: list[dict[str, Tensor]], received: int) -> tuple[int, int, int]:
+    """Return the height and width to pad images to, at least the largest of all parts and processes, and the number of
+    the signal that a process received, or 0. These numbers stay on the CPU, so that no GPU is waited for."""
     sizes = torch.tensor([(*part["images"].shape[-2:], received) for part in parts])
     height, width, stopping = all_reduce(sizes.amax(0), torch.distributed.ReduceOp.MAX).tolist()
-    return *room_for_norms(model, parts, height, width), stopping
+    height, width = room_for_norms(run.model, parts, height, width)
+    return *(bucket(height, width) if run.config.cuda_graphs else (height, width)), stopping
 
 
 def room_for_norms(model: nn.Module, parts: list[dict[str, Tensor]], height: int, width: int) -> tuple[int, int]:

@@ -34,7 +34,7 @@ from run_folder import RunLog, locked
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from step import compiled
 from training_loop import clip_gradients, log_graphs, log_step, note_score, seed_of, show_progress, stopped, update
-from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished
+from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, save_if_due
 from vovnet_zoo.classifiers import save_classifier
 from vovnet_zoo.data import normalize
 
@@ -49,7 +49,10 @@ def main(config: ClassifierConfig) -> dict | None:
         locked(config.out, rank),
     ):
         run = set_up(config, rank, world_size, device)
-        with contextlib.closing(RunLog(config.out, run.config, rank, run.progress.step, run.progress.scored)) as rows:
+        with (
+            contextlib.closing(RunLog(config.out, run.config, rank, run.progress.step, run.progress.scored)) as rows,
+            contextlib.closing(run.saver),
+        ):
             try:
                 train(run, rows, stop)
             except Exception:
@@ -99,12 +102,12 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         log_step(run, run_log, bar, step, losses, seconds, lr=lr, grad_norm=grad_norm, data_wait_s=data_wait)
 
         # Save, then score: the evaluation takes long and can fail, and no finished step is to be lost.
-        if stopping or is_due(config.checkpoint_every, run) or is_due(config.eval_every, run):
-            save(run)
+        save_if_due(run, stopping)
         if stopping:
             raise stopped(run, bar, stopping)
         score_if_due(run, run_log, stop)
         began = time.perf_counter()
+    run.saver.wait()
 
 
 def next_parts(run: Run, batches: Iterator[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:

@@ -132,9 +132,10 @@ def has_stalled(run: Run) -> bool:
 
 
 def stopped(run: Run, bar: tqdm, number: int) -> Stopped:
-    """Say that a signal stopped the run; returns what is to be raised."""
+    """Wait for the last checkpoint, and say that a signal stopped the run; returns what is to be raised."""
     bar.close()
-    log.warning("stopped by a signal; %d steps are saved, and the same command goes on from there", run.saved)
+    run.saver.wait()
+    log.warning("stopped by a signal; %d steps are saved, and the same command goes on from there", run.saver.saved)
     return Stopped(128 + number)
 
 

@@ -27,8 +27,9 @@ from gradients import GradientSum
 from image_notes import ImageNotes
 from optim import create_optimizer, load_changed
 from presets import TrainConfig
-from run_folder import describe_run, load_checkpoint, refuse_changes, save_checkpoint, was_bad
+from run_folder import describe_run, load_checkpoint, refuse_changes, was_bad
 from runtime import broadcast_weights, log
+from saving import BackgroundSaver
 from trial import Trial
 from vovnet_zoo import FCOSLoss
 from vovnet_zoo.config import DEFAULT_VARIANT, DEFAULTS, VARIANTS
@@ -67,11 +68,11 @@ class Run:
     scaler: torch.amp.GradScaler
     identity: dict[str, str]  # a run goes on only from checkpoints with its own identity
     progress: Progress
+    saver: BackgroundSaver
     notes: ImageNotes | None = None  # on rank 0
     # These say whether the run can be saved after an error in the middle of a step.
     statistics: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # buffers that the step changes, and before
     updating: bool = False  # the weights are about to change
-    saved: int = 0  # steps that were done at the last checkpoint
 
     @property
     def averaged(self) -> Any:
@@ -87,6 +88,8 @@ class Run:
 
 def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device) -> Run:
     """Build a run. If `config.out` has a checkpoint, the run goes on from there."""
+    if config.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"cuda_graphs=True: they are for an NVIDIA GPU, and this run is on {device}; leave it out")
     saved = load_checkpoint(config.out / "checkpoints")
     known = saved.get("config") if saved else None  # checkpoints of version 0.2 and before do not hold it
     config = kept(config, saved["run"]) if saved else config
@@ -149,6 +152,9 @@ def assemble(saved: dict | None, changed: list[str], *, config: Any, model: nn.M
     Args:
         changed: the names of what has changed in the configuration since the checkpoint.
     """
+    # checkpoints of version 0.1 do not say `scored`: they were written after the evaluation of their step
+    progress = Progress(**{"scored": saved["progress"]["step"], **saved["progress"]}) if saved else Progress()
+    folder, limits = config.out / "checkpoints", (config.checkpoint_every, config.checkpoint_minutes)
     device = parts["device"]
     run = Run(
         config=config,
@@ -157,14 +163,12 @@ def assemble(saved: dict | None, changed: list[str], *, config: Any, model: nn.M
         gradients=GradientSum(model),
         optimizer=create_optimizer(model, config),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        progress=Progress(),
+        progress=progress,
+        saver=BackgroundSaver(folder, *limits, progress.step, active=parts["rank"] == 0),
         **parts,
     )
     if saved:
         load_states(run, saved, changed)
-        # checkpoints of version 0.1 do not say `scored`: they were written after the evaluation of their step
-        run.progress = Progress(**{"scored": saved["progress"]["step"], **saved["progress"]})
-        run.saved = run.progress.step
         log.info("going on after step %d of %s", run.progress.step, config.out)
     else:
         broadcast_weights(model)
@@ -241,17 +245,25 @@ def are_finite(model: nn.Module) -> bool:
     return all(x.isfinite().all().item() for x in model.state_dict().values())
 
 
+def save_if_due(run: Run, stopping: int = 0) -> None:
+    """After a step, begin a checkpoint if its interval or an evaluation is due, or the run is `stopping`."""
+    due = run.saver.is_due(run.progress.step) and is_trusted(run)
+    if stopping or due or is_due(run.config.eval_every, run):
+        save(run)
+    run.saver.keep_up(run.progress.step)
+
+
 def save(run: Run) -> None:
-    """Write a checkpoint, on rank 0; not while steps are not finite, so that the good ones before it stay."""
+    """Begin to write a checkpoint, on rank 0; not while steps are not finite, so that the good ones before it stay."""
     if not is_trusted(run):
         log.warning("not saved after step %d, since the last step was not finite", run.progress.step)
         return
+    state = {}
     if run.rank == 0:
-        states = {name: part.state_dict() for name, part in run.stateful.items()}
-        state = {"run": run.identity, "progress": dataclasses.asdict(run.progress), **states}
-        state |= {"config": run.model_config, "parameters": parameter_names(run)}
-        save_checkpoint(run.config.out / "checkpoints", run.progress.step, state)
-    run.saved = run.progress.step
+        state = {"run": run.identity, "progress": dataclasses.asdict(run.progress)}
+        state |= {name: part.state_dict() for name, part in run.stateful.items()}
+        state |= {"config": dict(run.model_config), "parameters": parameter_names(run)}
+    run.saver.save(run.progress.step, state)
 
 
 def batch_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -275,12 +287,17 @@ def save_finished(run: Run) -> None:
         return
     put_back(run)
     try:
-        if run.saved < run.progress.step and not run.updating:
+        run.saver.wait()
+    except Exception as error:
+        log.error("%s", error)
+    try:
+        if run.saver.saved < run.progress.step and not run.updating:
             save(run)
+            run.saver.wait()
     except Exception as error:
         log.error("the finished steps could not be saved: %s", error)
     log.error(
         "stopped by an error after step %d; %d steps are saved, and the same command goes on from there",
         run.progress.step,
-        run.saved,
+        run.saver.saved,
     )

@@ -2,9 +2,14 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
 
 import train_coco
 from presets import TrainConfig, parse
@@ -36,9 +41,38 @@ def tiny_config(data: Path, out: Path) -> TrainConfig:
     )  # fmt: skip
 
 
+def train_config(data: Path, out: Path, options: str = "") -> TrainConfig:
+    """What the recipe makes of the command's options."""
+    return parse([str(x) for x in train_command(data, out, options)[2:]])
+
+
 def train_here(data: Path, out: Path, options: str = "") -> None:
     """Run the command in this process, which has imported torch already: that is most of a short run's time."""
-    train_coco.main(parse([str(x) for x in train_command(data, out, options)[2:]]))
+    train_coco.main(train_config(data, out, options))
+
+
+def fork(processes: int, function: Callable, *arguments) -> None:
+    """Call `function(rank, *arguments)` in processes of one group, copied from this one, which has imported torch.
+
+    A process that torchrun starts needs seconds for that. What `function` changes stays in its process.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_be_rank, (processes, port, function, arguments), nprocs=processes, start_method="fork")
+
+
+def _be_rank(rank: int, processes: int, port: int, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    sys.modules["hotcoco"] = None  # its threads, if this test process has some, were not copied; so there is no report
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in group.items()}
+    function(rank, *arguments)
+
+
+def train_forked(data: Path, out: Path, options: str, processes: int) -> None:
+    """Run the command in several processes, without torchrun."""
+    fork(processes, lambda rank: train_here(data, out, options))
 
 
 def train(data: Path, out: Path, options: str = "", processes: int = 1, fails: bool = False) -> str:

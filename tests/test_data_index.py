@@ -1,14 +1,12 @@
 """An index of a COCO JSON file gives the boxes that the annotations give one by one, and is kept for large files."""
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from launch import ROOT
 from samples import box, make_coco
 from test_data_annotations import BAD_ANNOTATIONS
 
@@ -155,15 +153,19 @@ def test_a_cache_that_cannot_be_written(write_coco, tmp_path, kept):
 
 
 def test_four_processes_at_once_parse_once(write_coco, kept):
-    folder, path = write_coco(make_coco([box()] * 1000))
-    code = (
-        "import sys; from vovnet_zoo.data import index; index.KEPT_BYTES = index.CLOCK_NS = 0\n"
-        "make = index.make_index\n"
-        "index.make_index = lambda *args: print('parsed') or make(*args)\n"
-        "print(len(index.open_index(sys.argv[1]).owners))"
-    )
-    jobs = [
-        subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-        for _ in range(4)
-    ]
-    assert sorted(word for job in jobs for word in job.communicate()[0].split()) == ["1000"] * 4 + ["parsed"]
+    _, path = write_coco(make_coco([box()] * 1000))
+    context, make = multiprocessing.get_context("fork"), index.make_index
+    said, all_there = context.SimpleQueue(), context.Barrier(4)
+
+    def open_it():
+        index.make_index = lambda *arguments: said.put("parsed") or make(*arguments)
+        all_there.wait(100)
+        said.put(len(open_index(path).owners))
+
+    jobs = [context.Process(target=open_it) for _ in range(4)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(100)
+    assert [job.exitcode for job in jobs] == [0] * 4
+    assert sorted(str(said.get()) for _ in range(5)) == ["1000"] * 4 + ["parsed"] and said.empty()

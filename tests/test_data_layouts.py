@@ -11,7 +11,7 @@ import layouts
 import numpy as np
 import pytest
 import torch
-from launch import losses, rows, train, train_here
+from launch import losses, rows, train_forked, train_here
 
 import eval_coco
 from vovnet_zoo import FCOS
@@ -206,7 +206,7 @@ def test_detectors_are_scored_on_any_format(layout, tmp_path, tiny_detector):
 
 def test_processes_share_the_held_out_part(tmp_path):
     layouts.fiftyone_single(tmp_path / "data")
-    train(tmp_path / "data", tmp_path / "run", f"{STEPS} --val-fraction 0.25 --frozen-norm", processes=2)
+    train_forked(tmp_path / "data", tmp_path / "run", f"{STEPS} --val-fraction 0.25 --frozen-norm", processes=2)
     train_here(tmp_path / "data", tmp_path / "one", f"{STEPS} --val-fraction 0.25 --frozen-norm")
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "one"), rtol=1e-4)
 

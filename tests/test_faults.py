@@ -12,8 +12,7 @@ import time
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from launch import losses, rows, tiny_config
+from launch import fork, losses, rows, tiny_config
 from PIL import Image
 
 import build
@@ -21,6 +20,7 @@ import eval_coco
 import runtime
 import scoring
 import train_coco
+import training_run
 from optim import create_optimizer
 from presets import TrainConfig
 from run_folder import list_checkpoints, load_checkpoint, save_checkpoint
@@ -264,8 +264,7 @@ def test_pictures_and_tensorboard_that_fail_later(config, monkeypatch, capsys):
 def test_live_batch_norm_on_two_processes(config):
     """Both have the same model and moving average at every checkpoint, and the logged scores are the saved model's."""
     config = dataclasses.replace(config, steps=6, eval_every=3, ema=0.5, optimizer="muon")
-    port = 20_000 + os.getpid() % 20_000
-    mp.spawn(train_rank, (config, port), nprocs=2)
+    fork(2, train_rank, config)
     ours, theirs = (torch.load(config.out / f"rank{rank}.pt") for rank in (0, 1))
     assert len(ours) == 4 and len(ours[0]) == 2  # saved before and after each evaluation
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
@@ -279,13 +278,13 @@ def test_live_batch_norm_on_two_processes(config):
 
 def test_a_signal_to_one_of_two_processes_in_an_evaluation(config):
     """Both stop at the next image where they look, with the same exit code, and the step is saved."""
-    mp.spawn(stop_rank, (config, 20_000 + (os.getpid() + 1) % 20_000), nprocs=2)
+    fork(2, stop_rank, config)
     progress = load_checkpoint(config.out / "checkpoints")["progress"]
     assert (progress["step"], progress["scored"]) == (2, 0)
     assert len(losses(config.out)) == 2 and not [row for row in rows(config.out) if "AP" in row]
 
 
-def stop_rank(rank: int, config: TrainConfig, port: int) -> None:
+def stop_rank(rank: int, config: TrainConfig) -> None:
     """Be one of two processes, of which the second receives a signal at the first image of the evaluation."""
     real, scoring.LOOK_EVERY = scoring.predict, 1
 
@@ -297,21 +296,19 @@ def stop_rank(rank: int, config: TrainConfig, port: int) -> None:
 
     scoring.predict = predict
     with pytest.raises(SystemExit) as error:
-        train_rank(rank, config, port)
+        train_rank(rank, config)
     assert error.value.code == 128 + signal.SIGTERM
 
 
-def train_rank(rank: int, config: TrainConfig, port: int) -> None:
+def train_rank(rank: int, config: TrainConfig) -> None:
     """Be one of two processes, and note both of its models' weights at every checkpoint."""
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     real, models = train_coco.save, []
 
     def save(run):
         models.append([{k: x.clone() for k, x in m.state_dict().items()} for m in (run.model, run.averaged)])
         real(run)
 
-    train_coco.save = save
+    train_coco.save = training_run.save = save
     train_coco.main(config)
     torch.save(models, config.out / f"rank{rank}.pt")
 

@@ -130,6 +130,16 @@ def test_the_schedule_follows_the_batch(tiny_coco, cores):
     assert fitting.num_evals(dataclasses.replace(few, evals=20), 10**6) == 20  # typed
 
 
+def test_a_plan_has_no_data(cores):
+    cores(2)
+    config = fitting.fit_plan(FINETUNE, 205, CPU)
+    found = (config.test_size, config.batch_size, config.steps, config.lr, config.warmup_steps, config.eval_every)
+    assert found == (320, 4, 615, 2e-3, 50, 62)
+    assert (fitting.fit_plan(FINETUNE, 205, GPU).batch_size, fitting.fit_plan(FINETUNE, 205, GPU).steps) == (16, 600)
+    v39 = PRESETS["v39_1x"][1]
+    assert fitting.fit_plan(v39, 118_287, GPU) == v39
+
+
 def test_epochs_are_another_word_for_steps():
     config = parse(["v39_1x", "--data", "x", "--epochs", "6"])
     fitted, why = fit_steps(config, 1600, CPU, FIT)

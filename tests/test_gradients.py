@@ -1,11 +1,9 @@
 """The sum of gradients over processes: the same whatever the buckets, and sent while the backward pass runs."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from launch import fork
 from torch import nn
 
 from gradients import GradientSum, split_into_buckets
@@ -36,30 +34,21 @@ def gradients(rank: int, bucket_bytes: int, parts: int = 1, whole_numbers: bool 
     return [p.grad for p in model.parameters()]
 
 
-def in_processes(rank: int, check, port: int) -> None:
-    """Run `check(rank, world_size)` in groups of 4, 2 and 1 of the same processes."""
-    torch.set_num_threads(1)
-    for i, world_size in enumerate((4, 2, 1)):
-        if rank < world_size:
-            address = f"tcp://127.0.0.1:{port + i}"
-            dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
-            check(rank, world_size)
-            dist.destroy_process_group()
-
-
-def test_in_processes():
-    """The checks below, in 4 processes, since each takes seconds to start."""
-    port = 20_000 + os.getpid() % 20_000
-    mp.spawn(in_processes, (check_all, port), nprocs=4)
+@pytest.mark.parametrize("world_size", [4, 2, 1])
+def test_in_processes(world_size):
+    """The checks below, in a group of processes."""
+    fork(world_size, check_all, world_size)
 
 
 def check_all(rank: int, world_size: int) -> None:
+    dist.init_process_group("gloo")
     check_buckets(rank, world_size)
     check_overlap(rank, world_size)
     check_buckets_stay(rank, world_size)
     check_missing_gradient(rank, world_size)
     if world_size == 2:
         check_compiled(rank, world_size)
+    dist.destroy_process_group()
 
 
 def check_buckets(rank: int, world_size: int) -> None:

@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # The rooms of the library, which are its modules and its folders, from the ground up.
 # A room may import rooms of the lines before its own only.
 LAYERS = [
-    {"arguments", "backbone", "batching", "commands", "config", "convert", "files", "import_hook", "ledger"}
-    | {"version", "video", "web"},
-    {"data", "hub", "kernels"},
+    {"arguments", "backbone", "batching", "commands", "config", "convert", "files", "gpus", "import_hook"}
+    | {"ledger", "version", "video", "web"},
+    {"data", "hub", "kernels", "planning"},
     {"nms"},
     {"fcos", "sources", "tiles", "weights"},
     {"draw"},
@@ -31,6 +31,7 @@ LAYERS = [
 ONLY = {  # rooms that may import even less
     "data": {"arguments", "config", "files"},
     "hub": {"arguments", "files", "ledger"},
+    "planning": {"gpus"},
     "nms": {"arguments", "kernels"},
     "fcos": {"arguments", "backbone", "config", "hub"},
     "tiles": {"arguments", "config", "nms"},

@@ -6,32 +6,33 @@ NULLGPU_RUN is the path of a launcher that runs a command with such a GPU and th
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from launch import ROOT, TINY
 
-# Count the steps from the third to the fourth, from batch to batch.
+# Count from one batch to the next, after the number of steps in the variable STEPS.
 COUNT = """
-import contextlib, sys
+import contextlib, os, sys
 import nullgpu
 import train_coco
 from presets import parse
 
-stack, next_parts = contextlib.ExitStack(), train_coco.next_parts
+stack, next_parts, steps = contextlib.ExitStack(), train_coco.next_parts, int(os.environ["STEPS"])
 
 def counted(run, step, batches):
     global seen
-    if step == 3:
+    if step == steps:
         stack.close()
     parts = next_parts(run, step, batches)
-    if step == 2:
+    if step == steps - 1:
         seen = stack.enter_context(nullgpu.count())
     return parts
 
 train_coco.next_parts = counted
 train_coco.score_if_due = train_coco.summarize = lambda *rest: None
 train_coco.main(parse(sys.argv[1:]))
-print("waits", seen.syncs, seen)
+print(f"waits {seen.syncs}, replays {seen.stats['graph_launches']}, kernels {seen.launches},", seen)
 """
 
 
@@ -42,15 +43,131 @@ def launcher():
     return launcher
 
 
+def run_null(launcher: str, code: str, *arguments, **environment: str) -> str:
+    """Run code that may import this checkout, on the null GPU; returns what was printed."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "recipes")])
+    result = subprocess.run(
+        [launcher, sys.executable, "-c", code, *arguments],
+        env=os.environ | {"PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def count_step(launcher: str, data: Path, out: Path, options: str, steps: int = 3) -> str:
+    """Train a tiny detector, and count what the step after `steps` steps does."""
+    line = ["finetune", "--data", data, "--out", out, *TINY.split(), "--workers", "0", "--batch-size", "4"]
+    line += ["--device", "cuda", "--steps", str(steps + 1), *options.split()]
+    return run_null(launcher, COUNT, *line, STEPS=str(steps))
+
+
 @pytest.mark.parametrize("variant", ["published", "improved"])
 def test_a_step_waits_for_the_gpu_once(tiny_coco, tmp_path, launcher, variant):
-    options = f"--steps 4 --workers 0 --batch-size 4 --variant {variant} --device cuda".split()
-    line = [launcher, sys.executable, "-c", COUNT, "finetune", "--data", tiny_coco, "--out", tmp_path / "run"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "recipes")])}
-    result = subprocess.run(
-        [*line, *TINY.split(), *options], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert "waits 1 " in result.stdout, result.stdout + result.stderr
+    assert "waits 1, replays 0," in count_step(launcher, tiny_coco, tmp_path / "run", f"--variant {variant}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["published", "improved"])
+def test_a_compiled_step_waits_for_the_gpu_once(tiny_coco, tmp_path, launcher, variant):
+    options = f"--variant {variant} --compile --min-size 64 64"
+    assert "waits 1, replays 0," in count_step(launcher, tiny_coco, tmp_path / "run", options, steps=6)
+
+
+@pytest.mark.slow
+def test_a_step_of_cuda_graphs(tiny_coco, tmp_path, launcher):
+    """Forward and backward pass are a replay each, and nothing in them is illegal."""
+    options = "--compile --cuda-graphs --min-size 64 64"
+    printed = count_step(launcher, tiny_coco, tmp_path / "run", options, steps=8)
+    assert "waits 1, replays 2," in printed and "illegal" not in printed, printed
+
+
+def test_an_evaluation_waits_once_for_a_batch(tiny_coco, launcher):
+    code = """
+import sys
+import nullgpu
+import scoring
+from vovnet_zoo import create_detector
+from vovnet_zoo.data import CocoDataset, find_split
+
+scoring.evaluate = lambda *arguments, **options: {}
+model = create_detector("fcos", backbone="test_resnet", channels=64, num_convs=1, num_classes=2, min_size=64).cuda()
+dataset = CocoDataset(*find_split(sys.argv[1], "val"))
+for _ in range(2):
+    with nullgpu.count() as seen:
+        scoring.score_dataset(model, dataset, batch_size=2, workers=0)
+print("waits", seen.syncs, seen)
+"""
+    assert "waits 2 " in run_null(launcher, code, tiny_coco)  # 3 images of 2 sizes are 2 batches
+
+
+def test_a_checkpoint_does_not_wait_for_the_gpu(tmp_path, launcher):
+    """The state goes to pinned memory, and is there when it is written, not before."""
+    code = """
+import sys, threading
+from pathlib import Path
+import nullgpu, saving, torch
+
+saver, weights = saving.BackgroundSaver(Path(sys.argv[1]), None, None), torch.zeros(8, 4, 3, 3).cuda()
+weights = weights.to(memory_format=torch.channels_last)
+ready, real = threading.Event(), torch.cuda.Event.synchronize
+torch.cuda.Event.synchronize = lambda event: (ready.wait(60), real(event))
+for step in (1, 2):
+    ready.clear()
+    with nullgpu.count() as seen:
+        saver.save(step, {"w": [weights, torch.nn.Parameter(weights)], "step": torch.ones(())})
+    print("waits", seen.syncs, "pageable", seen.stats["d2h_pageable"], "copies", seen.stats["d2h"])
+    ready.set()
+    saver.wait()
+print(saver.saved, saver._copy["w"][0].is_pinned(), saver._copy["step"].is_pinned())
+"""
+    printed = run_null(launcher, code, tmp_path / "run").splitlines()
+    assert printed == ["waits 0 pageable 0 copies 2"] * 2 + ["2 True False"]
+
+
+@pytest.mark.parametrize("optimizer", ["Muon", "BatchedMuon"])
+def test_kernels_of_muon(launcher, optimizer):
+    """Of 8 equal matrices: as many kernels as for one, and a copy of each."""
+    code = f"""
+import nullgpu, timm.optim, torch
+from timm.optim import Muon
+from optim import BatchedMuon
+
+weights = [torch.nn.Parameter(torch.zeros(16, 8, 3, 3, device="cuda")) for _ in range(8)]
+for weight in weights:
+    weight.grad = torch.zeros_like(weight)
+muon = {optimizer}(weights)
+muon.step()
+with nullgpu.count() as seen:
+    muon.step()
+print(seen.launches)
+"""
+    launches = int(run_null(launcher, code))
+    assert launches < 40 if optimizer == "BatchedMuon" else launches > 150
+
+
+@pytest.mark.slow
+def test_the_graph_of_compile_detector_is_captured(launcher):
+    code = """
+import nullgpu, torch
+from vovnet_zoo import compile_detector, create_detector
+
+model = create_detector("fcos", backbone="test_resnet", channels=64, num_convs=1, num_classes=2).cuda().eval()
+fast = compile_detector(model, (64, 96), torch.bfloat16, mode="reduce-overhead")
+images, sizes = torch.zeros(1, 3, 64, 96, dtype=torch.uint8, device="cuda"), torch.tensor([[64, 90]], device="cuda")
+found = {"graphs": 0, "illegal_in_capture": 0, "host_copies_captured": 0}
+for _ in range(4):
+    nullgpu.reset()
+    fast(images, sizes)
+    found = {name: n + nullgpu.stats()[name] for name, n in found.items()}
+with nullgpu.count() as seen:
+    fast(images, sizes)
+print(*found.values(), seen.syncs, seen.stats["graph_launches"], seen.launches)
+"""
+    *found, launches = map(int, run_null(launcher, code).split())
+    assert found == [1, 0, 0, 0, 1] and launches < 10
 
 
 def test_an_error_under_nccl_ends_the_process(tmp_path, launcher):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import optim
-from optim import Float32Muon, create_optimizer
+from optim import BatchedMuon, Float32Muon, create_optimizer
 from presets import PRESETS
 
 
@@ -28,7 +28,7 @@ def test_muon_in_float32(monkeypatch):
         monkeypatch.setattr(optim, "multiplies_bfloat16", lambda native=native: native)
         model = Tiny()
         optimizer = create_optimizer(model, config)
-        assert (type(optimizer) is Float32Muon) != native and isinstance(optimizer, timm.optim.Muon)
+        assert type(optimizer) is (BatchedMuon if native else Float32Muon)
         weight = model.backbone[0].weight
         before = weight.detach().clone()
         weight.grad = gradient.clone()
@@ -40,6 +40,50 @@ def test_muon_in_float32(monkeypatch):
     wanted = exact * (updates[False].norm() / exact.norm())  # the step's length depends on options of Muon
     assert (updates[False] - wanted).norm() < 1e-5 * wanted.norm()
     assert 1e-3 * wanted.norm() < (updates[True] - wanted).norm() < 0.1 * wanted.norm()
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_equal_shapes_in_one_product(monkeypatch, nesterov):
+    """In float64 three steps are timm's: weights, momentum and the state dict, whatever the order of the memory."""
+    ours, theirs, shapes = *optimizers(nesterov), []
+    original = timm.optim.muon.zeropower_via_newtonschulz
+
+    def count(stacked, *arguments, **options):
+        shapes.append(tuple(stacked.shape))
+        return original(stacked, *arguments, **options | {"dtype": torch.float64})
+
+    for step in range(3):
+        for optimizer in (ours, theirs):
+            generator = torch.Generator().manual_seed(step)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / (step + 1)
+                for p in group["params"]:
+                    p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", count)
+        theirs.step()
+        shapes.clear()
+        ours.step()
+        monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", original)
+        assert sorted(shapes) == [(3, 8, 72), (16, 24), (24, 16)]  # of 5 matrices
+    for p, q in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
+        assert (p - q).norm() <= 1e-12 * q.norm() and p.stride() == q.stride()
+        for key, x in theirs.state[q].items():
+            torch.testing.assert_close(ours.state[p][key], x, rtol=1e-12, atol=0)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+
+
+def optimizers(nesterov: bool) -> list[timm.optim.Muon]:
+    """Both kinds, of equal float64 weights: three convolutions, two of them channels last, two matrices and a bias."""
+    made = []
+    for kind in (BatchedMuon, timm.optim.Muon):
+        generator = torch.Generator().manual_seed(7)
+        shapes = [(8, 8, 3, 3)] * 3 + [(16, 24), (24, 16), (8,)]
+        params = [nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in shapes]
+        for p in params[:2]:
+            p.data = p.data.to(memory_format=torch.channels_last)
+        made.append(kind(params, lr=0.1, weight_decay=0.1, nesterov=nesterov))
+    return made
 
 
 def test_a_step_that_fails_leaves_timm_as_it_was():

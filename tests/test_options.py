@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -38,18 +39,12 @@ OTHER = dict(  # another value of each field than `tiny_config` has
     max_not_finite=3, allow_changes=True, zoom=(0.3, 2.0), train="copy", train_images="copy", val="copy",
     val_images="copy", val_fraction=0.25, drop_empty_classes=True, difficult_as_crowd=True, epochs=3.0, minutes=0.05,
     copy_paste=1.0, mosaic=1.0, mixup=1.0, color=0.5, blur=1.0, jpeg=1.0, augment_until=0.5, repeat_rare=1.0,
-    evals=1, patience=1, seeds=2, loggers=("wandb",),
+    evals=1, patience=1, seeds=2, loggers=("wandb",), checkpoint_minutes=3.0, cuda_graphs=True,
 )  # fmt: skip
 NETWORK = {"model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone"}
 # A named model has a backbone of its own; and checkpointing needs frozen norms.
-ALONE = {
-    "grad_checkpointing",
-    "zoom",
-    "augment_until",
-    "train_images",
-    "val_images",
-    "evals",
-}  # they go with other options
+# These go with other options.
+ALONE = {"grad_checkpointing", "cuda_graphs", "zoom", "augment_until", "train_images", "val_images"} | {"evals"}
 LENGTHS = {"epochs", "minutes"}  # they say how many steps the run has
 REFUSED = {
     "scratch": {"model"} | ALONE,
@@ -70,7 +65,7 @@ def config(tiny_coco, tmp_path, monkeypatch) -> TrainConfig:
     calls = []
     monkeypatch.setattr(build, "make_shapes", lambda data: calls.append("shapes"))
     monkeypatch.setattr(build, "use_winograd", lambda model: calls.append("winograd"))
-    monkeypatch.setattr(train_coco, "compiled", lambda f: calls.append(f.__name__) or f)
+    monkeypatch.setattr(train_coco, "compiled", lambda f, **options: calls.append(f.__name__) or f)
     real = detectors.create_backbone
 
     def create_backbone(name, pretrained=False):
@@ -132,7 +127,11 @@ def effects(config: TrainConfig) -> dict:
     found["step"] = losses, sum(p.double().abs().sum().item() for p in run.model.parameters())
     found["due"] = []
     for run.progress.step in range(1, 8):
-        found["due"] += [is_due(config.eval_every, run), is_due(config.checkpoint_every, run)]
+        found["due"] += [is_due(config.eval_every, run), run.saver.is_due(run.progress.step)]
+    with pytest.MonkeyPatch.context() as patch:
+        now = time.monotonic()
+        patch.setattr(time, "monotonic", lambda: now + 60 * 4)
+        found["due"].append(run.saver.is_due(8))
     with pytest.raises(RuntimeError, match="in a row"):
         for _ in range(100):
             training_loop.skip_step(run, 0, [], losses, 0.0)
@@ -317,7 +316,8 @@ def test_accum_changes_a_run_with_live_batch_norm(config, monkeypatch, frozen_no
 # ---- ranges ---------------------------------------------------------------------------------------------------------
 
 WRONG = {
-    "checkpoint_every": [0, -1, None], "accum": [0], "ema": [1.5, 1, 0], "eval_every": [-1, 0], "test_size": [0],
+    "checkpoint_every": [0, -1], "checkpoint_minutes": [0, -1, float("inf"), "5"],
+    "accum": [0], "ema": [1.5, 1, 0], "eval_every": [-1, 0], "test_size": [0],
     "batch_size": [0, 2.5, "4", True], "workers": [-1], "steps": [0], "lr": [0, -1, float("nan"), float("inf")],
     "min_size": [(0, 64), (96, 64), (64,), 64, (64, 2000)], "max_size": [0, 32], "milestones": [(2, 1), (0,), (1, 1)],
     "weight_decay": [-1], "bias_lr_factor": [-1], "warmup_steps": [-1], "warmup_factor": [-0.1, 2], "clip_grad": [0],
@@ -326,6 +326,7 @@ WRONG = {
     "evals": [-1], "epochs": [0, -1], "minutes": [0], "patience": [0], "seeds": [0, None], "loggers": [("x",), "wandb"],
     **dict.fromkeys(("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg", "repeat_rare"), [-0.1, 1.1, None]),
     "augment_until": [0, 1.5, 0.5], "precision": ["int8"], "val_fraction": [0, 1, -0.5], "variant": ["best"],
+    "cuda_graphs": [True, 1],
     "compile": [1, "yes"], "data": ["text"], "model": ["nosuch", "fcos"], "backbone": ["resnet18"], "device": [0],
 }  # fmt: skip
 

@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import inspect
 import json
-import os
-import subprocess
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,8 +11,8 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from hub_server import HubServer, Repo, serve
-from launch import command, losses, rows
+from hub_server import Repo
+from launch import losses, rows
 
 import build
 import train_coco
@@ -226,8 +224,8 @@ def test_plus_one_reaches_data_loss_and_evaluation(tiny_coco, tmp_path, monkeypa
     assert FCOS.from_pretrained(config.out / "last").config["plus_one"] is (variant == "published")
 
 
-def test_published_preset_starts_from_imagenet_weights(tiny_coco, tmp_path):
-    """`v39_1x` as a command, two steps of small images; the backbone's weights come from a Hub on loopback."""
+def test_published_preset_starts_from_imagenet_weights(tiny_coco, tmp_path, hub_on_loopback, monkeypatch):
+    """`v39_1x` with a small head, two steps of small images; the backbone's weights come from a Hub on loopback."""
     torch.manual_seed(0)
     imagenet = timm.create_model("vovnet39").state_dict()
     for name, x in imagenet.items():
@@ -236,17 +234,10 @@ def test_published_preset_starts_from_imagenet_weights(tiny_coco, tmp_path):
     repo = Repo(private=False, branches={"main": "1" * 40})
     repo.commits.append(("1" * 40, {"model.safetensors": safetensors.torch.save(imagenet)}, {"model.safetensors"}))
     out = tmp_path / "run"
-    options = ["v39_1x", "--data", tiny_coco, "--out", out, "--device", "cpu", "--steps", "2", "--batch-size", "2"]
-    options += ["--min-size", "64", "96", "--max-size", "128", "--test-size", "64", "--workers", "0"]
-    with serve(HubServer()) as server:
-        server.repos["someone/vovnet39.pytorchcv_in1k"] = repo
-        env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-        env |= {"VOVNET_ZOO_ORG": "someone", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        result = subprocess.run(
-            command("train_coco.py", options), env=os.environ | env, capture_output=True, text=True, timeout=240
-        )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "GET /someone/vovnet39.pytorchcv_in1k/resolve/main/model.safetensors" in server.log
+    hub_on_loopback.repos["someone/vovnet39.pytorchcv_in1k"] = repo
+    monkeypatch.setenv("VOVNET_ZOO_ORG", "someone")
+    train_coco.main(parse(["v39_1x", "--data", str(tiny_coco), "--out", str(out), *SMALL_RUN]))
+    assert "GET /someone/vovnet39.pytorchcv_in1k/resolve/main/model.safetensors" in hub_on_loopback.log
 
     about = json.loads((out / "run.json").read_text())["config"]
     assert about["variant"] == "published" and about["pretrained_backbone"] and about["optimizer"] == "momentum"

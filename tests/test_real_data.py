@@ -1,13 +1,18 @@
 """Training and scoring on real COCO photos, where they are (they are not part of a public clone)."""
 
+import dataclasses
 import json
+from collections import defaultdict
 
 import pytest
 import torch
-from launch import command, losses
+from launch import command, fork, losses
+from near import assert_same_detections
+from test_training import detections_of
 
+import eval_coco
 from scoring import score_dataset
-from vovnet_zoo import FCOS, create_detector, predict
+from vovnet_zoo import FCOS, create_detector, inference, predict
 from vovnet_zoo.data import CocoDataset, find_split
 from vovnet_zoo.evaluation import to_coco_results
 
@@ -43,6 +48,37 @@ def test_overfits_8_photos(coco_mini, tmp_path):
     dataset = CocoDataset(*find_split(root, "val"))
     _, metrics = score_dataset(FCOS.from_pretrained(out / "best"), dataset, workers=0)
     assert metrics["AP50"] > 0.9
+
+
+def test_batches_on_two_processes(coco_mini, tmp_path):
+    """An evaluation of photos of many sizes, at batch 16 on two processes, finds what one process finds at batch 1."""
+    root = subset(coco_mini, tmp_path / "data", 24)
+    torch.manual_seed(0)
+    model = create_detector(
+        "fcos", backbone="test_resnet", channels=64, num_convs=1, min_size=64, max_size=96, prior=0.1
+    )
+    torch.nn.init.normal_(model.head.cls_logits.weight, std=0.5)
+    model.save_pretrained(tmp_path / "model")
+    config = eval_coco.EvalConfig(model=str(tmp_path / "model"), data=root, device="cpu")
+
+    def evaluate(rank, config):
+        real, batches = inference.detect_batch, []
+        inference.detect_batch = lambda model, items, *rest: batches.append(len(items)) or real(model, items, *rest)
+        eval_coco.main(config)
+        assert sum(batches) == 12 and max(batches) > 3 if config.batch_size > 1 else batches == [1] * 24
+
+    found = []
+    for processes, batch_size in ((1, 1), (2, 16)):
+        out = tmp_path / f"{processes}.json"
+        fork(processes, evaluate, dataclasses.replace(config, out=out, batch_size=batch_size))
+        images = defaultdict(list)
+        for row in json.loads(out.read_text()):
+            images[row["image_id"]].append(row)
+        found.append(images)
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 24
+    for image_id, rows in found[0].items():
+        assert len(rows) > 20
+        assert_same_detections(*(detections_of(images[image_id]) for images in found), size=640)
 
 
 def test_detections_are_in_original_pixels_and_ids(coco_mini):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import random
 import signal
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, STORE_PER_RESTART, losses, rows, train, train_command
+from launch import ROOT, STORE_PER_RESTART, losses, rows, train, train_command, train_config, train_forked, train_here
+from test_faults import stop_after
 
 import run_folder
 from run_folder import list_checkpoints, load_checkpoint, locked, save_checkpoint
@@ -30,19 +32,23 @@ def undisturbed(tmp_path_factory):
     def run(data: Path, processes: int) -> Path:
         if processes not in made:
             made[processes] = tmp_path_factory.mktemp("undisturbed") / "run"
-            train(data, made[processes], OPTIONS, processes)
+            if processes == 1:
+                train_here(data, made[processes], OPTIONS)
+            else:
+                train_forked(data, made[processes], OPTIONS, processes)
         return made[processes]
 
     return run
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_killed_again_and_again(tiny_coco, tmp_path, undisturbed, times):
+@pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_killed_again_and_again(tiny_coco, tmp_path, undisturbed, capfd, times):
     """kill -9 of all of a run of 2 processes with workers, at random steps."""
     out, processes = tmp_path / "run", 2
     for step in sorted(random.Random(0).sample(range(1, 24), times)):
         interrupt(tiny_coco, out, processes, step, signal.SIGKILL)
-    assert "going on after step" in train(tiny_coco, out, OPTIONS, processes)
+    train_forked(tiny_coco, out, OPTIONS, processes)
+    assert "going on after step" in capfd.readouterr().err
     assert_same(out, undisturbed(tiny_coco, processes))
 
 
@@ -54,7 +60,7 @@ def test_interrupted(tiny_coco, tmp_path, undisturbed, number):
     assert code == 128 + number and "the same command goes on from there" in printed
     saved = load_checkpoint(out / "checkpoints")["progress"]["step"]
     assert saved == rows(out)[-1]["step"] >= 7
-    train(tiny_coco, out, OPTIONS)
+    train_here(tiny_coco, out, OPTIONS)
     assert_same(out, undisturbed(tiny_coco, 1))
 
 
@@ -66,15 +72,40 @@ def test_a_signal_doubled_by_torchrun(tiny_coco, tmp_path):
     assert load_checkpoint(out / "checkpoints")["progress"]["step"] == rows(out)[-1]["step"] >= 7
 
 
-def test_damaged_newest_checkpoint(tiny_coco, tmp_path, undisturbed):
-    out = tmp_path / "run"
-    interrupt(tiny_coco, out, 1, 9, signal.SIGKILL)
-    newest = list_checkpoints(out / "checkpoints")[-1]
-    os.truncate(newest, newest.stat().st_size // 2)
-    assert f"{newest.name} is damaged" in train(tiny_coco, out, OPTIONS)
+def test_killed_while_a_checkpoint_is_written(tiny_coco, tmp_path, undisturbed):
+    """kill -9 in a write that goes on beside the training: it loses no more than the interval, here 10 steps."""
+    out, options = tmp_path / "run", OPTIONS.replace("-every 2", "-every 10")
+    code = (
+        "import os, sys, time; sys.path[:0] = ['ROOT', 'ROOT/recipes']; import train_coco; from presets import parse\n"
+        "def fsync(file, real=os.fsync):\n"
+        "    time.sleep(100 if '00000018' in os.readlink(f'/proc/self/fd/{file}') else 0); real(file)\n"
+        "os.fsync = fsync; train_coco.main(parse(sys.argv[1:]))"
+    ).replace("ROOT", str(ROOT))
+    line = [sys.executable, "-c", code, *train_command(tiny_coco, out, options)[2:]]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        wait_for_step(out, 19, job)  # done after the write has begun
+        time.sleep(1)
+        send_all(out, signal.SIGKILL)
+        printed = job.communicate(timeout=100)[0]
+    assert job.returncode == -signal.SIGKILL, printed
+    assert len(losses(out)) == 19 and list((out / "checkpoints").glob("00000018.pt.partial"))
+    assert load_checkpoint(out / "checkpoints")["progress"]["step"] == 9
+    train_here(tiny_coco, out, options)
+    assert [start["step"] for start in json.loads((out / "run.json").read_text())["starts"]] == [0, 9]
     assert_same(out, undisturbed(tiny_coco, 1))
 
 
+def test_damaged_newest_checkpoint(tiny_coco, tmp_path, undisturbed, monkeypatch, capsys):
+    out = tmp_path / "run"
+    stop_after(train_config(tiny_coco, out, OPTIONS), 9, monkeypatch)
+    newest = list_checkpoints(out / "checkpoints")[-1]
+    os.truncate(newest, newest.stat().st_size // 2)
+    train_here(tiny_coco, out, OPTIONS)
+    assert f"{newest.name} is damaged" in capsys.readouterr().err
+    assert_same(out, undisturbed(tiny_coco, 1))
+
+
+@pytest.mark.slow
 def test_a_lost_process_is_started_again(tiny_coco, tmp_path, undisturbed):
     """torchrun --max-restarts goes on by itself when one of two processes is killed."""
     out = tmp_path / "run"
@@ -90,23 +121,23 @@ def test_a_lost_process_is_started_again(tiny_coco, tmp_path, undisturbed):
     assert_same(out, undisturbed(tiny_coco, 2))
 
 
-def test_full_disk(tiny_coco, tmp_path, undisturbed):
+def test_full_disk(tiny_coco, tmp_path, undisturbed, monkeypatch):
     """The checkpoint before survives, the message says so, and with room again the run goes on."""
     out = tmp_path / "run"
     out.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", out], capture_output=True).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        interrupt(tiny_coco, out, 1, 5, signal.SIGTERM)
+        stop_after(train_config(tiny_coco, out, OPTIONS), 5, monkeypatch)
         before = list_checkpoints(out / "checkpoints")
         used = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         room = used + before[-1].stat().st_size // 2
         subprocess.run(["mount", "-o", f"remount,size={room}", out], check=True)
-        printed = train(tiny_coco, out, OPTIONS, fails=True)
-        assert "No space left" in printed and f"{before[-1].name} is intact" in printed
+        with pytest.raises(OSError, match=f"No space left.*{before[-1].name} is intact"):
+            train_here(tiny_coco, out, OPTIONS)
         assert list_checkpoints(out / "checkpoints") == before
         subprocess.run(["mount", "-o", "remount,size=1g", out], check=True)
-        train(tiny_coco, out, OPTIONS)
+        train_here(tiny_coco, out, OPTIONS)
         assert_same(out, undisturbed(tiny_coco, 1))
     finally:
         subprocess.run(["umount", out], check=True)

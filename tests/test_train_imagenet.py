@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 import tyro
-from launch import command, losses, rows, train_command
+from launch import command, fork, losses, rows, train_command
 from PIL import Image
 from test_resume import send_all, wait_for_step
 from timm.data import FastCollateMixup
@@ -176,9 +176,7 @@ def test_two_processes_and_two_parts_are_as_one(folder, tmp_path):
     options = f"{MIXED} --frozen-norm --no-winograd --optimizer momentum --lr 0.01 --eval-epochs 3 --smoothing 0.1"
     train_here(folder, tmp_path / "one", options)
     train_here(folder, tmp_path / "parts", options + " --accum 2")
-    line = command("train_imagenet.py", arguments(folder, tmp_path / "two", options), processes=2)
-    result = subprocess.run(line, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
+    fork(2, lambda rank: train_here(folder, tmp_path / "two", options))
     one, *others = (load_classifier(tmp_path / run / "last")[0].state_dict() for run in ("one", "parts", "two"))
     for run, weights in zip(("parts", "two"), others, strict=True):
         torch.testing.assert_close(losses(tmp_path / run), losses(tmp_path / "one"), rtol=1e-5, atol=0)

@@ -4,14 +4,14 @@ import dataclasses
 import functools
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from launch import command, losses, rows, train, train_here
+from launch import fork, losses, rows, train, train_forked, train_here
 from near import assert_same_detections
 
+import eval_coco
 import train_coco
 from build import build_model, load_start
 from optim import create_optimizer, lr_factor, set_lr
@@ -52,14 +52,14 @@ def test_a_run_leaves_everything(tiny_coco, tmp_path, capsys):
 
 
 def test_world_size_and_accumulation_change_nothing(tiny_coco, tmp_path):
-    """20 steps with a global batch of 8: 1x8, 2x4, 4x2 and 1x(4, accumulated twice); batch norm frozen."""
+    """12 steps with a global batch of 8: 1x8, 2x4, 4x2 and 1x(4, accumulated twice); batch norm frozen."""
     # Winograd starts at a size of a process's own batch, and rounds differently: 1e-6 grows over the steps
-    options = "--no-winograd --steps 20 --batch-size 8 --frozen-norm --workers 0"
+    options = "--no-winograd --steps 12 --batch-size 8 --frozen-norm --workers 0"
     options += " --optimizer momentum --lr 0.01 --warmup-steps 2"
     curves, weights = [], []
     for processes, accum in ((1, 1), (2, 1), (4, 1), (1, 2)):
         out, line = tmp_path / f"{processes}x{accum}", f"{options} --accum {accum}"
-        train_here(tiny_coco, out, line) if processes == 1 else train(tiny_coco, out, line, processes)
+        train_here(tiny_coco, out, line) if processes == 1 else train_forked(tiny_coco, out, line, processes)
         curves.append(torch.tensor(losses(out)))
         weights.append(FCOS.from_pretrained(out / "last").state_dict())
     assert curves[0][0] > 1.2 * curves[0][-1]  # it learns
@@ -197,23 +197,10 @@ def test_evaluation_is_shared_out(tiny_coco, tmp_path):
     found = []
     for processes, batch_size in ((1, 1), (4, 1), (2, 16)):  # 3 images: one of four processes has none
         out = tmp_path / f"detections{processes}.json"
-        options = [
-            "--model",
-            tmp_path / "run" / "last",
-            "--data",
-            tiny_coco,
-            "--out",
-            out,
-            "--workers",
-            "0",
-            "--device",
-            "cpu",
-            "--batch-size",
-            batch_size,
-        ]
-        line = command("eval_coco.py", [str(x) for x in options], processes)
-        result = subprocess.run(line, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0 and "AP50" in result.stdout, result.stderr
+        config = eval_coco.EvalConfig(
+            model=str(tmp_path / "run" / "last"), data=tiny_coco, out=out, batch_size=batch_size, device="cpu"
+        )
+        fork(processes, lambda rank, config=config: eval_coco.main(config))
         found.append(sorted(json.loads(out.read_text()), key=lambda r: (r["image_id"], -r["score"], r["bbox"])))
     assert found[0] == found[1]
     assert_same_detections(*(detections_of(rows) for rows in found[1:]), size=96)

@@ -10,6 +10,7 @@ import glob
 import json
 import re
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -241,13 +242,40 @@ class ListModels:
     """Print the table of the README: the weights that are published."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Forecast what the training of a preset takes and costs on 1, 2, 4, 8 GPUs: time, memory, loader, disk, money.
+
+    The preset's own options may follow, such as --batch-size 32; `python recipes/train_coco.py PRESET --help` lists
+    them. The presets are in a clone of the repository."""
+
+    preset: tyro.conf.Positional[str]
+    """A preset of recipes/train_coco.py."""
+    gpus: int | None = None
+    """GPUs of the machine; the table has a line for each power of two up to this number. Default: 8, or as many as the
+    batch can be shared out over."""
+    gpu: str | None = None
+    """Kind of the GPUs: h100, h200, a100, v100, l40s, l4, a10, t4, rtx4090, rtx3090, or "here" for the GPU or CPU of
+    this machine; default: the GPU of this machine, else h100."""
+    price_per_gpu_hour: float | None = None
+    """Price of one GPU for one hour, in any currency."""
+    images: int | None = None
+    """Training images; default: COCO's 118,287, for the small presets a few hundred."""
+    calibrate: bool = False
+    """Measure this machine first, about a minute; longer with --compile. Later plans of the preset use the numbers."""
+    json: bool = False
+    """Print everything as JSON."""
+
+
 def main() -> None:
     """Run the command. An error of the user goes to stderr in one line, and the exit status is 2."""
     arguments, debug = take_debug(sys.argv[1:])
     if arguments == ["--version"]:
         print(f"vovnet-zoo {__version__}")
         return
-    command = tyro.cli(
+    planning = arguments[:1] == ["plan"]
+    options: dict[str, Any] = {"return_unknown_args": True} if planning else {}  # of the preset, which has its own
+    parsed = tyro.cli(
         Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[CheckData, tyro.conf.subcommand("check-data")]
         | Annotated[ShowData, tyro.conf.subcommand("show-data")]
@@ -255,11 +283,14 @@ def main() -> None:
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Publish, tyro.conf.subcommand("publish")]
         | Annotated[Export, tyro.conf.subcommand("export")]
-        | Annotated[ListModels, tyro.conf.subcommand("list")],
+        | Annotated[ListModels, tyro.conf.subcommand("list")]
+        | Annotated[Plan, tyro.conf.subcommand("plan")],
         prog="vovnet-zoo",
         description="VoVNet backbones and FCOS detectors. --version prints the version, --debug an error's traceback.",
         args=arguments,
+        **options,
     )
+    command = parsed[0] if planning else parsed
     run: dict[type, Callable[[Any], None]] = {
         Predict: run_predict,
         CheckData: run_check_data,
@@ -269,6 +300,7 @@ def main() -> None:
         Publish: run_publish,
         Export: run_export,
         ListModels: run_list,
+        Plan: lambda _: run_plan(sys.argv[2:]),
     }
     run_reporting("vovnet-zoo", lambda: run[type(command)](command), debug)
 
@@ -472,6 +504,17 @@ def run_list(command: ListModels) -> None:
     if not rows:
         raise ValueError(f"no weights have {' or '.join(map(repr, command.names))} in their name; vovnet-zoo list")
     print(json.dumps(rows, indent=1) if command.json else "\n".join(map(ledger.describe, rows)))
+
+
+def run_plan(arguments: list[str]) -> None:
+    """Run the recipe that plans, which knows the presets; it is beside this package in a clone."""
+    script = Path(__file__).resolve().parents[1] / "recipes" / "plan.py"
+    if not script.is_file():
+        raise ValueError(
+            "the presets are in the repository's folder recipes/, which an installed package does not have; clone the "
+            f"repository, and type there: python recipes/plan.py {' '.join(arguments)}"
+        )
+    sys.exit(subprocess.run([sys.executable, script, *arguments]).returncode)
 
 
 def refuse_missing(*paths: Path) -> None:

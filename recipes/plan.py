@@ -1,0 +1,169 @@
+"""Forecast a training: `vovnet-zoo plan PRESET --gpus 8 --gpu h100`, or `python recipes/plan.py` with the same options.
+
+The work of a step is counted from the model, and how fast a machine does it follows from data sheets and measured
+efficiencies (vovnet_zoo/planning.py), or from a measurement of this machine (`--calibrate`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from presets import PRESETS, TrainConfig, check_config, parse
+from vovnet_zoo.cli import Plan
+from vovnet_zoo.commands import parse_command
+from vovnet_zoo.gpus import GPUS
+
+HERE, DEFAULT_GPU = "here", "h100"
+IMAGES = {"quickstart": 500, "finetune": 300}
+COCO_IMAGES = 118_287
+MOST_GPUS = 8
+
+
+def parse_plan(args: Sequence[str]) -> tuple[Plan, TrainConfig, list[str]]:
+    """Read the options of a plan and those of its preset; also returns the preset's as they were typed."""
+    plan, options = tyro.cli(Plan, args=list(args), description=__doc__, return_unknown_args=True)
+    if plan.preset not in PRESETS:
+        raise ValueError(f"{plan.preset!r} is no preset; give one of {', '.join(PRESETS)}")
+    return plan, parse([plan.preset, *options]), options
+
+
+PARSE = parse_plan
+if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
+    CONFIG = parse_command(PARSE)
+
+import torch
+
+from calibration import calibrate, device_name, load_calibration
+from fitting import fit_plan
+from runtime import process_group, run_command
+from step_work import count_work
+from vovnet_zoo.gpus import find_gpu
+from vovnet_zoo.planning import Assumption, Row, Schedule, StepWork, assumptions, check_counts, forecast
+
+
+def main(command: tuple[Plan, TrainConfig, list[str]]) -> list[Row]:
+    """Print the forecast as a table or as JSON; returns its rows."""
+    plan, config, options = command
+    check_plan(plan, config)
+    with process_group(config.device) as (_, _, device):
+        here = find_gpu(device_name(device))
+        kind = plan.gpu or (HERE if device.type == "cuda" or plan.calibrate else DEFAULT_GPU)
+        gpu = GPUS.get(here or "" if kind == HERE else kind)
+        images = plan.images or IMAGES.get(plan.preset, COCO_IMAGES)
+        config = fit_plan(config, images, torch.device("cuda") if gpu else device)
+        schedule = schedule_of(config, images)
+        counts = gpu_counts(plan.gpus, schedule) if gpu else [1]
+        check_counts(schedule, counts)
+        calibration = load_calibration(config, device) if kind in (HERE, here) else None
+        if plan.calibrate:
+            shares = [config.batch_size // count for count in counts]
+            calibration = calibrate(plan.preset, options, config, shares, device)
+        if gpu is None and calibration is None:
+            raise ValueError(f"no data sheet describes this machine ({device_name(device)}); measure it: --calibrate")
+        work = count_work(config)
+    rows = forecast(work, schedule, counts, gpu, calibration, plan.price_per_gpu_hour)
+    found = assumptions(schedule, gpu, calibration)
+    title = gpu.title if gpu else device_name(device)
+    if plan.json:
+        facts = {"preset": plan.preset, "gpu": title, "calibrated": calibration is not None}
+        facts |= {"rows": [row._asdict() for row in rows], "work": vars(work), "schedule": vars(schedule)}
+        facts |= {"assumptions": {name: row._asdict() for name, row in found.items()}}
+        print(json.dumps(facts, indent=1))
+    else:
+        print(*head(plan.preset, title, work, schedule), *table(rows), *sources(found), sep="\n")
+    return rows
+
+
+def check_plan(plan: Plan, config: TrainConfig) -> None:
+    """Raise `ValueError` where an option is out of its range, or would have no effect."""
+    data = config.data or (None if config.train else Path("DATA"))  # a plan needs no data
+    check_config(dataclasses.replace(config, data=data))
+    if plan.gpu not in (None, HERE, *GPUS):
+        raise ValueError(f"--gpu {plan.gpu}: give here, or one of {', '.join(GPUS)}")
+    if plan.calibrate and plan.gpu not in (None, HERE):
+        raise ValueError(f"--calibrate measures this machine; leave --gpu {plan.gpu} out")
+    if plan.gpus is not None and not 1 <= plan.gpus <= MOST_GPUS:
+        raise ValueError(
+            f"--gpus {plan.gpus}: give 1 to {MOST_GPUS}, of one machine; recipes/guides/scale.md is about several"
+        )
+    if config.minutes is not None or config.seeds > 1:
+        raise ValueError("a plan is of one training of so many steps; leave --minutes and --seeds out")
+    if plan.images is not None and plan.images < 1:
+        raise ValueError(f"--images {plan.images}: give 1 or more")
+    if plan.price_per_gpu_hour is not None and not 0 <= plan.price_per_gpu_hour < math.inf:
+        raise ValueError(f"--price-per-gpu-hour {plan.price_per_gpu_hour}: give a number of 0 or more")
+
+
+def gpu_counts(most: int | None, schedule: Schedule) -> list[int]:
+    """List the powers of two up to a number of GPUs, and that number; None is as many as share out the batch."""
+    if most is None:
+        return [count for count in (1, 2, 4, 8) if schedule.batch_size % (count * schedule.accum) == 0]
+    return [*(count for count in (1, 2, 4, 8) if count < most), most]
+
+
+def schedule_of(config: TrainConfig, images: int) -> Schedule:
+    """Collect what a configuration says of the whole training."""
+    return Schedule(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        accum=config.accum,
+        workers=config.workers,
+        precision=config.precision,
+        compiled=config.compile,
+        evaluations=-(-config.steps // config.eval_every) if config.eval_every else 1,
+        images=images,
+    )
+
+
+# ---- what is shown --------------------------------------------------------------------------------------------------
+
+
+def head(preset: str, title: str, work: StepWork, schedule: Schedule) -> list[str]:
+    """Say what is planned, and what a step has to do."""
+    epochs = schedule.steps * schedule.batch_size / schedule.images
+    kind = f"{'compiled' if schedule.compiled else 'eager'}, {schedule.precision}"
+    return [
+        f"{preset} on {title}: {schedule.steps:,} steps of {schedule.batch_size} images ({kind}), "
+        f"{epochs:.1f} epochs of {schedule.images:,} images, {schedule.evaluations} evaluations",
+        f"an image has {work.pixels / 1e6:.2f} million pixels with its padding and {work.flops / 1e9:,.0f} GFLOP, "
+        f"forward and backward; a step has {work.launches:,} launches when it is not compiled, and "
+        f"{work.gradient_bytes / 1e6:.0f} MB of gradients",
+        "step = max(launches x time per launch, FLOPs / (peak x efficiency)) + synchronisation + exposed all-reduce",
+        "",
+    ]
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Write a line for each number of GPUs."""
+    lines = [
+        "GPUs  images   step     images  time           bound by  memory    workers  cores   disk  money",
+        "      per GPU  ms       per s                            per GPU   per GPU",
+    ]
+    for row in rows:
+        hours, minutes = divmod(round(row.hours * 60), 60)
+        memory = f"{row.memory_gib:.1f} GiB" + ("" if row.fits else "!")
+        money = "-" if row.money is None else f"{row.money:,.2f}"
+        lines.append(
+            f"{row.gpus:4} {row.images_per_gpu:8} {row.step_s * 1e3:7.1f} {row.images_per_s:9.1f}  {hours:4} h "
+            f"{minutes:2} min  {row.bound:>12}  {memory:9} {row.workers:6} {row.cores:6} {row.disk_gb:5.0f}G  {money}"
+        )
+    if not all(row.fits for row in rows):
+        lines.append("! more than the GPU has; --accum 2 halves the activations, --grad-checkpointing keeps fewer")
+    if slow := [row for row in rows if row.bound == "loader"]:
+        lines.append(f"the loader is too slow; give --workers {max(row.workers for row in slow)} where there are cores")
+    return [*lines, ""]
+
+
+def sources(found: dict[str, Assumption]) -> list[str]:
+    """Write what the forecast rests on."""
+    return ["assumptions:", *(f"  {name}: {x.value:.4g} {x.unit} ({x.source})" for name, x in found.items())]
+
+
+if __name__ == "__main__":
+    run_command(main, CONFIG)

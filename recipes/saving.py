@@ -1,0 +1,123 @@
+"""`BackgroundSaver` writes the checkpoints of a run while the training goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from run_folder import save_checkpoint
+
+LEAD = 10  # a checkpoint begins when a tenth of its interval is left, so that it is whole at the interval's end
+
+
+class BackgroundSaver:
+    """Save checkpoints in a thread, one at a time, from a copy of the state that is made at once.
+
+    What a killed run loses is at most one interval: where a checkpoint is not whole at the end of its interval, because
+    the disk is slow or the interval is shorter than `LEAD` steps, `keep_up` waits for it.
+
+    The copy takes as much memory of the host as a checkpoint takes on the disk, from the first checkpoint to the end of
+    the run. Copies of what is on a GPU are in pinned memory: they are queued behind the work that changed the state and
+    before the work that will, so neither host nor GPU waits for more than the copy itself.
+
+    torch's own `torch.distributed.checkpoint.async_save` would need a process group in every run, and writes a folder
+    of files without hashes.
+
+    Args:
+        folder: of the checkpoints.
+        every: steps of an interval; None for no such limit.
+        minutes: minutes of an interval; None for no such limit. The first limit that is reached counts.
+        step: steps that the run has done, all of them saved.
+        active: whether this process writes. In a process that does not, checkpoints count as saved at once.
+    """
+
+    def __init__(self, folder: Path, every: int | None, minutes: float | None, step: int = 0, active: bool = True):
+        self.folder, self.active = folder, active
+        self.every, self.seconds = every, None if minutes is None else 60 * minutes
+        self._begun = self._whole = (step, time.monotonic())  # the newest checkpoint, and the newest that is whole
+        self._copy: dict = {}
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    @property
+    def saved(self) -> int:
+        """Return how many steps the newest whole checkpoint holds."""
+        return self._whole[0]
+
+    def is_due(self, step: int) -> bool:
+        """Say whether a checkpoint has to begin after `step` steps."""
+        return self._has_passed(self._begun, step, 1 - 1 / LEAD)
+
+    def save(self, step: int, state: dict) -> None:
+        """Begin to save `state` (see `save_checkpoint`); it may change as soon as this returns.
+
+        An error of the checkpoint before is raised.
+        """
+        self.wait()
+        self._begun = (step, time.monotonic())
+        if not self.active:
+            self._whole = self._begun
+            return
+        self._copy = copy_state(state, self._copy)
+        copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if copied is not None:
+            copied.record()
+        self._thread = threading.Thread(target=self._write, args=(copied,), name="checkpoint")
+        self._thread.start()
+
+    def keep_up(self, step: int) -> None:
+        """Wait for a checkpoint that should be whole after `step` steps. Its error is raised as soon as it is there."""
+        late = self._has_passed(self._whole, step, 1)
+        if self._thread is not None and (late or not self._thread.is_alive()):
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the newest checkpoint is whole; an error in writing it is raised, once."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+
+    close = wait  # for contextlib.closing
+
+    def _write(self, copied: torch.cuda.Event | None) -> None:
+        try:
+            if copied is not None:
+                copied.synchronize()
+            save_checkpoint(self.folder, self._begun[0], self._copy)
+            self._whole = self._begun
+        except Exception as error:  # it is raised where the training can end
+            self._error = error
+
+    def _has_passed(self, since: tuple[int, float], step: int, share: float) -> bool:
+        """Say whether a share of the interval has passed since a step and a time."""
+        steps, seconds = step - since[0], time.monotonic() - since[1]
+        return (self.every is not None and 0 < steps >= share * self.every) or (
+            self.seconds is not None and 0 < steps and seconds >= share * self.seconds
+        )
+
+
+def copy_state(value: Any, copy: Any = None) -> Any:
+    """Copy a state (tensors, numbers, strings in dicts and lists) to the host; on a GPU the copies are only queued.
+
+    Args:
+        copy: an earlier copy, whose tensors are written again where they fit.
+    """
+    if isinstance(value, Tensor):
+        if not (isinstance(copy, Tensor) and (copy.shape, copy.dtype) == (value.shape, value.dtype)):
+            copy = torch.empty_like(value, device="cpu", requires_grad=False, pin_memory=value.is_cuda)
+        return copy.copy_(value.detach(), non_blocking=True)
+    if isinstance(value, dict):
+        before = copy if isinstance(copy, dict) else {}
+        return {name: copy_state(item, before.get(name)) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        before = copy if isinstance(copy, (list, tuple)) and len(copy) == len(value) else [None] * len(value)
+        return type(value)(copy_state(item, old) for item, old in zip(value, before, strict=True))
+    return value

@@ -1,0 +1,272 @@
+"""The planner counts the work of a real step, computes what its formulas say, and reads what it measured."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import ROOT, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+
+import calibration
+import plan
+import step_work
+from build import build_model, prepare_for_training
+from memory import kept_by
+from presets import TrainConfig
+from step import compute_losses, find_targets
+from vovnet_zoo import FCOSLoss, cli
+from vovnet_zoo.gpus import GPUS, NETWORKS, find_gpu
+from vovnet_zoo.planning import (
+    Calibration,
+    Measured,
+    Schedule,
+    StepWork,
+    assumptions,
+    forecast,
+    measured_model,
+    memory_bytes,
+    ring_seconds,
+)
+
+WORK = StepWork(
+    flops=1.5e12, forward_flops=0.5e12, launches=2000, forward_launches=900, kept_bytes=1e9, weight_bytes=120_000_000,
+    gradient_bytes=120_000_000, state_bytes=120_000_000, pixels=1e6, most_pixels=1_100_000,
+)  # fmt: skip
+SCHEDULE = Schedule(
+    steps=90_000, batch_size=16, accum=1, workers=8, precision="float32", compiled=False, evaluations=6, images=118_287
+)  # fmt: skip
+
+
+# ---- the formulas
+
+
+def test_few_images_on_each_gpu_are_bound_by_launches():
+    rows = {row.gpus: row for row in forecast(WORK, SCHEDULE, [1, 2, 4, 8], GPUS["l4"])}
+    assert rows[1].bound == "GPU" and rows[1].step_s / rows[2].step_s == pytest.approx(2, rel=0.05)
+    slow = dataclasses.replace(WORK, launches=200_000)
+    rows = {row.gpus: row for row in forecast(slow, SCHEDULE, [1, 8], GPUS["h100"], price=2.0)}
+    assert rows[8].bound == "launches" and rows[8].step_s == pytest.approx(rows[1].step_s, rel=0.01)
+    assert rows[8].money == pytest.approx(2.0 * 8 * rows[8].hours)
+    assert rows[1].money is not None and rows[1].hours > 90_000 * rows[1].step_s / 3600
+
+
+def test_a_slow_loader_bounds_a_step():
+    light = dataclasses.replace(WORK, flops=1e11)
+    (enough,) = forecast(light, SCHEDULE, [1], GPUS["h100"])
+    (few,) = forecast(light, dataclasses.replace(SCHEDULE, workers=1), [1], GPUS["h100"])
+    assert enough.bound != "loader" and few.bound == "loader" and few.step_s > enough.step_s
+    assert few.workers == enough.workers > 1 and enough.cores == enough.workers + 1
+
+
+def test_memory_grows_with_the_images_and_must_fit():
+    two, four = (memory_bytes(WORK, SCHEDULE, images, None) for images in (2, 4))
+    assert four - two == 2 * WORK.kept_bytes
+    halves = dataclasses.replace(SCHEDULE, accum=2)
+    assert memory_bytes(WORK, halves, 4, None) == two
+    one, eight = forecast(WORK, SCHEDULE, [1, 8], GPUS["t4"])
+    assert not one.fits and eight.fits
+
+
+def test_an_all_reduce_hides_behind_the_backward_pass():
+    one, eager = forecast(WORK, SCHEDULE, [1, 2], GPUS["l4"])
+    _, compiled = forecast(WORK, dataclasses.replace(SCHEDULE, compiled=True), [1, 2], GPUS["l4"])
+    whole = ring_seconds(WORK.gradient_bytes, 2, 0.5 * 31.5e9)
+    assert one.exposed_s == 0 < eager.exposed_s < compiled.exposed_s == pytest.approx(whole)
+    assert ring_seconds(1e9, 4, 1e9) == pytest.approx(1.5)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="--batch-size 16 cannot be shared out over 3 GPUs"):
+        forecast(WORK, SCHEDULE, [3], GPUS["h100"])
+    with pytest.raises(ValueError, match="bf16: a T4 does not compute in it; give float32 or fp16"):
+        forecast(WORK, dataclasses.replace(SCHEDULE, precision="bf16"), [1], GPUS["t4"])
+    with pytest.raises(ValueError, match="--calibrate"):
+        forecast(WORK, SCHEDULE, [1], None)
+
+
+def test_a_calibration_gives_back_what_was_measured():
+    host, per_pixel, sync = 0.05, 1e-8, 0.004
+    steps = tuple(Measured(n, 1e6, max(host, n * 1e6 * per_pixel) + sync, 5e9) for n in (16, 8, 4, 2))
+    found = Calibration("a GPU", steps, loader_images_per_s=100.0, start_s=20.0)
+    model = measured_model(found)
+    assert (model.host, model.gpu_per_pixel, model.sync) == pytest.approx((host, per_pixel, sync))
+    rows = forecast(WORK, SCHEDULE, [1, 2, 4, 8], GPUS["h100"], found)
+    for row, step in zip(rows, steps, strict=True):
+        assert row.step_s - row.exposed_s == pytest.approx(step.seconds)
+        assert row.memory_gib == pytest.approx(5e9 / 2**30 + 1)
+    assert rows[0].workers == 1 and "calibration on a GPU" in assumptions(SCHEDULE, None, found)["host"].source
+    (alone,) = forecast(WORK, SCHEDULE, [1], None, dataclasses.replace(found, steps=steps[:1]))
+    assert alone.step_s == pytest.approx(steps[0].seconds)
+
+
+def test_data_sheets():
+    for gpu in GPUS.values():
+        assert gpu.tflops["float32"] <= gpu.tflops["fp16"] and gpu.source and gpu.memory_gb_s > gpu.link_gb_s
+    assert NETWORKS["25g"] < NETWORKS["100g"] < NETWORKS["8x hdr"] < NETWORKS["8x ndr"]
+    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA L40S": "l40s", "NVIDIA L4": "l4", "Tesla T4": "t4"}
+    names |= {"NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 PCIe": None}
+    assert {name: find_gpu(name) for name in names} == names
+    assert find_gpu("2 CPU cores") is None and find_gpu("NVIDIA L40") is None
+
+
+# ---- the work that is counted
+
+
+def test_the_work_is_that_of_a_real_step(tiny_coco, tmp_path):
+    """FLOPs, activations and kernels of fake tensors are those of real ones of the same size."""
+    config = dataclasses.replace(tiny_config(tiny_coco, tmp_path), frozen_norm=True)
+    work, (height, width) = step_work.count_work(config), step_work.largest_size(config)
+    model = build_model(config, [str(i) for i in range(80)], list(range(80)), None)
+    prepare_for_training(model, dataclasses.replace(config, winograd=False), torch.device("cpu"))
+    criterion, images = FCOSLoss.of(model), torch.zeros(1, 3, height, width, dtype=torch.uint8)
+    boxes, labels = torch.tensor([[[4.0, 4, 40, 40]] * 16]), torch.zeros(1, 16, dtype=torch.int64)
+    losses = {}
+
+    def forward():
+        targets, normalizers = find_targets(model, criterion, boxes, labels, height, width)
+        sizes = torch.tensor([[height, width]])
+        losses.update(compute_losses(model, criterion, images, sizes, targets, normalizers, config.precision))
+
+    with step_work.CountKernels() as kernels, FlopCounterMode(display=False) as counter:
+        kept = kept_by(forward) * 2**20
+        assert (work.forward_launches, work.kept_bytes) == (kernels.launches, kept)
+        sum(losses.values()).backward()
+    assert work.flops / work.pixels == pytest.approx(counter.get_total_flops() / (height * width))
+    assert kernels.launches < work.launches < kernels.launches + 60  # and the update, in which tensors go together
+    assert work.gradient_bytes == work.state_bytes == 4 * sum(p.numel() for p in model.parameters())  # momentum
+    assert 0.5 < work.pixels / work.most_pixels <= 1
+
+
+def test_larger_batches_have_more_padding():
+    config = TrainConfig(data=None, out=Path("x"))
+    one, few, many = (step_work.padded_pixels(config, count) for count in (1, 4, 16))
+    assert 640 * 853 < one < few < many <= step_work.largest_size(config)[0] * step_work.largest_size(config)[1]
+
+
+# ---- the command
+
+
+SMALL = "--model fcos --backbone test_resnet --channels 64 --num-convs 1 --optimizer momentum"
+
+
+def run(*options) -> list:
+    return plan.main(plan.parse_plan([str(x) for x in options]))
+
+
+def test_the_table_and_its_assumptions(capsys):
+    options = ["quickstart", *SMALL.split(), "--gpu", "l4"]
+    rows = run(*options, "--price-per-gpu-hour", "0.5", "--batch-size", "32", "--images", "1000")
+    printed = capsys.readouterr().out
+    assert [row.gpus for row in rows] == [1, 2, 4, 8] and [row.images_per_gpu for row in rows] == [32, 16, 8, 4]
+    assert "180 steps of 32 images" in printed and "1,000 images" in printed and "NVIDIA L4 data sheet" in printed
+    assert run(*options, "--gpus", "2", "--json")[-1].gpus == 2
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["gpu"] == "L4" and not facts["calibrated"] and len(facts["rows"]) == 2
+    assert all(row["source"] for row in facts["assumptions"].values()) and facts["work"]["launches"] > 300
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("nosuch", "'nosuch' is no preset"),
+        ("finetune --gpu z9", "--gpu z9: give here, or one of h100"),
+        ("finetune --gpus 64", "--gpus 64: give 1 to 8"),
+        ("finetune --gpus 0", "--gpus 0: give 1 to 8"),
+        ("finetune --images 0", "--images 0"),
+        ("finetune --price-per-gpu-hour -1", "--price-per-gpu-hour -1"),
+        ("finetune --price-per-gpu-hour nan", "--price-per-gpu-hour nan"),
+        ("finetune --calibrate --gpu t4", "leave --gpu t4 out"),
+        ("finetune --lr 0", "lr=0"),
+        ("finetune --minutes 5", "leave --minutes and --seeds out"),
+        ("finetune --batch-size 4 --gpus 8 --gpu h100", "--batch-size 4 cannot be shared out over 8 GPUs"),
+    ],
+)
+def test_an_option_that_cannot_be_followed(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(*options.split())
+
+
+def test_help_names_every_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vovnet-zoo", "plan", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    printed = capsys.readouterr().out
+    assert all(f"{key}," in printed for key in GPUS) and "--price-per-gpu-hour" in printed
+
+
+def test_the_batch_decides_how_many_gpus_there_can_be():
+    schedule = dataclasses.replace(SCHEDULE, batch_size=4)
+    assert plan.gpu_counts(None, schedule) == [1, 2, 4] and plan.gpu_counts(None, SCHEDULE) == [1, 2, 4, 8]
+    assert plan.gpu_counts(None, dataclasses.replace(schedule, accum=2)) == [1, 2]
+    assert plan.gpu_counts(3, schedule) == [1, 2, 3] and plan.gpu_counts(1, schedule) == [1]
+
+
+def test_the_command_runs_the_recipe(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(subprocess, "run", lambda line: calls.append(line) or subprocess.CompletedProcess(line, 3))
+    monkeypatch.setattr(sys, "argv", ["vovnet-zoo", *"plan v39_1x --gpus 4 --batch-size 32 --debug".split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 3
+    options = ["v39_1x", "--gpus", "4", "--batch-size", "32", "--debug"]
+    assert calls == [[sys.executable, ROOT / "recipes" / "plan.py", *options]]
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site" / "vovnet_zoo" / "cli.py"))
+    with pytest.raises(ValueError, match=r"clone the repository, and type there: python recipes/plan.py v39_1x"):
+        cli.run_plan(["v39_1x"])
+
+
+# ---- what is measured
+
+
+def test_steps_that_compile_are_left_out(tmp_path):
+    rows = [{"step": i, "images_per_s": 4 / (9.0 if i in (0, 20) else 0.25), "data_wait_s": 0.05} for i in range(60)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 60, "im')
+    times = calibration.step_seconds(calibration.read_rows(tmp_path / "metrics.jsonl"), 4)
+    assert len(times) == 60 - calibration.FIRST and calibration.steady(times) == pytest.approx([0.2] * (len(times) - 1))
+    assert calibration.enough(times) and not calibration.enough(times[:20]) and not calibration.enough(times[:25])
+    assert calibration.read_rows(tmp_path / "none") == []
+
+
+def test_a_calibration_is_kept_for_the_same_step_only(tiny_coco, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config, device = tiny_config(tiny_coco, tmp_path / "run"), torch.device("cpu")
+    assert calibration.load_calibration(config, device) is None
+    path = calibration.cache_path(config, device)
+    assert {*calibration.FREE} < {field.name for field in dataclasses.fields(TrainConfig)}
+    for name in calibration.FREE:
+        assert calibration.cache_path(dataclasses.replace(config, **{name: "other"}), device) == path
+    for name in ("min_size", "precision", "compile", "channels", "accum", "optimizer", "augment"):
+        assert calibration.cache_path(dataclasses.replace(config, **{name: "other"}), device) != path
+
+
+@pytest.mark.slow
+def test_measured_on_this_machine(tmp_path, monkeypatch, capsys):
+    """A later plan has the same numbers. Other work on the machine changes the pace, so the bound is wide."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "SECONDS", 2.0)
+    monkeypatch.setattr(calibration, "LOADER_S", 1.0)
+    options = ["finetune", *f"{SMALL} --min-size 64 64 --max-size 96 --test-size 64 --device cpu".split()]
+    (measured,) = run(*options, "--calibrate")
+    assert "calibration on" in capsys.readouterr().out
+    (again,) = run(*options, "--gpu", "here")
+    assert again == measured and measured.bound in ("GPU", "loader") and measured.hours < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["finetune", "v39_1x"])
+def test_the_forecast_of_200_steps(preset, tmp_path, monkeypatch):
+    """On a GPU the forecast of the time per step is within 15 %."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = calibration.draw_photos(tmp_path / "photos")
+    (row, *_) = run(preset, "--gpus", "1", "--calibrate", "--data", data)
+    out, options = tmp_path / "run", ["--steps", "200", "--lr", "1e-9", "--no-pretrained-backbone"]
+    line = [sys.executable, ROOT / "recipes" / "train_coco.py", preset, "--data", data, "--out", out, *options]
+    subprocess.run(line, check=True, capture_output=True, timeout=300)
+    config = json.loads((out / "run.json").read_text())["config"]
+    rows = [row for row in calibration.read_rows(out / "metrics.jsonl") if "images_per_s" in row][calibration.FIRST :]
+    seconds = sum(config["batch_size"] / row["images_per_s"] for row in rows) / len(rows)
+    assert row.step_s == pytest.approx(seconds, rel=0.15)
