@@ -50,21 +50,8 @@ NOISE = 23.0  # in values of a pixel: a file is about as long as COCO's then
 FREE = ("data", "out", "train", "train_images", "val", "val_images", "val_fraction", "drop_empty_classes")
 FREE += ("difficult_as_crowd", "draw_shapes", "drop_empty", "skip_bad_images", "batch_size", "workers", "steps", "lr")
 FREE += ("weight_decay", "schedule", "milestones", "warmup", "warmup_steps", "warmup_factor", "seed", "eval_every")
-FREE += (
-    "epochs",
-    "minutes",
-    "evals",
-    "patience",
-    "seeds",
-    "loggers",
-    "checkpoint_minutes",
-    "checkpoint_every",
-    "max_not_finite",
-    "allow_changes",
-    "pretrained_backbone",
-    "test_size",
-    "bias_lr_factor",
-)
+FREE += ("epochs", "minutes", "evals", "patience", "seeds", "loggers", "checkpoint_minutes", "checkpoint_every")
+FREE += ("max_not_finite", "allow_changes", "pretrained_backbone", "test_size", "bias_lr_factor")
 
 
 def calibrate(

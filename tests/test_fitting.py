@@ -221,7 +221,9 @@ TINY_FIT = dict(model="fcos", backbone="test_resnet", channels=64, num_convs=1, 
 
 
 @pytest.fixture
-def config(tiny_coco, tmp_path) -> TrainConfig:
+def config(tiny_coco, tmp_path, monkeypatch) -> TrainConfig:
+    for name in ("report_run", "draw_pictures"):  # they take most of the time of a short run
+        monkeypatch.setattr(train_coco, name, lambda *arguments: None)
     return dataclasses.replace(FINETUNE, data=tiny_coco, out=tmp_path / "run", workers=0, **TINY_FIT)
 
 
