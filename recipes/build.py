@@ -99,18 +99,20 @@ def check_weights(config: TrainConfig) -> None:
 
 
 def build_datasets(
-    config: TrainConfig, plus_one: bool, resize: Resize, rank: int, world_size: int, known: Sequence[str] = ()
+    config: TrainConfig,
+    places: dict[str, tuple[Path, Source]],
+    plus_one: bool,
+    resize: Resize,
+    known: Sequence[str] = (),
 ) -> tuple[CocoDataset, CocoDataset]:
-    """Open the training and the validation set; `ValueError` where they do not fit each other or the configuration.
+    """Open the training and the validation set; `ValueError` where they do not fit each other.
 
     Boxes follow the published pixel convention with `plus_one`, and images are resized by the rule `resize`. A run that
     goes on knows its classes (`known`).
+
+    Args:
+        places: from `find_splits`.
     """
-    if config.draw_shapes:
-        if rank == 0:
-            make_shapes(config.data)
-        barrier()
-    places = find_splits(config, rank)
     train_set = CocoDataset(
         *places["train"],
         drop_empty=config.drop_empty,
@@ -126,12 +128,16 @@ def build_datasets(
         skip_bad_images=config.skip_bad_images,
         known_classes=train_set.class_names,
     )
-    check_data(config, train_set, val_set, world_size)
+    check_data(config, train_set, val_set)
     return train_set, val_set
 
 
 def find_splits(config: TrainConfig, rank: int) -> dict[str, tuple[Path, Source]]:
-    """Find the images and annotations of "train" and "val", changed as the configuration says."""
+    """Find the images and annotations of "train" and "val", changed as the configuration says, or draw them."""
+    if config.draw_shapes:
+        if rank == 0:
+            make_shapes(config.data)
+        barrier()
     files = {"train": (config.train, config.train_images), "val": (config.val, config.val_images)}
     if config.val_fraction is None:
         found = [choose_split(config.data, split, *files[split]) for split in files]
@@ -162,8 +168,8 @@ def classes_without_boxes(folder: Path, source: Source) -> list[str]:
     return [name for name, count in zip(dataset.class_names, dataset.class_counts, strict=True) if not count]
 
 
-def check_data(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset, world_size: int) -> None:
-    """Raise `ValueError` where the configuration and the data do not go together."""
+def check_data(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset) -> None:
+    """Raise `ValueError` where the two sets do not go together."""
     if train_set.class_names != val_set.class_names:
         raise ValueError(
             f"{config.data or config.train}: the splits have different classes: train {train_set.class_names} with ids "
@@ -181,6 +187,10 @@ def check_data(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset
         log.warning(
             "these classes have no box in training: %s; --drop-empty-classes leaves them out", ", ".join(empty[:20])
         )
+
+
+def check_batch(config: TrainConfig, world_size: int) -> None:
+    """Raise `ValueError` where a batch cannot be shared out."""
     if config.batch_size % (world_size * config.accum):
         raise ValueError(
             f"batch_size {config.batch_size} cannot be shared out over {world_size} processes x {config.accum} parts"

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from build import build_datasets, build_loader
-from presets import TrainConfig
+from build import build_datasets, build_loader, find_splits
+from presets import TrainConfig, typed_options
 from quickstart_data import background
 from runtime import StopSignal, environment
 from step_work import CLASSES, SHARES, SIZES, padded_pixels
@@ -52,15 +52,8 @@ NOISE = 23.0  # in values of a pixel: a file is about as long as COCO's then
 FREE = ("data", "out", "train", "train_images", "val", "val_images", "val_fraction", "drop_empty_classes")
 FREE += ("difficult_as_crowd", "draw_shapes", "drop_empty", "skip_bad_images", "batch_size", "workers", "steps", "lr")
 FREE += ("weight_decay", "schedule", "milestones", "warmup", "warmup_steps", "warmup_factor", "seed", "eval_every")
-FREE += (
-    "checkpoint_every",
-    "checkpoint_minutes",
-    "max_not_finite",
-    "allow_changes",
-    "pretrained_backbone",
-    "test_size",
-    "bias_lr_factor",
-)
+FREE += ("epochs", "minutes", "evals", "patience", "seeds", "loggers", "checkpoint_minutes", "checkpoint_every")
+FREE += ("max_not_finite", "allow_changes", "pretrained_backbone", "test_size", "bias_lr_factor")
 
 
 def calibrate(
@@ -128,7 +121,9 @@ def measure_steps(
     """
     line = [sys.executable, str(HERE / "train_coco.py"), preset, *options, "--out", str(out)]
     line += ["--batch-size", str(count), "--lr", "1e-9", "--steps", str(MOST_STEPS), "--eval-every", str(MOST_STEPS)]
-    line += ["--no-pretrained-backbone"] if config.init is None else []
+    line += ["--checkpoint-every", str(MOST_STEPS)] + (["--no-pretrained-backbone"] if config.init is None else [])
+    for name in {"test_size", "min_size", "max_size"} - typed_options(options):  # of the plan, whatever the data are
+        line += [f"--{name.replace('_', '-')}", *map(str, np.atleast_1d(getattr(config, name)))]
     began, start_s, rows = time.monotonic(), 0.0, []
     with open(out.with_suffix(".log"), "w+b") as printed:
         run = subprocess.Popen(line, stdout=printed, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
@@ -190,7 +185,7 @@ def loader_rate(config: TrainConfig, out: Path) -> float:
     """Return the images that one core loads in a second: decoded, resized, augmented and in a batch."""
     conventions = VARIANTS[config.variant or DEFAULT_VARIANT]
     config = dataclasses.replace(config, out=out, workers=1, batch_size=LOADED, accum=1)
-    dataset, _ = build_datasets(config, conventions["plus_one"], conventions["resize"], 0, 1)
+    dataset, _ = build_datasets(config, find_splits(config, 0), conventions["plus_one"], conventions["resize"])
     batches = build_loader(config, dataset, 0, 0, 1, torch.device("cpu"))
     for _ in range(2 + PREFETCHED):  # the start of the worker, and what it loads ahead
         next(batches)

@@ -18,12 +18,13 @@ from PIL import Image
 from timm.data import FastCollateMixup, create_dataset, create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torchvision.transforms import Compose, InterpolationMode, TrivialAugmentWide
 
 from build import collate_parts
 from imagenet_presets import ClassifierConfig, ScheduledConfig
-from runtime import ignore_stop_signals
+from loading import Batches
+from runtime import StopSignal
 from training_loop import seed_of
 from vovnet_zoo.data import TrainSampler
 
@@ -216,7 +217,13 @@ def stack(images) -> Tensor:
 
 
 def train_batches(
-    config: ScheduledConfig, split: Images | Stream, num_classes: int, start_step: int, rank: int, world_size: int
+    config: ScheduledConfig,
+    split: Images | Stream,
+    num_classes: int,
+    start_step: int,
+    rank: int,
+    world_size: int,
+    stop: StopSignal | None = None,
 ) -> Iterator[list[dict[str, Tensor]]]:
     """Give, for each step from `start_step` on, this process's share of the batch in `config.accum` parts."""
     mix = None
@@ -224,8 +231,8 @@ def train_batches(
         mix = FastCollateMixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes)
     options = dict(
         collate_fn=functools.partial(collate_parts, count=config.accum, collate=functools.partial(collate, mix=mix)),
-        num_workers=config.workers,
-        worker_init_fn=ignore_stop_signals,
+        workers=config.workers,
+        stop=stop,
         pin_memory=torch.cuda.is_available(),
     )
     if isinstance(split, Images):
@@ -239,31 +246,31 @@ def train_batches(
             start_step=start_step,
             repeats=config.repeats,
         )
-        yield from DataLoader(split, batch_sampler=sampler, **options)
+        yield from Batches(split, batch_sampler=sampler, **options)
         return
     share, per_epoch = config.batch_size // world_size, int(len(split) // config.batch_size)
     for epoch in itertools.count(start_step // per_epoch):
         split.set_epoch(config.seed, rank, epoch=epoch)
         generator = torch.Generator().manual_seed(seed_of(config.seed, rank, epoch))  # of the workers' seeds
-        batches = DataLoader(split, batch_size=share, drop_last=True, generator=generator, **options)
+        batches = Batches(split, batch_size=share, drop_last=True, generator=generator, **options)
         skip = start_step - epoch * per_epoch if epoch == start_step // per_epoch else 0
         yield from itertools.islice(batches, skip, per_epoch)
 
 
 def eval_batches(
-    config: ClassifierConfig, split: Images | Stream, rank: int, world_size: int
+    config: ClassifierConfig, split: Images | Stream, rank: int, world_size: int, stop: StopSignal | None = None
 ) -> Iterator[dict[str, Tensor]]:
     """Give this process's part of a split once, in batches whose sizes may differ."""
     size = max(1, config.batch_size // (world_size * config.accum))
-    options = dict(collate_fn=collate, num_workers=config.workers, worker_init_fn=ignore_stop_signals)
+    options = dict(batch_size=size, collate_fn=collate, workers=config.workers, stop=stop)
     if isinstance(split, Images):
         mine = torch.utils.data.Subset(split, range(rank, len(split), world_size))
-        yield from DataLoader(mine, batch_size=size, **options)
+        yield from Batches(mine, **options)
         return
     # every process reads the whole stream, since shards cannot be shared out without losing or doubling images
     split.set_epoch(0, epoch=0)
     split.reader.dist_rank, split.reader.dist_num_replicas = 0, 1
-    yield from itertools.islice(DataLoader(split, batch_size=size, **options), rank, None, world_size)
+    yield from itertools.islice(Batches(split, **options), rank, None, world_size)
 
 
 def check_data(config: ClassifierConfig, train: Images | Stream, val: Images | Stream, world_size: int) -> None:

@@ -9,6 +9,8 @@ from typing import ClassVar, Literal
 
 import tyro
 
+from options import Range, check_options
+
 
 @dataclass(frozen=True)
 class ClassifierConfig:
@@ -111,6 +113,8 @@ class ClassifierConfig:
 
     eval_epochs: int = 1
     """Epochs between evaluations; the last step is always followed by one."""
+    loggers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that get the numbers of the run too, beside TensorBoard, which gets them where it is installed."""
     checkpoint_minutes: float | None = 5.0
     """A killed run loses at most what it did in so many minutes. A checkpoint begins a tenth earlier, and is written
     while the training goes on."""
@@ -124,6 +128,34 @@ class ClassifierConfig:
     # a detector's training has options for these
     bias_lr_factor: ClassVar[float] = 1.0
     layer_decay: ClassVar[float | None] = None
+    patience: ClassVar[int | None] = None
+
+
+RANGES = {
+    **dict.fromkeys(("train_size", "test_size"), Range(1, 4096)),
+    **dict.fromkeys(("batch_size", "accum", "repeats", "epochs", "milestone_epochs"), Range(1)),
+    **dict.fromkeys(("eval_epochs", "checkpoint_every", "max_not_finite"), Range(1)),
+    **dict.fromkeys(("workers", "weight_decay", "warmup_epochs", "color_jitter", "mixup", "cutmix"), Range(0)),
+    **dict.fromkeys(("lr", "clip_grad"), Range(0, inside=True)),
+    **dict.fromkeys(("crop_pct", "min_scale"), Range(0.01, 1)),
+    **dict.fromkeys(("hflip", "erase", "warmup_factor"), Range(0, 1)),
+    **dict.fromkeys(("drop_path", "smoothing"), Range(0, 0.99)),
+    **dict.fromkeys(("ema", "target_threshold"), Range(0, 1, inside=True)),
+    "seed": Range(0, 2**63 - 1),
+}
+
+
+def check_config(config: ClassifierConfig) -> None:
+    """Raise `ValueError`, naming the option, where one is out of its range or would have no effect."""
+    check_options(config, RANGES)
+    if list(config.milestone_epochs) != sorted(set(config.milestone_epochs)):
+        raise ValueError(f"milestone_epochs={config.milestone_epochs}: give different epochs, the first epoch first")
+    if config.schedule == "cosine" and config.milestone_epochs != ClassifierConfig.milestone_epochs:
+        raise ValueError(f"milestone_epochs={config.milestone_epochs}: the cosine schedule has none; leave them out")
+    if config.target_threshold is not None and config.loss != "binary":
+        raise ValueError(
+            f"target_threshold={config.target_threshold}: only --loss binary has one; give --target-threshold None"
+        )
 
 
 @dataclass(frozen=True)
@@ -150,6 +182,21 @@ def count_steps(config: ClassifierConfig, steps_per_epoch: float) -> ScheduledCo
         eval_every=steps(config.eval_epochs),
     )
 
+
+# `--help` shows these options first, then groups that begin with a field of ClassifierConfig.
+FIRST_OPTIONS = ("data", "out", "model", "epochs", "batch_size")
+SECTIONS = {
+    "dataset": "data",
+    "init": "network",
+    "train_size": "image",
+    "smoothing": "loss",
+    "accum": "batch",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+    "ema": "optimizer",
+    "precision": "machine",
+    "eval_epochs": "run",
+}
 
 # "ResNet strikes back", arXiv 2110.00476, table 2, and `--bce-target-thresh 0.2` of timm's command for it. timm ends
 # the cosine at a learning rate of 1e-6, which is 0 here; clips the gradient to norm 1 inside LAMB, as here; and draws

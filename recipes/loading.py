@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from runtime import Stopped, StopSignal, ignore_stop_signals
 
@@ -52,6 +52,7 @@ class Batches:
         if workers and stop:  # see `kill_workers`
             multiprocessing.util.Finalize(None, kill_workers, exitpriority=10)
         self.workers, self.stop, self.received = workers, stop, 0
+        self.in_turn = not isinstance(dataset, IterableDataset)  # workers of a stream end at different times
         self.finished = multiprocessing.RawArray("q", max(1, workers))  # batches that each worker has finished
         self.loader = iter(
             DataLoader(
@@ -91,9 +92,9 @@ class Batches:
         return batch
 
     def look(self, waited: float) -> None:
-        """Raise `RuntimeError` where the next batch will not come. The workers take turns."""
+        """Raise `RuntimeError` where the next batch will not come. Workers take turns, unless they read a stream."""
         turn, worker = divmod(self.received, self.workers)
-        if waited > LOST_S and self.finished[worker] > turn:
+        if self.in_turn and waited > LOST_S and self.finished[worker] > turn:
             raise RuntimeError(f"a data loading worker has finished a batch {waited:.0f} s ago that is lost{advice()}")
         if waited > STUCK_S:
             raise RuntimeError(f"no batch came for {waited:.0f} s; see whether the disk of the images still answers")

@@ -37,7 +37,10 @@ PARSE = parse_plan
 if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
     CONFIG = parse_command(PARSE)
 
+import torch
+
 from calibration import calibrate, device_name, load_calibration
+from fitting import fit_plan
 from runtime import process_group, run_command
 from step_work import count_work
 from vovnet_zoo.gpus import find_gpu
@@ -52,13 +55,15 @@ def main(command: tuple[Plan, TrainConfig, list[str]]) -> list[Row]:
         here = find_gpu(device_name(device))
         kind = plan.gpu or (HERE if device.type == "cuda" or plan.calibrate else DEFAULT_GPU)
         gpu = GPUS.get(here or "" if kind == HERE else kind)
-        schedule = schedule_of(plan, config)
+        images = plan.images or IMAGES.get(plan.preset, COCO_IMAGES)
+        config = fit_plan(config, images, torch.device("cuda") if gpu else device)
+        schedule = schedule_of(config, images)
         counts = gpu_counts(plan.gpus, schedule) if gpu else [1]
         check_counts(schedule, counts)
         calibration = load_calibration(config, device) if kind in (HERE, here) else None
         if plan.calibrate:
-            images = [config.batch_size // count for count in counts]
-            calibration = calibrate(plan.preset, options, config, images, device)
+            shares = [config.batch_size // count for count in counts]
+            calibration = calibrate(plan.preset, options, config, shares, device)
         if gpu is None and calibration is None:
             raise ValueError(f"no data sheet describes this machine ({device_name(device)}); measure it: --calibrate")
         work = count_work(config)
@@ -87,6 +92,8 @@ def check_plan(plan: Plan, config: TrainConfig) -> None:
         raise ValueError(
             f"--gpus {plan.gpus}: give 1 to {MOST_GPUS}, of one machine; recipes/guides/scale.md is about several"
         )
+    if config.minutes is not None or config.seeds > 1:
+        raise ValueError("a plan is of one training of so many steps; leave --minutes and --seeds out")
     if plan.images is not None and plan.images < 1:
         raise ValueError(f"--images {plan.images}: give 1 or more")
     if plan.price_per_gpu_hour is not None and not 0 <= plan.price_per_gpu_hour < math.inf:
@@ -100,7 +107,7 @@ def gpu_counts(most: int | None, schedule: Schedule) -> list[int]:
     return [*(count for count in (1, 2, 4, 8) if count < most), most]
 
 
-def schedule_of(plan: Plan, config: TrainConfig) -> Schedule:
+def schedule_of(config: TrainConfig, images: int) -> Schedule:
     """Collect what a configuration says of the whole training."""
     return Schedule(
         steps=config.steps,
@@ -110,7 +117,7 @@ def schedule_of(plan: Plan, config: TrainConfig) -> Schedule:
         precision=config.precision,
         compiled=config.compile,
         evaluations=-(-config.steps // config.eval_every) if config.eval_every else 1,
-        images=plan.images or IMAGES.get(plan.preset, COCO_IMAGES),
+        images=images,
     )
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import tyro
-
+from grouping import parse_grouped
 from options import Range, check_options
 from vovnet_zoo.config import RANGES as MODEL_RANGES
 from vovnet_zoo.config import VARIANTS, VariantName
@@ -19,7 +18,10 @@ from vovnet_zoo.ledger import DETECTORS
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run is configured by these fields. Sizes are in pixels; a step is one update of the weights."""
+    """A training run is configured by these fields. Sizes are in pixels; a step is one update of the weights.
+
+    Of the options in `FITTED`, those that are None are chosen to fit the data and the machine, see `fitting`.
+    """
 
     data: Path | None
     """Folder of the dataset: COCO, YOLO, Pascal VOC or Hugging Face; see recipes/guides/data.md. None with --train and
@@ -65,12 +67,12 @@ class TrainConfig:
     """Keep the backbone's batch norms fixed; recommended with pretrained weights and few images per device. Those that
     are fixed in --init stay so."""
 
-    min_size: tuple[int, int] = (640, 800)
-    """Range of the shorter side in training."""
-    max_size: int = 1333
-    """Limit of the longer side."""
-    test_size: int = 800
-    """Shorter side in evaluation; it is saved with the model."""
+    min_size: tuple[int, int] | None = (640, 800)
+    """Range of the shorter side in training; None: within a tenth of --test-size."""
+    max_size: int | None = 1333
+    """Limit of the longer side; None: twice --test-size."""
+    test_size: int | None = 800
+    """Shorter side in evaluation; it is saved with the model. None: the smaller the boxes, the larger."""
     augment: Literal["none", "flip", "jitter_crop"] = "flip"
     """Augmentation in training: none, mirroring, or mirroring with zooming and cropping."""
     zoom: tuple[float, float] = (0.5, 2.0)
@@ -96,21 +98,25 @@ class TrainConfig:
     """Leave out training images without boxes."""
     skip_bad_images: bool = False
     """Leave out images that cannot be read or have another size than the JSON says, rather than stop."""
-    batch_size: int = 16
+    batch_size: int | None = 16
     """Images per step, over all processes and accumulated parts. A preset is a schedule of images: with another batch
-    than the preset's, what is not typed of lr, steps, milestones, warmup_steps and eval_every is scaled, see
-    `scale_schedule`."""
+    than the preset's, what is not typed of lr, steps, milestones, warmup_steps and eval_every is scaled. None: by the
+    cores, or by the memory of a GPU, which is tried out."""
     accum: int = 1
     """Parts into which each process's share of a batch is split, to save memory."""
-    workers: int = 4
-    """Data loading processes per training process; in evaluations, threads."""
+    workers: int | None = 4
+    """Data loading processes per training process; in evaluations, threads. None: by the cores."""
 
-    steps: int = 90_000
-    """Updates of the weights."""
+    steps: int | None = 90_000
+    """Updates of the weights. None: by the number of training images."""
+    epochs: float | None = None
+    """In place of --steps: so often is each image shown; milestones keep their share of the steps."""
+    minutes: float | None = None
+    """In place of --steps: as many as fit into this time, evaluations included, by the speed of the first steps."""
     optimizer: str = "momentum"
     """A name of timm.optim.list_optimizers(); "momentum" is SGD without Nesterov."""
-    lr: float = 0.01
-    """Learning rate at its highest."""
+    lr: float | None = 0.01
+    """Learning rate at its highest. None: by the batch size."""
     weight_decay: float = 1e-4
     """Weight decay of all parameters but biases."""
     bias_lr_factor: float = 1.0
@@ -123,8 +129,8 @@ class TrainConfig:
     """Steps where multistep multiplies the learning rate by 0.1; cosine has none. They move with --steps."""
     warmup: Literal["constant", "linear"] = "linear"
     """Course of the learning rate in the warm-up."""
-    warmup_steps: int = 500
-    """Length of the warm-up."""
+    warmup_steps: int | None = 500
+    """Length of the warm-up. None: at most a tenth of the steps."""
     warmup_factor: float = 1 / 3
     """The learning rate of the first step is lr times this."""
     ema: float | None = None
@@ -150,6 +156,15 @@ class TrainConfig:
 
     eval_every: int | None = None
     """Steps between evaluations; the last step is always followed by one."""
+    evals: int | None = None
+    """In place of --eval-every: so many evaluations in the run; 0 is ten, or as many as take 15 % of its time."""
+    patience: int | None = None
+    """End the run after this many evaluations in a row without a better AP."""
+    seeds: int = 1
+    """Train so many times, into seed0/, seed1/, ... of --out, and report mean and deviation of the AP. The seeds follow
+    --seed; with --val-fraction, each has a split of its own."""
+    loggers: tuple[Literal["wandb", "mlflow", "trackio"], ...] = ()
+    """Trackers that get the numbers of the run too, beside TensorBoard, which gets them where it is installed."""
     checkpoint_minutes: float | None = 5.0
     """A killed run loses at most what it did in so many minutes. A checkpoint begins a tenth earlier, and is written
     while the training goes on."""
@@ -161,18 +176,38 @@ class TrainConfig:
     """Go on from the checkpoints in --out although the configuration or the data has changed."""
 
 
+# `--help` shows these options first, then groups that begin with a field of TrainConfig.
+FIRST_OPTIONS = ("data", "out", "init", "epochs", "batch_size")
+SECTIONS = {
+    "train": "data",
+    "model": "network",
+    "min_size": "image",
+    "batch_size": "batch",
+    "steps": "schedule",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+    "ema": "optimizer",
+    "precision": "machine",
+    "eval_every": "evaluation",
+    "loggers": "run",
+}
+
 # These options decide the network. With --init they can only say what that detector is.
 NETWORK = ("model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone", "frozen_norm")
 NETWORK_DEFAULTS = dict(model="fcos_vovnet39_fpn", channels=256, num_convs=4)  # without --init
 
 STRONG = ("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg")
 
+# Where these are None, `fitting` chooses them; a run that goes on has those of its checkpoint.
+FITTED = ("test_size", "min_size", "max_size", "batch_size", "steps", "lr", "warmup_steps")
+
 RANGES = {
     **{name: Range(*MODEL_RANGES[name][:2]) for name in ("channels", "num_convs", "max_size")},
     **{name: Range(*MODEL_RANGES["min_size"][:2]) for name in ("min_size", "test_size")},
     **dict.fromkeys(("batch_size", "accum", "steps", "milestones"), Range(1)),
-    **dict.fromkeys(("eval_every", "checkpoint_every", "max_not_finite"), Range(1)),
-    **dict.fromkeys(("workers", "warmup_steps", "weight_decay", "bias_lr_factor"), Range(0)),
+    **dict.fromkeys(("eval_every", "checkpoint_every", "max_not_finite", "patience", "seeds"), Range(1)),
+    **dict.fromkeys(("epochs", "minutes"), Range(0, inside=True)),
+    **dict.fromkeys(("workers", "warmup_steps", "weight_decay", "bias_lr_factor", "evals"), Range(0)),
     **dict.fromkeys(("lr", "clip_grad", "checkpoint_minutes"), Range(0, inside=True)),
     "zoom": Range(0, inside=True),
     **dict.fromkeys(("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg", "repeat_rare"), Range(0, 1)),
@@ -189,14 +224,8 @@ def check_config(config: TrainConfig) -> None:
     """Raise `ValueError`, naming the option, where one is out of its range or would have no effect."""
     check_options(config, RANGES)
     check_data_options(config)
-    if config.min_size[0] > config.min_size[1]:
-        raise ValueError(f"min_size={config.min_size}: give the lower end of the range first")
-    if (size := max(config.min_size[1], config.test_size)) > config.max_size:
-        name = "min_size" if size == config.min_size[1] else "test_size"
-        raise ValueError(
-            f"{name}={getattr(config, name)}: the shorter side cannot be longer than max_size={config.max_size}, the "
-            f"limit of the longer side; raise --max-size, or lower --{name.replace('_', '-')}"
-        )
+    check_length(config)
+    check_sizes(config)
     if config.zoom[0] > config.zoom[1]:
         raise ValueError(f"zoom={config.zoom}: give the lower end of the range first")
     if config.zoom != TrainConfig.zoom and config.augment != "jitter_crop":
@@ -222,6 +251,29 @@ def check_config(config: TrainConfig) -> None:
         )
     if config.init is not None and config.pretrained_backbone:
         raise ValueError("pretrained_backbone=True: --init has a backbone with weights; leave out one of the two")
+
+
+def check_sizes(config: TrainConfig) -> None:
+    """Raise `ValueError` where the sizes of images, as far as they are known, contradict each other."""
+    low, high = config.min_size or (0, 0)
+    if low > high:
+        raise ValueError(f"min_size={config.min_size}: give the lower end of the range first")
+    if config.max_size and (size := max(high, config.test_size or 0)) > config.max_size:
+        name = "min_size" if size == high else "test_size"
+        raise ValueError(
+            f"{name}={getattr(config, name)}: the shorter side cannot be longer than max_size={config.max_size}, the "
+            f"limit of the longer side; raise --max-size, or lower --{name.replace('_', '-')}"
+        )
+
+
+def check_length(config: TrainConfig) -> None:
+    """Raise `ValueError` where two options say how long the run is, or when it is scored."""
+    if config.epochs is not None and config.minutes is not None:
+        raise ValueError("--epochs and --minutes both say how long the run is; leave out one of the two")
+    if config.steps is None and config.schedule == "multistep":
+        raise ValueError("steps=None: milestones are counted in steps; give --steps, or --schedule cosine")
+    if config.evals is not None and config.eval_every is not None:
+        raise ValueError("--evals and --eval-every both say when the run is scored; leave out one of the two")
 
 
 def check_data_options(config: TrainConfig) -> None:
@@ -255,50 +307,33 @@ def parse(args: Sequence[str] | None = None, description: str = "") -> TrainConf
     """
     args = sys.argv[1:] if args is None else args
     presets = presets_for(args)
-    config = tyro.extras.overridable_config_cli(presets, args=args, description=description)
-    if not {arg.replace("_", "-").split("=")[0] for arg in args}.isdisjoint({"--batch-size", "--steps"}):
-        preset = presets[next(arg for arg in args if arg in presets)][1]
-        others = {name: (about, dataclasses.replace(x, **other_schedule(x))) for name, (about, x) in presets.items()}
-        again = tyro.extras.overridable_config_cli(others, args=args, description=description)
-        typed = {name for name in SCHEDULE if getattr(config, name) == getattr(again, name)}
+    config = parse_grouped(presets, FIRST_OPTIONS, SECTIONS, args, description)
+    preset, typed = presets[next(arg for arg in args if arg in presets)][1], typed_options(args)
+    if len(lengths := sorted({"steps", "epochs", "minutes"} & typed)) > 1:
+        raise ValueError(f"--{lengths[0]} and --{lengths[1]} both say how long the run is; leave out one of the two")
+    if "eval_every" in typed:
+        config = dataclasses.replace(config, evals=config.evals if "evals" in typed else None)
+    if {"batch_size", "steps"} & typed and None not in (
+        preset.batch_size,
+        preset.steps,
+        config.batch_size,
+        config.steps,
+    ):
         config = dataclasses.replace(config, **scale_schedule(config, preset, typed))
     if config.init is None:
         return config
-    # What was typed is the same whatever the preset says.
-    other: dict[str, Any] = dict(model="?", backbone="?", channels=-1, num_convs=-1)
-    others = {
-        name: (
-            about,
-            dataclasses.replace(
-                preset,
-                **other,
-                variant="improved" if preset.variant == "published" else "published",
-                frozen_norm=not preset.frozen_norm,
-                pretrained_backbone=not preset.pretrained_backbone,
-            ),
-        )
-        for name, (about, preset) in presets.items()
-    }
-    again = tyro.extras.overridable_config_cli(others, args=args, description=description)
-    typed = {name for name in NETWORK if getattr(config, name) == getattr(again, name)}
     if "frozen_norm" in typed and not config.frozen_norm:
         raise ValueError("--no-frozen-norm: with --init, norms that are fixed there stay so; leave it out")
     return dataclasses.replace(config, **{name: getattr(TrainConfig, name) for name in NETWORK if name not in typed})
 
 
-SCHEDULE = ("lr", "steps", "milestones", "warmup_steps", "eval_every")
+def typed_options(args: Sequence[str]) -> set[str]:
+    """Return the names of the options that are among the arguments of a command."""
+    names = {arg[2:].split("=")[0].replace("-", "_") for arg in args if arg.startswith("--")}
+    return {field.name for field in dataclasses.fields(TrainConfig) if {field.name, f"no_{field.name}"} & names}
+
+
 LINEAR = ("momentum", "sgd")
-
-
-def other_schedule(preset: TrainConfig) -> dict[str, Any]:
-    """Return values of the schedule's options that differ from the preset's."""
-    return dict(
-        lr=preset.lr * 3,
-        steps=preset.steps + 1,
-        milestones=(*preset.milestones, preset.steps + 1),
-        warmup_steps=preset.warmup_steps + 1,
-        eval_every=(preset.eval_every or 0) + 1,
-    )
 
 
 def scale_schedule(config: TrainConfig, preset: TrainConfig, typed: Collection[str]) -> dict[str, Any]:
@@ -328,6 +363,10 @@ def doubts(config: TrainConfig) -> list[str]:
         found.append(
             f"the run ends after {config.steps} steps, before the milestones {late}, so the learning rate is not "
             "lowered there; give other --milestones"
+        )
+    if config.minutes is not None and config.steps < 100:
+        found.append(
+            f"only {config.steps} steps fit into --minutes {config.minutes:g}; a detector learns little in so few"
         )
     if config.warmup_steps >= config.steps:
         found.append(
@@ -418,15 +457,31 @@ def _coco(epochs: int, model: str, zoom: tuple[float, float]) -> tuple[str, Trai
 
 
 _FROM_SCRATCH = dict(
-    workers=1,
     optimizer="muon",
-    lr=2e-3,
     weight_decay=0.05,
     decay_norms=False,
     schedule="cosine",
     warmup_factor=0.01,
     clip_grad=10.0,
 )
+
+
+class Fit(NamedTuple):
+    """What is chosen for a run follows from these numbers, which are those of batches of `batch_size` images."""
+
+    lr: float
+    epochs: float
+    least_steps: int  # a detector of a few images needs these, too
+    warmup_steps: int
+    batch_size: int = 4
+
+
+# From random weights, measured on the 205 photos of BCCD with batches of 4 (RESULTS.md): 240 steps gave AP 0.590, 600
+# steps 0.620.
+FIT = Fit(lr=2e-3, epochs=12, least_steps=600, warmup_steps=50)
+# Pretrained features need fewer steps (arXiv 1811.08883). The new FPN and head have few steps to learn in, so the
+# learning rate is above COCO's. These values are reasoned, not measured.
+FIT_PRETRAINED = Fit(lr=5e-4, epochs=8, least_steps=400, warmup_steps=100)
 
 PRESETS: dict[str, tuple[str, TrainConfig]] = {
     "quickstart": (
@@ -436,7 +491,9 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             out=Path("runs/quickstart"),
             draw_shapes=True,
             batch_size=16,
+            workers=1,
             steps=360,
+            lr=2e-3,
             warmup_steps=20,
             ema=0.99,
             eval_every=180,
@@ -456,12 +513,8 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             out=Path("runs/finetune"),
             model="fcos_vovnet27_slim_fpn",
             channels=128,
-            min_size=(288, 352),
-            max_size=640,
-            test_size=320,
-            batch_size=4,
-            steps=600,
-            warmup_steps=50,
+            **dict.fromkeys((*FITTED, "workers")),
+            evals=0,
             ema=0.995,
             **_FROM_SCRATCH,
         ),
@@ -473,11 +526,8 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
 }
 
 # `finetune --pretrained-backbone` changes this: a backbone whose weights can be had, a learning rate that keeps what it
-# knows, frozen norms, and fewer steps, since pretrained features need fewer (arXiv 1811.08883). The new FPN and head
-# have few steps to learn in, so the learning rate is above COCO's. These values are reasoned, not measured.
-FINETUNE_PRETRAINED: dict[str, Any] = dict(
-    _PRETRAINED, model="fcos_ese_vovnet19b_dw_fpn", lr=5e-4, steps=400, warmup_steps=100
-)
+# knows (`FIT_PRETRAINED`), and frozen norms.
+FINETUNE_PRETRAINED: dict[str, Any] = dict(_PRETRAINED, model="fcos_ese_vovnet19b_dw_fpn")
 
 
 def presets_for(args: Sequence[str]) -> dict[str, tuple[str, TrainConfig]]:

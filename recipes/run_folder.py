@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from loggers import Loggers
 from presets import NETWORK, TrainConfig, with_defaults
 from runtime import environment, log, make_folder
 from vovnet_zoo import FCOS
@@ -83,7 +84,8 @@ def try_lock(file: IO) -> bool:
 
 class RunLog:
     """The log of a run consists of `run.json` (the configuration; command and versions of each start), `metrics.jsonl`
-    (a JSON object a line) and, where tensorboard is installed, its files. Only rank 0 writes.
+    (a JSON object a line), and what the loggers keep: TensorBoard, where it is installed, and `config.loggers`. Only
+    rank 0 writes. A step's number is how many steps were done with it: the first is 1.
 
     Args:
         start_step: a run that was stopped goes on after this many steps; rows of later steps are dropped, since these
@@ -92,34 +94,29 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, config: TrainConfig, rank: int, start_step: int = 0, scored: int = 0):
-        self.folder, self.active, self.tensorboard = folder, rank == 0, None
+        self.folder, self.active = folder, rank == 0
         if not self.active:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        starts = earlier_starts(folder / "run.json") if start_step else []
-        starts.append({"step": start_step, **environment()})
-        about = {"config": dataclasses.asdict(config), "starts": starts}
+        rows, before = self.rows(), read_run(folder / "run.json") if start_step else {}
+        if before and "first_step" not in before:  # version 0.2 and before counted from 0
+            rows = [{**row, "step": row["step"] + 1} for row in rows]
+        starts = [*before.get("starts", []), {"step": start_step, **environment()}]
+        about = {"config": dataclasses.asdict(config), "starts": starts, "first_step": 1}
         write_whole(folder / "run.json", json.dumps(about, indent=2, default=str).encode())
-        kept = [row for row in self.rows() if row["step"] < (start_step if "loss" in row else scored)]
+        kept = [row for row in rows if row["step"] <= (start_step if "loss" in row else scored)]
         write_whole(folder / "metrics.jsonl", "".join(write_json(row) + "\n" for row in kept).encode())
         self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed by close)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step or None)
-        except Exception as error:  # a tensorboard that does not fit the other packages raises anything
-            log.warning("no tensorboard files (%r); metrics.jsonl has all numbers", error)
+        self.loggers = Loggers(["tensorboard", *config.loggers])
+        self.loggers.on_start(folder, json.loads(json.dumps(about["config"], default=str)), start_step)
 
     def write(self, step: int, **values) -> None:
-        """Add a row of values for `step`, counted from 0."""
+        """Add a row of values for `step`, the number of steps done."""
         if not self.active:
             return
         self.file.write(write_json({"step": step, **values}) + "\n")
         self.file.flush()
-        with self._optional():
-            for name, value in values.items():
-                if self.tensorboard is not None and isinstance(value, (int, float)):
-                    self.tensorboard.add_scalar(name, value, step)
+        self.loggers.on_metrics(step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
 
     def rows(self) -> list[dict]:
         """Read all rows so far. A damaged line, like the last one of a killed run, is left out."""
@@ -128,18 +125,7 @@ class RunLog:
     def close(self) -> None:
         if self.active:
             self.file.close()
-            with self._optional():
-                if self.tensorboard is not None:
-                    self.tensorboard.close()
-
-    @contextlib.contextmanager
-    def _optional(self) -> Iterator[None]:
-        """Go on without tensorboard after an error in it, such as a full disk."""
-        try:
-            yield
-        except Exception as error:
-            log.warning("no tensorboard files from now on (%r); metrics.jsonl has all numbers", error)
-            self.tensorboard = None
+            self.loggers.on_end()
 
 
 def write_json(value: Any) -> str:
@@ -156,13 +142,14 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def earlier_starts(path: Path) -> list[dict]:
-    """Read the starts that a `run.json` lists. A damaged file is reported, and lists none."""
+def read_run(path: Path) -> dict:
+    """Read a `run.json`. A damaged file is reported, and an empty one returned."""
     try:
-        return json.loads(path.read_bytes())["starts"] if path.is_file() else []
+        about = json.loads(path.read_bytes()) if path.is_file() else {}
+        return {**about, "starts": [*about["starts"]]} if about != {} else {}
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%r) and is written anew; earlier starts of this run are not listed", path, error)
-        return []
+        return {}
 
 
 # ---- notes ----------------------------------------------------------------------------------------------------------
@@ -238,7 +225,8 @@ def draw_pictures(
 # These fields of the configuration do not change the result of a run, apart from rounding.
 # `skip_bad_images` is among them, since without it a run ends at the first image that it would change.
 FREE = {"out", "data", "workers", "accum", "device", "compile", "max_not_finite", "allow_changes"}
-FREE |= {"skip_bad_images", "checkpoint_every", "checkpoint_minutes"}
+FREE |= {"skip_bad_images", "checkpoint_every", "checkpoint_minutes", "seeds", "loggers"}
+FREE |= {"epochs", "evals"}  # `steps` and `eval_every` say more
 FREE |= {"train", "train_images", "val", "val_images"}  # the hashes of the annotations say more
 # These decide the network and its first weights.
 FIXED = {*NETWORK, "init"}
@@ -281,10 +269,17 @@ def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainCo
     if config.allow_changes:
         log.warning("going on with changes: %s", what)
         return changed
+    advice = f"; to train longer: {longer(config)}" if "steps" in changed else ""
     raise ValueError(
         f"the checkpoints in {config.out} are of another run ({what}); "
-        "give another --out, remove that folder, or go on all the same with --allow-changes"
+        f"give another --out, remove that folder, or go on all the same with --allow-changes{advice}"
     )
+
+
+def longer(config: Any) -> str:
+    """Say how a run that is complete is followed by another one, since its learning rate has come down to its end."""
+    without = " and without --pretrained-backbone" if getattr(config, "pretrained_backbone", False) else ""
+    return f"the same command with --init {config.out / 'best'} --out {config.out}-longer{without}"
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

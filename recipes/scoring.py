@@ -56,7 +56,7 @@ def score_dataset(
     )
     rows, image_ids = [], []
     with contextlib.closing(found):
-        for i in tqdm(range(share), desc="evaluate", unit="image", disable=rank > 0, leave=False):
+        for i in tqdm(range(share), desc="evaluate", unit="image", disable=rank > 0 or None, leave=False):
             if stop and (world_size == 1 or i % LOOK_EVERY == 0) and (number := stop.agreed()):
                 raise Stopped(128 + number)
             if (detection := next(found, None)) is not None:  # skipped images are not among them

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from presets import TrainConfig, check_config, doubts, parse
@@ -23,34 +23,75 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds, so 
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from build import build_loader
+from loggers import check_loggers
 from memory import peak_memory
 from optim import set_lr
 from reporting import report_run
-from run_folder import RunLog, draw_pictures, import_pictures, locked, note_bad_image, note_skipped, write_whole
+from run_folder import (
+    RunLog,
+    draw_pictures,
+    import_pictures,
+    locked,
+    longer,
+    note_bad_image,
+    note_skipped,
+    write_whole,
+)
 from runtime import Stopped, StopSignal, all_reduce, average, gather, log, process_group, run_command
 from scoring import score_dataset
+from seeds import compare_seeds, seed_configs
 from step import compile_parts, compile_step, compute_losses, find_targets
-from training_loop import clip_gradients, log_graphs, log_step, seed_of, stopped, update
-from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, save_if_due, set_up
+from training_loop import (
+    clip_gradients,
+    log_graphs,
+    log_plan,
+    log_step,
+    note_score,
+    seed_of,
+    share_stale,
+    show_progress,
+    stopped,
+    update,
+)
+from training_run import (
+    Progress,
+    Run,
+    batch_statistics,
+    is_due,
+    is_trusted,
+    save,
+    save_finished,
+    save_if_due,
+    set_up,
+)
 from vovnet_zoo.coco_eval import format_table
 from vovnet_zoo.data import Skipped
 from vovnet_zoo.evaluation.runs import DETECTIONS, SKIPPED
 
 
 def main(config: TrainConfig) -> dict | None:
-    """Train as `config` says; returns the last evaluation on rank 0, None on the others."""
+    """Train as `config` says; returns the last evaluation on rank 0, None on the others.
+
+    With several seeds, returns the AP of each, their mean and their deviation.
+    """
     check_config(config)
-    with (
-        process_group(config.device) as (rank, world_size, device),
-        StopSignal() as stop,
-        locked(config.out, rank),
-    ):
+    check_loggers(config.loggers)
+    with process_group(config.device) as (rank, world_size, device), StopSignal() as stop:
+        if config.seeds == 1:
+            return train_once(config, rank, world_size, device, stop).metrics
+        runs = [train_once(one, rank, world_size, device, stop) for one in seed_configs(config)]
+        return compare_seeds(config, [run.best for run in runs]) if rank == 0 else None
+
+
+def train_once(config: TrainConfig, rank: int, world_size: int, device: torch.device, stop: StopSignal) -> Progress:
+    """Train with one seed; returns what was reached."""
+    with locked(config.out, rank):
         pictures = import_pictures() if rank == 0 else None
         run = set_up(config, rank, world_size, device)
-        log.info("%d steps of %d images, learning rate %.3g", config.steps, config.batch_size, config.lr)
+        config = run.config
+        log_plan(run)
         for doubt in doubts(config) if rank == 0 else ():
             log.warning("%s", doubt)
         with (
@@ -66,21 +107,16 @@ def main(config: TrainConfig) -> dict | None:
                 raise
             if rank == 0:
                 summarize(run, run_log, pictures)
-        return run.progress.metrics
+        return run.progress
 
 
 def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     """Do the steps that are left of a run, with the checkpoints and evaluations that are due."""
     config, model, criterion, progress = run.config, run.model, run.criterion, run.progress
-    find, compute = find_targets, compute_losses
-    if config.compile:
-        find, compute = compile_step(model)
-        if run.ema and run.device.type == "cuda":
-            compile_parts(run.averaged)  # for evaluations, as the model's own parts are
+    find, compute = step_functions(run)
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     batches = build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop)
-    steps = range(progress.step, config.steps)
-    bar = tqdm(steps, total=config.steps, initial=progress.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
+    bar = show_progress(run)
     began = time.perf_counter()
     for step in bar:
         # Data: this process's share of the batch, in parts that are computed one after the other to save memory.
@@ -90,7 +126,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         # Targets and normalizers of the global batch. All processes divide their losses by the same normalizers and pad
         # their images to the same size (GroupNorm sees the padding), so that neither the number of processes nor the
         # number of parts changes the result. With the size they learn whether one of them received a stop signal.
-        height, width, stopping = common_size(model, parts, stop.received)
+        height, width, stopping = common_size(run, parts, stop.received)
         assigned = [find(model, criterion, part["boxes"], part["labels"], height, width) for part in parts]
         normalizers = all_reduce(sum(n for _, n in assigned))
 
@@ -135,6 +171,15 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     run.saver.wait()
 
 
+def step_functions(run: Run) -> tuple[Callable, Callable]:
+    """Return `find_targets` and `compute_losses`, compiled if the configuration says so."""
+    if not run.config.compile:
+        return find_targets, compute_losses
+    if run.ema and run.device.type == "cuda":
+        compile_parts(run.averaged)  # for evaluations, as the model's own parts are
+    return compile_step(run.model)
+
+
 def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[str, Tensor]]:
     """Move this process's next share of a batch, in parts, to its device; notes images that could not be read."""
     try:
@@ -143,18 +188,18 @@ def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[
         save(run)
         raise
     skipped = [image for part in parts for image in part.get("skipped", [])]
-    note_skipped(run.config.out, step, skipped)
+    note_skipped(run.config.out, step + 1, skipped)
     return [
         {name: x.to(run.device, non_blocking=True) for name, x in part.items() if name != "skipped"} for part in parts
     ]
 
 
-def common_size(model: nn.Module, parts: list[dict[str, Tensor]], received: int) -> tuple[int, int, int]:
-    """Return the height and width to pad images to, the largest of all parts and processes, and the number of the
-    signal that a process received, or 0. These numbers stay on the CPU, so that no GPU is waited for."""
+def common_size(run: Run, parts: list[dict[str, Tensor]], received: int) -> tuple[int, int, int]:
+    """Return the height and width to pad images to, at least the largest of all parts and processes, and the number of
+    the signal that a process received, or 0. These numbers stay on the CPU, so that no GPU is waited for."""
     sizes = torch.tensor([(*part["images"].shape[-2:], received) for part in parts])
     height, width, stopping = all_reduce(sizes.amax(0), torch.distributed.ReduceOp.MAX).tolist()
-    return *room_for_norms(model, parts, height, width), stopping
+    return *room_for_norms(run.model, parts, height, width), stopping
 
 
 def room_for_norms(model: nn.Module, parts: list[dict[str, Tensor]], height: int, width: int) -> tuple[int, int]:
@@ -210,14 +255,15 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     progress.scored = progress.step
     if run.rank == 0:
         overall = {name: value for name, value in metrics.items() if name != "per_class"}
-        run_log.write(progress.step - 1, **overall)
+        run_log.write(progress.step, **overall)
         log.info("step %d: AP %.3f, AP50 %.3f", progress.step, metrics["AP"], metrics["AP50"])
         run.averaged.save_pretrained(config.out / "last")
         if metrics["AP"] >= progress.best:
             write_whole(config.out / DETECTIONS, json.dumps(results).encode())
             write_whole(config.out / SKIPPED, json.dumps(skipped_ids).encode())
             run.averaged.save_pretrained(config.out / "best")
-        progress.best, progress.metrics = max(progress.best, metrics["AP"]), metrics
+        note_score(progress, metrics["AP"], metrics)
+    share_stale(run)
     save(run)
 
 
@@ -225,12 +271,12 @@ def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
     """Print the last evaluation and the speed, write the report of the best model, and draw pictures."""
     config, seconds = run.config, run.progress.train_seconds
     print(format_table(run.progress.metrics, per_class=True))
-    rate, peak = config.steps * config.batch_size / seconds, peak_memory(run.device)
+    rate, peak = run.progress.step * config.batch_size / seconds, peak_memory(run.device)
     memory = f", peak {peak:.2f} GiB" if peak is not None else ""
     log.info("trained %.0f s, %.2f images/s%s", seconds, rate, memory)
     if config.compile:
         log_graphs()
-    log.info("best model: %s", config.out / "best")
+    log.info("best model: %s (AP %.3f); to train longer: %s", config.out / "best", run.progress.best, longer(config))
     report_run(config.out, run_log.rows(), run.train_set, run.val_set)
     draw_pictures(pictures, config.out, run_log.rows(), run.averaged, run.val_set)
 

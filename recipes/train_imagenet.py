@@ -11,29 +11,29 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import tyro
-
-from imagenet_presets import PRESETS, ClassifierConfig
+from grouping import parse_grouped
+from imagenet_presets import FIRST_OPTIONS, PRESETS, SECTIONS, ClassifierConfig, check_config
 from vovnet_zoo.commands import parse_command
 
-PARSE = functools.partial(tyro.extras.overridable_config_cli, PRESETS, description=__doc__)
+PARSE = functools.partial(parse_grouped, PRESETS, FIRST_OPTIONS, SECTIONS, description=__doc__)
 if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
     CONFIG = parse_command(PARSE)
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from classifier_run import set_up
 from image_data import eval_batches, train_batches
+from loggers import check_loggers
 from memory import peak_memory
 from optim import set_lr
 from run_folder import RunLog, locked
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
 from step import compiled
-from training_loop import clip_gradients, log_graphs, log_step, seed_of, stopped, update
+from training_loop import clip_gradients, log_graphs, log_step, note_score, seed_of, show_progress, stopped, update
 from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, save_if_due
 from vovnet_zoo.classifiers import save_classifier
 from vovnet_zoo.data import normalize
@@ -41,6 +41,8 @@ from vovnet_zoo.data import normalize
 
 def main(config: ClassifierConfig) -> dict | None:
     """Train as `config` says; returns the last evaluation on rank 0, None on the others."""
+    check_config(config)
+    check_loggers(config.loggers)
     with (
         process_group(config.device) as (rank, world_size, device),
         StopSignal() as stop,
@@ -67,13 +69,12 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     compute = compiled(compute_loss) if config.compile else compute_loss
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     num_classes = len(run.model_config["class_names"])
-    batches = train_batches(config, run.train_set, num_classes, progress.step, run.rank, run.world_size)
-    steps = range(progress.step, config.steps)
-    bar = tqdm(steps, total=config.steps, initial=progress.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
+    batches = train_batches(config, run.train_set, num_classes, progress.step, run.rank, run.world_size, stop)
+    bar = show_progress(run)
     began = time.perf_counter()
     for step in bar:
         # Data: this process's share of the batch, in parts that are computed one after the other to save memory.
-        parts = [{name: x.to(run.device, non_blocking=True) for name, x in part.items()} for part in next(batches)]
+        parts = next_parts(run, batches)
         data_wait, stopping = time.perf_counter() - began, stop.agreed()
 
         # Forward and backward, part by part; autograd adds up the gradients of the parts. Each part counts by its share
@@ -109,6 +110,16 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     run.saver.wait()
 
 
+def next_parts(run: Run, batches: Iterator[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
+    """Move this process's next share of a batch, in parts, to its device."""
+    try:
+        parts = next(batches)
+    except Stopped:  # the batch did not come
+        save(run)
+        raise
+    return [{name: x.to(run.device, non_blocking=True) for name, x in part.items()} for part in parts]
+
+
 def compute_loss(
     model: nn.Module, criterion: nn.Module, images: Tensor, labels: Tensor, cfg: dict, precision: str
 ) -> Tensor:
@@ -138,12 +149,12 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         raise
     progress.scored = progress.step
     if run.rank == 0:
-        run_log.write(progress.step - 1, **metrics)
+        run_log.write(progress.step, **metrics)
         log.info("step %d: top-1 %.4f, top-5 %.4f", progress.step, metrics["top1"], metrics["top5"])
         save_model(run, config.out / "last")
         if metrics["top1"] >= progress.best:
             save_model(run, config.out / "best")
-        progress.best, progress.metrics = max(progress.best, metrics["top1"]), metrics
+        note_score(progress, metrics["top1"], metrics)
     save(run)
 
 
@@ -156,7 +167,7 @@ def score(run: Run, stop: StopSignal) -> dict[str, float]:
     model, cfg = run.averaged, run.model_config["pretrained_cfg"]
     training, counts = model.training, torch.zeros(3, device=run.device)  # right, right in 5, all
     model.eval()
-    batches = eval_batches(run.config, run.val_set, run.rank, run.world_size)
+    batches = eval_batches(run.config, run.val_set, run.rank, run.world_size, stop)
     while True:
         batch = next(batches, None)
         state = torch.tensor([batch is not None, stop.received])

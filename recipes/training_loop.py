@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,9 +12,11 @@ from tqdm import tqdm
 
 from memory import peak_memory
 from run_folder import RunLog, note_not_finite
-from runtime import Stopped, log
-from training_run import Run, are_finite, put_back
+from runtime import Stopped, all_reduce, log
+from training_run import Progress, Run, are_finite, put_back
 from vovnet_zoo.commands import CommandError
+
+LINE_EVERY, LINES = 50, 20  # without a progress bar: a line every 50 steps, or 20 in a short run
 
 
 def clip_gradients(run: Run) -> Tensor:
@@ -49,7 +52,7 @@ def skip_step(run: Run, step: int, parts: list[dict], losses: dict[str, float], 
     `CommandError` after too many in a row, or if the weights themselves are not finite at the end of the run.
     """
     run.progress.not_finite += 1
-    path = note_not_finite(run.config.out, step, run.rank, parts, losses, grad_norm)
+    path = note_not_finite(run.config.out, step + 1, run.rank, parts, losses, grad_norm)
     too_many = run.progress.not_finite >= run.config.max_not_finite
     if too_many or (step + 1 == run.config.steps and not are_finite(run.averaged)):
         raise CommandError(
@@ -61,11 +64,71 @@ def skip_step(run: Run, step: int, parts: list[dict], losses: dict[str, float], 
 def log_step(
     run: Run, run_log: RunLog, bar: tqdm, step: int, losses: dict[str, float], seconds: float, **values: float
 ) -> None:
-    """Write a row of the log, and show the most important numbers beside the progress bar."""
-    loss, rate = sum(losses.values()), run.config.batch_size / seconds
+    """Write a row of the log, and show the most important numbers: beside the progress bar, or as a line now and then
+    where there is none."""
+    loss, rate, done, total = sum(losses.values()), run.config.batch_size / seconds, step + 1, run.config.steps
     memory = peak_memory(run.device)
-    run_log.write(step, **{"loss": loss, **losses}, **values, images_per_s=rate, peak_memory_gib=memory)
-    bar.set_postfix_str(f"loss {loss:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s")
+    run_log.write(done, **{"loss": loss, **losses}, **values, images_per_s=rate, peak_memory_gib=memory)
+    score = f", best {score_name(run)} {run.progress.best:.3f}" if run.progress.scored else ""
+    shown = f"loss {loss:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s{score}"
+    bar.set_postfix_str(shown)
+    if bar.disable and run.rank == 0 and (done == total or done % min(LINE_EVERY, -(-total // LINES)) == 0):
+        left = run.progress.train_seconds / done * (total - done) / 60
+        log.info("step %d of %d: %s, %.0f minutes left", done, total, shown, left)
+
+
+def score_name(run: Run) -> str:
+    """Return the name of the score by which models are compared."""
+    return "top-1" if "top1" in (run.progress.metrics or ()) else "AP"
+
+
+def show_progress(run: Run) -> tqdm:
+    """Make a progress bar over the steps that are left; it is not shown where stderr is no terminal."""
+    hidden, done = run.rank > 0 or None, run.progress.step  # None leaves it to tqdm, which looks for a terminal
+    return tqdm(steps_left(run), total=run.config.steps, initial=done, unit="step", disable=hidden, dynamic_ncols=True)
+
+
+def steps_left(run: Run) -> Iterator[int]:
+    """Give the steps until the run is complete, counted from 0; each has to be done before the next is asked for."""
+    while run.progress.step < run.config.steps and not has_stalled(run):
+        yield run.progress.step
+
+
+def log_plan(run: Run) -> None:
+    """Say what is trained, on what, and how long."""
+    config, network = run.config, run.model.config
+    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    size = sum(p.numel() for p in run.model.parameters()) / 1e6
+    processes = f", {run.world_size} processes" if run.world_size > 1 else ""
+    log.info(
+        *("FCOS on %s, %.1f M parameters, %s, on %s (%s)%s", network["backbone"], size, config.precision),
+        *(run.device, name, processes),
+    )
+    epochs = config.steps * config.batch_size / len(run.train_set)
+    evals = f", scored every {config.eval_every} steps" if config.eval_every else ""
+    log.info(
+        *("%d steps of %d images (%.3g epochs), learning rate %.3g%s", config.steps, config.batch_size, epochs),
+        *(config.lr, evals),
+    )
+
+
+def note_score(progress: Progress, score: float, metrics: dict) -> None:
+    """Note the metrics of an evaluation, on rank 0."""
+    progress.stale = 0 if score > progress.best else progress.stale + 1
+    progress.best, progress.metrics = max(progress.best, score), metrics
+
+
+def share_stale(run: Run) -> None:
+    """Tell all processes how long the score has been no better, so that they end together."""
+    run.progress.stale = int(all_reduce(torch.tensor(run.progress.stale if run.rank == 0 else 0)))
+    if has_stalled(run) and run.rank == 0:
+        stale, step = run.progress.stale, run.progress.step
+        log.info("the run ends after step %d: %d evaluations in a row gave no better AP", step, stale)
+
+
+def has_stalled(run: Run) -> bool:
+    """Say whether `patience` ends the run."""
+    return run.config.patience is not None and run.progress.stale >= run.config.patience
 
 
 def stopped(run: Run, bar: tqdm, number: int) -> Stopped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from average import MovingAverage
-from build import build_datasets, build_model, check_start, check_weights, load_start, prepare_for_training
+from build import (
+    build_datasets,
+    build_model,
+    check_batch,
+    check_start,
+    check_weights,
+    find_splits,
+    load_start,
+    prepare_for_training,
+)
+from fitting import fit_schedule, fit_size, kept
 from gradients import GradientSum
 from image_notes import ImageNotes
 from optim import create_optimizer, load_changed
@@ -19,6 +30,7 @@ from presets import TrainConfig
 from run_folder import describe_run, load_checkpoint, refuse_changes, was_bad
 from runtime import broadcast_weights, log
 from saving import BackgroundSaver
+from trial import Trial
 from vovnet_zoo import FCOSLoss
 from vovnet_zoo.config import DEFAULT_VARIANT, DEFAULTS, VARIANTS
 from vovnet_zoo.data import CocoDataset
@@ -31,6 +43,7 @@ class Progress:
     step: int = 0  # steps done
     scored: int = 0  # steps that were done at the last evaluation
     best: float = -1.0  # the highest score, AP for a detector
+    stale: int = 0  # the last evaluations, in a row, whose score was no better
     metrics: dict | None = None  # of the last evaluation
     train_seconds: float = 0.0
     not_finite: int = 0  # the last steps that were skipped, in a row
@@ -78,6 +91,7 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     torch.backends.cudnn.allow_tf32 = config.tf32
     saved = load_checkpoint(config.out / "checkpoints")
     known = saved.get("config") if saved else None  # checkpoints of version 0.2 and before do not hold it
+    config = kept(config, saved["run"]) if saved else config
     if not known:
         check_weights(config)
     torch.manual_seed(config.seed)
@@ -87,7 +101,13 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     conventions = {**DEFAULTS, **(known or (start.config if start else VARIANTS[config.variant or DEFAULT_VARIANT]))}
     plus_one, resize = conventions["plus_one"], conventions["resize"]
     known_classes = known["class_names"] or () if known else ()
-    train_set, val_set = build_datasets(config, plus_one, resize, rank, world_size, known_classes)
+    places = find_splits(config, rank)
+    config, sizes = fit_size(config, places["train"][1], device)
+    train_set, val_set = build_datasets(config, places, plus_one, resize, known_classes)
+    try_out = functools.partial(Trial, train_set=train_set, start=start, known=known, device=device)
+    config, schedule = fit_schedule(config, train_set, val_set, device, world_size, try_out, saved)
+    check_batch(config, world_size)
+    log_chosen(sizes + schedule, goes_on=saved is not None)
     identity = describe_run(config, train_set, val_set)
     changed = refuse_changes(saved["run"], identity, config) if saved else []
     if saved:
@@ -96,7 +116,11 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     model = build_model(config, train_set.class_names, train_set.category_ids, start, known)
     assert (model.config["plus_one"], model.config["resize"]) == (plus_one, resize)
     prepare_for_training(model, config, device)
-    log.info("%d images, %d classes: %s", len(train_set), len(train_set.class_names), ", ".join(train_set.class_names))
+    names = train_set.class_names
+    log.info(
+        *("%d images to train on, %d to score on, %d classes: %s", len(train_set), len(val_set), len(names)),
+        ", ".join(names),
+    )
     return assemble(
         saved,
         changed,
@@ -112,6 +136,12 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
         identity=identity,
         notes=notes,
     )
+
+
+def log_chosen(reasons: list[str], goes_on: bool) -> None:
+    """Say what was chosen for the data and the machine, and why."""
+    if reasons and not goes_on:
+        log.info("chosen, since not typed: %s", "; ".join(reasons))
 
 
 def assemble(saved: dict | None, changed: list[str], *, config: Any, model: nn.Module, **parts: Any) -> Run:

@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 import json
 import multiprocessing
@@ -363,10 +364,13 @@ def test_an_error_means_that_training_stops(name, root, tmp_path):
 
 
 def test_sizes_are_those_of_the_preset():
+    """`finetune` trains on images of the smallest size, unless boxes are small."""
+    from fitting import LEAST_SIZE, fit_size
     from presets import PRESETS
     from vovnet_zoo.cli import CheckData
 
-    finetune = PRESETS["finetune"][1]
+    assert PRESETS["finetune"][1].test_size is None
+    finetune, _ = fit_size(dataclasses.replace(PRESETS["finetune"][1], test_size=LEAST_SIZE), None, None)
     for defaults in (inspect.signature(check_dataset).parameters, vars(CheckData)):
         values = [getattr(defaults[name], "default", defaults[name]) for name in ("min_size", "max_size")]
         assert values == [finetune.min_size[0], finetune.max_size]

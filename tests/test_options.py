@@ -1,5 +1,6 @@
 """Every option of the recipes is in its range, and is followed or refused, whatever a run starts from."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -12,6 +13,8 @@ from test_faults import stop_after
 
 import build
 import eval_coco
+import fitting
+import loggers
 import runtime
 import step
 import train_coco
@@ -35,19 +38,20 @@ OTHER = dict(  # another value of each field than `tiny_config` has
     warmup="constant", warmup_steps=3, warmup_factor=0.5, ema=0.5, clip_grad=1e-3, layer_decay=0.5, precision="bf16",
     compile=True, winograd=False, grad_checkpointing=True, seed=1, device="meta", eval_every=3, checkpoint_every=3,
     max_not_finite=3, allow_changes=True, zoom=(0.3, 2.0), train="copy", train_images="copy", val="copy",
-    val_images="copy", val_fraction=0.25, drop_empty_classes=True, difficult_as_crowd=True,
+    val_images="copy", val_fraction=0.25, drop_empty_classes=True, difficult_as_crowd=True, epochs=3.0, minutes=0.05,
     copy_paste=1.0, mosaic=1.0, mixup=1.0, color=0.5, blur=1.0, jpeg=1.0, augment_until=0.5, repeat_rare=1.0,
-    checkpoint_minutes=3.0, tf32=False,
+    evals=1, patience=1, seeds=2, loggers=("wandb",), checkpoint_minutes=3.0, tf32=False,
 )  # fmt: skip
 NETWORK = {"model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone"}
 # A named model has a backbone of its own; and checkpointing needs frozen norms.
 # These go with other options.
-ALONE = {"grad_checkpointing", "zoom", "augment_until", "train_images", "val_images"}
+ALONE = {"grad_checkpointing", "zoom", "augment_until", "train_images", "val_images"} | {"evals"}
+LENGTHS = {"epochs", "minutes"}  # they say how many steps the run has
 REFUSED = {
     "scratch": {"model"} | ALONE,
     "pretrained": {"model", "init"} | ALONE,
     "init": NETWORK | ALONE,
-    "resume": OTHER.keys() - FREE | {"data", "accum", "train_images", "val_images"} - {"out"},
+    "resume": OTHER.keys() - FREE | {"data", "accum", "train_images", "val_images", "epochs", "evals"} - {"out"},
 }
 
 
@@ -74,6 +78,8 @@ def config(tiny_coco, tmp_path, monkeypatch) -> TrainConfig:
     monkeypatch.setattr(detectors, "create_backbone", create_backbone)
     monkeypatch.setattr(build, "create_backbone", create_backbone)
     monkeypatch.setattr(runtime, "find_device", any_device)
+    monkeypatch.setitem(loggers.LOGGERS, "wandb", loggers.TensorBoard)
+    monkeypatch.setattr(fitting.Trial, "step_seconds", lambda *arguments: 1 / 3)
     monkeypatch.setattr(train_coco, "calls", calls, raising=False)
     return dataclasses.replace(tiny_config(tiny_coco, tmp_path / "run"), eval_every=2, warmup_steps=2)
 
@@ -90,7 +96,13 @@ def effects(config: TrainConfig) -> dict:
     found = {}
     with process_group(config.device) as (_, _, device):
         found["device"] = str(device)
+    found["seeds"] = train_coco.seed_configs(config) if config.seeds > 1 else []
     run = set_up(config, 0, 1, torch.device("cpu"))
+    config = run.config
+    run.progress.stale = 1
+    found["ends"] = training_loop.has_stalled(run)
+    with contextlib.closing(train_coco.RunLog(config.out / "log", config, 0)) as run_log:
+        found["loggers"] = list(run_log.loggers.running)
     files = [str(dataset.annotation_file) for dataset in (run.train_set, run.val_set)]
     found["files"] = str(run.notes.path), files, run.train_set.skip_bad_images
     run.notes.close()
@@ -167,7 +179,7 @@ def test_every_option_changes_something_or_is_refused(config, tmp_path, monkeypa
         try:
             found = effects(dataclasses.replace(config, **{name: value}))
         except ValueError as error:
-            assert name.split("_")[-1] in str(error), (name, error)
+            assert ("steps" if name in LENGTHS else name.split("_")[-1]) in str(error), (name, error)
             refused.add(name)
         else:
             same |= {name} if found == before else set()
@@ -251,7 +263,7 @@ def test_what_was_typed_with_init_counts():
     config = parse(line)
     untouched = dict(model=None, backbone=None, variant=None, channels=None, num_convs=None, pretrained_backbone=False)
     assert {name: getattr(config, name) for name in untouched} == untouched
-    assert config.lr == PRESETS["finetune"][1].lr and not config.frozen_norm
+    assert config.lr is None and not config.frozen_norm
     assert parse([*line, "--channels", "128"]).channels == 128  # the preset's own number too
     assert parse(["v39_1x", *line[1:]]).variant is None
     assert parse(["v39_1x", *line[1:], "--variant", "published"]).variant == "published"
@@ -313,6 +325,7 @@ WRONG = {
     "weight_decay": [-1], "bias_lr_factor": [-1], "warmup_steps": [-1], "warmup_factor": [-0.1, 2], "clip_grad": [0],
     "layer_decay": [0, 1.5], "seed": [-1, 2**63], "max_not_finite": [0], "channels": [0, 1], "num_convs": [-1],
     "zoom": [(0, 1), (2, 1), (0.1, 2)], "schedule": ["cos"], "warmup": ["none"], "augment": ["mosaic"],
+    "evals": [-1], "epochs": [0, -1], "minutes": [0], "patience": [0], "seeds": [0, None], "loggers": [("x",), "wandb"],
     **dict.fromkeys(("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg", "repeat_rare"), [-0.1, 1.1, None]),
     "augment_until": [0, 1.5, 0.5], "precision": ["int8"], "val_fraction": [0, 1, -0.5], "variant": ["best"],
     "tf32": [1, None],
@@ -331,6 +344,9 @@ def test_an_option_out_of_range_is_refused_before_anything_starts(tmp_path):
                 train_coco.main(dataclasses.replace(base, **{name: value}))
     with pytest.raises(ValueError, match="milestones.*cosine"):
         check_config(dataclasses.replace(base, schedule="cosine", milestones=(5,)))
+    for both in (dict(epochs=1.0, minutes=1.0), dict(evals=1, eval_every=1)):
+        with pytest.raises(ValueError, match=f"{list(both)[0]} and .* both say"):
+            check_config(dataclasses.replace(base, **both))
     with pytest.raises(ValueError, match="pretrained_backbone"):
         check_config(dataclasses.replace(base, init="x", pretrained_backbone=True))
     assert list(tmp_path.iterdir()) == []

@@ -194,7 +194,8 @@ def test_the_table_and_its_assumptions(capsys):
         ("finetune --price-per-gpu-hour nan", "--price-per-gpu-hour nan"),
         ("finetune --calibrate --gpu t4", "leave --gpu t4 out"),
         ("finetune --lr 0", "lr=0"),
-        ("finetune --gpus 8 --gpu h100", "--batch-size 4 cannot be shared out over 8 GPUs"),
+        ("finetune --minutes 5", "leave --minutes and --seeds out"),
+        ("finetune --batch-size 4 --gpus 8 --gpu h100", "--batch-size 4 cannot be shared out over 8 GPUs"),
     ],
 )
 def test_an_option_that_cannot_be_followed(options, message):

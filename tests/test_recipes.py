@@ -1,6 +1,9 @@
 """The recipes can be read, since no function is longer than a screen, and their help is quick."""
 
 import ast
+import functools
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -9,6 +12,9 @@ from launch import HEAVY, run_light
 
 import benchmark
 import benchmark_runtimes
+import imagenet_presets
+import presets
+from grouping import parse_grouped
 
 RECIPES = sorted((Path(__file__).resolve().parents[1] / "recipes").glob("*.py"))
 SCRIPTS = [path.name for path in RECIPES if '\nif __name__ == "__main__":' in path.read_text()]
@@ -28,6 +34,25 @@ def test_help_takes_no_seconds(name):
         result, imported = run_light(f"recipes/{name}", option)
         assert result.returncode == status and name in result.stdout + result.stderr
         assert not imported & HEAVY
+
+
+@pytest.mark.parametrize("module", [presets, imagenet_presets])
+def test_help_shows_the_options_in_groups(module, capsys, monkeypatch):
+    """What matters most comes first, and no option is missing; values and defaults are those of the presets."""
+    monkeypatch.setenv("COLUMNS", "100")  # so that groups are below each other
+    known = {name: replace(config, data=Path("x")) for name, (_, config) in list(module.PRESETS.items())[:2]}
+    parse = functools.partial(parse_grouped, module.PRESETS, module.FIRST_OPTIONS, module.SECTIONS)
+    assert {name: parse([name, "--data", "x"]) for name in known} == known
+    name = list(known)[1]
+    assert parse([name, "--data", "x", "--seed=3", "--no-winograd"]) == replace(known[name], seed=3, winograd=False)
+    with pytest.raises(SystemExit):
+        parse([name, "--help"])
+    page = capsys.readouterr().out
+    shown = re.findall(r"^. --([a-z-]+)", page, re.MULTILINE)
+    names = [field.name.replace("_", "-") for field in fields(known[name])]
+    assert shown[:5] == [x.replace("_", "-") for x in module.FIRST_OPTIONS] and sorted(shown) == sorted(names)
+    titles = re.findall(r"^\W*(\w+) options\W*$", page, re.MULTILINE)
+    assert set(titles) == set(module.SECTIONS.values()) and len(titles) == len(set(titles))
 
 
 def test_the_benchmark_knows_the_runtimes():

@@ -49,21 +49,34 @@ def test_log_holds_rows_and_starts(config):
 def test_log_goes_on_after_the_last_checkpoint(config):
     """Rows of steps that are done again are dropped, and so is an evaluation that no checkpoint knows of."""
     log = RunLog(config.out, config, rank=0)
-    for step in range(4):
+    for step in range(1, 5):
         write_rows(log, range(step, step + 1))
         log.write(step, AP=0.1 * step)
     log.close()
     with open(config.out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')  # a killed run's last line
+        file.write('{"step": 5, "lo')  # a killed run's last line
     log = RunLog(config.out, config, rank=0, start_step=3, scored=2)
-    write_rows(log, range(3, 5))
+    write_rows(log, range(4, 6))
     log.close()
     found = log.rows()
-    assert [row["step"] for row in found if "loss" in row] == [0, 1, 2, 3, 4]
-    assert [row["step"] for row in found if "AP" in row] == [0, 1]
+    assert [row["step"] for row in found if "loss" in row] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in found if "AP" in row] == [1, 2]
     assert [start["step"] for start in json.loads((config.out / "run.json").read_text())["starts"]] == [0, 3]
     RunLog(config.out, config, rank=0).close()  # from the start again: nothing of the other run stays
     assert log.rows() == [] and len(json.loads((config.out / "run.json").read_text())["starts"]) == 1
+
+
+def test_a_log_of_version_0_2_counted_from_0(config):
+    log = RunLog(config.out, config, rank=0)
+    write_rows(log, range(4))
+    log.write(1, AP=0.5)
+    log.close()
+    about = json.loads((config.out / "run.json").read_text())
+    del about["first_step"]
+    (config.out / "run.json").write_text(json.dumps(about))
+    for _ in range(2):  # once it goes on, it counts from 1
+        RunLog(config.out, config, rank=0, start_step=3, scored=2).close()
+        assert [row["step"] for row in log.rows()] == [1, 2, 3, 2]
 
 
 def test_log_of_other_ranks_writes_nothing(config):
@@ -143,7 +156,7 @@ def test_steps_are_saved_before_an_evaluation_that_fails(config, tiny_coco):
     assert train_coco.main(config) == expected
     ours, theirs = (rows(run.out) for run in (config, undisturbed))
     assert [row.get("loss") for row in ours] == [row.get("loss") for row in theirs]
-    assert [row["step"] for row in ours if "AP" in row] == [1, 3]
+    assert [row["step"] for row in ours if "AP" in row] == [2, 4]
     for name in ("best", "last"):
         found, wanted = (FCOS.from_pretrained(run.out / name).state_dict() for run in (config, undisturbed))
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from test_resume import send_all, wait_for_step
 from timm.data import FastCollateMixup
 
 import image_data
+import imagenet_presets
+import loading
 import presets
 import train_coco
 import train_imagenet
@@ -28,6 +31,7 @@ from classifier_run import create_loss
 from image_data import Images, Stream, collate, open_split, seeded, train_batches, train_transform
 from imagenet_presets import PRESETS, ClassifierConfig, count_steps
 from optim import create_optimizer, lr_factor
+from run_folder import list_checkpoints
 from vovnet_zoo import FCOS, create_detector, publish
 from vovnet_zoo.classifiers import load_classifier, save_classifier
 from vovnet_zoo.data import TrainSampler
@@ -72,8 +76,8 @@ def test_a_run_and_the_detector_that_starts_from_it(folder, tmp_path, capsys):
     metrics = train_here(folder, out, "--epochs 12 --eval-epochs 6")
     assert metrics["top1"] >= 8 / 9 and metrics["top5"] == 1.0
     assert "top-1" in capsys.readouterr().out
-    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(36))
-    assert [row["step"] for row in rows(out) if "top1" in row] == [17, 35]
+    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, 37))
+    assert [row["step"] for row in rows(out) if "top1" in row] == [18, 36]
     assert {"loss", "lr", "grad_norm", "images_per_s", "data_wait_s"} <= rows(out)[0].keys()
     assert losses(out)[-1] < 0.7 * losses(out)[0]
 
@@ -148,7 +152,7 @@ def test_killed_and_started_again(folder, tmp_path, processes):
     out = tmp_path / "run"
     line = command("train_imagenet.py", arguments(folder, out, options), processes)
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
-        wait_for_step(out, 4, job)
+        wait_for_step(out, 5, job)
         send_all(out, signal.SIGKILL)
         printed = job.communicate(timeout=100)[0]
     assert job.returncode == -signal.SIGKILL, f"it was done before the signal: {printed}"
@@ -224,6 +228,52 @@ def test_changed_data_are_noticed(folder, tmp_path):
         train_here(moved, tmp_path / "run", "--epochs 1")
 
 
+# ---- options --------------------------------------------------------------------------------------------------------
+
+OUT_OF_RANGE = {
+    "train_size": [0, 2.5], "test_size": [0], "batch_size": [0, "4"], "accum": [0], "repeats": [0], "epochs": [0],
+    "milestone_epochs": [(0,), (2, 1)], "eval_epochs": [0], "checkpoint_every": [0], "max_not_finite": [0],
+    "workers": [-1], "weight_decay": [-1], "warmup_epochs": [-1], "color_jitter": [-1], "mixup": [-1], "cutmix": [-1],
+    "lr": [0, float("nan")], "clip_grad": [0], "crop_pct": [0, 2], "min_scale": [0, 2], "hflip": [2], "erase": [-1],
+    "warmup_factor": [2], "drop_path": [1], "smoothing": [1], "ema": [1], "target_threshold": [0, 0.5], "seed": [-1],
+    "schedule": ["x"], "precision": ["int8"], "loggers": [("x",)], "interpolation": ["x"], "compile": [1],
+}  # fmt: skip
+
+
+def test_an_option_out_of_range_is_refused_before_anything_starts(tmp_path):
+    base = ClassifierConfig(data=tmp_path / "none", out=tmp_path / "run", schedule="multistep")
+    assert imagenet_presets.RANGES.keys() <= OUT_OF_RANGE.keys()
+    for name, values in OUT_OF_RANGE.items():
+        for value in values:
+            with pytest.raises(ValueError, match=name):
+                train_imagenet.main(dataclasses.replace(base, **{name: value}))
+    with pytest.raises(ValueError, match="milestone_epochs.*cosine"):
+        train_imagenet.main(dataclasses.replace(base, schedule="cosine", milestone_epochs=(5,)))
+    assert list(tmp_path.iterdir()) == []
+    for _, preset in PRESETS.values():
+        imagenet_presets.check_config(dataclasses.replace(preset, data=tmp_path))
+
+
+def test_a_batch_that_is_lost_ends_a_run(folder, tmp_path, monkeypatch):
+    """A worker that gives nothing is found out, as in a detector's training, and the finished steps are saved."""
+    monkeypatch.setattr(loading, "POLL_S", 0.1)
+    monkeypatch.setattr(loading, "STUCK_S", 1.0)
+    real = image_data.collate
+
+    def hang_later(samples, mix=None):
+        if samples[0][2] in later:
+            time.sleep(60)
+        return real(samples, mix)
+
+    config = configure(folder, tmp_path / "run", "--workers 1")
+    sampler = TrainSampler([1.0] * 24, 8, num_steps=9, seed=config.seed)
+    later = {key[1] for key in list(sampler)[2]}
+    monkeypatch.setattr(image_data, "collate", hang_later)
+    with pytest.raises(RuntimeError, match="no batch came for"):
+        train_imagenet.main(config)
+    assert len(losses(config.out)) == 2 and list_checkpoints(config.out / "checkpoints")
+
+
 # ---- images, labels and losses --------------------------------------------------------------------------------------
 
 
@@ -296,7 +346,7 @@ def test_starting_from_a_classifier(folder, tmp_path):
         net, start = timm.create_model("test_resnet", num_classes=classes), tmp_path / f"start{classes}"
         save_classifier(net, "test_resnet", start, cfg=dict(mean=[0.1] * 3, std=[0.3] * 3))
         train_here(
-            folder, tmp_path / f"run{classes}", f"--init {start} --epochs 1 --lr 0 --weight-decay 0 --frozen-norm"
+            folder, tmp_path / f"run{classes}", f"--init {start} --epochs 1 --lr 1e-30 --weight-decay 0 --frozen-norm"
         )
         trained, name, cfg = load_classifier(tmp_path / f"run{classes}" / "last")
         assert name == "test_resnet" and cfg["mean"] == [0.1] * 3 and cfg["std"] == [0.3] * 3

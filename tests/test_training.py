@@ -26,14 +26,15 @@ def test_a_run_leaves_everything(tiny_coco, tmp_path, capsys):
     out = tmp_path / "run"
     printed = train(tiny_coco, out, "--steps 6 --eval-every 3 --workers 1")
     assert "red" in printed and "AP50" in printed
+    assert re.findall(r"step (\d+): AP", printed) == ["3", "6"]  # as in metrics.jsonl, below
     for name in ("best", "last"):
         model = FCOS.from_pretrained(out / name)
         assert model.config["class_names"] == ["red", "green"] and model.config["min_size"] == 64
     assert (out / "curves.png").stat().st_size > 10_000 and (out / "detections.png").stat().st_size > 1000
     about = json.loads((out / "run.json").read_text())
     assert about["config"]["steps"] == 6 and about["starts"][0]["versions"]["torch"] == torch.__version__
-    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(6))
-    assert [row["step"] for row in rows(out) if "AP" in row] == [2, 5]
+    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, 7))
+    assert [row["step"] for row in rows(out) if "AP" in row] == [3, 6]
     first = rows(out)[0]
     assert {
         "loss_cls",
@@ -251,7 +252,9 @@ def test_a_skipped_step_leaves_no_trace_in_batch_norm(tiny_coco, tmp_path, monke
     run(tiny_coco, tmp_path / "run", steps=3, ema=0.5)
     model = FCOS.from_pretrained(tmp_path / "run" / "last")
     assert all(x.isfinite().all() for x in model.state_dict().values())
-    assert [path.name for path in (tmp_path / "run" / "not_finite").iterdir()] == ["step00000001-rank0.json"]
+    assert [path.name for path in (tmp_path / "run" / "not_finite").iterdir()] == [
+        "step00000002-rank0.json"
+    ]  # the second step
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

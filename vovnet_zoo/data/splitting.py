@@ -74,7 +74,7 @@ def look_alike(split: Split, names: list[str], workers: int | None = None) -> li
     jobs = image_jobs(split.folder, split.source, names)
     results = run_parallel(inspect_job, jobs, usable_cores() if workers is None else workers)
     seen: list[Inspection | None] = [None] * len(jobs)
-    for i, result in tqdm(results, desc="compare images", total=len(jobs), unit="image", leave=False):
+    for i, result in tqdm(results, desc="compare images", total=len(jobs), unit="image", leave=False, disable=None):
         seen[i] = result
     looks = {i: x.thumbnail for i, x in enumerate(seen) if x is not None and x.thumbnail is not None}
     whole, thumbnails = list(looks), np.array(list(looks.values()), dtype=np.float32).reshape(-1, ROWS, COLUMNS)

@@ -1,0 +1,282 @@
+"""These functions choose the options that a configuration leaves open, as `finetune` does, by the data and the machine.
+
+Each returns the configuration, and what was chosen and why, for the log. An option that is not None stays as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from presets import FIT, FIT_PRETRAINED, FITTED, LINEAR, Fit, TrainConfig, check_sizes
+from runtime import all_reduce
+from trial import GpuMemory, Trial, blank_batch, largest_input
+from vovnet_zoo.data import CocoDataset, Source
+from vovnet_zoo.data.index import open_index
+
+LEAST_SIZE = 320  # pixels of the shorter side: enough for most sets, and trained on a CPU in minutes
+MOST_SIZE = {"cpu": 640, "cuda": 800}  # on a CPU, 640 takes four times as long as 320; 800 is the published size
+VISIBLE = 16  # pixels: a box covers two by two locations of the finest map, whose stride is 8
+LEAST_BATCH, MOST_BATCH = 4, 16  # 16 is the batch of the published schedules
+MOST_STEPS = {"cpu": 6000, "cuda": 90_000}  # about 3 hours on 2 cores; the published schedule of COCO
+MOST_WORKERS = {"cpu": 4, "cuda": 8}  # on a CPU, the network needs the cores
+MOST_EVALS = 10  # that are not typed
+EVAL_SHARE = 0.15  # of a run's time at most is for its evaluations, where their number is not typed
+EVAL_COST = 1 / 3  # of the time of an image that is trained on, an image that is scored takes about a third
+TRIAL_SHARE = 0.05  # of the time of a run is for its trial
+WARM_STEPS, TIMED_STEPS = 2, 10
+MARGIN = 0.85  # of the free memory of a GPU may be used, since images of many shapes leave gaps between its blocks
+
+Chosen = tuple[TrainConfig, list[str]]
+
+
+def kept(config: TrainConfig, saved: Mapping[str, str]) -> TrainConfig:
+    """Fill in what a run that goes on has chosen at its start; `saved` is the `describe_run` of its checkpoint."""
+    values = {name: saved[name] for name in FITTED if getattr(config, name) is None and name in saved}
+    if config.minutes is not None and saved.get("minutes") == repr(config.minutes):
+        values |= {name: saved[name] for name in ("steps", "milestones")}
+    if config.evals is not None and "minutes" not in saved:  # of version 0.2 and before, which had no --evals
+        values["eval_every"], config = saved["eval_every"], dataclasses.replace(config, evals=None)
+    return dataclasses.replace(config, **{name: ast.literal_eval(text) for name, text in values.items()})
+
+
+def fit_size(config: TrainConfig, source: Source, device: torch.device) -> Chosen:
+    """Choose the sizes of images, so that nine of ten boxes are larger than `VISIBLE` pixels."""
+    size, why = config.test_size, []
+    if size is None:
+        index = open_index(source)
+        owners, _, boxes, _ = index.usable_boxes([category["id"] for category in index.categories])
+        size, reason = size_for(boxes, index.sizes[owners], MOST_SIZE.get(device.type, LEAST_SIZE))
+        if config.max_size is not None and size > config.max_size:
+            size, reason = config.max_size, "as --max-size says"
+        why = [f"images of {size} px, {reason}"]
+    high = min(size * 11 // 10, config.max_size or size * 2)
+    low, high = config.min_size or (min(size * 9 // 10, high), high)
+    most = config.max_size or max(2 * size, high)
+    config = dataclasses.replace(config, test_size=size, min_size=(low, high), max_size=most)
+    check_sizes(config)
+    return config, why
+
+
+def size_for(boxes: np.ndarray, sizes: np.ndarray, most: int) -> tuple[int, str]:
+    """Return the shorter side for boxes [A,4] xyxy in images of `sizes` [A,2], and why it is so."""
+    if not len(boxes):
+        return LEAST_SIZE, "as no image has a box"
+    short, long = np.sort(sizes, axis=1).T
+    scale = np.minimum(LEAST_SIZE / short, 2 * LEAST_SIZE / long)
+    small = float(np.percentile(np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)) * scale, 10))
+    own = 32 * math.ceil(float(np.median(short)) / 32)  # larger images would not show more
+    wanted = 32 * math.ceil(LEAST_SIZE * VISIBLE / small / 32 - 1e-3)
+    size = max(LEAST_SIZE, min(wanted, own, most))
+    reason = f"where nine of ten boxes are larger than {small * size / LEAST_SIZE:.0f} px (to be found well, {VISIBLE})"
+    return size, reason + (
+        f", in {(size / LEAST_SIZE) ** 2:.1f} times the time of {LEAST_SIZE} px" if size > LEAST_SIZE else ""
+    )
+
+
+def fit_schedule(
+    config: TrainConfig,
+    train_set: CocoDataset,
+    val_set: CocoDataset,
+    device: torch.device,
+    world_size: int,
+    try_out: Callable[[TrainConfig], Trial],
+    saved: dict | None = None,
+) -> Chosen:
+    """Choose the processes that load data, the batch, the number of steps, learning rate, warm-up and evaluations.
+
+    Args:
+        try_out: builds the network, which is trained for a few steps and thrown away.
+        saved: the checkpoint of a run that goes on.
+    """
+    fit, began = FIT_PRETRAINED if config.pretrained_backbone else FIT, time.monotonic()
+    config, workers = fit_workers(config, device)
+    config, batch = fit_batch(config, train_set, device, world_size, try_out)
+    if config.minutes is not None and (saved is None or saved["run"].get("minutes") != repr(config.minutes)):
+        config, length = fit_minutes(config, train_set, val_set, world_size, try_out, began, saved)
+    else:
+        config, length = fit_steps(config, len(train_set), device, fit)
+    config = fit_rest(config, fit, len(val_set))
+    return config, [reason for reason in (batch, length, workers) if reason]
+
+
+def fit_plan(config: TrainConfig, num_images: int, device: torch.device) -> TrainConfig:
+    """Choose for a plan, which has no data: as for boxes that are not small, and a GPU with enough memory."""
+    fit = FIT_PRETRAINED if config.pretrained_backbone else FIT
+    config, _ = fit_size(dataclasses.replace(config, test_size=config.test_size or LEAST_SIZE), None, device)
+    config, _ = fit_workers(config, device)
+    if config.batch_size is None:
+        config = dataclasses.replace(
+            config, batch_size=MOST_BATCH if device.type == "cuda" else batch_for(count_cores())
+        )
+    config, _ = fit_steps(config, num_images, device, fit)
+    return fit_rest(config, fit, num_val=0)
+
+
+def fit_rest(config: TrainConfig, fit: Fit, num_val: int) -> TrainConfig:
+    """Choose learning rate, warm-up and evaluations for a number of steps."""
+    config = fit_rate(config, fit)
+    if config.warmup_steps is None:
+        config = dataclasses.replace(config, warmup_steps=min(fit.warmup_steps, config.steps // 10))
+    if config.evals is not None:
+        config = dataclasses.replace(config, eval_every=math.ceil(config.steps / num_evals(config, num_val)))
+    return config
+
+
+def fit_workers(config: TrainConfig, device: torch.device) -> tuple[TrainConfig, str]:
+    """Choose the number of data loading processes: a quarter of a CPU's cores, or all cores beside a GPU."""
+    if config.workers is not None:
+        return config, ""
+    cores = count_cores()
+    share = cores if device.type == "cuda" else cores // 4
+    count = max(1, min(share, MOST_WORKERS.get(device.type, 1)))
+    return dataclasses.replace(config, workers=count), f"data loaded by {count} of {cores} cores"
+
+
+def count_cores() -> int:
+    """Return the number of cores that each of the processes on this machine may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def fit_batch(
+    config: TrainConfig,
+    train_set: CocoDataset,
+    device: torch.device,
+    world_size: int,
+    try_out: Callable[[TrainConfig], Trial],
+) -> tuple[TrainConfig, str]:
+    """Choose the batch size: the largest power of two that fits into a GPU's memory, or that suits a CPU's cores."""
+    if config.batch_size is not None:
+        return config, ""
+    parts = world_size * config.accum
+    if device.type == "cuda":
+        memory = GpuMemory(device)
+        share, reason = probe_batch(config, train_set, try_out, memory, max(1, MOST_BATCH // parts))
+        memory.give_back()
+    else:
+        cores = count_cores() * world_size
+        share, reason = math.ceil(batch_for(cores) / parts), f"{cores} cores"
+    share = int(all_reduce(torch.tensor(share), dist.ReduceOp.MIN))  # the machines may differ
+    return dataclasses.replace(config, batch_size=share * parts), f"{share * parts} images a step ({reason})"
+
+
+def batch_for(cores: int) -> int:
+    """Return the largest power of two for which each image has a core, within bounds."""
+    return 2 ** int(math.log2(max(LEAST_BATCH, min(cores, MOST_BATCH))))
+
+
+def probe_batch(
+    config: TrainConfig,
+    train_set: CocoDataset,
+    try_out: Callable[[TrainConfig], Trial],
+    memory: GpuMemory,
+    most: int,
+) -> tuple[int, str]:
+    """Find the largest power of two up to `most` of images of the largest size whose training step fits into a GPU.
+
+    Real steps are done, with the network, its gradients, the optimizer's state and the average of the weights.
+
+    Raises:
+        ValueError: the smallest batch does not fit.
+    """
+    count = best = 0
+    height, width = largest_input(train_set.sizes, config)
+    try:
+        trial, count = try_out(config), 1 if config.frozen_norm else 2  # a batch norm that learns needs two
+        most = max(most, count)
+        while count <= most:
+            trial.step([blank_batch(count, height, width)])
+            if memory.peak() > MARGIN * memory.free:
+                break
+            best, used, count = count, memory.peak(), 2 * count
+    except torch.OutOfMemoryError:
+        pass
+    free = memory.free / 2**30
+    if not best:
+        raise ValueError(
+            f"a training step of {count} images of {width}x{height} pixels does not fit into the {free:.1f} GiB of "
+            "memory that are free on the GPU; lower --test-size, or add --precision bf16, --frozen-norm or "
+            "--grad-checkpointing"
+        )
+    return best, f"which take {used / 2**30:.1f} GiB of the {free:.1f} GiB that are free on the GPU"
+
+
+def fit_rate(config: TrainConfig, fit: Fit) -> TrainConfig:
+    """Choose the learning rate for the batch, by the rule of `presets.scale_schedule`."""
+    if config.lr is not None:
+        return config
+    batches = config.batch_size / fit.batch_size
+    return dataclasses.replace(config, lr=fit.lr * (batches if config.optimizer in LINEAR else batches**0.5))
+
+
+def fit_steps(config: TrainConfig, num_images: int, device: torch.device, fit: Fit) -> tuple[TrainConfig, str]:
+    """Choose the number of steps by the number of training images."""
+    epoch = num_images / config.batch_size
+    if config.epochs is not None:
+        return with_steps(config, max(1, round(config.epochs * epoch))), ""
+    if config.steps is not None:
+        return config, ""
+    wanted, most = round(fit.epochs * epoch), MOST_STEPS.get(device.type, MOST_STEPS["cpu"])
+    steps = max(fit.least_steps, min(wanted, most))
+    reason = f"{fit.epochs:g} epochs of {num_images} images"
+    if steps > wanted:
+        reason = f"the fewest that a detector learns in, {steps / epoch:.0f} epochs of {num_images} images"
+    elif steps < wanted:
+        reason = f"the most without --steps, {steps / epoch:.1f} epochs of {num_images} images"
+    return dataclasses.replace(config, steps=steps), f"{steps} steps ({reason})"
+
+
+def fit_minutes(
+    config: TrainConfig,
+    train_set: CocoDataset,
+    val_set: CocoDataset,
+    world_size: int,
+    try_out: Callable[[TrainConfig], Trial],
+    began: float,
+    saved: dict | None,
+) -> tuple[TrainConfig, str]:
+    """Choose the number of steps by the time that some of them take here.
+
+    Args:
+        began: the value of `time.monotonic()` from which on the time counts.
+        saved: the checkpoint of a run that goes on; the time of its steps counts.
+    """
+    budget, trial = 60 * config.minutes, try_out(config)
+    limit = TRIAL_SHARE * budget
+    step_s = trial.step_seconds(world_size, WARM_STEPS, TIMED_STEPS, limit)
+    eval_s = trial.eval_seconds(val_set, config.batch_size // (world_size * config.accum)) * len(val_set) / world_size
+    step_s, eval_s = all_reduce(torch.tensor([step_s, eval_s]), dist.ReduceOp.MAX).tolist()
+    done, spent = (saved["progress"]["step"], saved["progress"]["train_seconds"]) if saved else (0, 0.0)
+    left = budget - spent - (time.monotonic() - began)
+    steps = done + max(1, int(left / step_s))
+    for _ in range(3):  # the number of evaluations depends on the number of steps
+        evals = num_evals(dataclasses.replace(config, steps=steps), len(val_set))
+        steps = done + max(1, int((left - evals * eval_s) / step_s))
+    steps = int(all_reduce(torch.tensor(steps), dist.ReduceOp.MIN))
+    reason = f"{config.minutes:g} minutes at {step_s:.2f} s a step, and {evals} evaluations of {eval_s:.0f} s"
+    return with_steps(config, steps), f"{steps} steps ({reason})"
+
+
+def with_steps(config: TrainConfig, steps: int) -> TrainConfig:
+    """Change the number of steps; milestones stay at their share of all steps."""
+    milestones = config.milestones
+    if config.schedule == "multistep":
+        milestones = tuple(sorted({max(1, round(step * steps / config.steps)) for step in milestones}))
+    return dataclasses.replace(config, steps=steps, milestones=milestones)
+
+
+def num_evals(config: TrainConfig, num_val: int) -> int:
+    """Return the number of evaluations; if it is open, as many as take `EVAL_SHARE` of the time of training."""
+    if config.evals is None:
+        return 1 if config.eval_every is None else math.ceil(config.steps / config.eval_every)
+    cheap = int(EVAL_SHARE / EVAL_COST * config.steps * config.batch_size / max(1, num_val))
+    return min(config.evals or max(1, min(cheap, MOST_EVALS)), config.steps)

@@ -1,0 +1,140 @@
+"""A `Trial` trains a network for a few steps, to see what time and memory they take, and is thrown away."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from average import MovingAverage
+from build import build_loader, build_model, prepare_for_training
+from optim import create_optimizer
+from presets import TrainConfig
+from runtime import synchronize
+from step import compiled, compute_losses, find_targets
+from vovnet_zoo import FCOS, FCOSLoss, predict
+from vovnet_zoo.config import DetectorConfig
+from vovnet_zoo.data import CocoDataset, Skipped, resize_size
+
+BOXES = 50  # of an image of a `blank_batch`; assigning them takes memory, too
+
+
+class Trial:
+    """The copy of a run has its network, its optimizer and its average.
+
+    Args:
+        train_set, start, known: as for `build_model`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        train_set: CocoDataset,
+        start: FCOS | None,
+        known: DetectorConfig | None,
+        device: torch.device,
+    ):
+        self.config = config = dataclasses.replace(
+            config, pretrained_backbone=False, lr=1e-6
+        )  # the weights hardly move
+        self.train_set, self.device = train_set, device
+        with torch.random.fork_rng(devices=[]):
+            self.model = build_model(config, train_set.class_names, train_set.category_ids, start, known)
+        prepare_for_training(self.model, config, device)
+        self.criterion, self.optimizer = FCOSLoss.of(self.model), create_optimizer(self.model, config)
+        self.ema = MovingAverage(self.model, config.ema) if config.ema else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+
+    def step(self, parts: list[dict[str, Tensor]]) -> None:
+        """Do one step: forward, backward and update, as `train_coco.train` does for one process."""
+        find, compute = (compiled(f) if self.config.compile else f for f in (find_targets, compute_losses))
+        for part in parts:
+            part = {name: x.to(self.device, non_blocking=True) for name, x in part.items() if name != "skipped"}
+            height, width = part["images"].shape[-2:]
+            targets, normalizers = find(self.model, self.criterion, part["boxes"], part["labels"], height, width)
+            losses = compute(
+                *(self.model, self.criterion, part["images"], part["sizes"], targets, normalizers),
+                self.config.precision,
+            )
+            self.scaler.scale(sum(losses.values())).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or float("inf"))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema:
+            self.ema.update(self.model, step=1)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step_seconds(self, world_size: int, warm: int, count: int, limit: float) -> float:
+        """Return the mean time of a step, loading of images included, over `count` steps after `warm` slower ones.
+
+        After `limit` seconds, the steps until then count, at least one of them.
+        """
+        config = dataclasses.replace(self.config, steps=warm + count)
+        began, times = time.perf_counter(), []
+        with torch.random.fork_rng(devices=[]):
+            for parts in build_loader(config, self.train_set, 0, 0, world_size, self.device):
+                self.step(parts)
+                synchronize(self.device)
+                times.append(time.perf_counter())
+                if times[-1] - began > limit and len(times) > 1:
+                    break
+        warm = min(warm, len(times) - 1)
+        return (times[-1] - times[warm - 1]) / (len(times) - warm) if warm else (times[-1] - began) / len(times)
+
+    def eval_seconds(self, dataset: CocoDataset, batch_size: int, count: int = 4) -> float:
+        """Return the mean time in which one of `dataset`'s images is scored, from its first `count` images."""
+        samples = [dataset[i] for i in range(min(count, len(dataset)))]
+        images = [sample[0].as_subclass(Tensor) for sample in samples if not isinstance(sample, Skipped)]
+        self.model.eval()
+        began = time.perf_counter()
+        predict(self.model, images, score_threshold=0.0, batch_size=batch_size)
+        synchronize(self.device)
+        self.model.train()
+        return (time.perf_counter() - began) / max(1, len(images))
+
+
+class GpuMemory:
+    """The memory of a GPU, in bytes: what was `free` when this object was made, and the `peak` used since then."""
+
+    def __init__(self, device: torch.device):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        self.device, self.before = device, torch.cuda.memory_allocated(device)
+        self.free = torch.cuda.mem_get_info(device)[0]
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) - self.before
+
+    def give_back(self) -> None:
+        """Free what no tensor uses any more, and forget the peak, which is not one of the run."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def largest_input(sizes: np.ndarray, config: TrainConfig) -> tuple[int, int]:
+    """Return the largest height and width of a batch, whose images are all wide or all tall, see `TrainSampler`.
+
+    Args:
+        sizes: [N,2] height and width of all images.
+    """
+    resized = [resize_size(*size, config.min_size[1], config.max_size) for size in np.unique(sizes, axis=0).tolist()]
+    groups = [[size for size in resized if (size[0] >= size[1]) == tall] for tall in (False, True)]
+    padded = [[32 * math.ceil(max(side) / 32) for side in zip(*group, strict=True)] for group in groups if group]
+    height, width = max(padded, key=math.prod)
+    return height, width
+
+
+def blank_batch(count: int, height: int, width: int) -> dict[str, Tensor]:
+    """Make a batch of `count` images without content, each with `BOXES` boxes."""
+    boxes = torch.tensor([0.0, 0.0, width / 2, height / 2]).expand(count, BOXES, 4)
+    return {
+        "images": torch.zeros(count, height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
+        "sizes": torch.tensor([height, width]).expand(count, 2),
+        "boxes": boxes,
+        "labels": torch.zeros(count, BOXES, dtype=torch.int64),
+    }
