@@ -126,7 +126,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         # Targets and normalizers of the global batch. All processes divide their losses by the same normalizers and pad
         # their images to the same size (GroupNorm sees the padding), so that neither the number of processes nor the
         # number of parts changes the result. With the size they learn whether one of them received a stop signal.
-        height, width, stopping = common_size(run, parts, stop.received)
+        height, width, stopping = common_size(model, parts, stop.received)
         assigned = [find(model, criterion, part["boxes"], part["labels"], height, width) for part in parts]
         normalizers = all_reduce(sum(n for _, n in assigned))
 
@@ -194,12 +194,12 @@ def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[
     ]
 
 
-def common_size(run: Run, parts: list[dict[str, Tensor]], received: int) -> tuple[int, int, int]:
+def common_size(model: nn.Module, parts: list[dict[str, Tensor]], received: int) -> tuple[int, int, int]:
     """Return the height and width to pad images to, at least the largest of all parts and processes, and the number of
     the signal that a process received, or 0. These numbers stay on the CPU, so that no GPU is waited for."""
     sizes = torch.tensor([(*part["images"].shape[-2:], received) for part in parts])
     height, width, stopping = all_reduce(sizes.amax(0), torch.distributed.ReduceOp.MAX).tolist()
-    return *room_for_norms(run.model, parts, height, width), stopping
+    return *room_for_norms(model, parts, height, width), stopping
 
 
 def room_for_norms(model: nn.Module, parts: list[dict[str, Tensor]], height: int, width: int) -> tuple[int, int]:

@@ -68,6 +68,19 @@ SMALL_RUN = ["--min-size", "64", "96", "--max-size", "128", "--test-size", "64",
 SMALL_RUN += ["--batch-size", "2", "--channels", "64", "--num-convs", "1", "--device", "cpu"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [["--augment", "flip"], ["--variant", "published"], ["--init", "x"], ["--init", "x", "--mosaic", "0.5"]],
+)
+@pytest.mark.parametrize("preset", ["finetune", "coco_36e"])
+def test_a_presets_zooming_steps_back(preset, options):
+    config = parse([preset, "--data", "x", *(["--no-pretrained-backbone"] if "--init" in options else []), *options])
+    check_config(config)
+    until = PRESETS[preset][1].augment_until if "--mosaic" in options else 1.0
+    assert (config.augment, config.zoom, config.augment_until) == ("flip", (0.5, 2.0), until)
+    assert parse([preset, "--data", "x"]).augment == "jitter_crop"
+
+
 def test_finetune_has_other_defaults_for_a_pretrained_start():
     plain, flag = ["finetune", "--data", "x"], "--pretrained-backbone"
     assert parse(plain) == dataclasses.replace(PRESETS["finetune"][1], data=Path("x"))

@@ -247,7 +247,7 @@ class Augmentation:
 _COCO_CROPS = Augmentation(min_size=(800, 800), augment="jitter_crop")
 AUGMENTATIONS: dict[str, Augmentation] = {
     "quickstart": Augmentation(min_size=(128, 128), max_size=128),
-    "finetune": Augmentation(min_size=(288, 352), max_size=640),
+    "finetune": Augmentation(min_size=(288, 352), max_size=640, augment="jitter_crop", zoom=(0.7, 1.4)),
     "coco_12e": _COCO_CROPS,
     "coco_24e": _COCO_CROPS,
     "coco_36e": Augmentation(min_size=(800, 800), augment="jitter_crop", zoom=(0.1, 2.0)),
