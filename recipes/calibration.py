@@ -27,7 +27,7 @@ from PIL import Image
 from build import build_datasets, build_loader, find_splits
 from presets import TrainConfig, typed_options
 from quickstart_data import background
-from runtime import environment
+from runtime import StopSignal, environment
 from step_work import CLASSES, SHARES, SIZES, padded_pixels
 from vovnet_zoo.commands import CommandError
 from vovnet_zoo.config import DEFAULT_VARIANT, VARIANTS
@@ -40,6 +40,7 @@ HERE = Path(__file__).resolve().parent
 STEPS = 25  # that are measured at least, after the first ones
 FIRST = 8  # steps whose images were loaded before they were asked for, or for which kernels are chosen and compiled
 SECONDS = 4.0  # likewise
+MOST_STEPS = 10_000  # after which a run ends by itself
 WAIT_S = 900.0  # for a run: graphs of large models take minutes to compile
 SLOW = 3.0  # a step that takes so many times the median compiled a graph, and is left out
 POLL_S = 0.2
@@ -66,7 +67,7 @@ def calibrate(
     Raises:
         CommandError: a run failed; the message has its last lines.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with StopSignal() as stop, stop.at_once(), tempfile.TemporaryDirectory() as folder:
         if config.data is None and config.train is None:
             config = dataclasses.replace(config, data=draw_photos(Path(folder) / "photos"))
             options = [*options, "--data", str(config.data)]
@@ -116,8 +117,8 @@ def measure_steps(
     The learning rate is so small that weights from chance stay finite.
     """
     line = [sys.executable, str(HERE / "train_coco.py"), preset, *options, "--out", str(out)]
-    line += ["--batch-size", str(count), "--lr", "1e-9", "--steps", "1000000", "--eval-every", "1000000"]
-    line += ["--checkpoint-every", "1000000"] + (["--no-pretrained-backbone"] if config.init is None else [])
+    line += ["--batch-size", str(count), "--lr", "1e-9", "--steps", str(MOST_STEPS), "--eval-every", str(MOST_STEPS)]
+    line += ["--no-pretrained-backbone"] if config.init is None else []
     for name in {"test_size", "min_size", "max_size"} - typed_options(options):  # of the plan, whatever the data are
         line += [f"--{name.replace('_', '-')}", *map(str, np.atleast_1d(getattr(config, name)))]
     began, start_s, rows = time.monotonic(), 0.0, []

@@ -142,7 +142,7 @@ class TrainConfig:
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """Precision of the network (autocast), in evaluations too; losses are always float32."""
     compile: bool = False
-    """Compile network and losses to one graph with fused kernels (torch.compile), and the network for evaluations."""
+    """Compile network and losses with torch.compile, which fuses kernels, and the network in evaluations too."""
     cuda_graphs: bool = False
     """Replay the compiled step as CUDA graphs, which spares a GPU with few images the waiting for Python. There is one
     for each size of a batch, so images are padded to multiples of 64 pixels; norms of the head that see the padding

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime import environment, log
-from vovnet_zoo.data import CocoDataset, Skipped, find_split, split_candidates
+from vovnet_zoo.data import CocoDataset, find_split, split_candidates
 from vovnet_zoo.evaluation.analysis import Analysis, analyse
 from vovnet_zoo.evaluation.errors import load_hotcoco
 from vovnet_zoo.evaluation.report import write_report
+from vovnet_zoo.evaluation.runs import DETECTIONS, read_run, scored_ids
 from vovnet_zoo.evaluation.thresholds import any_right
 from vovnet_zoo.fcos import check_thresholds
 from vovnet_zoo.files import read_json, write_whole
 from vovnet_zoo.hub import CONFIG
-
-DETECTIONS = "best_detections.json"  # of the best model of a run, as COCO results
 
 
 def report_run(folder: Path, rows: Sequence[dict], train_set: CocoDataset, val_set: CocoDataset) -> None:
@@ -27,23 +26,16 @@ def report_run(folder: Path, rows: Sequence[dict], train_set: CocoDataset, val_s
     """
     try:
         load_hotcoco()
-        found = folder / DETECTIONS
-        if not found.is_file():  # the best model is of a version that did not keep its detections
-            log.warning("no report, since %s is not there; eval_coco.py --report FILE writes one", found)
+        if not (folder / DETECTIONS).is_file():  # the best model is of a version that did not keep its detections
+            log.warning("no report, since %s is not there; eval_coco.py --report FILE writes one", folder / DETECTIONS)
             return
-        image_ids = readable(val_set) if val_set.skip_bad_images else None
-        analysis = analyse(val_set.annotations, json.loads(found.read_bytes()), image_ids=image_ids)
+        run = read_run(folder)
+        analysis = analyse(val_set.annotations, run.results, image_ids=scored_ids(val_set, run.skipped))
         if any_right(analysis.matches):
             save_thresholds(folder / "best", analysis, val_set)
         write_page(folder / "report.html", analysis, str(folder / "best"), val_set, train_set, rows)
     except Exception as error:
         log.warning("the run is complete, but its report could not be written: %s", error)
-
-
-def readable(dataset: CocoDataset) -> list[int]:
-    """List the ids of the images that can be read."""
-    samples = (dataset[i] for i in range(len(dataset)))
-    return [int(i) for i, sample in zip(dataset.image_ids, samples, strict=True) if not isinstance(sample, Skipped)]
 
 
 def save_thresholds(folder: Path, analysis: Analysis, dataset: CocoDataset) -> None:

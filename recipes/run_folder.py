@@ -25,6 +25,7 @@ from presets import NETWORK, TrainConfig, with_defaults
 from runtime import environment, log, make_folder
 from vovnet_zoo import FCOS
 from vovnet_zoo.data import CocoDataset, ImageError, Skipped
+from vovnet_zoo.evaluation.runs import read_log
 from vovnet_zoo.files import hash_file
 
 try:
@@ -119,12 +120,7 @@ class RunLog:
 
     def rows(self) -> list[dict]:
         """Read all rows so far. A damaged line, like the last one of a killed run, is left out."""
-        path, rows = self.folder / "metrics.jsonl", []
-        for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                row = json.loads(line)
-                rows += [row] if isinstance(row, dict) and "step" in row else []
-        return rows
+        return read_log(self.folder / "metrics.jsonl")
 
     def close(self) -> None:
         if self.active:

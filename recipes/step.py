@@ -1,7 +1,7 @@
 """`find_targets` and `compute_losses` are a training step up to its losses.
 
 They are two functions, since a loss is divided by a number that depends on the targets of the whole global batch. Both
-consist of tensor operations only, so `compiled` can make one graph of each.
+consist of tensor operations only, so `compiled` can make one graph of each. `compile_step` chooses what to compile.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vovnet_zoo import FCOS, FCOSLoss
+from vovnet_zoo import FCOS, FCOSLoss, Predictions
 from vovnet_zoo.data import normalize
 from vovnet_zoo.fcos import level_sizes
 from vovnet_zoo.loss import Targets
@@ -53,14 +53,59 @@ def compute_losses(
         normalizers: [3], the sum over all parts of the global batch.
         precision: "float32", "bf16" or "fp16", of the network.
     """
+    return criterion.compare(run_network(model, images, sizes, precision), targets, normalizers)
+
+
+def run_network(model: FCOS, images: Tensor, sizes: Tensor, precision: str) -> Predictions:
+    """Normalize images, uint8 [B,3,H,W], and run the network under autocast, unless `precision` is "float32"."""
     images = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     # Autocast keeps its casts of the weights for their next use. The second run of a checkpointed tower does not find
     # them there, while torch demands the same operations of both runs.
     keep_casts = not model.head.grad_checkpointing
     with torch.autocast(images.device.type, dtype, enabled=precision != "float32", cache_enabled=keep_casts):
-        preds = model(images.contiguous(memory_format=torch.channels_last))
-    return criterion.compare(preds, targets, normalizers)
+        return model(images.contiguous(memory_format=torch.channels_last))
+
+
+def compile_step(
+    model: FCOS, *, cuda_graphs: bool = False, backend: str = "inductor"
+) -> tuple[Callable[..., tuple[Targets, Tensor]], Callable[..., dict[str, Tensor]]]:
+    """Compile `find_targets` and `compute_losses`, and return them.
+
+    On a CPU, and for CUDA graphs, each is one graph. On a GPU, the backbone's parts, the FPN and the head's towers are
+    graphs for all sizes, and so is the comparison; the towers' graph serves all levels. One graph of the network, in
+    which sizes are variables, takes many minutes to compile there.
+    """
+    if next(model.parameters()).device.type == "cpu" and backend == "inductor":
+        return compiled(find_targets), compiled(compute_losses)
+    # Without this, inductor looks at the strides of a convolution's gradient on a GPU, which fixes the width of the
+    # images: each new width would be compiled again. The maps are channels-last anyway.
+    torch._inductor.config.force_layout_optimization = True
+    if cuda_graphs:
+        return compiled(find_targets), compiled(compute_losses, mode="reduce-overhead")
+    compile_parts(model, backend)
+    compare = compiled(FCOSLoss.compare, dynamic=True, backend=backend)
+
+    def compute(
+        model: FCOS,
+        criterion: FCOSLoss,
+        images: Tensor,
+        sizes: Tensor,
+        targets: Targets,
+        normalizers: Tensor,
+        precision: str,
+    ) -> dict[str, Tensor]:
+        return compare(criterion, run_network(model, images, sizes, precision), targets, normalizers)
+
+    return compiled(find_targets, dynamic=True, backend=backend), compute
+
+
+def compile_parts(model: FCOS, backend: str = "inductor") -> None:
+    """Compile, in place, the parts of a detector that are most of its work, each to one graph for all sizes."""
+    # torch counts the graphs of all modules together
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for part in (*model.backbone.children(), model.fpn, model.head.cls_tower, model.head.box_tower):
+        part.compile(fullgraph=True, dynamic=True, backend=backend)
 
 
 def bucket(height: int, width: int, step: int = 64) -> tuple[int, int]:
@@ -69,7 +114,9 @@ def bucket(height: int, width: int, step: int = 64) -> tuple[int, int]:
 
 
 @functools.cache
-def compiled(function: Callable, dynamic: bool | None = None, mode: str | None = None) -> Callable:
+def compiled(
+    function: Callable, dynamic: bool | None = None, mode: str | None = None, backend: str = "inductor"
+) -> Callable:
     """Compile `function` to one graph; torch raises an error where that is impossible.
 
     With `dynamic=None`, a size that differs between two calls becomes a variable of the graph, which is then
@@ -82,4 +129,4 @@ def compiled(function: Callable, dynamic: bool | None = None, mode: str | None =
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._functorch.config.ban_recompute_used_far_apart = False
     torch._functorch.config.ban_recompute_long_fusible_chains = False
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, mode=mode)
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, mode=mode, backend=backend)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable
 
 import numpy as np
+import timm.optim.muon
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from average import MovingAverage
 from build import build_model, load_start, prepare_for_training
 from memory import kept_by
-from optim import create_optimizer
+from optim import create_optimizer, replaced
 from presets import TrainConfig
-from step import compute_losses, find_targets
+from step import bucket, compute_losses, find_targets
 from vovnet_zoo import FCOS, FCOSLoss
 from vovnet_zoo.data import train_transforms
 from vovnet_zoo.planning import StepWork
@@ -112,10 +113,12 @@ def count_update(model: FCOS, config: TrainConfig) -> tuple[int, int]:
         if "foreach" in group and not group.get("fused"):
             group["foreach"] = True
     average = MovingAverage(model, config.ema) if config.ema else None
+    adamw = timm.optim.muon.adamw  # which Muon calls for what is no matrix
     for _ in range(2):  # the first update makes the states
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
-        with CountKernels() as kernels:
+        together = replaced("adamw", lambda *tensors, **options: adamw(*tensors, **{**options, "foreach": True}))
+        with CountKernels() as kernels, together:
             nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf, foreach=True)
             optimizer.step()
             if average:
@@ -137,14 +140,19 @@ def padded_pixels(config: TrainConfig, batch_size: int, batches: int = 100) -> f
     rng, total = np.random.default_rng(0), 0
     sizes = draw_sizes(config, batches * batch_size, rng)
     for batch in sizes.reshape(batches, batch_size, 2):
-        total += np.prod(-(-batch.max(0) // MULTIPLE) * MULTIPLE)
-    return float(total) / batches
+        total += math.prod(padded(config, batch))
+    return total / batches
 
 
 def largest_size(config: TrainConfig) -> tuple[int, int]:
     """Return height and width of the largest wide image of COCO with its padding."""
-    largest = draw_sizes(config, 1000, np.random.default_rng(0)).max(0)
-    return tuple((-(-largest // MULTIPLE) * MULTIPLE).tolist())
+    return padded(config, draw_sizes(config, 1000, np.random.default_rng(0)))
+
+
+def padded(config: TrainConfig, sizes: np.ndarray) -> tuple[int, int]:
+    """Return the height and width of a batch of images of these sizes [N,2]."""
+    height, width = (-(-sizes.max(0) // MULTIPLE) * MULTIPLE).tolist()
+    return bucket(height, width) if config.cuda_graphs else (height, width)
 
 
 def draw_sizes(config: TrainConfig, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -28,7 +28,7 @@ from build import build_loader
 from loggers import check_loggers
 from memory import peak_memory
 from optim import set_lr
-from reporting import DETECTIONS, report_run
+from reporting import report_run
 from run_folder import (
     RunLog,
     draw_pictures,
@@ -39,10 +39,10 @@ from run_folder import (
     note_skipped,
     write_whole,
 )
-from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
+from runtime import Stopped, StopSignal, all_reduce, average, gather, log, process_group, run_command
 from scoring import score_dataset
 from seeds import compare_seeds, seed_configs
-from step import bucket, compiled, compute_losses, find_targets
+from step import bucket, compile_parts, compile_step, compute_losses, find_targets
 from training_loop import (
     clip_gradients,
     log_graphs,
@@ -67,6 +67,8 @@ from training_run import (
     set_up,
 )
 from vovnet_zoo.coco_eval import format_table
+from vovnet_zoo.data import Skipped
+from vovnet_zoo.evaluation.runs import DETECTIONS, SKIPPED
 
 
 def main(config: TrainConfig) -> dict | None:
@@ -111,7 +113,7 @@ def train_once(config: TrainConfig, rank: int, world_size: int, device: torch.de
 def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     """Do the steps that are left of a run, with the checkpoints and evaluations that are due."""
     config, model, criterion, progress = run.config, run.model, run.criterion, run.progress
-    find, compute = step_functions(config)
+    find, compute = step_functions(run)
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     batches = build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop)
     bar = show_progress(run)
@@ -169,10 +171,13 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     run.saver.wait()
 
 
-def step_functions(config: TrainConfig) -> tuple[Callable, Callable]:
+def step_functions(run: Run) -> tuple[Callable, Callable]:
     """Return `find_targets` and `compute_losses`, compiled if the configuration says so."""
-    find, compute = (compiled(f) if config.compile else f for f in (find_targets, compute_losses))
-    return find, compiled(compute_losses, mode="reduce-overhead") if config.cuda_graphs else compute
+    if not run.config.compile:
+        return find_targets, compute_losses
+    if run.ema and run.device.type == "cuda":
+        compile_parts(run.averaged)  # for evaluations, as the model's own parts are
+    return compile_step(run.model, cuda_graphs=run.config.cuda_graphs)
 
 
 def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[str, Tensor]]:
@@ -225,7 +230,12 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     config, progress = run.config, run.progress
     if progress.scored == progress.step or not is_due(config.eval_every, run) or not is_trusted(run):
         return
-    note = functools.partial(note_skipped, config.out, progress.step)
+    skipped: list[Skipped] = []
+
+    def note(images: list[Skipped]) -> None:
+        note_skipped(config.out, progress.step, images)
+        skipped.extend(images)
+
     try:
         results, metrics = score_dataset(
             run.averaged,
@@ -237,11 +247,12 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
             workers=config.workers,
             batch_size=max(1, config.batch_size // (run.world_size * config.accum)),  # fits, as a training step did
             precision=config.precision,
-            compile=config.compile,
+            compile=config.compile and run.device.type == "cpu",  # on a GPU its parts are compiled
         )
     except Stopped:
         log.warning("stopped by a signal in the evaluation after step %d; the same command repeats it", progress.step)
         raise
+    skipped_ids = gather([image.image_id for image in skipped])
     progress.scored = progress.step
     if run.rank == 0:
         overall = {name: value for name, value in metrics.items() if name != "per_class"}
@@ -250,6 +261,7 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         run.averaged.save_pretrained(config.out / "last")
         if metrics["AP"] >= progress.best:
             write_whole(config.out / DETECTIONS, json.dumps(results).encode())
+            write_whole(config.out / SKIPPED, json.dumps(skipped_ids).encode())
             run.averaged.save_pretrained(config.out / "best")
         note_score(progress, metrics["AP"], metrics)
     share_stale(run)

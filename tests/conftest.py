@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # one core per test process, so that they d
 import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from browsing import start_browser  # noqa: E402
 from hub_server import HubServer, serve  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -40,6 +41,12 @@ def _shared(name: str) -> Path:
     if not (SHARED / name).is_dir():
         pytest.skip(f"{name} is not here")
     return SHARED / name
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Start a headless browser."""
+    yield from start_browser()
 
 
 @pytest.fixture

@@ -25,7 +25,9 @@ class Repo:
 
 
 class HubServer(ThreadingHTTPServer):
-    """`repos`: id -> `Repo`. `faults`: file name -> list of faults, one for each download, the first first.
+    """`repos`: id -> `Repo`; a Space has "spaces/" before its id.
+
+    `faults`: file name -> list of faults, one for each download, the first first.
 
     Faults: "truncate" (fewer bytes than said), "short" (fewer bytes, and says so), "corrupt" (as many, one changed),
     "gone" (nothing answers from the middle of this download on).
@@ -149,6 +151,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.error(401, "", "Invalid username or password.")
         asked = json.loads(self.body)
         repo_id = f"{asked['organization']}/{asked['name']}"
+        if asked.get("type") == "space":
+            assert asked["sdk"] == "gradio"
+            repo_id = f"spaces/{repo_id}"
         made = {"url": f"{self.server.url}/{repo_id}", "id": repo_id, "name": repo_id}
         if repo_id in self.server.repos:
             return self.reply(409, {"error": "You already created this model repo", **made})
@@ -207,13 +212,14 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {"success": True, "commitUrl": url, "commitOid": commit, "pullRequestUrl": None})
 
 
-ID = r"([\w.-]+/[\w.-]+)"
+ID = r"((?:spaces/)?[\w.-]+/[\w.-]+)"
+API = r"/api/(?:models/)?" + ID  # the address of a Space in the API is /api/spaces/...
 ROUTES = {
     "/api/repos/create": "create",
     "/api/validate-yaml": "validate",
-    rf"/api/models/{ID}/preupload/(.+)": "preupload",
-    rf"/api/models/{ID}/commit/(.+)": "commit",
-    rf"/api/models/{ID}(?:/revision/(.+))?": "info",
+    rf"{API}/preupload/(.+)": "preupload",
+    rf"{API}/commit/(.+)": "commit",
+    rf"{API}(?:/revision/(.+))?": "info",
     rf"/{ID}\.git/info/lfs/objects/batch": "lfs_batch",
     r"/lfs/(\w+)": "lfs_put",
     rf"/{ID}/resolve/([^/]+)/(.+)": "resolve",

@@ -1,7 +1,12 @@
 """A simulated detector gives datasets and result rows of any size, without a network."""
 
-import numpy as np
+import json
+import shutil
 
+import numpy as np
+from PIL import Image
+
+from vovnet_zoo.data import CocoDataset
 from vovnet_zoo.evaluation.matches import IOU_THRESHOLDS, Matches
 
 
@@ -68,3 +73,26 @@ def simulate_matches(seed, images, classes=2):
         metrics={},
         class_metrics={},
     )
+
+
+def write_data(folder, images, noise=False, **options):
+    """A simulated dataset with images, as train and val split; returns the dataset and result rows."""
+    coco, rows = simulate(images=images, **options)
+    rng = np.random.default_rng(0)
+    (folder / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (folder / split).mkdir()
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
+    if noise:
+        Image.fromarray(rng.integers(0, 256, (640, 640, 3), dtype=np.uint8)).save(
+            folder / "noise.png", compress_level=0
+        )
+    for image in coco["images"]:
+        file = folder / "val" / image["file_name"]
+        if noise:
+            image["width"] = image["height"] = 640
+            shutil.copy(folder / "noise.png", file)
+        else:
+            Image.new("RGB", (200, 200), (image["id"],) * 3).save(file)
+    (folder / "annotations" / "instances_val.json").write_text(json.dumps(coco))
+    return CocoDataset(folder / "val", folder / "annotations" / "instances_val.json"), rows

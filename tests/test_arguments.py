@@ -480,6 +480,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
                 source=[*NOT_A_PATH, "nosuch", folder.parent],
                 repo_id=NOT_A_TEXT,
                 run=[5, ["a"]],
+                space=NOT_A_FLAG,
                 license=[5, ["a"]],
                 private=NOT_A_FLAG,
                 token=[5, ["a"]],

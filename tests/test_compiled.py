@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from step import compute_losses, find_targets
-from vovnet_zoo import FCOSLoss, compile_detector, create_detector, postprocess
+from step import compile_parts, compile_step, compute_losses, find_targets
+from vovnet_zoo import FCOSLoss, compile_detector, create_detector, postprocess, predict
 from vovnet_zoo.compiled import Detections
 from vovnet_zoo.data import normalize
 from vovnet_zoo.kernels.osa import fuse_for_training
@@ -124,6 +124,57 @@ def test_multi_scale_training_compiles_few_times():
         with torch.no_grad():
             compare(model, criterion, images, unpadded, targets, normalizers, "float32")
     assert counters["stats"]["unique_graphs"] <= 8 and not counters["graph_break"]
+
+
+MANY_SIZES = [(256, 320), (384, 288), (320, 448)]  # 2 or more cells on each level: torch compiles for 1 apart
+
+
+def assert_parts_learn(model, device, tolerance, **options):
+    """A step that `compile_step` compiles has the losses and gradients of one that is not compiled, at many sizes."""
+    criterion, fast = FCOSLoss(), copy.deepcopy(model)
+    find, compute = compile_step(fast, **options)
+    for size in MANY_SIZES:
+        images, unpadded = (x.to(device) for x in images_and_sizes(2, size))
+        boxes = torch.tensor([[10.0, 12, 50, 40]], device=device).expand(2, 1, 4)
+        labels = torch.tensor([[1], [2]], device=device)
+        results = []
+        for net, assign, compare in ((model, find_targets, compute_losses), (fast, find, compute)):
+            net.zero_grad()
+            targets, normalizers = assign(net, criterion, boxes, labels, *size)
+            losses = compare(net, criterion, images, unpadded, targets, normalizers, "float32")
+            sum(losses.values()).backward()
+            results.append((losses, {name: p.grad.clone() for name, p in net.named_parameters()}))
+        (losses, gradients), (found, found_gradients) = results
+        torch.testing.assert_close(found, losses, rtol=tolerance, atol=0)
+        for name, wanted in gradients.items():
+            error = (found_gradients[name] - wanted).norm()
+            assert error <= tolerance * wanted.norm(), f"{size}, {name}: {error:.1e} of {wanted.norm():.1e}"
+
+
+def test_parts_are_compiled_once_for_all_sizes():
+    model = create_detector("fcos", backbone="test_resnet", num_classes=4, channels=64, num_convs=1, frozen_norm=True)
+    assert_parts_learn(model.train(), "cpu", 1e-5, backend="eager")
+    # the backbone's 8 parts, the FPN, a tower for all levels, the targets and the comparison
+    assert counters["stats"]["unique_graphs"] <= 12 and not counters["graph_break"]
+
+
+def test_an_evaluation_with_compiled_parts():
+    model = busy(create_detector("fcos", backbone="test_resnet", num_classes=4, channels=64, num_convs=1, min_size=64))
+    fast = copy.deepcopy(model)
+    compile_parts(fast, backend="eager")
+    images = list(torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8))
+    for found, wanted in zip(predict(fast, images, batch_size=2), predict(model, images, batch_size=2), strict=True):
+        assert len(wanted["scores"]) and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}], ids=str)
+def test_a_compiled_step_on_a_gpu(options):
+    torch.backends.cudnn.allow_tf32 = False
+    kwargs = dict(num_classes=4, channels=64, num_convs=1, frozen_norm=True)
+    model = create_detector("fcos", backbone="test_resnet", **kwargs).cuda().to(memory_format=torch.channels_last)
+    assert_parts_learn(model.train(), "cuda", 1e-3, **options)
 
 
 def test_options_and_bad_input():
@@ -272,19 +323,19 @@ def test_speed_on_an_h100(tmp_path):
     assert reference >= 3 * seconds("training", "ours, compiled", "bf16")
 
 
-def test_any_number_of_graphs(tiny_detector, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_any_number_of_graphs(tiny_detector):
     """torch compiles one function 8 times at most, here twice, counted over all detectors of a process."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     for i in range(1, 5):
         found = compile_detector(tiny_detector, (32, 32 * i), backend="eager")(images_and_sizes(1, (32, 32 * i))[0])
         assert found.boxes.shape[0] == 1
 
 
-def test_any_number_of_batches(tiny_detector, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_any_number_of_batches(tiny_detector):
     """Each number of images is a graph of its own."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     run = compile_detector(tiny_detector, (32, 32), backend="eager")
     for count in range(1, 5):
         images = images_and_sizes(count, (32, 32))[0]

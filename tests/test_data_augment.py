@@ -10,7 +10,8 @@ from launch import tiny_config
 from PIL import Image
 from samples import make_sample, plain
 
-from build import build_datasets, build_loader
+from build import build_loader
+from training_run import set_up
 from vovnet_zoo.config import AUGMENTATIONS, Augmentation
 from vovnet_zoo.data import (
     CocoDataset,
@@ -189,8 +190,9 @@ def test_colours_and_noise_change_no_box():
 
 
 def batches_of(config, start=0):
-    train_set, _ = build_datasets(config, False, "antialias", 0, 1)
-    return [part for parts in build_loader(config, train_set, start, 0, 1, torch.device("cpu")) for part in parts]
+    run = set_up(config, 0, 1, torch.device("cpu"))
+    run.notes.close()
+    return [part for parts in build_loader(config, run.train_set, start, 0, 1, run.device) for part in parts]
 
 
 def same(batch, other):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from samples import make_sample
 
+from vovnet_zoo import draw
 from vovnet_zoo.draw import class_colour, draw_detections, place_labels
 
 
@@ -72,15 +73,31 @@ def test_a_label_covers_no_small_object_where_it_can_be_elsewhere():
     assert place_labels(np.zeros((0, 4)), [], (20, 20)) == []
 
 
-def test_a_name_without_letters_in_any_font_is_written_as_a_number(caplog):
+def write_name(name: str) -> bytes:
+    """The pixels of a picture with one box of this class."""
     image = torch.zeros(3, 400, 400, dtype=torch.uint8)
     detection = {"boxes": torch.tensor([[100.0, 100, 200, 200]]), "labels": torch.tensor([1])}
+    return draw_detections(image, detection, ["", name]).tobytes()
 
-    def draw(name: str) -> bytes:
-        return draw_detections(image, detection, ["", name]).tobytes()
 
-    assert draw("\U0010fffe") == draw("class 1")
+def test_a_name_without_letters_in_any_font_is_written_as_a_number(caplog):
+    assert write_name("\U0010fffe") == write_name("class 1")
     assert "'class 1'" in caplog.text
     pytest.importorskip("matplotlib", reason="its font has Cyrillic and Arabic letters")
-    assert len({draw(name) for name in ("кошка", "قطة", "class 1")}) == 3
-    assert draw("a\nb") == draw("a b")
+    assert len({write_name(name) for name in ("кошка", "قطة", "class 1")}) == 3
+    assert write_name("a\nb") == write_name("a b")
+
+
+def test_chinese_japanese_and_korean_names(monkeypatch):
+    """They are written if a font of this machine has their letters, otherwise as a number; never as empty boxes."""
+    names, caches = ("自転車", "고양이", "ひらがな"), (draw._readable_name, draw._font_of, draw._fonts)
+    with monkeypatch.context() as patch:
+        patch.setattr(draw, "FONTS", ())
+        for cache in caches:
+            cache.cache_clear()
+        assert {write_name(name) for name in names} == {write_name("class 1")}
+    for cache in caches:
+        cache.cache_clear()
+    if not all(draw._font_of(name) for name in names):
+        pytest.skip("no font of this machine has these letters (Debian: fonts-noto-cjk)")
+    assert len({write_name(name) for name in (*names, "class 1")}) == 4

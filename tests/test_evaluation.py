@@ -14,7 +14,7 @@ from simulated import simulate, simulate_matches
 
 from vovnet_zoo.data import CocoDataset
 from vovnet_zoo.evaluation.analysis import analyse
-from vovnet_zoo.evaluation.bootstrap import bootstrap_ap, interval, weighted_ap
+from vovnet_zoo.evaluation.bootstrap import ap_interval, bootstrap_ap, interval, weighted_ap
 from vovnet_zoo.evaluation.coco_eval import coco_metrics
 from vovnet_zoo.evaluation.errors import calibration, confusion_matrix, error_kinds
 from vovnet_zoo.evaluation.label_errors import label_errors
@@ -122,25 +122,37 @@ def test_interval_of_a_model_and_of_a_difference(write):
     coco, rows = simulate(seed=2)
     matches = match(write(coco), rows)
     a, b = bootstrap_ap(matches, 200, seed=1), bootstrap_ap(matches, 200, seed=1)
-    assert interval(a.overall - b.overall)[:2] == (0, 0)
-    whole = interval(a.overall)
+    ap = matches.metrics["AP"]
+    assert interval(a.overall - b.overall, 0.0, 40)[:2] == (0, 0)
+    whole = interval(a.overall, ap, 40)
+    assert ap_interval(a.overall, ap, 40) == whole
     assert whole.low < matches.metrics["AP"] < whole.high < whole.low + 0.3
-    half = interval(a.overall, confidence=0.5)
+    half = interval(a.overall, ap, 40, confidence=0.5)
     assert whole.low < half.low < half.high < whole.high
     better = [{**row, "score": row["score"] / 2} if i % 3 else row for i, row in enumerate(rows)]
     other = bootstrap_ap(match(write(coco), better), 200, seed=1)
     paired, apart = np.std(a.overall - other.overall), np.hypot(np.std(a.overall), np.std(other.overall))
     assert paired < 0.8 * apart  # the same images are drawn for both
-    assert interval(np.array([np.nan, np.nan]))[:2] == (-1, -1)
+    nothing = np.array([np.nan, np.nan])
+    assert interval(nothing, -1.0, 40)[:2] == ap_interval(nothing, -1.0, 40)[:2] == (-1, -1)
+
+    # Samples without a bias, of very many images, give the plain percentiles; fewer images a wider interval.
+    even = np.linspace(0.4, 0.6, 1001)
+    assert interval(even, 0.5, 10**6)[:2] == pytest.approx((0.405, 0.595), abs=1e-4)
+    assert interval(even, 0.5, 10, 0.9)[:2] == pytest.approx((0.4 + 0.2 * 0.0267, 0.6 - 0.2 * 0.0267), abs=1e-4)
+    assert interval(even, 0.49, 10**6)[:2] == pytest.approx((0.385, 0.575), abs=1e-4)  # the samples are too high
+    assert ap_interval(even - 0.39, 0.05, 10**6).low == 0
 
 
 @pytest.mark.slow
 def test_interval_covers_the_truth():
-    truth = weighted_ap(simulate_matches(10**6, 50_000), np.ones((1, 50_000), dtype=int)).overall[0]
-    covered = []
+    def ap_of(matches):
+        return weighted_ap(matches, np.ones((1, len(matches.images)), dtype=int)).overall[0]
+
+    truth, covered = np.mean([ap_of(simulate_matches(10**6 + i, 50_000)) for i in range(4)]), []
     for seed in range(200):
         matches = simulate_matches(seed, 100)
-        found = interval(bootstrap_ap(matches, 400, seed).overall)
+        found = ap_interval(bootstrap_ap(matches, 400, seed).overall, ap_of(matches), 100)
         covered.append(found.low <= truth <= found.high)
     assert 0.91 <= np.mean(covered) <= 0.99  # 0.95, give or take 2.6 standard deviations of 200 draws
 
@@ -269,10 +281,13 @@ def test_calibration_error_is_the_mean_distance(write):
     assert found.error == pytest.approx(distance / len(bins))
 
 
+@pytest.mark.parametrize("careless", [0, 20])
 @pytest.mark.parametrize("seed", range(3))
-def test_planted_label_errors_are_listed_first(write, seed):
+def test_planted_label_errors_are_listed_first(write, seed, careless):
+    """They are found too where most objects of some images were left out, of which each would be as suspicious."""
     coco, rows = simulate(seed=seed, images=80)
     rng = np.random.default_rng(seed)
+    coco["annotations"] = [row for row in coco["annotations"] if row["image_id"] > careless or rng.random() < 0.3]
     found = {tuple(row["bbox"]) for row in coco["annotations"] if best_score(row, rows) > 0.6}
     chosen = rng.permutation([i for i, row in enumerate(coco["annotations"]) if tuple(row["bbox"]) in found])[:10]
     removed = [coco["annotations"][i] for i in chosen[:5]]

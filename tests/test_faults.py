@@ -28,6 +28,7 @@ from runtime import StopSignal
 from vovnet_zoo import FCOS, create_detector
 from vovnet_zoo.coco_eval import evaluate
 from vovnet_zoo.data import CocoDataset, find_split, images
+from vovnet_zoo.evaluation.runs import read_run, scored_ids
 
 
 @pytest.fixture
@@ -168,6 +169,8 @@ def test_a_bad_validation_image_is_skipped(config, tiny_coco):
     dataset = CocoDataset(*find_split(tiny_coco, "val"), skip_bad_images=True)
     results, found = scoring.score_dataset(FCOS.from_pretrained(config.out / "last"), dataset, note=print, workers=0)
     assert found == metrics == evaluate(dataset.annotation_file, results, image_ids=[10, 12])
+    assert scored_ids(dataset, read_run(config.out).skipped) == [10, 12]
+    assert "2 of" in (config.out / "report.html").read_text()
     for name in ("0.png", "2.png"):
         (tiny_coco / "val" / name).write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 3 images could be read"):

@@ -18,7 +18,7 @@ LAYERS = [
     {"arguments", "backbone", "batching", "commands", "config", "convert", "files", "gpus", "import_hook"}
     | {"ledger", "version", "video", "web"},
     {"data", "hub", "kernels", "planning"},
-    {"nms"},
+    {"nms", "space"},
     {"fcos", "sources", "tiles", "weights"},
     {"draw"},
     {"results", "show_data"},
@@ -26,6 +26,7 @@ LAYERS = [
     {"classifiers", "compiled", "evaluation", "predict_files"},
     {"detectors", "export"},
     {"load", "publish"},
+    {"demo"},
     {"__init__", "check_data", "cli", "coco_eval"},  # check_data and coco_eval are former paths of moved modules
 ]
 ONLY = {  # rooms that may import even less
@@ -43,9 +44,11 @@ ONLY = {  # rooms that may import even less
     "show_data": {"arguments", "config", "data", "draw"},
     "inference": {"arguments", "batching", "config", "data", "fcos", "nms", "results", "sources", "tiles"},
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},
+    "space": {"files", "hub", "version"},
+    "demo": {"config", "draw", "fcos", "inference", "load", "predict_files", "results", "sources"},
     "export": {"arguments", "compiled", "config", "fcos", "files", "inference", "sources", "version"},
     "load": {"arguments", "detectors", "export", "fcos", "inference"},
-    "evaluation": {"arguments", "data", "fcos", "files", "inference", "results"},
+    "evaluation": {"arguments", "data", "fcos", "files", "inference", "results", "version"},
 }
 
 

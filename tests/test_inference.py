@@ -7,6 +7,7 @@ from torchvision.ops import batched_nms
 
 from vovnet_zoo import FCOS, Predictions, compile_detector, postprocess, predict
 from vovnet_zoo.fcos import make_points
+from vovnet_zoo.inference import choose_best
 
 STRIDES = [8, 16, 32, 64, 128]
 
@@ -22,6 +23,16 @@ def test_postprocess_finds_planted_boxes():
     assert first["scores"].tolist() == pytest.approx([(0.6 * 0.9) ** 0.5, (0.9 * 0.5) ** 0.5], abs=1e-5)
     assert first["boxes"].tolist() == [pytest.approx([90, 40, 150, 90]), pytest.approx([20, 25, 60, 70])]
     assert second["boxes"].shape == (0, 4) and second["scores"].shape == (0,) and second["labels"].shape == (0,)
+
+
+def test_levels_chosen_from_together():
+    """As on a GPU: the same scores and indices as level by level; places without a candidate, -1, may be any."""
+    scores = [torch.rand(2, n).where(torch.rand(2, n) < 0.5, -1.0) for n in (400, 100, 30, 9, 4)]
+    for most in (1, 20, 1000):
+        pairs = zip(choose_best(scores, most, together=True), choose_best(scores, most, together=False), strict=True)
+        for score, (got, wanted) in zip(scores, pairs, strict=True):
+            assert torch.equal(got[0], wanted[0]) and got[1].amax() < score.shape[1]
+            assert torch.equal(got[1].where(got[0] >= 0, 0), wanted[1].where(got[0] >= 0, 0))
 
 
 def test_postprocess_equals_torchvision_nms():

@@ -16,6 +16,7 @@ import eval_coco
 import fitting
 import loggers
 import runtime
+import step
 import train_coco
 import training_loop
 from build import build_loader
@@ -65,7 +66,7 @@ def config(tiny_coco, tmp_path, monkeypatch) -> TrainConfig:
     calls = []
     monkeypatch.setattr(build, "make_shapes", lambda data: calls.append("shapes"))
     monkeypatch.setattr(build, "use_winograd", lambda model: calls.append("winograd"))
-    monkeypatch.setattr(train_coco, "compiled", lambda f, **options: calls.append(f.__name__) or f)
+    monkeypatch.setattr(step, "compiled", lambda f, **options: calls.append(f.__name__) or f)
     real = detectors.create_backbone
 
     def create_backbone(name, pretrained=False):

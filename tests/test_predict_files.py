@@ -15,8 +15,9 @@ import pytest
 from launch import ROOT, run_python
 from PIL import Image
 from samples import draw_video
+from test_cli import run  # noqa: F401
 
-from vovnet_zoo import FCOS, predict, predict_files
+from vovnet_zoo import FCOS, predict, predict_files, sources
 from vovnet_zoo.results import default_category_ids
 from vovnet_zoo.video import Video
 
@@ -78,11 +79,25 @@ def test_every_format(detector_folder, tmp_path):
     assert np.abs(drawn[0] - plain).max() > 100 and (out / "x_2.png").is_file()
 
 
+def test_an_image_is_decoded_once(detector_folder, tmp_path, monkeypatch):
+    """For the network and for its picture and crops; twice where its pixels are too many to be kept."""
+    names, decoded, read_image = ["a.png", "b.png", "c.png"], [], sources.read_image
+    folder, model = draw_images(tmp_path / "in", *names), FCOS.from_pretrained(detector_folder)
+    monkeypatch.setattr(sources, "read_image", lambda path: decoded.append(path.name) or read_image(path))
+    for room, times in ((1 << 20, 1), (0, 2)):
+        monkeypatch.setattr(predict_files, "KEPT_BYTES", room)
+        predict_files.predict_files(model, [folder], tmp_path / f"{times}", pictures="png", crops=True)
+        assert sorted(decoded) == sorted(times * names)
+        decoded.clear()
+    for name in names:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
 def test_ids(detector_folder, tmp_path):
     """Images whose names are numbers keep them, as COCO's do; COCO's classes have COCO's ids."""
     images = draw_images(tmp_path / "images", "000000000139.jpg", "000000000285.jpg")
-    options = ["--model", detector_folder, "--save-pictures", "none", "--coco"]
-    assert start(images, "--out", tmp_path / "a", *options, tmp_path / "a.json").wait() == 0
+    model = FCOS.from_pretrained(detector_folder)
+    assert predict_files.predict_files(model, [images], tmp_path / "a", pictures="none", coco=tmp_path / "a.json") == 0
     assert {row["image_id"] for row in json.loads((tmp_path / "a.json").read_text())} == {139, 285}
     assert [row["image_id"] for row in lines(tmp_path / "a")] == [139, 285]
     assert (
@@ -185,14 +200,14 @@ def test_a_full_disk(detector_folder, tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--out", "/proc/here"], ["--out", "OUT", "--coco", "/proc/coco.json"]], ids=str)
-def test_a_place_that_cannot_be_written(detector_folder, tmp_path, options):
+def test_a_place_that_cannot_be_written(run, detector_folder, tmp_path, options):  # noqa: F811
     """Nobody, root neither, can write there; it is one line."""
     if not Path("/proc/self").exists():
         pytest.skip("Linux has /proc")
     image = draw_images(tmp_path / "in", "x.png")
-    process = start(image, "--model", detector_folder, *(str(x).replace("OUT", str(tmp_path / "out")) for x in options))
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2 and len(errors.splitlines()) == 1 and errors.startswith("vovnet-zoo: /proc/")
+    places = (str(x).replace("OUT", str(tmp_path / "out")) for x in options)
+    status, _, errors = run("predict", image, "--model", detector_folder, *places)
+    assert status == 2 and len(errors.splitlines()) == 1 and errors.startswith("vovnet-zoo: /proc/")
 
 
 MEMORY = """

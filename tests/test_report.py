@@ -10,42 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browsing import open_page
 from launch import train_here
 from PIL import Image
-from simulated import simulate
+from simulated import write_data
 
 import eval_coco
 import reporting
 import train_coco
 from vovnet_zoo import FCOS, create_detector
-from vovnet_zoo.data import CocoDataset
 from vovnet_zoo.evaluation.analysis import analyse
 from vovnet_zoo.evaluation.report import write_report
+from vovnet_zoo.evaluation.runs import DETECTIONS
 from vovnet_zoo.evaluation.thresholds import at_thresholds, class_thresholds
 from vovnet_zoo.inference import choose_thresholds
-
-
-def write_data(folder, images, noise=False, **options):
-    """A simulated dataset with images, as train and val split; returns the dataset and result rows."""
-    coco, rows = simulate(images=images, **options)
-    rng = np.random.default_rng(0)
-    (folder / "annotations").mkdir(parents=True)
-    for split in ("train", "val"):
-        (folder / split).mkdir()
-        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
-    if noise:
-        Image.fromarray(rng.integers(0, 256, (640, 640, 3), dtype=np.uint8)).save(
-            folder / "noise.png", compress_level=0
-        )
-    for image in coco["images"]:
-        file = folder / "val" / image["file_name"]
-        if noise:
-            image["width"] = image["height"] = 640
-            shutil.copy(folder / "noise.png", file)
-        else:
-            Image.new("RGB", (200, 200), (image["id"],) * 3).save(file)
-    (folder / "annotations" / "instances_val.json").write_text(json.dumps(coco))
-    return CocoDataset(folder / "val", folder / "annotations" / "instances_val.json"), rows
 
 
 @pytest.fixture(scope="module")
@@ -101,22 +79,6 @@ def test_page_without_images_and_without_results(tmp_path):
         assert "data:image/jpeg" not in text and "Worst misses" in text
 
 
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs the package selenium")
-    places = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-    if None in places.values():
-        pytest.skip("needs Chromium and its driver (Debian: chromium, chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = places["chromium"]
-    for option in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(option)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(places["chromedriver"]))
-    yield driver
-    driver.quit()
-
-
 @pytest.mark.parametrize("width", [1400, 400])
 def test_page_works_in_a_browser(page, browser, width):
     from selenium.webdriver.common.by import By
@@ -124,9 +86,7 @@ def test_page_works_in_a_browser(page, browser, width):
     from selenium.webdriver.support.ui import Select
 
     path, analysis = page
-    size = dict(width=width, height=900, deviceScaleFactor=1, mobile=False)
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get(path.as_uri())
+    open_page(browser, path.as_uri(), width)
     assert browser.get_log("browser") == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width  # nothing sticks out
 
@@ -185,9 +145,7 @@ def test_page_works_in_a_browser(page, browser, width):
 
 
 def test_photos_are_drawn(page, browser):
-    size = dict(width=1000, height=900, deviceScaleFactor=1, mobile=False)
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get(page[0].as_uri())
+    open_page(browser, page[0].as_uri(), 1000)
     browser.execute_script("document.querySelector('.open').click()")
     name = browser.find_element("css selector", "dialog output").text.split(", ")[-1]
     grey = int(name.removesuffix(".png"))  # the image has one grey, its number
@@ -260,7 +218,7 @@ def test_a_run_ends_with_a_report_of_its_best_model(tiny_coco, tmp_path, monkeyp
     monkeypatch.setattr(train_coco, "score_dataset", score)
     out = tmp_path / "run"
     train_here(tiny_coco, out, "--steps 4 --eval-every 2 --workers 0")
-    assert {row["score"] for row in json.loads((out / reporting.DETECTIONS).read_text())} == {0.4}  # of the best
+    assert {row["score"] for row in json.loads((out / DETECTIONS).read_text())} == {0.4}  # of the best
     assert FCOS.from_pretrained(out / "best").config["thresholds"] == {
         "red": pytest.approx(0.2),
         "green": pytest.approx(0.2),

@@ -206,6 +206,8 @@ class Publish:
     """Branch to push to; default: main."""
     create_pr: bool = False
     """Open a pull request instead."""
+    space: bool = False
+    """Push a Space of the same name too: a page to try the model in, which is checked here first (extra `demo`)."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,48 @@ class Export:
     """Image, folder or pattern of the images that are compared; default: pictures that are drawn."""
     overwrite: bool = False
     """Write over an earlier export in OUT."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare models on the same images: differences of AP with intervals, curves, and where the models differ most.
+
+    Prints a table, and writes a page that needs no network."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of training runs, or detections that recipes/eval_coco.py --out wrote; others are compared with the
+    first."""
+    out: Path = Path("compare.html")
+    """File of the page."""
+    data: Path | None = None
+    """Folder of the dataset that was scored; default: what the runs say."""
+    split: str = "val"
+    """The split of --data."""
+    val: Path | None = None
+    """COCO JSON file of the images that were scored, instead of --data."""
+    val_images: Path | None = None
+    """Folder of the images of --val; default: it is looked for near that file."""
+    difficult_as_crowd: bool = False
+    """The objects that Pascal VOC calls difficult were not scored; it goes with --data."""
+    overwrite: bool = False
+    """Write over a file that is there already."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Serve a page to try a detector in, with images or a camera, until Ctrl-C (extra `demo`)."""
+
+    model: tyro.conf.Positional[str]
+    """Folder of a saved detector, its name on the Hub, a name of create_detector(..., pretrained=True), or an exported
+    file: model.onnx or model.xml."""
+    device: str | None = None
+    """torch device; default: the GPU where there is one."""
+    host: str = "127.0.0.1"
+    """Address to listen at; the default is seen by this machine only, 0.0.0.0 is seen by others too."""
+    port: int | None = None
+    """Port to listen at; default: the first free one from 7860 on."""
+    open: bool = False
+    """Open the page in a browser."""
 
 
 @dataclass(frozen=True)
@@ -283,6 +327,8 @@ def main() -> None:
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Publish, tyro.conf.subcommand("publish")]
         | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Compare, tyro.conf.subcommand("compare")]
+        | Annotated[Demo, tyro.conf.subcommand("demo")]
         | Annotated[ListModels, tyro.conf.subcommand("list")]
         | Annotated[Plan, tyro.conf.subcommand("plan")],
         prog="vovnet-zoo",
@@ -299,6 +345,8 @@ def main() -> None:
         Convert: run_convert,
         Publish: run_publish,
         Export: run_export,
+        Compare: run_compare,
+        Demo: run_demo,
         ListModels: run_list,
         Plan: lambda _: run_plan(sys.argv[2:]),
     }
@@ -463,6 +511,7 @@ def run_publish(command: Publish) -> None:
         token=command.token,
         branch=command.branch,
         create_pr=command.create_pr,
+        space=command.space,
     )
     print(url)
 
@@ -494,6 +543,49 @@ def run_export(command: Export) -> None:
         f"in {made['images']} images ({made['images_are']}) match, boxes differ by at most "
         f"{made['largest_box_difference']:.1g} px, scores by {made['largest_score_difference']:.1g}"
     )
+
+
+def run_compare(command: Compare) -> None:
+    check_compare(command)
+    from .evaluation.compare_page import compare_runs
+
+    options = {name: value for name, value in vars(command).items() if name not in ("runs", "out", "overwrite")}
+    print(compare_runs(command.runs, command.out, **options))
+    print(f"\npage: {command.out}")
+
+
+def check_compare(command: Compare) -> None:
+    """Raise `ValueError` where there is nothing to compare, options contradict each other, or OUT is there already."""
+    if len(command.runs) < 2:
+        raise ValueError("compare needs two run folders, or more; give a folder twice to see what is no difference")
+    files = (*command.runs, command.data, command.val, command.val_images)
+    refuse_missing(*(path for path in files if path is not None))
+    if command.data is not None and command.val is not None:
+        raise ValueError("--val says where the images are; leave --data out")
+    if command.data is None and command.split != "val":
+        raise ValueError(f"--split {command.split}: it is a split of --data; give it too")
+    if command.val is None and command.val_images is not None:
+        raise ValueError(f"--val-images {command.val_images}: it goes with --val JSON")
+    if command.difficult_as_crowd and command.data is None:
+        raise ValueError("--difficult-as-crowd goes with --data; what the runs say is followed without it")
+    if command.out.is_dir():
+        raise ValueError(f"--out {command.out} is a folder; give the name of a file, such as {command.out / 'a.html'}")
+    if command.out.exists() and not command.overwrite:
+        raise ValueError(f"{command.out} is there already; give --overwrite, or another --out")
+
+
+def run_demo(command: Demo) -> None:
+    if command.port is not None and not 1 <= command.port <= 65_535:
+        raise ValueError(f"--port {command.port}: give a number from 1 to 65535")
+    refuse_model(command.model)
+    from .demo import load_gradio, serve, title
+    from .load import load_detector
+
+    load_gradio()
+    device = find_device(command.device)
+    model = load_detector(command.model)
+    model.to(device)
+    serve(model, title(command.model), host=command.host, port=command.port, open=command.open)
 
 
 def run_list(command: ListModels) -> None:

@@ -19,6 +19,7 @@ from .fcos import FCOS
 from .inference import Detections, choose_thresholds, detect, sizes_of
 from .kernels.freeze import freeze
 from .kernels.surgery import restore
+from .kernels.tensor_cores import align_channels
 from .kernels.winograd import has_amx, why_not
 
 log = logging.getLogger("vovnet_zoo")
@@ -79,6 +80,8 @@ def compile_detector(
     thresholds = choose_thresholds(model, options)
     device = next(model.parameters()).device
     fast = fast_copy(model, decide_winograd(winograd, device, dtype))
+    if device.type == "cuda" and dtype != torch.float32:
+        align_channels(fast)
 
     def graph(images: Tensor, sizes: Tensor) -> Detections:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -1,4 +1,4 @@
-"""`GPUS` holds what the manufacturer's data sheets say of GPUs, and `NETWORKS` what links between machines carry.
+"""`GPUS` holds what the manufacturer's data sheets say of GPUs.
 
 Data sheets give peaks that no program reaches; `planning.py` multiplies them by a measured efficiency.
 """
@@ -45,14 +45,6 @@ GPUS = {
     "rtx3090": Gpu(
         "RTX 3090", 24, _tflops(35.6, 71), 936, 31.5, "PCIe 4.0 x16", "NVIDIA Ampere GA102 whitepaper, V2.1"
     ),
-}
-
-# GB/s in one direction, for all GPUs of a machine that share the link. A network of 1 Gbit/s carries 0.125 GB/s.
-NETWORKS = {
-    "8x ndr": 8 * 50.0,  # InfiniBand NDR, 400 Gbit/s, a port for each of 8 GPUs
-    "8x hdr": 8 * 25.0,  # InfiniBand HDR, 200 Gbit/s, likewise
-    "100g": 12.5,
-    "25g": 3.125,
 }
 
 

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import huggingface_hub
 import torch
@@ -20,6 +20,7 @@ from .files import hash_file, read_json, read_safetensors, read_shapes, staged, 
 from .ledger import Measured
 
 CONFIG, WEIGHTS, CARD = constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, "README.md"
+KINDS: dict[str, dict[str, Any]] = {"model": {}, "space": {"repo_type": "space", "space_sdk": "gradio"}}
 MAX_CONFIG_BYTES, MAX_BYTES = 16 << 20, 8 << 30  # of a configuration, and of weights
 
 
@@ -324,7 +325,7 @@ def ask_first(
     return {**options, "revision": revision, "local_files_only": False}
 
 
-def create_private(repo_id: str, token: str | None) -> str:
+def create_private(repo_id: str, token: str | None, kind: Literal["model", "space"] = "model") -> str:
     """Make a private repository, or see that the one that is there is private, and return its full name.
 
     The Hub itself ignores `private` for a repository that is there.
@@ -333,8 +334,8 @@ def create_private(repo_id: str, token: str | None) -> str:
         ValueError: the repository is public.
     """
     api = huggingface_hub.HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=True, exist_ok=True).repo_id
-    if not api.model_info(repo_id).private:
+    repo_id = api.create_repo(repo_id, private=True, exist_ok=True, **KINDS[kind]).repo_id
+    if not api.repo_info(repo_id, repo_type=kind).private:
         raise ValueError(
             f"{repo_id} is there already and public, so nothing was pushed; make it private in its settings, choose "
             "another name, or leave the wish for a private repository out"

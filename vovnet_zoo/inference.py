@@ -656,12 +656,10 @@ def decode(
         locations = torch.unique_consecutive(preds.strides, return_counts=True)[1].tolist()
     limits = image_sizes.flip(-1).repeat(1, 2)[:, None].to(preds.distances) - int(plus_one)  # [B,1,4] w, h, w, h
     num_classes, least = preds.logits.shape[-1], thresholds.score_threshold
-    found = []
-    for logits, distances, centerness, points in zip(
+    of_levels = []
+    for logits, centerness in zip(
         preds.logits.split(locations, dim=1),  # [B,n,K]
-        preds.distances.split(locations, dim=1),  # [B,n,4]
         preds.centerness.split(locations, dim=1),  # [B,n]
-        preds.points.split(locations),  # [n,2]
         strict=True,
     ):
         probability = logits.float().sigmoid()
@@ -669,8 +667,14 @@ def decode(
         candidate = probability > thresholds.candidate_threshold
         if isinstance(least, Tensor) or least > 0:
             candidate &= score.sqrt() >= least  # before the choice of the best, which is for all classes together
-        score = torch.where(candidate, score, -1.0).flatten(1)  # [B,n*K]
-        score, index = score.topk(min(thresholds.topk, score.shape[1]))  # [B,k]
+        of_levels.append(torch.where(candidate, score, -1.0).flatten(1))  # [B,n*K]
+    found = []
+    for (score, index), distances, points in zip(
+        choose_best(of_levels, thresholds.topk),  # [B,k]
+        preds.distances.split(locations, dim=1),  # [B,n,4]
+        preds.points.split(locations),  # [n,2]
+        strict=True,
+    ):
         location, label = index // num_classes, index % num_classes
         left_top, right_bottom = distances.gather(1, location[..., None].expand(-1, -1, 4)).chunk(2, dim=-1)
         point = points[location]  # [B,k,2]
@@ -681,3 +685,22 @@ def decode(
         found.append((box, torch.where(candidate, score.clamp(min=0).sqrt(), -1.0), label))
     boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     return boxes, scores, labels
+
+
+def choose_best(scores: list[Tensor], most: int, together: bool | None = None) -> list[tuple[Tensor, Tensor]]:
+    """Choose the best of each level's scores [B,n], which are -1 or more; returns scores and indices [B,min(most,n)].
+
+    A GPU takes some 20 kernels for each `topk` of long rows, and hardly more time for four rows than for one. There all
+    levels but the first, which is four times as large as the second, become rows of one length. `together` says whether
+    to do so; None does so on a GPU.
+    """
+    counts = [min(most, score.shape[1]) for score in scores]
+    if together is None:
+        together = scores[0].device.type == "cuda"
+    if not together or len(scores) < 3:
+        return [score.topk(count) for score, count in zip(scores, counts, strict=True)]
+    width = max(score.shape[1] for score in scores[1:])
+    rows = torch.stack([pad(score, (0, width - score.shape[1]), value=-2.0) for score in scores[1:]], dim=1)
+    values, indices = rows.topk(max(counts[1:]))  # [B,L-1,k]; the padding comes after all scores
+    rest = zip(counts[1:], values.unbind(1), indices.unbind(1), strict=True)
+    return [scores[0].topk(counts[0]), *((value[:, :n], index[:, :n]) for n, value, index in rest)]

@@ -239,8 +239,8 @@ def assign_targets(
 
     # A crowded image must not take all memory, so more boxes are looked at in parts, in one node of a compiled graph.
     choose = choose_box if boxes.shape[1] <= BOXES_IN_A_GRAPH else choose_box_in_parts
-    chosen = choose(points, strides, boxes, labels, center_radius, plus_one, matching)  # [B,P]
-    positive, chosen = chosen >= 0, chosen.clamp(min=0)
+    chosen, area = choose(points, strides, boxes, labels, center_radius, plus_one, matching)  # [B,P]
+    positive = area < torch.inf
 
     label = torch.where(positive, labels.gather(1, chosen), -1)
     box = boxes.gather(1, chosen[..., None].expand(-1, -1, 4))  # [B,P,4]
@@ -261,28 +261,30 @@ def choose_box(
     center_radius: float | None,
     plus_one: bool,
     matching: str,
-) -> Tensor:
-    """Choose the box of each location, see `assign_targets`: its index [B,P], -1 where there is none."""
+) -> tuple[Tensor, Tensor]:
+    """Choose the box of each location, see `assign_targets`.
+
+    Returns:
+        Its index and its `comparable_area`, both [B,P]; where there is none, 0 and infinity.
+    """
     x, y = points[:, None].unbind(-1)  # [P,1]
     x1, y1, x2, y2 = boxes[:, None].unbind(-1)  # [B,1,M]
     left, top, right, bottom = x - x1, y - y1, x2 - x, y2 - y  # [B,P,M]
-    inside = torch.minimum(torch.minimum(left, right), torch.minimum(top, bottom)) > 0
+    candidate = torch.minimum(torch.minimum(left, right), torch.minimum(top, bottom)) > 0  # [B,P,M], inside the box
     if center_radius is not None:
         reach = strides[:, None] * center_radius  # [P,1]
-        inside &= ((x - (x1 + x2) / 2).abs() < reach) & ((y - (y1 + y2) / 2).abs() < reach)
+        candidate &= ((x - (x1 + x2) / 2).abs() < reach) & ((y - (y1 + y2) / 2).abs() < reach)
 
     furthest = torch.maximum(torch.maximum(left, right), torch.maximum(top, bottom))  # [B,P,M]
     low = torch.where(strides == strides.amin(), 0.0, 4 * strides)[:, None]  # [P,1]
     high = torch.where(strides == strides.amax(), torch.inf, 8 * strides)[:, None]
     if matching == "torchvision":
-        fits = (furthest > low) & (furthest < high)  # [B,P,M]
+        candidate &= (furthest > low) & (furthest < high)  # [B,P,M]
     else:
-        fits = (furthest >= low) & (furthest <= high)
-    candidate = inside & fits & (labels[:, None] >= 0)  # [B,P,M]
-
-    area = comparable_area(boxes, plus_one, matching)[:, None]  # [B,1,M]
-    smallest = torch.where(candidate, area, torch.inf).argmin(-1)  # [B,P], the first among equals
-    return torch.where(candidate.gather(-1, smallest[..., None]).squeeze(-1), smallest, -1)
+        candidate &= (furthest >= low) & (furthest <= high)
+    area = torch.where(labels >= 0, comparable_area(boxes, plus_one, matching), torch.inf)[:, None]  # [B,1,M]
+    least, chosen = torch.where(candidate, area, torch.inf).min(-1)  # [B,P], the first among equals
+    return chosen, least
 
 
 @torch.library.custom_op("vovnet_zoo::choose_box_in_parts", mutates_args=())
@@ -294,23 +296,22 @@ def choose_box_in_parts(
     center_radius: float | None,
     plus_one: bool,
     matching: str,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Choose as `choose_box` does, in memory that does not grow with the number of boxes."""
-    chosen = torch.full((len(boxes), len(points)), -1, device=boxes.device)
-    least: Tensor | float = torch.inf
-    areas = comparable_area(boxes, plus_one, matching)  # [B,M]
+    chosen = boxes.new_zeros(len(boxes), len(points), dtype=torch.int64)
+    least = torch.full(chosen.shape, torch.inf, dtype=torch.result_type(boxes, torch.inf), device=boxes.device)
     for start in range(0, boxes.shape[1], BOXES_IN_A_PART):
         part = slice(start, start + BOXES_IN_A_PART)
-        found = choose_box(points, strides, boxes[:, part], labels[:, part], center_radius, plus_one, matching)  # [B,P]
-        area = torch.where(found >= 0, areas[:, part].gather(1, found.clamp(min=0)), torch.inf)
+        found, area = choose_box(points, strides, boxes[:, part], labels[:, part], center_radius, plus_one, matching)
         smaller = area < least  # of equal boxes the first stays
         chosen, least = torch.where(smaller, found + start, chosen), torch.where(smaller, area, least)
-    return chosen
+    return chosen, least
 
 
 @choose_box_in_parts.register_fake
 def _(points, strides, boxes, labels, center_radius, plus_one, matching):
-    return torch.empty(len(boxes), len(points), dtype=torch.int64, device=boxes.device)
+    shape, dtype = (len(boxes), len(points)), torch.result_type(boxes, torch.inf)
+    return boxes.new_empty(shape, dtype=torch.int64), boxes.new_empty(shape, dtype=dtype)
 
 
 def comparable_area(boxes: Tensor, plus_one: bool, matching: str) -> Tensor:

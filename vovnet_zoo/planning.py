@@ -56,6 +56,7 @@ class Schedule:
     workers: int  # data loading processes of each GPU
     precision: str
     compiled: bool
+    cuda_graphs: bool
     evaluations: int
     images: int  # of the training set
 
@@ -85,7 +86,6 @@ class StepModel(NamedTuple):
     host: float
     gpu_per_pixel: float
     sync: float
-    source: str
 
 
 class Row(NamedTuple):
@@ -96,7 +96,7 @@ class Row(NamedTuple):
     step_s: float
     images_per_s: float
     hours: float  # training, evaluations and the start
-    bound: str  # what a step waits for: "launches", "GPU" or "loader"
+    bound: str  # what a step waits for: "launches", "compute" or "loader"
     exposed_s: float  # of the all-reduce, in `step_s`
     memory_gib: float  # of each GPU
     fits: bool
@@ -118,6 +118,7 @@ EFFICIENCY = {
 LAUNCH = Assumption(20e-6, "s per launch", GUESS)
 COMPILED_LAUNCHES = Assumption(0.4, "of the eager launches", GUESS)
 SYNC = Assumption(5e-3, "s per step", GUESS)
+GRAPH_LAUNCHES = Assumption(0.1, "of the eager launches", "guess: the update of the weights, data and log")
 COMPILED_KEPT = Assumption(0.7, "of the eager activations", "RESULTS.md, memory at 800x1333: 824 of 1195 MiB")
 LINK = Assumption(0.5, "of the link's bandwidth", "guess for messages of 25 MiB; nccl-tests measures it (busbw)")
 BACKWARD = Assumption(2 / 3, "of the GPU's time", "the backward pass has twice the FLOPs of the forward pass")
@@ -161,8 +162,9 @@ def forecast(
         exposed = exposed_seconds(work, schedule, count, gpu_s, gpu)
         step = busy + model.sync + exposed
         wanted = math.ceil(images / step / rate)
-        loading = images / (max(1, schedule.workers) * rate)
-        bound = "loader" if loading > step else "launches" if model.host > gpu_s else "GPU"
+        # without workers, the process that computes loads the images too
+        loading = images / (schedule.workers * rate) if schedule.workers else step + images / rate
+        bound = "loader" if loading > step else "launches" if model.host > gpu_s else "compute"
         step = max(step, loading)
         seconds = schedule.steps * step + evaluation_seconds(work, schedule, count, model, images)
         seconds += calibration.start_s if calibration else START.value
@@ -206,9 +208,16 @@ def model_of(work: StepWork, schedule: Schedule, gpu: Gpu | None) -> StepModel:
         there = " or ".join(gpu.tflops)
         raise ValueError(f"--precision {schedule.precision}: a {gpu.title} does not compute in it; give {there}")
     efficiency = EFFICIENCY[schedule.precision].value
-    launches = work.launches * schedule.accum * (COMPILED_LAUNCHES.value if schedule.compiled else 1)
+    launches = work.launches * schedule.accum * launched_share(schedule).value
     per_image = work.flops / (gpu.tflops[schedule.precision] * 1e12 * efficiency)
-    return StepModel(launches * LAUNCH.value, per_image / work.pixels, SYNC.value, f"data sheet: {gpu.source}")
+    return StepModel(launches * LAUNCH.value, per_image / work.pixels, SYNC.value)
+
+
+def launched_share(schedule: Schedule) -> Assumption:
+    """Say which part of the eager launches the host makes."""
+    if schedule.cuda_graphs:
+        return GRAPH_LAUNCHES
+    return COMPILED_LAUNCHES if schedule.compiled else Assumption(1.0, "of the eager launches", "not compiled")
 
 
 def measured_model(calibration: Calibration) -> StepModel:
@@ -222,7 +231,7 @@ def measured_model(calibration: Calibration) -> StepModel:
     sync = longest - slope * most
     if slope <= 0 or sync < 0:  # all bound by the host, or noise
         slope, sync = longest / most, 0.0
-    return StepModel(points[0][1] - sync, slope, sync, f"calibration on {calibration.device}")
+    return StepModel(points[0][1] - sync, slope, sync)
 
 
 def exposed_seconds(work: StepWork, schedule: Schedule, count: int, gpu_s: float, gpu: Gpu | None) -> float:
@@ -278,7 +287,9 @@ def assumptions(schedule: Schedule, gpu: Gpu | None, calibration: Calibration | 
     if gpu is not None:
         peak = gpu.tflops.get(schedule.precision, math.nan)
         found |= {
-            f"peak of {gpu.title} in {schedule.precision}": Assumption(peak, "TFLOP/s", f"{gpu.source}, dense"),
+            f"peak of {gpu.title} in {schedule.precision}": Assumption(
+                peak, "TFLOP/s", f"{gpu.source}, dense; float32 with TF32 where the GPU has it"
+            ),
             f"memory of {gpu.title}": Assumption(gpu.memory_gb, "GB", gpu.source),
             f"{gpu.link}, one direction": Assumption(gpu.link_gb_s, "GB/s", gpu.source),
         }
@@ -291,7 +302,8 @@ def assumptions(schedule: Schedule, gpu: Gpu | None, calibration: Calibration | 
             "resizing": RESIZE,
             "start": START,
         }
-        found |= {"compiled launches": COMPILED_LAUNCHES, "compiled memory": COMPILED_KEPT} if schedule.compiled else {}
+        if schedule.compiled:
+            found |= {"compiled launches": launched_share(schedule), "compiled memory": COMPILED_KEPT}
     else:
         model, source = measured_model(calibration), f"calibration on {calibration.device}"
         found |= {

@@ -35,6 +35,7 @@ from .video import Video, VideoWriter
 from .web import is_url
 
 JPEG_QUALITY = 90
+KEPT_BYTES = 256 << 20  # pixels that are kept from the network's look at an image until its picture is drawn
 NO_PLACE_FOR = r'[\\/:*?"<>|\x00-\x1f]|^\.+|[. ]+$'  # in the name of a file, on some system
 
 
@@ -174,15 +175,54 @@ class Job(NamedTuple):
 
 
 def list_jobs(sources: Sequence[Frame | Video], names: Sequence[str], keep: bool) -> Iterator[Job]:
-    """List the images and frames of sources; `keep` keeps what a server sent, since it is looked at twice."""
+    """List the images and frames of sources; with `keep`, since each is looked at twice, what was read is kept.
+
+    What a server sent is always kept, pixels of files as far as `KEPT_BYTES` reach.
+    """
+    room = Room(KEPT_BYTES)
     for source, name in zip(sources, names, strict=True):
         if isinstance(source, Video):
             for number, frame in enumerate(video_frames(source)):
                 yield Job(frame, f"{name}/{number:06d}", source)
         elif callable(source.image) and keep:
             yield Job(source._replace(image=functools.cache(source.image)), name)
+        elif keep:
+            yield Job(source._replace(image=KeptImage(source, room).read), name)
         else:
             yield Job(source, name)
+
+
+class Room:
+    """A room counts the bytes that may still be kept."""
+
+    def __init__(self, free: int):
+        self.free, self.lock = free, threading.Lock()
+
+    def take(self, size: int) -> bool:
+        """Take bytes, if so many are free; a negative number gives bytes back."""
+        with self.lock:
+            fits = size <= self.free
+            self.free -= size if fits else 0
+        return fits
+
+
+class KeptImage:
+    """A kept image is decoded for the network, and if there is room not again for its picture."""
+
+    def __init__(self, frame: Frame, room: Room):
+        self.frame, self.room = frame, room
+        self.pixels: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """Return the pixels uint8 [3,H,W], and keep them until the next call, if there is room."""
+        if self.pixels is not None:
+            pixels, self.pixels = self.pixels, None
+            self.room.take(-pixels.nbytes)
+            return pixels
+        pixels = read(self.frame)
+        if self.room.take(pixels.nbytes):
+            self.pixels = pixels
+        return pixels
 
 
 class ResultFolder:

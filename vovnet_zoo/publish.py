@@ -8,7 +8,7 @@ import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import huggingface_hub
 import torch
@@ -23,6 +23,7 @@ from .convert import FORMS, PARTS, convert
 from .fcos import FCOS
 from .files import free_to_write, hash_file, read_json, read_metadata, staged, write_safetensors
 from .ledger import BACKBONE_WEIGHTS, DETECTOR_WEIGHTS, Measured, Weights
+from .space import write_space
 from .weights import read_checkpoint, unwrapped
 
 SECRET = re.compile("token|password|passwd|secret|credential|api.?key", re.IGNORECASE)  # in the name of an option
@@ -52,18 +53,23 @@ def publish_model(
     *,
     run: str | Path | None = None,
     license: str | None = None,
+    space: bool = False,
     **options: Unpack[PushOptions],
 ) -> str:
     """Check a model, write its card, push both to the Hub, and return the address of the commit.
+
+    With `space`, the address of the Space's commit follows in a second line.
 
     Args:
         source: the folder of a saved detector or backbone, or a published checkpoint, which is converted first.
         repo_id: "organisation/name"; the repository is made if it does not exist.
         run: folder of the training run, whose scores go into the card; None takes the folder around `source`.
         license: the license of the weights, as the Hub abbreviates it; None takes the one that is known, if any.
+        space: push a Space of the same name too, see `write_space`: a page to try a detector in.
         options: `private`, `token`, `branch`, `create_pr` of `push`.
 
     Raises:
+        ImportError: `space` needs gradio, which is not installed.
         ValueError: the model cannot be loaded or converted, or gives outputs that are not finite.
         OSError: the Hub cannot be reached, or refuses.
     """
@@ -73,6 +79,7 @@ def publish_model(
         check_path("run", run)
     if license is not None:
         check_kind("license", license, str, "a text")
+    check_flag("space", space)
     check_push(**options)
     source = Path(source)
     with tempfile.TemporaryDirectory() as temporary:
@@ -84,7 +91,11 @@ def publish_model(
         if license:
             facts["license"] = license
         card = checked_card(folder, **facts)
-        return push(repo_id, folder, card, **options)
+        page = Path(temporary) / "space"
+        if space:  # before anything is pushed
+            write_space(page, folder, repo_id, card.data.to_dict().get("license"))
+        url = push(repo_id, folder, card, **options)
+        return f"{url}\n{push_space(repo_id, page, **options)}" if space else url
 
 
 def convert_file(file: str | Path, out: str | Path, *, part: str = "all", overwrite: bool = False) -> list[str]:
@@ -286,20 +297,50 @@ def push(
     check_kind("card", card, (ModelCard, str), "a ModelCard, or its text")
     check_push(private=private, token=token, branch=branch, create_pr=create_pr)
     hub.find_files(folder)
-    api = huggingface_hub.HfApi(token=token)
-    if private:
-        repo_id = hub.create_private(repo_id, token)
-    else:
-        repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
     files: dict[str, Path | bytes] = {
         hub.CONFIG: Path(folder) / hub.CONFIG,
         hub.WEIGHTS: Path(folder) / hub.WEIGHTS,
         hub.CARD: str(card).encode(),
     }
+    return _commit(repo_id, "model", files, private, token, branch, create_pr)
+
+
+def push_space(
+    repo_id: str,
+    folder: Path,
+    *,
+    private: bool = False,
+    token: str | None = None,
+    branch: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload the folder that `write_space` wrote as the Space `repo_id`; the other arguments are those of `push`."""
+    files: dict[str, Path | bytes] = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    return _commit(repo_id, "space", files, private, token, branch, create_pr)
+
+
+def _commit(
+    repo_id: str,
+    kind: Literal["model", "space"],
+    files: Mapping[str, Path | bytes],
+    private: bool,
+    token: str | None,
+    branch: str | None,
+    create_pr: bool,
+) -> str:
+    """Make a repository of a kind, if it is not there, and upload files in one commit."""
+    api = huggingface_hub.HfApi(token=token)
+    if private:
+        repo_id = hub.create_private(repo_id, token, kind)
+    else:
+        repo_id = api.create_repo(repo_id, exist_ok=True, **hub.KINDS[kind]).repo_id
     commit = api.create_commit(
         repo_id,
         [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()],
         commit_message="Publish with vovnet_zoo",
+        repo_type=kind,
         revision=branch,
         create_pr=create_pr,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .arguments import check_kind, check_number
 from .config import Augmentation
-from .data import CocoDataset, Source, TrainSampler, augment_training
+from .data import CocoDataset, Skipped, Source, TrainSampler, augment_training
 from .draw import draw_detections
 
 CELL = 480  # pixels; no picture on the sheet is wider or higher
@@ -47,8 +47,10 @@ def show_data(
     dataset = CocoDataset(images_dir, source)
     augment_training(dataset, augmentation)
     pictures = []
-    for ((index, key),) in TrainSampler(dataset.aspect_ratios, 1, num_steps=count, seed=seed):
-        image, target = dataset[index, key]
+    for (key,) in TrainSampler(dataset.aspect_ratios.tolist(), 1, num_steps=count, seed=seed):
+        sample = dataset[key]
+        assert not isinstance(sample, Skipped)  # an image that cannot be used raises an error here
+        image, target = sample
         truth = {name: target[name].as_subclass(Tensor) for name in ("boxes", "labels")}
         picture = draw_detections(image.as_subclass(Tensor), truth, dataset.class_names)
         picture.thumbnail((CELL, CELL))

@@ -10,7 +10,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from ..data import Annotations
-from .bootstrap import Interval, bootstrap_ap, interval
+from .bootstrap import Interval, ap_interval, bootstrap_ap
 from .errors import Calibration, Kind, calibration, confusion_matrix, error_kinds
 from .label_errors import LabelError, label_errors
 from .matches import Matches, match
@@ -55,10 +55,14 @@ def analyse(
     """
     matches = match(annotations, results, image_ids=image_ids)
     samples, thresholds = bootstrap_ap(matches, resamples), class_thresholds(matches)
+    count = len(matches.images)
     return Analysis(
         matches=matches,
-        ap=interval(samples.overall),
-        class_ap={name: interval(samples.per_class[:, label]) for label, name in enumerate(matches.class_names)},
+        ap=ap_interval(samples.overall, matches.metrics["AP"], count),
+        class_ap={
+            name: ap_interval(samples.per_class[:, label], matches.class_metrics[name]["AP"], count)
+            for label, name in enumerate(matches.class_names)
+        },
         thresholds=thresholds,
         at_thresholds=at_thresholds(matches, thresholds),
         kinds=error_kinds(matches),

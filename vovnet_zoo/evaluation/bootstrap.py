@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,8 @@ BLOCK = 4_000_000  # numbers of an array at a time
 class Interval(NamedTuple):
     """An interval that holds the value of all images of this kind with a probability of about `confidence`.
 
-    AP is a little higher on few images than on many, so the probability is a little lower: with 50 to 300 images of a
-    simulated detector, 90 to 95 of 100 intervals of a confidence of 0.95 held the value.
+    With 50 to 200 images of a simulated detector of 2 or 5 classes, 93 or 94 of 100 intervals of a confidence of 0.95
+    held the value (of 240 to 1800 sets each).
     """
 
     low: float
@@ -59,17 +60,51 @@ def weighted_ap(matches: Matches, weights: np.ndarray) -> Samples:
     return Samples(np.where(known.any(1), overall, np.nan), per_class)
 
 
-def interval(samples: np.ndarray, confidence: float = 0.95) -> Interval:
-    """Compute the interval between two percentiles of samples [B]; NaN is left out, and (-1, -1) says that all is NaN.
+def ap_interval(samples: np.ndarray, ap: float, images: int) -> Interval:
+    """Compute the interval of an AP from samples [B], see `interval`; (-1, -1) where no image has an object."""
+    found = interval(samples, ap, images)
+    if np.isnan(samples).all():
+        return found
+    return found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0))
 
-    The interval of a difference between two models is `interval(a.overall - b.overall)`, with samples of one seed.
+
+def interval(samples: np.ndarray, value: float, images: int, confidence: float = 0.95) -> Interval:
+    """Compute the interval of an AP, or of a difference of APs; (-1, -1) where all samples are NaN.
+
+    The interval lies between two percentiles of the samples. Those of 2.5 and 97.5 % would hold the truth too rarely,
+    for two reasons, each of which has its remedy (Hesterberg 2015, arXiv 1411.5279, "expanded percentiles"; Efron 1993,
+    chapter 10, the bias). The percentiles are a little further out, as a t distribution is wider than a normal one.
+    And AP is higher on few images than on many: by about as much as the AP of the drawn images is above `value`, the
+    interval is moved down twice, since `value` is too high and the samples are higher still.
+
+    The interval of a difference between two models is
+    `interval(a.overall - b.overall, a_ap - b_ap, images)`, with samples of one seed.
+
+    Args:
+        samples: float [B], of sets of images; NaN is left out.
+        value: of the images themselves.
+        images: how many these are.
+        confidence: between 0 and 1.
     """
+    check_number("images", images, 1, 10**9, whole=True)
     check_number("confidence", confidence, 0, 1)
     known = samples[~np.isnan(samples)]
     if not len(known):
         return Interval(-1.0, -1.0, confidence)
-    low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
+    outside = NormalDist().cdf(-_student((1 + min(confidence, 0.9999)) / 2, images))
+    low, high = np.quantile(known, [outside, 1 - outside]) - 2 * (known.mean() - value)
     return Interval(float(low), float(high), confidence)
+
+
+def _student(share: float, images: int) -> float:
+    """Compute how many standard errors, as the bootstrap estimates them, the mean of so many images lies off at most.
+
+    This is the quantile of a t distribution (Abramowitz and Stegun 26.7.5), times the factor by which the bootstrap's
+    standard error is too small.
+    """
+    z, freedom = NormalDist().inv_cdf(share), max(images - 1, 1)
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return t * (images / freedom) ** 0.5
 
 
 def _class_ap(matches: Matches, label: int, weights: np.ndarray) -> np.ndarray:

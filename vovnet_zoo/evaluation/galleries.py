@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from PIL import Image
 from ..data import ImageError, read_image
 from .analysis import Analysis
 from .matches import Matches
-from .thresholds import AT_IOU_50, is_kept
+from .thresholds import is_kept, mistakes
 
 MOST = 18  # figures of a gallery
 SIDES = (640, 480, 360, 256, 160, 96, 48)  # pixels of a photo's longer side, the first that fits its share of the page
@@ -65,13 +65,8 @@ def galleries(analysis: Analysis) -> list[Gallery]:
     """Choose the figures of the three galleries, the worst first, at most 18 of each."""
     matches = analysis.matches
     names, kept = matches.class_names, is_kept(matches, analysis.thresholds)
-    right = matches.is_right[AT_IOU_50] & kept
-    found = np.zeros(len(matches.true_label), dtype=bool)
-    found[matches.det_true[AT_IOU_50][right]] = True
-
-    missed = np.flatnonzero(matches.true_counts & ~found)
+    missed, false = mistakes(matches, kept)
     missed = missed[np.argsort(-matches.true_box[missed, 2:].prod(axis=1), kind="stable")][:MOST]
-    false = np.flatnonzero(kept & matches.det_counts[AT_IOU_50] & ~right)
     false = false[np.argsort(-matches.det_score[false], kind="stable")][:MOST]
     suspects = []
     for error in analysis.label_errors[:MOST]:
@@ -80,13 +75,14 @@ def galleries(analysis: Analysis) -> list[Gallery]:
             what += f", labelled {names[matches.true_label[error.true]]}"
         if error.det is not None:
             what += f", detected {names[matches.det_label[error.det]]}"
-        suspects.append(_figure(matches, kept, error.image, error.true, error.det, what))
+        true, det = ([] if i is None else [i] for i in (error.true, error.det))
+        suspects.append(make_figure(matches, kept, error.image, true, det, what))
     return [
         Gallery(
             "Worst misses",
             "Objects that no detection above its class's threshold found, the largest first.",
             [
-                _figure(matches, kept, int(matches.true_image[i]), int(i), None, names[matches.true_label[i]])
+                make_figure(matches, kept, int(matches.true_image[i]), [i], [], names[matches.true_label[i]])
                 for i in missed
             ],
         ),
@@ -94,12 +90,12 @@ def galleries(analysis: Analysis) -> list[Gallery]:
             "Worst false detections",
             "Detections without an object of their class at an IoU of 0.5, the highest score first.",
             [
-                _figure(
+                make_figure(
                     matches,
                     kept,
                     int(matches.det_image[i]),
-                    None,
-                    int(i),
+                    [],
+                    [i],
                     f"{names[matches.det_label[i]]} {matches.det_score[i]:.2f}",
                 )
                 for i in false
@@ -112,6 +108,44 @@ def galleries(analysis: Analysis) -> list[Gallery]:
             suspects,
         ),
     ]
+
+
+def make_figure(
+    matches: Matches,
+    kept: np.ndarray,
+    image: int,
+    true: Collection[int],
+    det: Collection[int],
+    caption: str,
+    *,
+    whole: bool = False,
+) -> Figure:
+    """Make the figure of an image, about some of its objects and detections, with the other boxes around them.
+
+    Args:
+        kept: bool [D], detections that are drawn; those that the figure is about are drawn too.
+        image: position in `Matches.images`.
+        true: positions of objects.
+        det: positions of detections.
+        whole: the small picture shows the whole image, and otherwise the place of these objects and detections.
+    """
+    entry, names = matches.images[image], matches.class_names
+    boxes = [
+        _box(matches.true_box[i], "true", names[matches.true_label[i]], i in true)
+        for i in np.flatnonzero(matches.true_image == image)
+    ]
+    boxes += [
+        _box(matches.det_box[i], "det", f"{names[matches.det_label[i]]} {matches.det_score[i]:.2f}", i in det)
+        for i in np.flatnonzero(matches.det_image == image)
+        if kept[i] or i in det
+    ]
+    labels = {int(matches.true_label[i]) for i in true} | {int(matches.det_label[i]) for i in det}
+    right = max((box.x + box.width for box in boxes), default=1)
+    below = max((box.y + box.height for box in boxes), default=1)
+    width, height = float(entry.get("width") or right), float(entry.get("height") or below)
+    subjects = [Box(0, 0, width, height, "", "", True)] if whole else [box for box in boxes if box.is_subject]
+    view = _view(subjects, width, height)
+    return Figure(image, str(entry["file_name"]), width, height, view, boxes, sorted(labels), caption)
 
 
 def photos(chosen: list[Gallery], path_of: Callable[[str], Path], limit: int) -> dict[int, Photo]:
@@ -139,27 +173,6 @@ def photos(chosen: list[Gallery], path_of: Callable[[str], Path], limit: int) ->
                 found[image] = Photo(*picture.size, text)
                 break
     return found
-
-
-def _figure(matches: Matches, kept: np.ndarray, image: int, true: int | None, det: int | None, caption: str) -> Figure:
-    """Make the figure of an image, about an object, a detection, or both."""
-    entry, names = matches.images[image], matches.class_names
-    boxes = [
-        _box(matches.true_box[i], "true", names[matches.true_label[i]], bool(i == true))
-        for i in np.flatnonzero(matches.true_image == image)
-    ]
-    boxes += [
-        _box(matches.det_box[i], "det", f"{names[matches.det_label[i]]} {matches.det_score[i]:.2f}", bool(i == det))
-        for i in np.flatnonzero((matches.det_image == image) & (kept | (np.arange(len(kept)) == det)))
-    ]
-    subjects = [box for box in boxes if box.is_subject]
-    labels = [int(matches.true_label[true])] if true is not None else []
-    labels += [int(matches.det_label[det])] if det is not None else []
-    right = max(box.x + box.width for box in boxes)
-    below = max(box.y + box.height for box in boxes)
-    width, height = float(entry.get("width") or right), float(entry.get("height") or below)
-    view = _view(subjects, width, height)
-    return Figure(image, str(entry["file_name"]), width, height, view, boxes, sorted(set(labels)), caption)
 
 
 def _box(xywh: np.ndarray, kind: str, text: str, is_subject: bool) -> Box:

@@ -6,19 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from ..data import CocoDataset
-from ..files import write_whole
 from .analysis import Analysis
 from .charts import Chart, line_chart
 from .galleries import galleries, photos
+from .page import PHOTO_BYTES, render_page
 from .statistics import dataset_statistics
 from .thresholds import Choice, best_f1, curve, for_precision, for_recall
 
-HERE = Path(__file__).parent
-PHOTO_BYTES = 5_500_000  # of all photos of a page together
 METRICS = ("AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
 
 
@@ -45,14 +42,13 @@ def write_report(
         facts: what was run: texts by name.
         commands: (what it does, the command line) of what can be done next.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
     chosen = galleries(analysis)
     splits = {"scored": dataset_statistics(dataset)}
     if train_set is not None:
         splits = {"trained on": dataset_statistics(train_set), **splits}
-    page = environment.get_template("report.html").render(
+    render_page(
+        path,
+        "report.html",
         title=title,
         analysis=analysis,
         metrics=[(name, analysis.metrics[name]) for name in METRICS if name in analysis.metrics],
@@ -64,10 +60,7 @@ def write_report(
         splits=splits,
         facts=dict(facts or {}),
         commands=commands,
-        style=(HERE / "report.css").read_text(),
-        script=(HERE / "report.js").read_text(),
     )
-    write_whole(path, page.encode(errors="replace"))
 
 
 def _classes(analysis: Analysis) -> list[dict[str, Any]]:

@@ -100,6 +100,15 @@ def is_kept(matches: Matches, thresholds: Mapping[str, float]) -> np.ndarray:
     return matches.det_score.astype(np.float32) >= least[matches.det_label]
 
 
+def mistakes(matches: Matches, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """List the objects that none of the kept detections, bool [D], found, and the kept detections that found none."""
+    right = matches.is_right[AT_IOU_50] & kept
+    found = np.zeros(len(matches.true_label), dtype=bool)
+    found[matches.det_true[AT_IOU_50][right]] = True
+    missed = np.flatnonzero(matches.true_counts & ~found)
+    return missed, np.flatnonzero(kept & matches.det_counts[AT_IOU_50] & ~right)
+
+
 def at_thresholds(matches: Matches, thresholds: Mapping[str, float]) -> Choice:
     """Compute precision, recall and F1 of all classes together; `score` is the mean of the thresholds."""
     kept = is_kept(matches, thresholds)

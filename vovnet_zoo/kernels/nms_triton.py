@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+ROWS, BLOCK = 32, 128  # scores that are compared with each other at a time
+MOST_COMPARISONS = 2**28  # more take longer than torch's sort, which takes 0.05 ms for 5,000 scores
 TILE = 64  # boxes that are compared at a time; so many bits has the word that says which of them are left
 
 
@@ -30,13 +32,49 @@ def nms(
     kept = torch.empty(batch, max_detections, dtype=torch.int64, device=boxes.device)
     if not count or not batch:
         return kept.fill_(-1)
-    scores, order = scores.contiguous().sort(dim=1, descending=True, stable=True)
+    scores, order = sort(scores.contiguous())
     limit = boxes.new_full((1,), threshold, dtype=torch.float64)  # as a number it might be rounded to float32
     keep[(batch,)](
         boxes.contiguous(), scores, labels.contiguous(), order, kept, limit, count, extent, max_detections, TILE,
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return kept
+
+
+def sort(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort [B,N], the highest first, equal ones and those below 0 by their places; returns them and their places."""
+    batch, count = scores.shape
+    if batch * count**2 > MOST_COMPARISONS:
+        return torch.where(scores >= 0, scores, -1.0).sort(dim=1, descending=True, stable=True)
+    in_order, order = torch.empty_like(scores), torch.empty_like(scores, dtype=torch.int64)
+    rank[(triton.cdiv(count, ROWS), batch)](scores, in_order, order, count, ROWS, BLOCK)
+    return in_order, order
+
+
+@triton.jit
+def rank(
+    scores,  # float32 [B,N]
+    in_order,  # float32 [B,N], filled by this kernel
+    order,  # int64 [B,N], filled by this kernel
+    N,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Count for each score of some rows those that come before it."""
+    first = tl.program_id(1).to(tl.int64) * N
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    score = tl.load(scores + first + row, mask=row < N, other=-1.0)
+    score = tl.where(score >= 0, score, -1.0)
+    counts = tl.zeros((ROWS, BLOCK), tl.int32)
+    for start in range(0, N, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        other = tl.load(scores + first + column, mask=column < N, other=-1.0)
+        other = tl.where(other >= 0, other, -1.0)[None, :]
+        before = (other > score[:, None]) | ((other == score[:, None]) & (column[None, :] < row[:, None]))
+        counts += before.to(tl.int32)
+    place = tl.sum(counts, axis=1)
+    tl.store(in_order + first + place, score, mask=row < N)
+    tl.store(order + first + place, row.to(tl.int64), mask=row < N)
 
 
 @triton.jit
@@ -75,22 +113,13 @@ def keep(
             hit = overlaps(boxes, labels, kept + first, found - first, x1, y1, x2, y2, label, threshold, extent, TILE)
             left = left & (tl.max(hit.to(tl.int32), axis=0) == 0)
 
-        # What boxes of the tile suppress: bit i of a box's word says that box i is better and overlaps it. The boxes
-        # that are left decide which are left. This is settled for the first box, then for the second, and so on, so
-        # that nothing changes any more after TILE rounds at most, and mostly after a few.
-        hit = overlaps(boxes, labels, order + start, N - start, x1, y1, x2, y2, label, threshold, extent, TILE)
-        hit = hit & (row[:, None] < row[None, :])
-        bit = tl.full((TILE,), 1, tl.int64) << row.to(tl.int64)
-        word = tl.sum(tl.where(hit, bit[:, None], 0), axis=0)
-        before = tl.full((), 0, tl.int64)
-        now = tl.sum(tl.where(left, bit, 0), axis=0)
-        while now != before:
-            before = now
-            now = tl.sum(tl.where(left & ((word & before) == 0), bit, 0), axis=0)
-        left = left & ((now & bit) != 0)
+        # what boxes of the tile suppress
+        if tl.max(left.to(tl.int32)) == 1:
+            hit = overlaps(boxes, labels, order + start, N - start, x1, y1, x2, y2, label, threshold, extent, TILE)
+            left = settle(hit & (row[:, None] < row[None, :]), left, TILE)
 
-        rank = found + tl.cumsum(left.to(tl.int32), axis=0) - 1
-        tl.store(kept + rank, index, mask=left & (rank < D))
+        number = found + tl.cumsum(left.to(tl.int32), axis=0) - 1
+        tl.store(kept + number, index, mask=left & (number < D))
         found = tl.minimum(found + tl.sum(left.to(tl.int32), axis=0), D)
         tl.debug_barrier()  # the next tile reads what was stored
         # scores descend, so nothing is left after a negative one
@@ -98,6 +127,25 @@ def keep(
         start = tl.where(over, N, start + TILE)
     for first in range(found, D, TILE):
         tl.store(kept + first + row, -1, mask=first + row < D)
+
+
+@triton.jit
+def settle(hit, left, TILE: tl.constexpr):
+    """Say which boxes of a tile are left at the end, where hit[i,j] says that box i, if it is left, suppresses box j.
+
+    Bit i of a box's word is hit[i]. Boxes are asked again and again whether a better one that is left suppresses them.
+    After the first round this is settled for the first box, after the second for the second, and so on: nothing changes
+    any more after TILE rounds at most, and mostly after a few.
+    """
+    row = tl.arange(0, TILE)
+    bit = tl.full((TILE,), 1, tl.int64) << row.to(tl.int64)
+    word = tl.sum(tl.where(hit, bit[:, None], 0), axis=0)
+    before = tl.full((), 0, tl.int64)
+    now = tl.sum(tl.where(left, bit, 0), axis=0)
+    while now != before:
+        before = now
+        now = tl.sum(tl.where(left & ((word & before) == 0), bit, 0), axis=0)
+    return left & ((now & bit) != 0)
 
 
 @triton.jit

@@ -1,0 +1,138 @@
+"""These functions read what training runs left: the detections of their best model, their log, and what was scored."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..data import CocoDataset, Source, changed, difficult_as_crowd, without_classes
+from ..data.layouts import choose_split, choose_whole
+from ..files import read_json
+from .coco_eval import check_rows
+
+DETECTIONS = "best_detections.json"  # of the best model of a run, as COCO results
+SKIPPED = "best_skipped.json"  # ids of the images that could not be read then, which were not scored
+DATA = ("data", "val", "val_images", "val_fraction", "difficult_as_crowd", "drop_empty_classes")  # what was scored
+SPLIT = ("train", "train_images", "seed")  # which images these are too, where a share of the training images is scored
+
+
+class Run(NamedTuple):
+    """A run has result rows; a file of them has no log and no settings."""
+
+    path: Path
+    results: list[dict]
+    log: list[dict]  # of metrics.jsonl
+    settings: dict[str, Any]  # of run.json
+    skipped: list[int]  # ids of images that were not scored
+
+
+def read_runs(paths: Sequence[Path]) -> dict[str, Run]:
+    """Read run folders, or COCO results files, by a name that each has alone.
+
+    Raises:
+        ValueError: there is no such folder or file, or it holds something else.
+    """
+    runs: dict[str, Run] = {}
+    for path in paths:
+        name, number = str(path), 1
+        while name in runs:
+            number += 1
+            name = f"{path} ({number})"
+        runs[name] = read_run(path)
+    return runs
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder, or a COCO results file; the errors are those of `read_runs`."""
+    if path.is_file():
+        return Run(path, _read_results(path), [], {}, [])
+    found = path / DETECTIONS
+    if not found.is_file():
+        inside = path.parent if (path.parent / DETECTIONS).is_file() else None
+        hint = f"; {inside} has" if inside else ", so it is no folder of a training run with a report"
+        raise ValueError(f"{path} has no {DETECTIONS}{hint}; eval_coco.py --out FILE writes the detections of a model")
+    settings = read_json(path / "run.json").get("config") if (path / "run.json").is_file() else None
+    skipped = json.loads((path / SKIPPED).read_bytes()) if (path / SKIPPED).is_file() else []
+    return Run(path, _read_results(found), read_log(path / "metrics.jsonl"), settings or {}, skipped)
+
+
+def scored_ids(dataset: CocoDataset, skipped: Collection[int]) -> list[int] | None:
+    """List the ids of a dataset's images that are not among the skipped ones; None stands for all."""
+    return [i for i in dataset.image_ids.tolist() if i not in skipped] if skipped else None
+
+
+def read_log(path: Path) -> list[dict]:
+    """Read the rows of a run's `metrics.jsonl`; a damaged line, like the last one of a killed run, is left out."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        rows += [row] if isinstance(row, dict) and "step" in row else []
+    return rows
+
+
+def scored_set(runs: Sequence[Run]) -> CocoDataset:
+    """Open the images on which all runs scored their models, as their run.json say.
+
+    Raises:
+        ValueError: a run does not say it, two runs say different images, or the images are not there any more.
+    """
+    for run in runs:
+        if not run.settings:
+            raise ValueError(f"{run.path} does not say which images were scored; give --data FOLDER or --val JSON")
+        if (other := _scored(run)) != (first := _scored(runs[0])):
+            differ = [f"{key} {first[key]} and {other[key]}" for key in first if first[key] != other.get(key)]
+            raise ValueError(
+                f"{runs[0].path} and {run.path} were scored on different images ({'; '.join(differ)}); where all "
+                "detections are of the same images, name these by --data FOLDER or --val JSON"
+            )
+    try:
+        return CocoDataset(*_place(runs[0]))
+    except ValueError as error:
+        raise ValueError(f"{runs[0].path / 'run.json'} names these images: {error}; or give --data or --val") from error
+
+
+def _scored(run: Run) -> dict[str, Any]:
+    """Collect the settings that say which images a run scores."""
+    keys = DATA + (SPLIT if run.settings.get("val_fraction") is not None else ())
+    return {key: run.settings.get(key) for key in keys}
+
+
+def _place(run: Run) -> tuple[Path, Source]:
+    """Find the folder and the annotations of the images that a run scores."""
+    settings = run.settings
+    data, val, val_images, train, train_images = (
+        Path(settings[key]) if settings.get(key) else None
+        for key in ("data", "val", "val_images", "train", "train_images")
+    )
+    folder: Path
+    source: Source
+    if settings.get("val_fraction") is None:
+        found = choose_split(data, "val", val, val_images)
+        folder, source = found.folder, found.source
+    else:
+        folder, source = choose_whole(data, train, train_images).folder, run.path / "split" / "val.json"
+    if settings.get("difficult_as_crowd"):
+        source = changed(source, difficult_as_crowd)
+    if settings.get("drop_empty_classes"):
+        known = read_json(run.path / "best" / "config.json").get("class_names") or []
+        unknown = tuple(name for name in CocoDataset(folder, source).class_names if name not in known)
+        source = changed(source, functools.partial(without_classes, names=unknown)) if unknown else source
+    return folder, source
+
+
+def _read_results(path: Path) -> list[dict]:
+    """Read a COCO results file."""
+    try:
+        rows = json.loads(path.read_bytes())
+        if isinstance(rows, Mapping):
+            raise ValueError("it holds one object, as a file of annotations does, and no list")
+        check_rows(rows)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no file of detections in COCO's results format: {error}") from error
+    return rows
