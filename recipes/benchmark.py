@@ -21,6 +21,7 @@ import ctypes
 import functools
 import gc
 import json
+import math
 import statistics
 import time
 from collections import OrderedDict
@@ -60,6 +61,9 @@ class BenchmarkConfig:
     runtimes: tuple[RuntimeName, ...] | None = None
     """Other runtimes, in float32 inference on the CPU; default: all three, on a GPU none. They come with
     `pip install -e '.[bench]'`; what is not installed is left out."""
+    exported: tuple[Path, ...] = ()
+    """Also files that `vovnet-zoo export` wrote, on the CPU, from uint8 to boxes. Each has weights of its own, so that
+    its NMS may have less to do."""
     device: str | None = None
     """torch device; default: the GPU where there is one."""
     out: Path = Path("runs/benchmark")
@@ -84,6 +88,7 @@ from step import compiled, compute_losses, find_targets
 from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector
 from vovnet_zoo.compiled import detect
 from vovnet_zoo.data import normalize
+from vovnet_zoo.export.runtimes import is_exported, load_exported
 from vovnet_zoo.fcos import backbone_maps
 from vovnet_zoo.inference import Thresholds
 from vovnet_zoo.kernels.osa import fuse_for_training
@@ -109,7 +114,7 @@ class Row:
     memory_mib: float
     kept_mib: float  # activations that a training step keeps for its backward pass; 0 in inference
     gflop: float  # of the contestant's own model, as direct convolutions and products have them
-    of_peak: float  # gflop / seconds, as a part of the faster measured peak in this precision
+    of_peak: float  # gflop / seconds, as a part of the faster measured peak in this precision; int8: in float32
 
 
 def main(config: BenchmarkConfig) -> list[Row]:
@@ -122,6 +127,11 @@ def main(config: BenchmarkConfig) -> list[Row]:
             raise ValueError(
                 f"--runtimes run in float32 on the CPU, and this is {', '.join(precisions)} on {device.type}; "
                 "leave --runtimes out, or change --precisions or --device"
+            )
+        if config.exported and (gpu or published or "inference" not in config.what or "float32" not in precisions):
+            raise ValueError(
+                "--exported files are timed in inference on the CPU beside float32; leave --exported out, or change "
+                "--device, --what, --precisions or --table"
             )
         make_folder(config.out, f"--out {config.out}")
         record = {
@@ -146,6 +156,7 @@ def main(config: BenchmarkConfig) -> list[Row]:
                     found, record["parity"][batch] = runtime_contestants(model, config, batch)
                     contestants += found
                     record["versions"] |= imported_versions()
+                contestants += exported_contestants(config, batch)
                 rows += compare(contestants, config, batch, peaks, device)
         if "training" in config.what and not published:
             batch = config.train_batch or (16 if gpu else 2)
@@ -250,6 +261,29 @@ def runtime_contestants(
         found.append(("inference", f"{title}, network alone", "float32", call, eager))
         parity[title] = compare_outputs(call(), expected)
     return found, parity
+
+
+def exported_contestants(config: BenchmarkConfig, batch: int) -> list[Contestant]:
+    """The files of `--exported` on the same images; FLOPs are those of a model of their configuration.
+
+    Raises:
+        ValueError: a file is none, or was exported for images of another size.
+    """
+    images = torch.randint(0, 256, (batch, 3, *config.size), dtype=torch.uint8)
+    sizes = torch.tensor([config.size] * batch)
+    found = []
+    for path in config.exported:
+        if not is_exported(path):
+            raise ValueError(f"--exported {path} is no exported file; give model.onnx, model.xml or model.pt2")
+        detector = load_exported(path)
+        if detector.size not in (None, tuple(config.size)):
+            raise ValueError(f"--exported {path} takes images of {detector.size}, and --size is {config.size}")
+        model = FCOS(**detector.config).eval()
+        call = functools.partial(detector, images, sizes)
+        eager = without_gradient(functools.partial(detect, model, images, sizes, detector.thresholds))
+        precision = "int8" if detector.precision == "int8" else "float32"  # in which it computes
+        found.append(("inference", f"ours, exported, {path}", precision, call, eager))
+    return found
 
 
 def training_contestants(
@@ -429,7 +463,7 @@ def compare(
                 memory_of(call, device),
                 kept_by(call),
                 gflop,
-                gflop / median / peaks[precision],
+                gflop / median / peaks.get(precision, peaks.get("float32", math.nan)),
             )  # fmt: skip
         )
     return rows

@@ -38,7 +38,8 @@ log = logging.getLogger("vovnet_zoo")
 HERE = Path(__file__).resolve().parent
 
 STEPS = 25  # that are measured at least, after the first ones
-FIRST = 8  # steps whose images were loaded before they were asked for, or for which kernels are chosen and compiled
+FIRST, LEAST = 30, 8  # steps before them, in which kernels are chosen or compiled for each new size; on a slow machine
+FIRST_S = 20.0  # so many seconds of them will do
 SECONDS = 4.0  # likewise
 MOST_STEPS = 10_000  # after which a run ends by itself
 WAIT_S = 900.0  # for a run: graphs of large models take minutes to compile
@@ -112,20 +113,22 @@ def device_name(device: torch.device) -> str:
 def measure_steps(
     preset: str, options: Sequence[str], config: TrainConfig, count: int, out: Path
 ) -> tuple[Measured, float]:
-    """Train with `count` images a step until enough steps are measured; also returns the seconds until the first step.
+    """Train with `count` images a step until enough steps are measured; also returns the seconds of the start.
+
+    The start is from the command to the first step, and what the first steps take longer than others.
 
     The learning rate is so small that weights from chance stay finite.
     """
     line = [sys.executable, str(HERE / "train_coco.py"), preset, *options, "--out", str(out)]
     line += ["--batch-size", str(count), "--lr", "1e-9", "--steps", str(MOST_STEPS), "--eval-every", str(MOST_STEPS)]
-    line += ["--no-pretrained-backbone"] if config.init is None else []
+    line += ["--checkpoint-every", str(MOST_STEPS)] + (["--no-pretrained-backbone"] if config.init is None else [])
     for name in {"test_size", "min_size", "max_size"} - typed_options(options):  # of the plan, whatever the data are
         line += [f"--{name.replace('_', '-')}", *map(str, np.atleast_1d(getattr(config, name)))]
     began, start_s, rows = time.monotonic(), 0.0, []
     with open(out.with_suffix(".log"), "w+b") as printed:
         run = subprocess.Popen(line, stdout=printed, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
-            while not enough(step_seconds(rows, count)):
+            while not enough(split(step_seconds(rows, count))[1]):
                 if run.poll() is not None:
                     printed.seek(0)
                     last = printed.read().decode(errors="replace").strip().splitlines()[-3:]
@@ -138,15 +141,23 @@ def measure_steps(
         finally:
             run.terminate()  # it finishes its step
             run.wait()
-    seconds = statistics.fmean(steady(step_seconds(rows, count)))
+    first, others = split(step_seconds(rows, count))
+    seconds = statistics.fmean(steady(others))
+    start_s += sum(first[1:]) - seconds * len(first)  # all steps are counted with the time of a later one
     memory = max(row["peak_memory_gib"] or 0 for row in rows) * 2**30
     log.info("%d images: %.4f s a step without the wait for data", count, seconds)
     return Measured(count, padded_pixels(config, count), seconds, memory), start_s
 
 
 def step_seconds(rows: list[dict], count: int) -> list[float]:
-    """Return how long each step after the first ones took, without its wait for data."""
-    return [count / row["images_per_s"] - row["data_wait_s"] for row in rows[FIRST:]]
+    """Return how long each step took, without its wait for data."""
+    return [count / row["images_per_s"] - row["data_wait_s"] for row in rows]
+
+
+def split(times: list[float]) -> tuple[list[float], list[float]]:
+    """Split the times of a run's steps into its first ones, and those that are like all that follow."""
+    first = next((i for i in range(LEAST, FIRST) if sum(times[:i]) > FIRST_S), FIRST)
+    return times[:first], times[first:]
 
 
 def enough(times: list[float]) -> bool:

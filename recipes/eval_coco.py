@@ -48,7 +48,7 @@ class EvalConfig:
     batch_size: int = 1
     """Images that the network sees together, at most; the detections do not depend on it."""
     precision: Precision = "float32"
-    """Precision of the network (autocast)."""
+    """Precision of the network (autocast); float32 convolutions are of TF32 on an NVIDIA GPU, as torch's default is."""
     compile: bool = False
     """Compile the network with torch.compile, which takes minutes once."""
     tiles: int | None = None
@@ -82,7 +82,8 @@ from vovnet_zoo.data import CocoDataset, changed, difficult_as_crowd, without_cl
 from vovnet_zoo.data.layouts import choose_split
 from vovnet_zoo.evaluation.analysis import analyse
 from vovnet_zoo.evaluation.errors import load_hotcoco
-from vovnet_zoo.inference import ExportedDetector, check_views
+from vovnet_zoo.exported import ExportedDetector
+from vovnet_zoo.inference import check_views
 
 RANGES = {"size": Range(*MODEL_RANGES["min_size"][:2]), "workers": Range(0), "batch_size": Range(1)}
 RANGES |= {"tiles": Range(*TILES), "overlap": Range(*OVERLAPS), "scales": Range(*SCALES)}

@@ -116,7 +116,6 @@ def schedule_of(config: TrainConfig, images: int) -> Schedule:
         workers=config.workers,
         precision=config.precision,
         compiled=config.compile,
-        cuda_graphs=config.cuda_graphs,
         evaluations=-(-config.steps // config.eval_every) if config.eval_every else 1,
         images=images,
     )

@@ -141,12 +141,10 @@ class TrainConfig:
     """Each part of the backbone has the learning rate of the part above it, times this."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
     """Precision of the network (autocast), in evaluations too; losses are always float32."""
+    tf32: bool = True
+    """On an NVIDIA GPU, float32 convolutions round their inputs to TF32, of 10 bits, as is also torch's default."""
     compile: bool = False
     """Compile network and losses with torch.compile, which fuses kernels, and the network in evaluations too."""
-    cuda_graphs: bool = False
-    """Replay the compiled step as CUDA graphs, which spares a GPU with few images the waiting for Python. There is one
-    for each size of a batch, so images are padded to multiples of 64 pixels; norms of the head that see the padding
-    make the result another one. Not with --accum."""
     winograd: bool = True
     """On a CPU, compute 3x3 convolutions with a quarter of the multiplications where that gains (kernels/)."""
     grad_checkpointing: bool = False
@@ -240,10 +238,6 @@ def check_config(config: TrainConfig) -> None:
         )
     if list(config.milestones) != sorted(set(config.milestones)):
         raise ValueError(f"milestones={config.milestones}: give different steps, the first step first")
-    if config.cuda_graphs and not config.compile:
-        raise ValueError("cuda_graphs=True: only a compiled step becomes CUDA graphs; give --compile too")
-    if config.cuda_graphs and config.accum > 1:
-        raise ValueError("cuda_graphs=True: its gradients are overwritten by the next part; leave out --accum")
     if config.schedule == "cosine" and config.milestones != TrainConfig.milestones:
         raise ValueError(f"milestones={config.milestones}: the cosine schedule has none; leave them out")
     if config.model not in (None, "fcos", *DETECTORS):

@@ -15,7 +15,8 @@ from runtime import Stopped, StopSignal, all_reduce, gather
 from vovnet_zoo import FCOS, predict
 from vovnet_zoo.coco_eval import evaluate, gather_results, load_engine
 from vovnet_zoo.data import CocoDataset, Skipped
-from vovnet_zoo.inference import ExportedDetector, PredictOptions, padded_size
+from vovnet_zoo.exported import ExportedDetector
+from vovnet_zoo.inference import PredictOptions, padded_size
 from vovnet_zoo.sources import Frame
 
 LOOK_EVERY = 4  # images; so often do several processes tell each other of stop signals

@@ -68,21 +68,20 @@ def run_network(model: FCOS, images: Tensor, sizes: Tensor, precision: str) -> P
 
 
 def compile_step(
-    model: FCOS, *, cuda_graphs: bool = False, backend: str = "inductor"
+    model: FCOS, *, backend: str = "inductor"
 ) -> tuple[Callable[..., tuple[Targets, Tensor]], Callable[..., dict[str, Tensor]]]:
     """Compile `find_targets` and `compute_losses`, and return them.
 
-    On a CPU, and for CUDA graphs, each is one graph. On a GPU, the backbone's parts, the FPN and the head's towers are
-    graphs for all sizes, and so is the comparison; the towers' graph serves all levels. One graph of the network, in
-    which sizes are variables, takes many minutes to compile there.
+    On a CPU, each is one graph. On a GPU, the backbone's parts, the FPN and the head's towers are graphs for all sizes,
+    and so is the comparison; the towers' graph serves all levels. One graph of the network, in which sizes are
+    variables, takes many minutes to compile there. `find_targets` is left as it is there: it is little work, and the
+    compiler of torch 2.11 fails on it when sizes are variables.
     """
     if next(model.parameters()).device.type == "cpu" and backend == "inductor":
         return compiled(find_targets), compiled(compute_losses)
     # Without this, inductor looks at the strides of a convolution's gradient on a GPU, which fixes the width of the
     # images: each new width would be compiled again. The maps are channels-last anyway.
     torch._inductor.config.force_layout_optimization = True
-    if cuda_graphs:
-        return compiled(find_targets), compiled(compute_losses, mode="reduce-overhead")
     compile_parts(model, backend)
     compare = compiled(FCOSLoss.compare, dynamic=True, backend=backend)
 
@@ -97,7 +96,7 @@ def compile_step(
     ) -> dict[str, Tensor]:
         return compare(criterion, run_network(model, images, sizes, precision), targets, normalizers)
 
-    return compiled(find_targets, dynamic=True, backend=backend), compute
+    return find_targets, compute
 
 
 def compile_parts(model: FCOS, backend: str = "inductor") -> None:
@@ -108,20 +107,12 @@ def compile_parts(model: FCOS, backend: str = "inductor") -> None:
         part.compile(fullgraph=True, dynamic=True, backend=backend)
 
 
-def bucket(height: int, width: int, step: int = 64) -> tuple[int, int]:
-    """Round the size of a batch up to one of few sizes, for each of which there is a CUDA graph."""
-    return height + -height % step, width + -width % step
-
-
 @functools.cache
-def compiled(
-    function: Callable, dynamic: bool | None = None, mode: str | None = None, backend: str = "inductor"
-) -> Callable:
+def compiled(function: Callable, dynamic: bool | None = None, backend: str = "inductor") -> Callable:
     """Compile `function` to one graph; torch raises an error where that is impossible.
 
     With `dynamic=None`, a size that differs between two calls becomes a variable of the graph, which is then
-    compiled once more. With the mode "reduce-overhead" a GPU replays CUDA graphs, one for each size; gradients are
-    then overwritten by the next call.
+    compiled once more.
     """
     # The compiler chooses which activations the forward pass keeps for the backward pass, and these three rules make it
     # keep many. Without them it computes what is cheap again, above all GroupNorm and ReLU, which saves memory and
@@ -129,4 +120,4 @@ def compiled(
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._functorch.config.ban_recompute_used_far_apart = False
     torch._functorch.config.ban_recompute_long_fusible_chains = False
-    return torch.compile(function, fullgraph=True, dynamic=dynamic, mode=mode, backend=backend)
+    return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)

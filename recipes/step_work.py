@@ -23,7 +23,7 @@ from build import build_model, load_start, prepare_for_training
 from memory import kept_by
 from optim import create_optimizer, replaced
 from presets import TrainConfig
-from step import bucket, compute_losses, find_targets
+from step import compute_losses, find_targets
 from vovnet_zoo import FCOS, FCOSLoss
 from vovnet_zoo.data import train_transforms
 from vovnet_zoo.planning import StepWork
@@ -152,7 +152,7 @@ def largest_size(config: TrainConfig) -> tuple[int, int]:
 def padded(config: TrainConfig, sizes: np.ndarray) -> tuple[int, int]:
     """Return the height and width of a batch of images of these sizes [N,2]."""
     height, width = (-(-sizes.max(0) // MULTIPLE) * MULTIPLE).tolist()
-    return bucket(height, width) if config.cuda_graphs else (height, width)
+    return height, width
 
 
 def draw_sizes(config: TrainConfig, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -42,7 +42,7 @@ from run_folder import (
 from runtime import Stopped, StopSignal, all_reduce, average, gather, log, process_group, run_command
 from scoring import score_dataset
 from seeds import compare_seeds, seed_configs
-from step import bucket, compile_parts, compile_step, compute_losses, find_targets
+from step import compile_parts, compile_step, compute_losses, find_targets
 from training_loop import (
     clip_gradients,
     log_graphs,
@@ -177,7 +177,7 @@ def step_functions(run: Run) -> tuple[Callable, Callable]:
         return find_targets, compute_losses
     if run.ema and run.device.type == "cuda":
         compile_parts(run.averaged)  # for evaluations, as the model's own parts are
-    return compile_step(run.model, cuda_graphs=run.config.cuda_graphs)
+    return compile_step(run.model)
 
 
 def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[str, Tensor]]:
@@ -199,8 +199,7 @@ def common_size(run: Run, parts: list[dict[str, Tensor]], received: int) -> tupl
     the signal that a process received, or 0. These numbers stay on the CPU, so that no GPU is waited for."""
     sizes = torch.tensor([(*part["images"].shape[-2:], received) for part in parts])
     height, width, stopping = all_reduce(sizes.amax(0), torch.distributed.ReduceOp.MAX).tolist()
-    height, width = room_for_norms(run.model, parts, height, width)
-    return *(bucket(height, width) if run.config.cuda_graphs else (height, width)), stopping
+    return *room_for_norms(run.model, parts, height, width), stopping
 
 
 def room_for_norms(model: nn.Module, parts: list[dict[str, Tensor]], height: int, width: int) -> tuple[int, int]:

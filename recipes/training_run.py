@@ -88,8 +88,7 @@ class Run:
 
 def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device) -> Run:
     """Build a run. If `config.out` has a checkpoint, the run goes on from there."""
-    if config.cuda_graphs and device.type != "cuda":
-        raise ValueError(f"cuda_graphs=True: they are for an NVIDIA GPU, and this run is on {device}; leave it out")
+    torch.backends.cudnn.allow_tf32 = config.tf32
     saved = load_checkpoint(config.out / "checkpoints")
     known = saved.get("config") if saved else None  # checkpoints of version 0.2 and before do not hold it
     config = kept(config, saved["run"]) if saved else config

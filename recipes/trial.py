@@ -49,7 +49,7 @@ class Trial:
         self.ema = MovingAverage(self.model, config.ema) if config.ema else None
         self.functions = find_targets, compute_losses
         if config.compile:
-            self.functions = compile_step(self.model)  # not as CUDA graphs, each of which serves one size
+            self.functions = compile_step(self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
     def step(self, parts: list[dict[str, Tensor]]) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,8 @@ import profile_blocks
 import runtime
 from presets import PUBLISHED
 from vovnet_zoo import compile_detector, create_detector
+from vovnet_zoo.config import Thresholds
+from vovnet_zoo.exported import ExportedDetector
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +94,35 @@ def test_published_table(count, tmp_path, capsys, monkeypatch):
         for kind, (time, ratio) in {"eager": shown[2:4], "compiled": shown[4:6]}.items():
             assert time == pytest.approx(times[f"{model}, {kind}"] * 1e3, abs=0.06)
             assert ratio == pytest.approx(times[f"{model}, {kind}"] / times[f"{models[0]}, {kind}"], abs=0.006)
+
+
+def test_exported_files(tmp_path, monkeypatch):
+    """They are timed on the same images; one of another size, or what is no exported file, is refused."""
+    opened = []
+
+    def load(path):
+        model = create_detector("fcos_vovnet27_slim_fpn", num_classes=2)
+
+        def run(images, sizes):
+            opened.append(images.shape)
+            places = np.zeros((len(images), 100), np.float32)
+            return [np.zeros((len(images), 100, 4), np.float32), places, places.astype(np.int64), np.zeros(len(images))]
+
+        return ExportedDetector("x", model.config, Thresholds(), (64, 96), None, "int8", run)
+
+    monkeypatch.setattr(benchmark, "load_exported", load)
+    options = dict(model="fcos_vovnet27_slim_fpn", what=("inference",), precisions=("float32",), rounds=1, runtimes=(),
+                   others=False, device="cpu", out=tmp_path)  # fmt: skip
+    rows = benchmark.main(benchmark.BenchmarkConfig(**options, size=(64, 96), exported=(tmp_path / "model.xml",)))
+    assert (rows[-1].name, rows[-1].precision) == (f"ours, exported, {tmp_path / 'model.xml'}", "int8")
+    assert rows[-1].gflop > 0 and set(opened) == {(1, 3, 64, 96)}
+    for wrong, message in (
+        (dict(size=(64, 64), exported=(tmp_path / "model.xml",)), "takes images of"),
+        (dict(size=(64, 96), exported=(tmp_path,)), "is no exported file"),
+        (dict(size=(64, 96), exported=(tmp_path / "model.xml",), what=("training",)), "leave --exported out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            benchmark.main(benchmark.BenchmarkConfig(**{**options, **wrong}))
 
 
 def test_default_sizes_of_the_tables(monkeypatch):

@@ -154,8 +154,8 @@ def assert_parts_learn(model, device, tolerance, **options):
 def test_parts_are_compiled_once_for_all_sizes():
     model = create_detector("fcos", backbone="test_resnet", num_classes=4, channels=64, num_convs=1, frozen_norm=True)
     assert_parts_learn(model.train(), "cpu", 1e-5, backend="eager")
-    # the backbone's 8 parts, the FPN, a tower for all levels, the targets and the comparison
-    assert counters["stats"]["unique_graphs"] <= 12 and not counters["graph_break"]
+    # the backbone's 8 parts, the FPN, a tower for all levels, and the comparison
+    assert counters["stats"]["unique_graphs"] <= 11 and not counters["graph_break"]
 
 
 def test_an_evaluation_with_compiled_parts():
@@ -169,12 +169,11 @@ def test_an_evaluation_with_compiled_parts():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}], ids=str)
-def test_a_compiled_step_on_a_gpu(options):
+def test_a_compiled_step_on_a_gpu():
     torch.backends.cudnn.allow_tf32 = False
     kwargs = dict(num_classes=4, channels=64, num_convs=1, frozen_norm=True)
     model = create_detector("fcos", backbone="test_resnet", **kwargs).cuda().to(memory_format=torch.channels_last)
-    assert_parts_learn(model.train(), "cuda", 1e-3, **options)
+    assert_parts_learn(model.train(), "cuda", 1e-3)
 
 
 def test_options_and_bad_input():

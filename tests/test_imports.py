@@ -22,6 +22,7 @@ LAYERS = [
     {"fcos", "sources", "tiles", "weights"},
     {"draw"},
     {"results", "show_data"},
+    {"exported"},
     {"inference", "loss", "vovnet"},
     {"classifiers", "compiled", "evaluation", "predict_files"},
     {"detectors", "export"},
@@ -42,12 +43,14 @@ ONLY = {  # rooms that may import even less
     "draw": {"arguments", "sources"},
     "results": {"arguments", "convert", "draw", "sources"},
     "show_data": {"arguments", "config", "data", "draw"},
-    "inference": {"arguments", "batching", "config", "data", "fcos", "nms", "results", "sources", "tiles"},
+    "exported": {"config", "fcos", "results"},
+    "inference": {"arguments", "batching", "config", "data", "exported", "fcos", "nms", "results", "sources", "tiles"},
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},
     "space": {"files", "hub", "version"},
     "demo": {"config", "draw", "fcos", "inference", "load", "predict_files", "results", "sources"},
-    "export": {"arguments", "compiled", "config", "fcos", "files", "inference", "sources", "version"},
-    "load": {"arguments", "detectors", "export", "fcos", "inference"},
+    "export": {"arguments", "compiled", "config", "data", "evaluation", "exported", "fcos", "files", "inference"}
+    | {"results", "sources", "version"},
+    "load": {"arguments", "detectors", "export", "exported", "fcos"},
     "evaluation": {"arguments", "data", "fcos", "files", "inference", "results", "version"},
 }
 

@@ -147,6 +147,8 @@ def test_triton_kernel_in_its_interpreter():
     result = subprocess.run(
         [sys.executable, "-c", IN_THE_INTERPRETER], cwd=here, env=environment, capture_output=True, text=True
     )
+    if "only 0-dimensional arrays can be converted to Python scalars" in result.stderr:
+        pytest.skip("the interpreter of Triton 3.6 cannot count to a kernel's argument with NumPy 2.4")
     assert result.returncode == 0, result.stderr
 
 

@@ -40,12 +40,12 @@ OTHER = dict(  # another value of each field than `tiny_config` has
     max_not_finite=3, allow_changes=True, zoom=(0.3, 2.0), train="copy", train_images="copy", val="copy",
     val_images="copy", val_fraction=0.25, drop_empty_classes=True, difficult_as_crowd=True, epochs=3.0, minutes=0.05,
     copy_paste=1.0, mosaic=1.0, mixup=1.0, color=0.5, blur=1.0, jpeg=1.0, augment_until=0.5, repeat_rare=1.0,
-    evals=1, patience=1, seeds=2, loggers=("wandb",), checkpoint_minutes=3.0, cuda_graphs=True,
+    evals=1, patience=1, seeds=2, loggers=("wandb",), checkpoint_minutes=3.0, tf32=False,
 )  # fmt: skip
 NETWORK = {"model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone"}
 # A named model has a backbone of its own; and checkpointing needs frozen norms.
 # These go with other options.
-ALONE = {"grad_checkpointing", "cuda_graphs", "zoom", "augment_until", "train_images", "val_images"} | {"evals"}
+ALONE = {"grad_checkpointing", "zoom", "augment_until", "train_images", "val_images"} | {"evals"}
 LENGTHS = {"epochs", "minutes"}  # they say how many steps the run has
 REFUSED = {
     "scratch": {"model"} | ALONE,
@@ -136,6 +136,7 @@ def effects(config: TrainConfig) -> dict:
     with pytest.raises(RuntimeError, match="in a row"):
         for _ in range(100):
             training_loop.skip_step(run, 0, [], losses, 0.0)
+    found["tf32"] = torch.backends.cudnn.allow_tf32
     found["patience"] = run.progress.not_finite
     if config.compile:
         train_coco.train(dataclasses.replace(run, config=dataclasses.replace(config, steps=0)), None, None)
@@ -327,7 +328,7 @@ WRONG = {
     "evals": [-1], "epochs": [0, -1], "minutes": [0], "patience": [0], "seeds": [0, None], "loggers": [("x",), "wandb"],
     **dict.fromkeys(("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg", "repeat_rare"), [-0.1, 1.1, None]),
     "augment_until": [0, 1.5, 0.5], "precision": ["int8"], "val_fraction": [0, 1, -0.5], "variant": ["best"],
-    "cuda_graphs": [True, 1],
+    "tf32": [1, None],
     "compile": [1, "yes"], "data": ["text"], "model": ["nosuch", "fcos"], "backbone": ["resnet18"], "device": [0],
 }  # fmt: skip
 

@@ -45,7 +45,7 @@ WORK = StepWork(
     gradient_bytes=120_000_000, state_bytes=120_000_000, pixels=1e6, most_pixels=1_100_000,
 )  # fmt: skip
 SCHEDULE = Schedule(
-    steps=90_000, batch_size=16, accum=1, workers=8, precision="float32", compiled=False, cuda_graphs=False,
+    steps=90_000, batch_size=16, accum=1, workers=8, precision="float32", compiled=False,
     evaluations=6, images=118_287,
 )  # fmt: skip
 
@@ -60,8 +60,6 @@ def test_few_images_on_each_gpu_are_bound_by_launches():
     rows = {row.gpus: row for row in forecast(slow, SCHEDULE, [1, 8], GPUS["h100"], price=2.0)}
     assert rows[8].bound == "launches" and rows[8].step_s == pytest.approx(rows[1].step_s, rel=0.01)
     assert rows[8].money == pytest.approx(2.0 * 8 * rows[8].hours)
-    graphs = dataclasses.replace(SCHEDULE, compiled=True, cuda_graphs=True)
-    assert forecast(slow, graphs, [8], GPUS["h100"])[0].step_s < 0.2 * rows[8].step_s
     assert rows[1].money is not None and rows[1].hours > 90_000 * rows[1].step_s / 3600
 
 
@@ -156,8 +154,6 @@ def test_the_work_is_that_of_a_real_step(tiny_coco, tmp_path):
 def test_larger_batches_have_more_padding():
     config = TrainConfig(data=None, out=Path("x"))
     one, few, many = (step_work.padded_pixels(config, count) for count in (1, 4, 16))
-    graphs = dataclasses.replace(config, compile=True, cuda_graphs=True)
-    assert step_work.padded_pixels(graphs, 4) > few and step_work.largest_size(graphs)[0] % 64 == 0
     assert 640 * 853 < one < few < many <= step_work.largest_size(config)[0] * step_work.largest_size(config)[1]
 
 
@@ -244,8 +240,10 @@ def test_steps_that_compile_are_left_out(tmp_path):
     rows = [{"step": i, "images_per_s": 4 / (9.0 if i in (0, 20) else 0.25), "data_wait_s": 0.05} for i in range(60)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 60, "im')
     times = calibration.step_seconds(calibration.read_rows(tmp_path / "metrics.jsonl"), 4)
-    assert len(times) == 60 - calibration.FIRST and calibration.steady(times) == pytest.approx([0.2] * (len(times) - 1))
-    assert calibration.enough(times) and not calibration.enough(times[:20]) and not calibration.enough(times[:25])
+    assert len(times) == 60 and calibration.steady(times) == pytest.approx([0.2] * 58)
+    assert calibration.enough(times) and not calibration.enough(times[:24]) and not calibration.enough(times[:30])
+    assert [len(part) for part in calibration.split(times[21:])] == [30, 9]
+    assert [len(part) for part in calibration.split([4.0] * 60)] == [8, 52]  # a slow machine
     assert calibration.read_rows(tmp_path / "none") == []
 
 
@@ -333,7 +331,7 @@ def test_the_forecast_of_200_steps(preset, tmp_path, monkeypatch):
     line = [sys.executable, ROOT / "recipes" / "train_coco.py", preset, "--data", data, "--out", out, *options]
     subprocess.run(line, check=True, capture_output=True, timeout=300)
     config = json.loads((out / "run.json").read_text())["config"]
-    rows = [row for row in calibration.read_rows(out / "metrics.jsonl") if "images_per_s" in row][calibration.FIRST :]
+    rows = [row for row in calibration.read_rows(out / "metrics.jsonl") if "images_per_s" in row][1:]
     seconds = sum(config["batch_size"] / row["images_per_s"] for row in rows) / len(rows)
     assert row.step_s == pytest.approx(seconds, rel=0.15)
 
@@ -364,7 +362,7 @@ def test_the_numbers_of_the_guide():
 
 @pytest.mark.slow
 def test_the_forecasts_of_the_guide():
-    """The guide's table is what the planner says today."""
+    """The guide's table is what the planner says today, but for a few launches."""
     guide = (ROOT / "recipes" / "guides" / "scale.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| (\d+) MB \|((?: \d+ \|){4}) (\d) \|$", guide, re.M)
     assert [row[0] for row in rows] == [*presets.PUBLISHED, "coco_12e", "coco_24e", "coco_36e"]
@@ -374,7 +372,7 @@ def test_the_forecasts_of_the_guide():
         schedule = plan.schedule_of(cli.Plan(preset), config)
         seconds = [row.step_s for row in forecast(work, schedule, [1, 2, 4, 8], GPUS["h100"])]
         assert (f"{work.flops / 1e9:,.0f}", f"{work.gradient_bytes / 1e6:.0f}") == (gflop, megabytes)
-        assert [f"{x * 1e3:.0f}" for x in seconds] == re.findall(r"\d+", times)
+        assert [x * 1e3 for x in seconds] == pytest.approx([*map(float, re.findall(r"\d+", times))], rel=0.05)
         pairs = zip((2, 4, 8), seconds[:-1], seconds[1:], strict=True)
         pays = [count for count, before, after in pairs if after <= 0.75 * before]
         assert int(sensible) == max(pays)

@@ -33,11 +33,12 @@ from .config import (
     Mirroring,
     Pictures,
     Precision,
+    ThresholdOptions,
 )
 from .version import __version__
 from .web import is_url
 
-EXPORTED = (".onnx", ".xml")  # the endings of files that `export` writes
+EXPORTED = (".onnx", ".xml", ".pt2")  # the endings of files that `export` writes
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Predict:
     (with the extra `video`), and cameras by their number, such as 0."""
     model: str
     """Folder of a saved detector, its name on the Hub, a name of create_detector(..., pretrained=True), or an exported
-    file: model.onnx or model.xml."""
+    file: model.onnx, model.xml or model.pt2."""
     out: Path
     """Folder for the results."""
     score: float | None = None
@@ -219,15 +220,25 @@ class Export:
     out: Path
     """Folder for the file, its certificate and a page about both."""
     format: ExportFormat = "onnx"
-    """Format of the file, and the runtime that computes it: ONNX Runtime or OpenVINO."""
+    """Format of the file, and the runtime that computes it: ONNX Runtime, OpenVINO, or torch for
+    pt2 (AOTInductor). executorch is refused with the reason."""
     size: tuple[int, int] | None = None
     """Height and width of all images, multiples of 32; default: each call has its own."""
     batch: int | None = None
     """Number of images of each call; default: each call has its own."""
     precision: ExportPrecision = "float32"
-    """float16 stores the weights in 16 bits, and computes in float32."""
+    """float16 stores the weights in 16 bits, and computes in float32. int8 computes convolutions in 8 bits, and needs
+    --images, on which the ranges of all maps are measured, and --data."""
+    raw: bool = False
+    """Write the network alone, from normalised images to logits, distances and centerness."""
     images: Path | None = None
     """Image, folder or pattern of the images that are compared; default: pictures that are drawn."""
+    data: Path | None = None
+    """Folder of a dataset; the AP on its val split is measured with the file and with PyTorch."""
+    max_ap_difference: float | None = None
+    """How far the two APs may lie apart; default: 0.001, with float16 0.005, with int8 0.01."""
+    score: float | None = None
+    """Least score of a detection that the file gives; default: the thresholds in the model's config."""
     overwrite: bool = False
     """Write over an earlier export in OUT."""
 
@@ -523,11 +534,13 @@ def run_export(command: Export) -> None:
     if command.images is not None and not glob.has_magic(str(command.images)):
         refuse_missing(command.images)
     from .export import FORMATS, export_detector
+    from .export.card import summary
     from .fcos import FCOS
     from .load import load_detector
 
     model = load_detector(command.model)
     assert isinstance(model, FCOS)
+    options: ThresholdOptions = {} if command.score is None else {"score_threshold": command.score}
     made = export_detector(
         model,
         command.out,
@@ -535,14 +548,15 @@ def run_export(command: Export) -> None:
         size=command.size,
         batch=command.batch,
         precision=command.precision,
+        raw=command.raw,
         images=command.images,
+        data=command.data,
+        max_ap_difference=command.max_ap_difference,
         overwrite=command.overwrite,
+        **options,
     )
-    print(
-        f"{command.out / FORMATS[command.format].files[0]}: {made['matched']:.2%} of {made['detections']} detections "
-        f"in {made['images']} images ({made['images_are']}) match, boxes differ by at most "
-        f"{made['largest_box_difference']:.1g} px, scores by {made['largest_score_difference']:.1g}"
-    )
+    words = "; ".join(f"{name}: {value}" for name, value in summary(made).items())
+    print(f"{command.out / FORMATS[command.format].files[0]}; {words}")
 
 
 def run_compare(command: Compare) -> None:

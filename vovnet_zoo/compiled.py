@@ -16,11 +16,12 @@ from torch import Tensor
 from .arguments import check_choice, check_flag, check_model, check_number
 from .config import ThresholdOptions
 from .fcos import FCOS
-from .inference import Detections, choose_thresholds, detect, sizes_of
+from .inference import choose_thresholds, detect, sizes_of
 from .kernels.freeze import freeze
 from .kernels.surgery import restore
 from .kernels.tensor_cores import align_channels
 from .kernels.winograd import has_amx, why_not
+from .results import Detections as Detections
 
 log = logging.getLogger("vovnet_zoo")
 
@@ -43,7 +44,8 @@ def compile_detector(
     Args:
         model: a detector, on the device it shall run on.
         size: (H, W) of the images, multiples of 32.
-        dtype: of the network's convolutions: float32, or bfloat16 or float16 by autocast.
+        dtype: of the network's convolutions: float32 (TF32 on an NVIDIA GPU, see `predict`), or bfloat16 or float16 by
+            autocast.
         winograd: on a CPU, compute 3x3 convolutions by Winograd, and VoVNet blocks in one memory. None does so where
             the kernels can be used and gain, else uses torch's convolutions and logs one line that says why. True
             demands the kernels, False declines them. Under bfloat16 they store bfloat16 maps, and multiply in float32.

@@ -18,8 +18,8 @@ Points = Literal["center", "corner"]
 Resize = Literal["antialias", "torchvision"]
 Mirroring = Literal["none", "flip", "jitter_crop"]
 Precision = Literal["float32", "bf16", "fp16"]  # of the network, under autocast
-ExportFormat = Literal["onnx", "openvino"]
-ExportPrecision = Literal["float32", "float16"]  # of the weights in an exported file
+ExportFormat = Literal["onnx", "openvino", "pt2", "executorch"]
+ExportPrecision = Literal["float32", "float16", "int8"]  # of the weights in an exported file
 Pictures = Literal["jpg", "png", "none"]  # format of the pictures of detections
 # The least and the most: side of a window in pixels, part of it that two windows share, scale of a view.
 TILES, OVERLAPS, SCALES = (32, 1_000_000), (0, 0.99), (0.1, 10)

@@ -31,6 +31,7 @@ from .config import (
     Matching,
     Points,
     Resize,
+    Thresholds,
 )
 from .hub import StrictHubMixin
 
@@ -332,6 +333,15 @@ def check_config(config: dict[str, Any]) -> None:
         config["category_ids"] = [int(x) for x in ids]
     if config["thresholds"] is not None:
         config["thresholds"] = check_thresholds(config["thresholds"], config["class_names"], "thresholds")
+
+
+def check_ranges(thresholds: Thresholds) -> None:
+    """Raise `ValueError` if a number is out of range; a tensor of scores is not looked at."""
+    for name in PROBABILITIES:
+        if not isinstance(value := getattr(thresholds, name), Tensor):
+            check_number(name, value, 0, 1)
+    for name in ("topk", "max_detections"):
+        check_number(name, getattr(thresholds, name), *RANGES[name][:2], whole=True)
 
 
 def check_thresholds(value: Any, class_names: Sequence[str] | None, argument: str) -> dict[str, float]:

@@ -10,18 +10,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, Unpack, overload
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from .arguments import check_choice, check_flag, check_kind, check_model, check_number
 from .batching import group_alike, read_ahead
 from .config import SCALES, TILES, DetectorConfig, Precision, ThresholdOptions, Thresholds
 from .data import normalize, resize_image, resize_size
-from .fcos import FCOS, PROBABILITIES, RANGES, Predictions, check_predictions, check_thresholds, level_sizes
+from .exported import ExportedDetector
+from .fcos import FCOS, Predictions, check_predictions, check_ranges, check_thresholds, level_sizes
 from .nms import class_nms, nms_fixed
-from .results import ImageDetections
+from .results import Detections, ImageDetections
 from .sources import Frame, Source, frames, to_rgb
 from .tiles import OVERLAP, Window, merge, windows
 
@@ -100,7 +100,8 @@ def predict(
         scales: test-time augmentation: look at the image at these multiples of the model's `min_size` and `max_size`.
             Boxes of all views are merged by NMS.
         batch_size: images that the network sees together, at most.
-        precision: of the network: "float32", or "bf16" or "fp16" by autocast.
+        precision: of the network: "float32", or "bf16" or "fp16" by autocast. On an NVIDIA GPU, torch rounds the inputs
+            of float32 convolutions to TF32, which has 10 bits, unless `torch.backends.cudnn.allow_tf32` is False.
         compile: compile the network with torch.compile in the first call; later calls with this model use its graphs.
         workers: threads that decode and resize the next images while the network computes; 0 does so in between.
         on_error: is called with each image that cannot be used and its error, and the image is left out. None raises
@@ -382,102 +383,6 @@ def detect_batch(
     return results
 
 
-class Detections(NamedTuple):
-    """What was found in B images, best first, in D places each; those from `count` on are empty."""
-
-    boxes: Tensor  # float32 [B,D,4] xyxy in pixels of the network input; 0 where empty
-    scores: Tensor  # float32 [B,D]; 0 where empty
-    labels: Tensor  # int64 [B,D] 0..K-1; -1 where empty
-    count: Tensor  # type: ignore[assignment]  # int64 [B]; a tuple's method has this name too
-
-
-class ExportedDetector(nn.Module):
-    """An exported file, opened by `load_detector`, computes `detect` in another runtime than torch.
-
-    Attributes:
-        source: the path of the file.
-        config: the configuration of the model that was exported.
-        thresholds: the thresholds that the file keeps.
-        size: (H, W) that all images must have; None where it takes any multiples of 32.
-        batch: the number of images of each call of `run`; None where it takes any.
-    """
-
-    def __init__(
-        self,
-        source: str,
-        config: DetectorConfig,
-        thresholds: Thresholds,
-        size: tuple[int, int] | None,
-        batch: int | None,
-        run: Callable[[np.ndarray, np.ndarray], list[np.ndarray]],
-    ):
-        super().__init__()
-        self.source, self.config, self.thresholds = source, config, thresholds
-        self.size, self.batch, self.run = size, batch, run
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """The K names in label order; None where unknown."""
-        return self.config["class_names"]
-
-    @property
-    def num_classes(self) -> int:
-        """The number of foreground classes, K."""
-        return self.config["num_classes"]
-
-    def forward(self, images: Tensor, sizes: Tensor, thresholds: Thresholds | None = None) -> Detections:
-        """Detect objects in uint8 images [B,3,H,W] of `sizes` [B,2] (h, w), see `choose_thresholds`."""
-        thresholds = thresholds or self.thresholds
-        parts, step = [], self.batch or max(1, len(images))
-        for start in range(0, len(images), step):
-            group, group_sizes = images[start : start + step], sizes[start : start + step].long()
-            count = len(group)
-            lacking = (self.batch or count) - count  # a file of a fixed batch gets the last image again
-            group = torch.cat([group, group[-1:].expand(lacking, -1, -1, -1)])
-            group_sizes = torch.cat([group_sizes, group_sizes[-1:].expand(lacking, -1)])
-            arrays = self.run(group.numpy(), group_sizes.numpy())
-            parts.append([torch.from_numpy(x)[:count] for x in arrays])
-        boxes, scores, labels, _ = (torch.cat(column) for column in zip(*parts, strict=True))
-        boxes, scores, labels = (x[:, : thresholds.max_detections] for x in (boxes, scores, labels))
-        least = thresholds.score_threshold
-        found = (labels >= 0) & (scores >= (least[labels.clamp(min=0)] if isinstance(least, Tensor) else least))
-        return Detections(
-            boxes=torch.where(found[..., None], boxes, 0.0),
-            scores=torch.where(found, scores, 0.0),
-            labels=torch.where(found, labels, -1),
-            count=found.sum(1),
-        )
-
-    def choose_thresholds(self, options: ThresholdOptions, precision: Precision, compile: bool) -> Thresholds:
-        """Complete the options of `predict` by the thresholds of the file.
-
-        Raises:
-            ValueError: an option cannot be followed, since the file keeps another: only a single `score_threshold`
-                may be higher, and `max_detections` lower.
-        """
-        if precision != "float32" or compile:
-            raise ValueError(f"{self.source} was exported, so precision and compile are as they are; leave them out")
-        names, own = self.class_names or (), self.thresholds
-        given: dict[str, Any] = dict(options)
-        if isinstance(least := given.get("score_threshold"), Mapping):
-            given["score_threshold"] = torch.tensor([least.get(name, 0.0) for name in names])
-        wanted = own._replace(**given)
-        check_ranges(wanted)
-        for name, value in given.items():
-            kept = getattr(own, name)
-            if isinstance(value, Tensor) or isinstance(kept, Tensor):
-                right = isinstance(value, Tensor) and isinstance(kept, Tensor) and torch.equal(value, kept)
-            elif name == "score_threshold":
-                right = value >= kept
-            else:
-                right = value <= kept if name == "max_detections" else value == kept
-            if not right:
-                raise ValueError(
-                    f"{name}={value}: {self.source} was exported with {kept}; export it again, or leave it out"
-                )
-        return wanted
-
-
 def run_network(model: FCOS, images: Tensor, sizes: Tensor) -> Predictions:
     """Normalise images [B,3,H,W] (0..255) of `sizes` [B,2], and run the network on them."""
     inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
@@ -580,15 +485,6 @@ def postprocess(
         keep = class_nms(box, score, label, thresholds.nms_threshold, thresholds.max_detections, plus_one)
         detections.append({"boxes": box[keep], "scores": score[keep], "labels": label[keep]})
     return detections
-
-
-def check_ranges(thresholds: Thresholds) -> None:
-    """Raise `ValueError` if a number is out of range; a tensor of scores is not looked at."""
-    for name in PROBABILITIES:
-        if not isinstance(value := getattr(thresholds, name), Tensor):
-            check_number(name, value, 0, 1)
-    for name in ("topk", "max_detections"):
-        check_number(name, getattr(thresholds, name), *RANGES[name][:2], whole=True)
 
 
 def choose_thresholds(model: FCOS, options: ThresholdOptions) -> Thresholds:

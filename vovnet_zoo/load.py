@@ -8,8 +8,8 @@ from pathlib import Path
 from . import detectors
 from .arguments import check_path
 from .export.runtimes import is_exported, load_exported
+from .exported import ExportedDetector
 from .fcos import FCOS
-from .inference import ExportedDetector
 
 
 def load_detector(source: str | os.PathLike) -> FCOS | ExportedDetector:

@@ -26,9 +26,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from .config import Pictures
 from .draw import DISPLAY_SCORE
+from .exported import ExportedDetector
 from .fcos import FCOS
 from .files import free_to_write, write_whole
-from .inference import ExportedDetector, PredictOptions, predict, read
+from .inference import PredictOptions, predict, read
 from .results import ImageDetections, default_category_ids, to_yolo
 from .sources import Frame, find, video_frames
 from .video import Video, VideoWriter

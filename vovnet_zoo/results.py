@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -75,6 +76,15 @@ class ImageDetections(dict[str, Tensor]):
     def to_coco(self, image_id: int, category_ids: Sequence[int]) -> list[dict]:
         """Turn the detections into COCO result rows, see `to_coco_results`."""
         return to_coco_results([self], [image_id], category_ids, self.plus_one)
+
+
+class Detections(NamedTuple):
+    """What was found in B images, best first, in D places each; those from `count` on are empty."""
+
+    boxes: Tensor  # float32 [B,D,4] xyxy in pixels of the network input; 0 where empty
+    scores: Tensor  # float32 [B,D]; 0 where empty
+    labels: Tensor  # int64 [B,D] 0..K-1; -1 where empty
+    count: Tensor  # type: ignore[assignment]  # int64 [B]; a tuple's method has this name too
 
 
 def to_coco_results(

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import Thresholds
 from ..fcos import FCOS
-from ..inference import Detections, ExportedDetector, Prepared, detect, prepare
+from ..inference import Prepared, detect, prepare
+from ..results import Detections
 from ..sources import Frame, Source, frames
-from .graph import DetectorGraph
-from .registry import Format
-from .runtimes import run_layers
+from .blame import as_batch, blame, inputs_of, relative_difference
+from .registry import Written
+from .runtimes import load_exported, open_file
 
 LEAST_IOU = 0.5  # of two boxes that are the same detection
 DRAWN, DRAWN_TRIES = 4, 32  # pictures that are compared where the user gives none, and how many are drawn for them
@@ -25,17 +26,20 @@ DRAWN, DRAWN_TRIES = 4, 32  # pictures that are compared where the user gives no
 
 @dataclass(frozen=True)
 class Bounds:
-    """An exported file is refused if it is further from PyTorch than these numbers."""
+    """An exported file is refused if it is further from PyTorch than these numbers; None is no bound."""
 
-    matched: float  # least share of detections that both have
-    box: float  # largest difference of a corner, in pixels of the network input
-    score: float  # largest difference of a score
-    layer: float  # largest difference of a convolution's map, relative to its largest value; tells where it went wrong
+    matched: float | None  # least share of detections that both have
+    box: float | None  # largest difference of a corner, in pixels of the network input
+    score: float | None  # largest difference of a score
+    output: float  # largest difference of an output of the network, relative to its largest value
+    layer: float  # of a convolution's map, likewise; tells where it went wrong
+    ap: float  # largest difference of the AP, where a dataset is given
 
 
 BOUNDS = {
-    "float32": Bounds(matched=1.0, box=0.05, score=1e-4, layer=1e-3),
-    "float16": Bounds(matched=0.98, box=1.0, score=0.02, layer=0.02),
+    "float32": Bounds(matched=1.0, box=0.05, score=1e-4, output=1e-4, layer=1e-3, ap=0.001),
+    "float16": Bounds(matched=0.98, box=1.0, score=0.02, output=0.02, layer=0.02, ap=0.005),
+    "int8": Bounds(matched=None, box=None, score=None, output=1.0, layer=1.0, ap=0.01),
 }
 
 
@@ -82,21 +86,14 @@ def draw(number: int) -> Frame:
 
 
 def certify(
-    model: FCOS,
-    thresholds: Thresholds,
-    exported: ExportedDetector,
-    images: Sequence[Prepared],
-    bounds: Bounds,
-    chosen: Format,
-    file: Path,
-    graph: DetectorGraph,
-    layers: Mapping[str, str],
+    model: FCOS, thresholds: Thresholds, written: Written, images: Sequence[Prepared], bounds: Bounds
 ) -> dict[str, Any]:
-    """Compare the file with the model on all images, and return what was found.
+    """Compare the detections of a file with those of the model on all images, and return what was found.
 
     Raises:
         ValueError: a number is out of bounds; the message names the worst image and the first layer that differs.
     """
+    exported = load_exported(written.file)
     both, all_of_them, worst, largest = 0, 0, (-1.0, images[0]), {"box": 0.0, "score": 0.0}
     for item in images:
         want, got = reference(model, item, thresholds), first(exported(*as_batch(item)))
@@ -108,46 +105,87 @@ def certify(
         lost = len(want.scores) + len(got.scores) - 2 * len(pairs)
         both, all_of_them = both + 2 * len(pairs), all_of_them + len(want.scores) + len(got.scores)
         largest = {key: max(value, differences[key]) for key, value in largest.items()}
-        badness = lost + differences["box"] / bounds.box + differences["score"] / bounds.score
+        badness = lost + differences["box"] / (bounds.box or 1) + differences["score"] / (bounds.score or 1)
         worst = max(worst, (badness, item), key=lambda pair: pair[0])
     if not all_of_them:
         raise ValueError(
             "the model finds nothing in the images, so there is nothing to compare; give others (--images)"
         )
-    result: dict[str, Any] = {
+    matched = both / all_of_them
+    if not is_within(bounds, matched, largest):
+        raise ValueError(
+            f"{written.format.runtime} computes something else than PyTorch, so the file was deleted: {matched:.1%} "
+            f"of {all_of_them - both // 2} detections match (at least {bounds.matched:.1%}), boxes differ by up to "
+            f"{largest['box']:.2g} px (at most {bounds.box:g}), scores by {largest['score']:.2g} (at most "
+            f"{bounds.score:g}); worst image: {worst[1].name}; {blame(written, worst[1], bounds.layer)}"
+        )
+    return {
         "images": len(images),
         "detections": all_of_them - both // 2,
-        "matched": both / all_of_them,
+        "matched": matched,
         "largest_box_difference": largest["box"],
         "largest_score_difference": largest["score"],
         "worst_image": worst[1].name,
         "bounds": asdict(bounds),
     }
-    if result["matched"] < bounds.matched or largest["box"] > bounds.box or largest["score"] > bounds.score:
+
+
+def is_within(bounds: Bounds, matched: float, largest: Mapping[str, float]) -> bool:
+    """Tell whether the share of matched detections and the largest differences are in bounds; NaN is not."""
+    limits = [(largest["box"], bounds.box), (largest["score"], bounds.score)]
+    few = bounds.matched is not None and matched < bounds.matched
+    return not few and all(limit is None or value <= limit for value, limit in limits)
+
+
+def certify_network(model: FCOS, written: Written, images: Sequence[Prepared], bounds: Bounds) -> dict[str, Any]:
+    """Compare the outputs of a network alone with those of the model on all images, and return what was found.
+
+    Raises:
+        ValueError: a difference is out of bounds; the message names the worst image and the first layer that differs.
+    """
+    run, _ = open_file(written.file)
+    largest, worst = dict.fromkeys(written.graph.outputs, 0.0), (-1.0, images[0])
+    device = next(model.parameters()).device
+    for item in images:
+        (inputs,) = inputs_of(written.graph, item)
+        with evaluating(model), torch.no_grad():
+            preds = model(inputs.to(device))
+        for name, got in zip(written.graph.outputs, run(inputs.numpy()), strict=True):
+            difference = relative_difference(got, getattr(preds, name).cpu().numpy())
+            largest[name] = max(largest[name], difference)
+            worst = max(worst, (difference, item), key=lambda pair: pair[0])
+    if not worst[0] <= bounds.output:
+        name = max(largest, key=lambda key: largest[key])
         raise ValueError(
-            f"{chosen.runtime} computes something else than PyTorch, so the file was deleted: {result['matched']:.1%} "
-            f"of {result['detections']} detections match (at least {bounds.matched:.1%}), boxes differ by up to "
-            f"{largest['box']:.2g} px (at most {bounds.box:g}), scores by {largest['score']:.2g} (at most "
-            f"{bounds.score:g}); worst image: {worst[1].name}; {blame(graph, file, layers, worst[1], bounds)}"
+            f"{written.format.runtime} computes something else than PyTorch, so the file was deleted: {name} differ by "
+            f"{largest[name]:.2g} of the largest (at most {bounds.output:g}); worst image: {worst[1].name}; "
+            f"{blame(written, worst[1], bounds.layer)}"
         )
-    return result
+    return {
+        "images": len(images),
+        "largest_relative_differences": largest,
+        "worst_image": worst[1].name,
+        "bounds": asdict(bounds),
+    }
 
 
-def as_batch(item: Prepared) -> tuple[Tensor, Tensor]:
-    """Return images [1,3,H,W] and sizes [1,2]."""
-    return item.pixels[None], torch.tensor([item.size])
+@contextlib.contextmanager
+def evaluating(model: FCOS) -> Iterator[None]:
+    """Keep a model in evaluation mode, and put it back into its mode at the end."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def reference(model: FCOS, item: Prepared, thresholds: Thresholds) -> Detections:
     """Compute PyTorch's detections of one image, on the device of the model, in evaluation mode."""
-    was_training, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     images, sizes = as_batch(item)
-    model.eval()
-    try:
-        with torch.no_grad():
-            found = detect(model, images.to(device), sizes.to(device), thresholds)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad():
+        found = detect(model, images.to(device), sizes.to(device), thresholds)
     return first(Detections(*(x.cpu() for x in found)))
 
 
@@ -176,75 +214,3 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
     sides = (torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])).clamp(min=-1e-3) + 1e-3
     shared = sides.prod(-1)
     return shared / (area_a.prod(-1)[:, None] + area_b.prod(-1) - shared)
-
-
-def blame(graph: DetectorGraph, file: Path, layers: Mapping[str, str], item: Prepared, bounds: Bounds) -> str:
-    """Say which convolution is the first whose map differs between the file and PyTorch."""
-    maps = record_maps(graph, layers, item)  # in the order in which they are computed
-    images, sizes = (x.numpy() for x in as_batch(item))
-    arrays = run_layers(file, [layers[name] for name in maps], images, sizes)
-    for place, ((name, wanted), got) in enumerate(zip(maps.items(), arrays, strict=True)):
-        difference = min(relative_difference(got, want.numpy()) for want in wanted)
-        if not difference <= bounds.layer:
-            before = ", or what is done to the images before it" if place == 0 else ""
-            name = name.removeprefix("model.")
-            return f"the first layer that differs is {name}{before} ({difference:.1e} of its largest value)"
-    return "no convolution differs, so it happens in decoding or NMS"
-
-
-def record_maps(graph: DetectorGraph, names: Container[str], item: Prepared) -> dict[str, list[Tensor]]:
-    """Compute the map of each convolution in PyTorch, and its map after the batch norm that follows it, if one does.
-
-    A format may make one convolution of the two. What runs several times counts for its first time.
-    """
-    maps: dict[str, list[Tensor]] = {}
-    last: tuple[str, Tensor | None] = "", None
-    name_of = {module: name for name, module in graph.named_modules()}
-
-    def keep(module: nn.Module, inputs: tuple, output: Any) -> None:
-        nonlocal last
-        name = name_of[module]
-        if isinstance(module, nn.Conv2d):
-            last = "", None
-            if name in names and name not in maps:
-                maps[name], last = [output.clone()], (name, output)  # a copy, since activations change it in place
-        elif last[0] and inputs[0] is last[1] and isinstance(output, Tensor) and output.shape == maps[last[0]][0].shape:
-            maps[last[0]].append(output.clone())
-
-    hooks = [module.register_forward_hook(keep) for module in graph.modules() if not list(module.children())]
-    try:
-        with torch.no_grad():
-            graph(*as_batch(item))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return maps
-
-
-def relative_difference(got: np.ndarray, want: np.ndarray) -> float:
-    """Compute the largest difference, relative to the largest value; infinity for other shapes."""
-    if got.shape != want.shape:
-        return float("inf")
-    return float(np.abs(got - want).max() / max(np.abs(want).max(), 1e-12))
-
-
-def card(chosen: Format, facts: Mapping[str, Any], certificate: Mapping[str, Any]) -> str:
-    """Write the page that shows the certificate."""
-    config, file = facts["config"], chosen.files[0]
-    rows = {
-        "format": f"{chosen.runtime}, {facts['precision']}, opset {certificate['opset']}",
-        "size, batch": f"{facts['size'] or 'any'}, {facts['batch'] or 'any'}",
-        "classes": f"{config['num_classes']}",
-        "compared with PyTorch on": f"{certificate['images']} images ({certificate['images_are']})",
-        "detections": certificate["detections"],
-        "found by both": f"{certificate['matched']:.2%}",
-        "largest difference of a box": f"{certificate['largest_box_difference']:.2g} px",
-        "largest difference of a score": f"{certificate['largest_score_difference']:.2g}",
-        "weights (sha256)": facts["weights_sha256"],
-    }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return (
-        f"# {file}: FCOS on {config['backbone']}\n\n```python\nimport vovnet_zoo\n\n"
-        f'model = vovnet_zoo.load_detector("{file}")\nprint(vovnet_zoo.predict(model, "photo.jpg"))\n```\n\n'
-        f"| | |\n|---|---|\n{table}\n"
-    )

@@ -16,14 +16,14 @@ import onnxscript
 import torch
 from torch.export import ExportedProgram
 
-from .graph import INPUTS, OUTPUTS
+from .graph import Graph
 
 OPSET = 18
 op: Any = onnxscript.opset18  # its types are those of tensors in a script
 LARGE = 1024  # numbers; weights with fewer stay float32, since they take no space
 
 
-def write(program: ExportedProgram, file: Path, precision: str, num_classes: int) -> dict[str, str]:
+def write(graph: Graph, program: ExportedProgram, file: Path, precision: str) -> dict[str, str]:
     """Write and check an ONNX file, and map the name of each convolution to the tensor that it computes."""
     for name in ("onnx_ir", "onnxscript"):  # they tell of every constant that they merge or do not merge
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -35,9 +35,9 @@ def write(program: ExportedProgram, file: Path, precision: str, num_classes: int
             (),
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table={nms: translate_nms(num_classes)},
-            input_names=INPUTS,
-            output_names=OUTPUTS,
+            custom_translation_table={nms: translate_nms(graph.model.num_classes)},
+            input_names=graph.inputs,
+            output_names=graph.outputs,
             verbose=False,
         )
     assert converted is not None

@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from .graph import Graph
 from .onnx import OPSET
 from .onnx import write as write_onnx
 from .registry import need
-from .runtimes import RT_INFO
+from .runtimes import RT_INFO, read_openvino
 
 openvino = need("openvino")
 
 
-def write(program: ExportedProgram, file: Path, precision: str, num_classes: int) -> dict[str, str]:
+def write(graph: Graph, program: ExportedProgram, file: Path, precision: str) -> dict[str, str]:
     """Write model.xml and model.bin, and map the name of each convolution to the tensor that it computes."""
     between = file.with_suffix(".onnx")
     try:
-        layers = write_onnx(program, between, "float32", num_classes)
+        layers = write_onnx(graph, program, between, "float32")
         model = openvino.convert_model(between)
         openvino.save_model(model, file, compress_to_fp16=precision == "float16")
     finally:
@@ -32,7 +33,7 @@ def write(program: ExportedProgram, file: Path, precision: str, num_classes: int
 
 def write_facts(file: Path, facts: Mapping[str, Any]) -> None:
     """Write facts into the rt_info of a model, each as JSON."""
-    model = openvino.Core().read_model(file.read_bytes(), file.with_suffix(".bin").read_bytes())
+    model = read_openvino(file)
     for key, value in facts.items():
         model.set_rt_info(json.dumps(value), [RT_INFO, key])
     openvino.serialize(model, file, file.with_suffix(".bin"))

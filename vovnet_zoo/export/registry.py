@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 from ..arguments import check_choice
 from ..config import ExportPrecision
+from .graph import Graph
 
 
 @dataclass(frozen=True)
 class Format:
     """A format is known by its runtime, the files that it consists of, and the packages that it needs.
 
-    `exporter()` has `write(program, file, precision, num_classes)`, which returns the tensor that holds the map of
-    each convolution, `write_facts(file, facts)`, and `versions()`.
+    `exporter()` has `write(graph, program, file, precision)`, which returns the tensor that holds the map of each
+    convolution, `write_facts(file, facts)`, and `versions()`.
     """
 
     name: str
@@ -25,9 +29,21 @@ class Format:
     files: tuple[str, ...]  # the first one is what `load_detector` takes
     packages: tuple[str, ...]  # the first one is the runtime, which is all that an exported file needs
     precisions: tuple[str, ...]
+    compiled: bool = False  # by a C++ compiler, for the CPU of this machine
+    refusal: str = ""  # why nothing can be written in it
 
     def exporter(self) -> Any:
         return importlib.import_module(f"{__package__}.{self.name}")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file was written of a graph."""
+
+    format: Format
+    file: Path
+    graph: Graph
+    layers: Mapping[str, str]  # the tensor of the file that holds the map of each convolution, by its name
 
 
 FORMATS = {
@@ -39,7 +55,16 @@ FORMATS = {
         "OpenVINO",
         ("model.xml", "model.bin"),
         ("openvino", "onnx", "onnxscript"),
-        ("float32", "float16"),
+        ("float32", "float16", "int8"),
+    ),
+    "pt2": Format("pt2", "AOTInductor", ("model.pt2",), ("torch",), ("float32",), compiled=True),
+    "executorch": Format(
+        "executorch",
+        "ExecuTorch",
+        ("model.pte",),
+        (),
+        (),
+        refusal="ExecuTorch (1.5) has no loops (while_loop), and the NMS is one",
     ),
 }
 
@@ -54,10 +79,15 @@ def choose_format(name: str, precision: str) -> Format:
     check_choice("format", name, FORMATS)
     check_choice("precision", precision, get_args(ExportPrecision))
     chosen = FORMATS[name]
+    if chosen.refusal:
+        others = [other for other in FORMATS if not FORMATS[other].refusal]
+        raise ValueError(f"format {name!r} cannot be written: {chosen.refusal}; choose {' or '.join(others)}")
     if precision not in chosen.precisions:
-        raise ValueError(f"format {name!r} has no {precision}; it has {' and '.join(chosen.precisions)}")
-    for package in chosen.packages:
+        raise ValueError(f"precision={precision!r}: format {name!r} has {' and '.join(chosen.precisions)}")
+    for package in (*chosen.packages, *(["nncf"] if precision == "int8" else [])):
         need(package)
+    if chosen.compiled and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ValueError(f"format {name!r} needs a C++ compiler, and there is no g++; install one, or name it in CXX")
     return chosen
 
 
@@ -77,7 +107,7 @@ def need(name: str) -> Any:
 
 
 def import_package(name: str) -> Any:
-    """Import a package of a runtime. OpenVINO is imported without its telemetry, which reports every import."""
-    if name == "openvino" and name not in sys.modules:
-        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # OpenVINO does without it
+    """Import a package of a runtime. OpenVINO and NNCF are imported without their telemetry, which reports each use."""
+    if name in ("openvino", "nncf") and name not in sys.modules:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # they do without it
     return importlib.import_module(name)

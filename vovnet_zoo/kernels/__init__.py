@@ -1,7 +1,8 @@
 """Kernels that compute what torch computes, faster. Each is optional: `available` says which can be used here.
 
 winograd.cpp, winograd.py: 3x3 convolutions on a CPU. osa.py: blocks of VoVNets. freeze.py: a model for inference.
-nms_triton.py: non-maximum suppression on a GPU. README.md says how to add one.
+nms_triton.py: non-maximum suppression on a GPU. tensor_cores.py: channels that suit a GPU.
+README.md says how to add one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,125 @@
+"""The AP of an exported file on a dataset is compared with PyTorch's, on the same images."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Thresholds
+from ..data import CocoDataset, Skipped
+from ..data.layouts import locate
+from ..evaluation.bootstrap import bootstrap_ap, interval
+from ..evaluation.matches import Matches, match
+from ..exported import ExportedDetector
+from ..fcos import FCOS
+from ..inference import Prepared, detect_batch, prepare, run_network
+from ..results import Detections, ImageDetections
+from ..sources import Frame
+from .certificate import evaluating, overlap
+from .certificate import match as match_alike
+
+log = logging.getLogger("vovnet_zoo")
+
+
+def open_dataset(data: str | os.PathLike, model: FCOS) -> CocoDataset:
+    """Open the val split below a folder, for a model that knows its classes.
+
+    Raises:
+        ValueError: there is no such split, or it has other classes than the model, or no box.
+    """
+    found = locate(Path(data), "val")
+    if found.doubt:
+        log.warning("%s: %s", data, found.doubt)
+    names = model.config["class_names"]
+    dataset = CocoDataset(found.folder, found.source, known_classes=names or ())
+    if len(dataset.class_names) != model.num_classes or names not in (None, dataset.class_names):
+        raise ValueError(f"{dataset.annotation_file} has the classes {dataset.class_names}, and the model {names}")
+    if not dataset.num_boxes:
+        raise ValueError(f"{dataset.annotation_file}: no image has a box, so there is no AP")
+    return dataset
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """PyTorch and exported files detect objects in the images of a dataset, resized and padded alike."""
+
+    model: FCOS
+    dataset: CocoDataset
+    thresholds: Thresholds
+    size: tuple[int, int] | None  # of all images, where the file has one
+
+    def detect(self, detector: FCOS | ExportedDetector, indices: Iterable[int]) -> list[ImageDetections]:
+        """Detect objects in some images of the dataset."""
+        found = []
+        for index in indices:
+            sample = self.dataset[index]
+            assert not isinstance(sample, Skipped)
+            image = sample[0].as_subclass(Tensor)
+            item = prepare(Frame(str(self.dataset.image_ids[index]), image), self.model.config, fixed=self.size)
+            assert isinstance(item, Prepared)
+            found += detect_batch(detector, [item], self.thresholds, run_network)
+        return found
+
+    def score(self, found: list[ImageDetections]) -> Matches:
+        """Match the detections in all images with the objects of the dataset."""
+        ids, categories = self.dataset.image_ids.tolist(), self.dataset.category_ids
+        rows = [row for each, i in zip(found, ids, strict=True) for row in each.to_coco(i, categories)]
+        return match(self.dataset.annotations, rows, image_ids=ids)
+
+    @cached_property
+    def wanted(self) -> list[ImageDetections]:
+        """PyTorch's detections in all images."""
+        with evaluating(self.model):
+            return self.detect(self.model, range(len(self.dataset)))
+
+    @cached_property
+    def ap(self) -> float:
+        """PyTorch's AP."""
+        return self.score(self.wanted).metrics["AP"]
+
+    def certify(self, detector: ExportedDetector, bound: float) -> dict[str, Any]:
+        """Compare the AP of a file with PyTorch's, and return both, and their difference with its 95% interval.
+
+        Raises:
+            ValueError: the APs differ by more than `bound`.
+        """
+        found = self.detect(detector, range(len(self.dataset)))
+        want, got = self.score(self.wanted), self.score(found)
+        difference = got.metrics["AP"] - want.metrics["AP"]
+        samples = bootstrap_ap(got).overall - bootstrap_ap(want).overall
+        low, high, confidence = interval(samples, difference, len(self.dataset))
+        if not abs(difference) <= bound:
+            likeness = [alike(a, b) for a, b in zip(self.wanted, found, strict=True)]
+            worst = self.dataset.file_names[min(range(len(found)), key=likeness.__getitem__)]
+            raise ValueError(
+                f"the file has an AP of {got.metrics['AP']:.4f} and PyTorch {want.metrics['AP']:.4f} on "
+                f"{self.dataset.annotation_file}, so it was deleted: they may differ by {bound:g} "
+                f"(--max-ap-difference); worst image: {worst}"
+            )
+        return {
+            "data": str(self.dataset.annotation_file),
+            "data_images": len(self.dataset),
+            "AP": got.metrics["AP"],
+            "AP_torch": want.metrics["AP"],
+            "AP_difference": difference,
+            "AP_difference_interval": [low, high],
+            "confidence": confidence,
+            "AP_bound": bound,
+        }
+
+
+def alike(want: ImageDetections, got: ImageDetections) -> float:
+    """Compute how alike two lists of detections of an image are, 0..1; scores weigh them, and IoUs of pairs count."""
+    a, b = (Detections(x["boxes"], x["scores"], x["labels"], torch.tensor(0)) for x in (want, got))
+    total = float(a.scores.sum() + b.scores.sum())
+    ious = overlap(a.boxes, b.boxes)
+    shared = sum(float(ious[i, j] * 2 * min(a.scores[i], b.scores[j])) for i, j in match_alike(a, b))
+    return shared / total if total else 1.0
