@@ -15,7 +15,7 @@ from build import build_loader, build_model, prepare_for_training
 from optim import create_optimizer
 from presets import TrainConfig
 from runtime import synchronize
-from step import compiled, compute_losses, find_targets
+from step import compile_step, compute_losses, find_targets
 from vovnet_zoo import FCOS, FCOSLoss, predict
 from vovnet_zoo.config import DetectorConfig
 from vovnet_zoo.data import CocoDataset, Skipped, resize_size
@@ -47,11 +47,14 @@ class Trial:
         prepare_for_training(self.model, config, device)
         self.criterion, self.optimizer = FCOSLoss.of(self.model), create_optimizer(self.model, config)
         self.ema = MovingAverage(self.model, config.ema) if config.ema else None
+        self.functions = find_targets, compute_losses
+        if config.compile:
+            self.functions = compile_step(self.model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
     def step(self, parts: list[dict[str, Tensor]]) -> None:
         """Do one step: forward, backward and update, as `train_coco.train` does for one process."""
-        find, compute = (compiled(f) if self.config.compile else f for f in (find_targets, compute_losses))
+        find, compute = self.functions
         for part in parts:
             part = {name: x.to(self.device, non_blocking=True) for name, x in part.items() if name != "skipped"}
             height, width = part["images"].shape[-2:]

@@ -20,7 +20,7 @@ CONFIG = {"lr": 0.1, "init": None, "zoom": [0.5, 2.0], "model": "x"}
 def log_twice(tmp_path):
     """Log two steps of a run, go on after the first, and return the folder."""
 
-    def log(name, error=None):
+    def log(name):
         (tmp_path / "run").mkdir()
         for start in (0, 1):
             logger = Loggers([name])
@@ -93,19 +93,6 @@ def test_trackio(log_twice, monkeypatch, tmp_path, capsys):
     assert found == [(1, 1.0), (2, 1 / 2), (2, 1 / 2), (3, 1 / 3)]
     assert storage.get_run_config("vovnet_zoo", name)["lr"] == 0.1
     assert "\x1b" not in capsys.readouterr().out
-
-
-def test_tensorboard(log_twice):
-    accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"
-    )
-    folder = log_twice("tensorboard")
-    events = accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
-        (1, 1.0),
-        (2, pytest.approx(1 / 2)),
-        (3, pytest.approx(1 / 3)),
-    ]
 
 
 def test_every_logger_has_the_methods_of_the_protocol():

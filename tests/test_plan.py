@@ -20,6 +20,7 @@ import plan
 import presets
 import step_work
 from build import build_model, prepare_for_training
+from fitting import fit_plan
 from memory import kept_by
 from presets import TrainConfig
 from step import compute_losses, find_targets
@@ -273,7 +274,7 @@ def fake_training(tmp_path, monkeypatch):
 
 
 def test_a_training_is_measured_and_ended(tmp_path, fake_training):
-    config = presets.parse(["finetune"])
+    config = fit_plan(presets.parse(["finetune"]), 300, torch.device("cpu"))
     measured, start_s = calibration.measure_steps("finetune", [], config, 4, tmp_path / "run")
     assert (measured.images, measured.seconds, measured.memory_bytes) == (4, pytest.approx(0.08), 3 * 2**30)
     assert 0 < start_s < 30 and fake_training[0].poll() is not None
@@ -287,7 +288,7 @@ def test_a_stopped_calibration_leaves_no_training_behind(tmp_path, fake_training
     monkeypatch.setattr(calibration, "SECONDS", 1e9)
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    config = dataclasses.replace(presets.parse(["finetune"]), data=tmp_path)
+    config = fit_plan(presets.parse(["finetune", "--data", str(tmp_path)]), 300, torch.device("cpu"))
     with pytest.raises(SystemExit):
         calibration.calibrate("finetune", [], config, [4], torch.device("cpu"))
     timer.join()
