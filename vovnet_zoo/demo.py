@@ -20,8 +20,9 @@ from torch import Tensor
 
 from vovnet_zoo.config import RANGES, TILES
 from vovnet_zoo.draw import DISPLAY_SCORE, draw_detections
+from vovnet_zoo.exported import ExportedDetector
 from vovnet_zoo.fcos import FCOS
-from vovnet_zoo.inference import ExportedDetector, predict
+from vovnet_zoo.inference import predict
 from vovnet_zoo.load import load_detector
 from vovnet_zoo.predict_files import as_lists
 from vovnet_zoo.results import ImageDetections
