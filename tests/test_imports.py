@@ -47,7 +47,7 @@ ONLY = {  # rooms that may import even less
     "inference": {"arguments", "batching", "config", "data", "exported", "fcos", "nms", "results", "sources", "tiles"},
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},
     "space": {"files", "hub", "version"},
-    "demo": {"config", "draw", "fcos", "inference", "load", "predict_files", "results", "sources"},
+    "demo": {"config", "draw", "exported", "fcos", "inference", "load", "predict_files", "results", "sources"},
     "export": {"arguments", "compiled", "config", "data", "evaluation", "exported", "fcos", "files", "inference"}
     | {"results", "sources", "version"},
     "load": {"arguments", "detectors", "export", "exported", "fcos"},
