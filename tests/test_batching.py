@@ -129,6 +129,22 @@ def test_precision_and_compile(model, monkeypatch):
             predict(model, images[0], **wrong)
 
 
+@pytest.mark.slow
+def test_compiled_by_inductor(model):
+    """Images of other sizes, in batches and alone, are found as without; it takes a minute."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(160, 200), (200, 160), (160, 161), (300, 160)] * 2
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
+    model.config.update(min_size=160, max_size=320)
+    exact = predict(model, images, batch_size=2)
+    for batch_size in (2, 1):
+        found = predict(model, images, batch_size=batch_size, compile=True)
+        for ours, theirs in zip(found, exact, strict=True):
+            assert len(ours["boxes"]) > 5
+            assert_same_detections(ours, theirs, size=max(ours.size))
+    model.config.update(min_size=64, max_size=128)
+
+
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_read_ahead(workers):
     taken, threads = [], torch.get_num_threads()
