@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # one core per test process, so that they do not wait for each other
@@ -14,7 +15,7 @@ from huggingface_hub import constants  # noqa: E402
 from PIL import Image  # noqa: E402
 from samples import RGB  # noqa: E402
 
-import vovnet_zoo  # noqa: E402
+import vovnet_zoo.cli  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -47,6 +48,22 @@ def _shared(name: str) -> Path:
 def browser():
     """Start a headless browser."""
     yield from start_browser()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run `vovnet-zoo ARGS` and return (exit status, stdout, stderr)."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["vovnet-zoo", *map(str, args)])
+        status = 0
+        try:
+            vovnet_zoo.cli.main()
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture

@@ -21,22 +21,6 @@ from vovnet_zoo.predict_files import unique
 from vovnet_zoo.vovnet import VovNetV2
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run `vovnet-zoo ARGS` and return (exit status, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["vovnet-zoo", *map(str, args)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def folder(detector_folder):
     return detector_folder
@@ -295,7 +279,7 @@ def test_check_and_convert_data_of_other_formats(tmp_path, monkeypatch, capsys):
 def test_show_data(run, tiny_coco, tmp_path, monkeypatch):
     """A sheet of 16 samples with boxes, drawn anew as often as one likes, and over no other file."""
     monkeypatch.chdir(tmp_path)
-    small = ["--min-size", "64", "64", "--max-size", "100"]
+    small = ["--min-size", "64", "64", "--max-size", "100", "--augment", "flip"]
     status, out, err = run("show-data", tiny_coco, "--preset", "finetune", *small)
     assert status == 0 and "samples.png: 16 samples of 8 images, as finetune sees them" in out, err
     with Image.open("samples.png") as sheet:  # images of 80x64 are shown five times as large, of 64x64 six times

@@ -1,5 +1,6 @@
 """Models are compared on the same images: as numbers, as a page, and from the command line."""
 
+import functools
 import json
 import shutil
 import sys
@@ -9,7 +10,6 @@ import pytest
 from browsing import open_page
 from simulated import write_data
 
-from vovnet_zoo import cli
 from vovnet_zoo.evaluation.bootstrap import bootstrap_ap, interval
 from vovnet_zoo.evaluation.compare import compare, format_comparison
 from vovnet_zoo.evaluation.compare_page import differing_images, differing_settings, write_comparison
@@ -41,19 +41,9 @@ def runs(data):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(run):
     """Run `vovnet-zoo compare ARGS` and return (exit status, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["vovnet-zoo", "compare", *map(str, args)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
-
-    return run
+    return functools.partial(run, "compare")
 
 
 def test_a_model_does_not_differ_from_itself(data):

@@ -17,26 +17,10 @@ from launch import ROOT
 from samples import RGB
 
 import vovnet_zoo
-from vovnet_zoo import cli, demo, hub, publish, space
+from vovnet_zoo import demo, hub, publish, space
 from vovnet_zoo.files import read_json
 from vovnet_zoo.predict_files import as_lists
 from vovnet_zoo.results import ImageDetections
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run `vovnet-zoo ARGS` and return (exit status, stdout, stderr)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["vovnet-zoo", *map(str, args)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")
