@@ -1,6 +1,7 @@
 """The tests start recipes, or Python, in a fresh process, as users do."""
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -55,19 +56,22 @@ def train_here(data: Path, out: Path, options: str = "") -> None:
 
 
 def fork(processes: int, function: Callable, *arguments) -> None:
-    """Call `function(rank, *arguments)` in processes of one group, copied from this one, which has imported torch.
+    """Call `function(rank, *arguments)` in processes of one group, copied from a server that has imported torch.
 
-    A process that torchrun starts needs seconds for that. What `function` changes stays in its process.
+    A process that torchrun starts needs seconds for that. `function` has a name in its module. The server runs nothing
+    else: in a copy of a process that has used autograd's threads, or hotcoco's, these are missing.
     """
+    paths = [str(Path(__file__).parent), str(ROOT / "recipes"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # the server does not get sys.path
+    multiprocessing.set_forkserver_preload(["launch", "eval_coco"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_be_rank, (processes, port, function, arguments), nprocs=processes, start_method="fork")
+    mp.start_processes(_be_rank, (processes, port, function, arguments), nprocs=processes, start_method="forkserver")
 
 
 def _be_rank(rank: int, processes: int, port: int, function: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    sys.modules["hotcoco"] = None  # its threads, if this test process has some, were not copied; so there is no report
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in group.items()}
     function(rank, *arguments)
@@ -75,7 +79,11 @@ def _be_rank(rank: int, processes: int, port: int, function: Callable, arguments
 
 def train_forked(data: Path, out: Path, options: str, processes: int) -> None:
     """Run the command in several processes, without torchrun."""
-    fork(processes, lambda rank: train_here(data, out, options))
+    fork(processes, _train_rank, data, out, options)
+
+
+def _train_rank(rank: int, data: Path, out: Path, options: str) -> None:
+    train_here(data, out, options)
 
 
 def train(data: Path, out: Path, options: str = "", processes: int = 1, fails: bool = False) -> str:

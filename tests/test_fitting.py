@@ -275,13 +275,14 @@ def test_minutes(config, monkeypatch, capsys):
     assert trials[0] > 0
     train_coco.main(timed)
     steps = [row["step"] for row in rows(timed.out) if "loss" in row]
-    assert steps in ([1, 2, 3], [1, 2, 3, 4]) and len(trials) == 1
+    assert steps == list(range(1, len(steps) + 1)) and 3 <= len(steps) <= 6 and len(trials) == 1
     train_coco.main(dataclasses.replace(config, steps=len(steps)))
     assert [row.get("loss") for row in rows(config.out)] == [row.get("loss") for row in rows(timed.out)]
     printed = capsys.readouterr().err
     assert "1 minutes at 10.00 s a step" in printed and f"step {len(steps)} of {len(steps)}: loss" in printed
-    for fact in ("8 images to train on, 3 to score on", "FCOS on test_resnet, 0.", "on cpu", "(2 epochs)"):
-        assert fact in printed or len(steps) == 3
+    epochs = f"({len(steps) / 2:g} epochs)"
+    for fact in ("8 images to train on, 3 to score on", "FCOS on test_resnet, 0.", "on cpu", epochs):
+        assert fact in printed
     assert "\r" not in printed and "\x1b" not in printed  # no bar where there is no terminal
 
 

@@ -50,6 +50,13 @@ def test_overfits_8_photos(coco_mini, tmp_path):
     assert metrics["AP50"] > 0.9
 
 
+def evaluate(rank, config):
+    real, batches = inference.detect_batch, []
+    inference.detect_batch = lambda model, items, *rest: batches.append(len(items)) or real(model, items, *rest)
+    eval_coco.main(config)
+    assert sum(batches) == 12 and max(batches) > 3 if config.batch_size > 1 else batches == [1] * 24
+
+
 def test_batches_on_two_processes(coco_mini, tmp_path):
     """An evaluation of photos of many sizes, at batch 16 on two processes, finds what one process finds at batch 1."""
     root = subset(coco_mini, tmp_path / "data", 24)
@@ -60,12 +67,6 @@ def test_batches_on_two_processes(coco_mini, tmp_path):
     torch.nn.init.normal_(model.head.cls_logits.weight, std=0.5)
     model.save_pretrained(tmp_path / "model")
     config = eval_coco.EvalConfig(model=str(tmp_path / "model"), data=root, device="cpu")
-
-    def evaluate(rank, config):
-        real, batches = inference.detect_batch, []
-        inference.detect_batch = lambda model, items, *rest: batches.append(len(items)) or real(model, items, *rest)
-        eval_coco.main(config)
-        assert sum(batches) == 12 and max(batches) > 3 if config.batch_size > 1 else batches == [1] * 24
 
     found = []
     for processes, batch_size in ((1, 1), (2, 16)):

@@ -21,7 +21,9 @@ from run_folder import list_checkpoints, load_checkpoint, locked, save_checkpoin
 from vovnet_zoo import FCOS
 
 # Batch norm live, EMA on, Muon: all that has a state. Samples of several images, until step 12.
-OPTIONS = "--steps 24 --workers 1 --checkpoint-every 2 --mosaic 0.5 --copy-paste 0.5 --augment-until 0.5"
+OPTIONS = (
+    "--steps 24 --workers 1 --checkpoint-every 2 --eval-every 24 --mosaic 0.5 --copy-paste 0.5 --augment-until 0.5"
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_a_signal_doubled_by_torchrun(tiny_coco, tmp_path):
 
 def test_killed_while_a_checkpoint_is_written(tiny_coco, tmp_path, undisturbed):
     """kill -9 in a write that goes on beside the training: it loses no more than the interval, here 10 steps."""
-    out, options = tmp_path / "run", OPTIONS.replace("-every 2", "-every 10")
+    out, options = tmp_path / "run", OPTIONS.replace("checkpoint-every 2", "checkpoint-every 10")
     code = (
         "import os, sys, time; sys.path[:0] = ['ROOT', 'ROOT/recipes']; import train_coco; from presets import parse\n"
         "def fsync(file, real=os.fsync):\n"

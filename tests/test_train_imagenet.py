@@ -122,7 +122,7 @@ def test_train_coco_starts_from_the_folder_and_goes_on_without_it(folder, tiny_c
         "0",
     ]
     for steps, options in (("1", []), ("2", ["--allow-changes"])):
-        config = tyro.extras.overridable_config_cli(presets.PRESETS, args=[*line, "--steps", steps, *options])
+        config = presets.parse([*line, "--steps", steps, *options])
         train_coco.main(config)
         if source.exists():
             weights = load_classifier(source)[0].state_dict()
@@ -171,12 +171,16 @@ def test_killed_and_started_again(folder, tmp_path, processes):
     assert about["config"]["steps"] == 12 and [start["step"] for start in about["starts"]][0] == 0
 
 
+def train_rank(rank, folder, out, options):
+    train_here(folder, out, options)
+
+
 def test_two_processes_and_two_parts_are_as_one(folder, tmp_path):
     """Batch norms fixed, all augmentation on: the images, their pairs to mix, losses and weights are the same."""
     options = f"{MIXED} --frozen-norm --no-winograd --optimizer momentum --lr 0.01 --eval-epochs 3 --smoothing 0.1"
     train_here(folder, tmp_path / "one", options)
     train_here(folder, tmp_path / "parts", options + " --accum 2")
-    fork(2, lambda rank: train_here(folder, tmp_path / "two", options))
+    fork(2, train_rank, folder, tmp_path / "two", options)
     one, *others = (load_classifier(tmp_path / run / "last")[0].state_dict() for run in ("one", "parts", "two"))
     for run, weights in zip(("parts", "two"), others, strict=True):
         torch.testing.assert_close(losses(tmp_path / run), losses(tmp_path / "one"), rtol=1e-5, atol=0)
