@@ -262,7 +262,7 @@ def test_a_skipped_step_leaves_no_trace_in_batch_norm(tiny_coco, tmp_path, monke
     ]  # the second step
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_compiled_training_is_the_same(tiny_coco, tmp_path, monkeypatch, capsys, precision):
     """One graph, Winograd convolutions and checkpointing lead to the losses of the plain run."""
     run(tiny_coco, tmp_path / "plain", steps=4, precision=precision, frozen_norm=True)
