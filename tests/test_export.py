@@ -14,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 from samples import draw_video
-from test_cli import run  # noqa: F401
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import eval_coco

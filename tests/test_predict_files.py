@@ -15,7 +15,6 @@ import pytest
 from launch import ROOT, run_python
 from PIL import Image
 from samples import draw_video
-from test_cli import run  # noqa: F401
 
 from vovnet_zoo import FCOS, predict, predict_files, sources
 from vovnet_zoo.results import default_category_ids
