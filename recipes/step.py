@@ -43,6 +43,7 @@ def compute_losses(
     targets: Targets,
     normalizers: Tensor,
     precision: str,
+    compare: Callable[..., dict[str, Tensor]] = FCOSLoss.compare,
 ) -> dict[str, Tensor]:
     """Compute the three losses of B images, each a scalar: the network runs under autocast, the losses in float32.
 
@@ -52,8 +53,9 @@ def compute_losses(
         targets: from `find_targets`.
         normalizers: [3], the sum over all parts of the global batch.
         precision: "float32", "bf16" or "fp16", of the network.
+        compare: `FCOSLoss.compare`, or what the compiler made of it.
     """
-    return criterion.compare(run_network(model, images, sizes, precision), targets, normalizers)
+    return compare(criterion, run_network(model, images, sizes, precision), targets, normalizers)
 
 
 def run_network(model: FCOS, images: Tensor, sizes: Tensor, precision: str) -> Predictions:
@@ -84,19 +86,7 @@ def compile_step(
     torch._inductor.config.force_layout_optimization = True
     compile_parts(model, backend)
     compare = compiled(FCOSLoss.compare, dynamic=True, backend=backend)
-
-    def compute(
-        model: FCOS,
-        criterion: FCOSLoss,
-        images: Tensor,
-        sizes: Tensor,
-        targets: Targets,
-        normalizers: Tensor,
-        precision: str,
-    ) -> dict[str, Tensor]:
-        return compare(criterion, run_network(model, images, sizes, precision), targets, normalizers)
-
-    return find_targets, compute
+    return find_targets, functools.partial(compute_losses, compare=compare)
 
 
 def compile_parts(model: FCOS, backend: str = "inductor") -> None:
