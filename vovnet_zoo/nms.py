@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 
@@ -130,6 +131,7 @@ def _class_nms_cuda(
     return order[keep[keep >= 0]]
 
 
+@functools.cache
 def _has_triton() -> bool:
     """Tell whether the kernel for GPUs can be used; Triton comes with torch's CUDA builds for Linux."""
     return importlib.util.find_spec("triton") is not None
