@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,11 +56,13 @@ def train_here(data: Path, out: Path, options: str = "") -> None:
     train_coco.main(train_config(data, out, options))
 
 
-def fork(processes: int, function: Callable, *arguments) -> None:
+def fork(processes: int, function: Callable, *arguments) -> str:
     """Call `function(rank, *arguments)` in processes of one group, copied from a server that has imported torch.
 
     A process that torchrun starts needs seconds for that. `function` has a name in its module. The server runs nothing
-    else: in a copy of a process that has used autograd's threads, or hotcoco's, these are missing.
+    else: in a copy of a process that has used autograd's threads, or hotcoco's, these are missing. Returns what the
+    processes printed, and prints it: they inherit the server's standard error, which is that of the test that came
+    first.
     """
     paths = [str(Path(__file__).parent), str(ROOT / "recipes"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # the server does not get sys.path
@@ -67,19 +70,29 @@ def fork(processes: int, function: Callable, *arguments) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_be_rank, (processes, port, function, arguments), nprocs=processes, start_method="forkserver")
+    with tempfile.NamedTemporaryFile("r", errors="replace") as printed:
+        rank_arguments = (processes, port, printed.name, function, arguments)
+        try:
+            mp.start_processes(_be_rank, rank_arguments, nprocs=processes, start_method="forkserver")
+        finally:
+            text = printed.read()
+            print(text, end="")
+    return text
 
 
-def _be_rank(rank: int, processes: int, port: int, function: Callable, arguments: tuple) -> None:
+def _be_rank(rank: int, processes: int, port: int, printed: str, function: Callable, arguments: tuple) -> None:
+    with open(printed, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in group.items()}
     function(rank, *arguments)
 
 
-def train_forked(data: Path, out: Path, options: str, processes: int) -> None:
-    """Run the command in several processes, without torchrun."""
-    fork(processes, _train_rank, data, out, options)
+def train_forked(data: Path, out: Path, options: str, processes: int) -> str:
+    """Run the command in several processes, without torchrun; returns what was printed."""
+    return fork(processes, _train_rank, data, out, options)
 
 
 def _train_rank(rank: int, data: Path, out: Path, options: str) -> None:
