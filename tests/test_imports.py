@@ -1,4 +1,4 @@
-"""The modules import only whom they may (README, "How the code is laid out").
+"""The modules import only whom they may (recipes/guides/code.md).
 
 The imports are read off the whole syntax tree of every module, inside functions too.
 """

@@ -294,7 +294,7 @@ class ListModels:
     json: bool = False
     """Print everything that is known of each, as JSON."""
     markdown: bool = False
-    """Print the table of the README: the weights that are published."""
+    """Print a table in Markdown: the weights that are published."""
 
 
 @dataclass(frozen=True)

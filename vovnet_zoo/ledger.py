@@ -1,7 +1,8 @@
 """The ledger says of each backbone and detector what is known without building it, and where its weights are.
 
 A name has one line among the architectures, and each of its sets of weights, `name.tag`, has one line among the
-weights. The command `vovnet-zoo list`, the downloads, the model cards and the README's table read these lines.
+weights. The command `vovnet-zoo list`, the downloads, the model cards and the table of recipes/guides/weights.md read
+these lines.
 """
 
 from __future__ import annotations
@@ -279,7 +280,7 @@ def describe(row: Mapping[str, Any]) -> str:
 
 
 def markdown() -> str:
-    """Write the README's table: the weights that are published."""
+    """Write the table of recipes/guides/weights.md: the weights that are published."""
     lines = [
         "| weights | parameters | GFLOPs | state | published score | license | source |",
         "|---|---|---|---|---|---|---|",
