@@ -21,6 +21,7 @@ from runtime import all_reduce
 from trial import GpuMemory, Trial, blank_batch, largest_input
 from vovnet_zoo.data import CocoDataset, Source
 from vovnet_zoo.data.index import open_index
+from vovnet_zoo.kernels.winograd import has_amx
 
 LEAST_SIZE = 320  # pixels of the shorter side: enough for most sets, and trained on a CPU in minutes
 MOST_SIZE = {"cpu": 640, "cuda": 800}  # on a CPU, 640 takes four times as long as 320; 800 is the published size
@@ -82,6 +83,15 @@ def size_for(boxes: np.ndarray, sizes: np.ndarray, most: int) -> tuple[int, str]
     )
 
 
+def fit_precision(config: TrainConfig, device: torch.device) -> Chosen:
+    """Choose bf16 if this is a CPU that multiplies it faster; all processes choose the same."""
+    if config.precision is not None:
+        return config, []
+    amx = bool(all_reduce(torch.tensor(int(device.type == "cpu" and has_amx())), dist.ReduceOp.MIN))
+    why = ["bf16 (this CPU has AMX)"] if amx else []
+    return dataclasses.replace(config, precision="bf16" if amx else "float32"), why
+
+
 def fit_schedule(
     config: TrainConfig,
     train_set: CocoDataset,
@@ -112,6 +122,7 @@ def fit_plan(config: TrainConfig, num_images: int, device: torch.device) -> Trai
     """Choose for a plan, which has no data: as for boxes that are not small, and a GPU with enough memory."""
     fit = FIT_PRETRAINED if config.pretrained_backbone else FIT
     config, _ = fit_size(dataclasses.replace(config, test_size=config.test_size or LEAST_SIZE), None, device)
+    config, _ = fit_precision(config, device)
     config, _ = fit_workers(config, device)
     if config.batch_size is None:
         config = dataclasses.replace(

@@ -139,8 +139,9 @@ class TrainConfig:
     """Largest norm of the gradient."""
     layer_decay: float | None = None
     """Each part of the backbone has the learning rate of the part above it, times this."""
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """Precision of the network (autocast), in evaluations too; losses are always float32."""
+    precision: Literal["float32", "bf16", "fp16"] | None = "float32"
+    """Precision of the network (autocast), in evaluations too; losses are always float32. None: bf16 on a CPU that has
+    units for it (AMX), else float32."""
     tf32: bool = True
     """On an NVIDIA GPU, float32 convolutions round their inputs to TF32, of 10 bits, as is also torch's default."""
     compile: bool = False
@@ -199,7 +200,7 @@ NETWORK_DEFAULTS = dict(model="fcos_vovnet39_fpn", channels=256, num_convs=4)  #
 STRONG = ("copy_paste", "mosaic", "mixup", "color", "blur", "jpeg")
 
 # Where these are None, `fitting` chooses them; a run that goes on has those of its checkpoint.
-FITTED = ("test_size", "min_size", "max_size", "batch_size", "steps", "lr", "warmup_steps")
+FITTED = ("test_size", "min_size", "max_size", "precision", "batch_size", "steps", "lr", "warmup_steps")
 
 RANGES = {
     **{name: Range(*MODEL_RANGES[name][:2]) for name in ("channels", "num_convs", "max_size")},

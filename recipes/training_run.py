@@ -22,7 +22,7 @@ from build import (
     load_start,
     prepare_for_training,
 )
-from fitting import fit_schedule, fit_size, kept
+from fitting import fit_precision, fit_schedule, fit_size, kept
 from gradients import GradientSum
 from image_notes import ImageNotes
 from optim import create_optimizer, load_changed
@@ -103,11 +103,12 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     known_classes = known["class_names"] or () if known else ()
     places = find_splits(config, rank)
     config, sizes = fit_size(config, places["train"][1], device)
+    config, precision = fit_precision(config, device)
     train_set, val_set = build_datasets(config, places, plus_one, resize, known_classes)
     try_out = functools.partial(Trial, train_set=train_set, start=start, known=known, device=device)
     config, schedule = fit_schedule(config, train_set, val_set, device, world_size, try_out, saved)
     check_batch(config, world_size)
-    log_chosen(sizes + schedule, goes_on=saved is not None)
+    log_chosen(sizes + precision + schedule, goes_on=saved is not None)
     identity = describe_run(config, train_set, val_set)
     changed = refuse_changes(saved["run"], identity, config) if saved else []
     if saved:

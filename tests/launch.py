@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STORE_PER_RESTART = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see recipes/guides/training.md
 TINY = (
     "--model fcos --backbone test_resnet --channels 64 --num-convs 1 --min-size 48 64 --max-size 96 --test-size 64 "
-    "--augment flip"
+    "--augment flip --precision float32"
 )
 
 

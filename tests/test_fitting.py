@@ -12,7 +12,7 @@ from test_faults import stop_after
 
 import fitting
 import train_coco
-from fitting import fit_batch, fit_schedule, fit_size, fit_steps, probe_batch, size_for
+from fitting import fit_batch, fit_precision, fit_schedule, fit_size, fit_steps, probe_batch, size_for
 from presets import FIT, FIT_PRETRAINED, PRESETS, TrainConfig, parse
 from run_folder import load_checkpoint, save_checkpoint
 from training_run import set_up
@@ -130,6 +130,18 @@ def test_the_schedule_follows_the_batch(tiny_coco, cores):
     assert fitting.num_evals(dataclasses.replace(few, evals=20), 10**6) == 20  # typed
 
 
+@pytest.mark.parametrize("amx", [False, True])
+def test_units_for_bf16_choose_the_precision(monkeypatch, amx):
+    monkeypatch.setattr(fitting, "has_amx", lambda: amx)
+    config, why = fit_precision(FINETUNE, CPU)
+    assert config.precision == ("bf16" if amx else "float32") and bool(why) == amx
+    assert fit_precision(FINETUNE, GPU)[0].precision == "float32"
+    typed = dataclasses.replace(FINETUNE, precision="float32")
+    assert fit_precision(typed, CPU) == (typed, [])
+    assert fitting.fit_plan(FINETUNE, 205, CPU).precision == config.precision
+    assert fitting.kept(FINETUNE, {"precision": "'bf16'"}).precision == "bf16"  # a run goes on as it began
+
+
 def test_a_plan_has_no_data(cores):
     cores(2)
     config = fitting.fit_plan(FINETUNE, 205, CPU)
@@ -154,7 +166,7 @@ def test_published_presets_leave_nothing_open(tiny_coco):
         open_fields = {name for name in fitting.FITTED if getattr(preset, name) is None}
         assert bool(open_fields) == (name == "finetune")
         if name != "finetune":
-            assert fit_size(preset, None, CPU) == (preset, [])
+            assert fit_size(preset, None, CPU) == fit_precision(preset, CPU) == (preset, [])
             fitted = fit_schedule(preset, [0] * 8, [0] * 3, CPU, 1, None)
             assert fitted == (preset, [])
 
