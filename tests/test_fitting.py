@@ -139,7 +139,8 @@ def test_units_for_bf16_choose_the_precision(monkeypatch, amx):
     typed = dataclasses.replace(FINETUNE, precision="float32")
     assert fit_precision(typed, CPU) == (typed, [])
     assert fitting.fit_plan(FINETUNE, 205, CPU).precision == config.precision
-    assert fitting.kept(FINETUNE, {"precision": "'bf16'"}).precision == "bf16"  # a run goes on as it began
+    begun = {"precision": "'bf16'", "eval_every": "60"}
+    assert fitting.kept(FINETUNE, begun).precision == "bf16"  # a run goes on as it began
 
 
 def test_a_plan_has_no_data(cores):
