@@ -230,7 +230,10 @@ def test_the_largest_input_of_a_batch():
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
-TINY_FIT = dict(model="fcos", backbone="test_resnet", channels=64, num_convs=1, test_size=64, max_size=96, device="cpu")
+TINY_FIT = dict(
+    model="fcos", backbone="test_resnet", channels=64, num_convs=1, test_size=64, max_size=96, device="cpu",
+    precision="float32",
+)  # fmt: skip
 
 
 @pytest.fixture
