@@ -274,7 +274,7 @@ def test_finetune_starts_with_torchvisions_loss(tiny_coco, tmp_path, monkeypatch
     config = dataclasses.replace(
         parse(["finetune", "--data", str(tiny_coco), "--init", str(tmp_path / "start")]), out=tmp_path / "run",
         min_size=(90, 100), max_size=128, test_size=64, batch_size=3, accum=1, workers=0, steps=1, winograd=False,
-        device="cpu",
+        device="cpu", precision="float32",
     )  # fmt: skip
     batches, compute = [], train_coco.compute_losses
 
