@@ -38,7 +38,8 @@ def summary(certificate: Mapping[str, Any]) -> dict[str, str]:
     if "matched" in certificate:
         found |= {
             "detections": f"{certificate['detections']}",
-            "found by both": f"{certificate['matched']:.2%}",
+            "found by both": f"{certificate['matched']:.2%}"
+            + (f"; rounding alone decides about {ties} more" if (ties := certificate["ties"]) else ""),
             "largest difference of a box": f"{certificate['largest_box_difference']:.2g} px",
             "largest difference of a score": f"{certificate['largest_score_difference']:.2g}",
         }
