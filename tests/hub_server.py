@@ -18,6 +18,7 @@ class Repo:
     private: bool
     commits: list = field(default_factory=list)  # (hash, {name: content}, names kept by LFS)
     branches: dict = field(default_factory=dict)  # name -> hash
+    read_only: bool = False  # for the owner of the right token
 
     def files(self, revision):
         revision = self.branches.get(revision, revision)
@@ -31,6 +32,8 @@ class HubServer(ThreadingHTTPServer):
 
     Faults: "truncate" (fewer bytes than said), "short" (fewer bytes, and says so), "corrupt" (as many, one changed),
     "gone" (nothing answers from the middle of this download on).
+
+    `refused`: what the owner of the right token may not make: organisations, and "spaces", which cost money.
     """
 
     daemon_threads = True
@@ -38,7 +41,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.repos, self.blobs, self.faults, self.down, self.log = {}, {}, {}, False, []
+        self.repos, self.blobs, self.faults, self.refused, self.down, self.log = {}, {}, {}, set(), False, []
 
     def handle_error(self, request, client_address):
         pass  # clients that hang up
@@ -91,6 +94,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.error(401, "", "Invalid credentials in Authorization header")
         if repo is None or ((repo.private or write) and not self.authorised()):
             return self.error(401 if not self.authorised() else 404, "RepoNotFound", "Repository not found")
+        if write and repo.read_only:
+            return self.error(403, "", f"Forbidden: you don't have the rights to write to {repo_id}")
         return repo
 
     # ---- reading
@@ -157,6 +162,10 @@ class Handler(BaseHTTPRequestHandler):
         made = {"url": f"{self.server.url}/{repo_id}", "id": repo_id, "name": repo_id}
         if repo_id in self.server.repos:
             return self.reply(409, {"error": "You already created this model repo", **made})
+        if asked["organization"] in self.server.refused:
+            return self.error(403, "", f"Forbidden: you don't have the rights to create a repo under {repo_id}")
+        if asked.get("type") == "space" and "spaces" in self.server.refused:
+            return self.error(402, "", "a Gradio Space needs a subscription")
         private = asked.get("private") or asked.get("visibility") == "private"
         self.server.repos[repo_id] = Repo(private=bool(private))
         self.reply(200, made)
@@ -165,8 +174,11 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {"errors": [], "warnings": []})
 
     def preupload(self, repo_id, revision, query):
-        if self.repo(repo_id, write=True) is None:
+        repo = self.repo(repo_id, write=True)
+        if repo is None:
             return
+        if revision not in {"main", *repo.branches}:
+            return self.error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files = [
             {
                 "path": file["path"],

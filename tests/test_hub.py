@@ -126,6 +126,7 @@ def test_revisions(tiny_detector, hub_on_loopback):
     first = hub_on_loopback.repos[REPO].branches["main"]
     changed = vovnet_zoo.FCOS(**tiny_detector.config)
     changed.push_to_hub(REPO, token=TOKEN)
+    hub_on_loopback.repos[REPO].branches["v2"] = first
     changed.push_to_hub(REPO, token=TOKEN, branch="v2")
     for revision, expected in [(first, tiny_detector), (None, changed), ("v2", changed), ("main", changed)]:
         assert same(vovnet_zoo.FCOS.from_pretrained(REPO, revision=revision), expected)

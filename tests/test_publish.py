@@ -101,6 +101,53 @@ def test_private_never_becomes_public(tiny_detector, hub_on_loopback, tmp_path, 
     assert hub_on_loopback.repos[REPO].private and len(hub_on_loopback.repos[REPO].commits) == 2
 
 
+REFUSALS = {
+    "public": (lambda server: server.repos.update({f"spaces/{REPO}": Repo(private=False)}), ValueError, "public"),
+    "not mine": (lambda server: server.refused.add("someone"), OSError, "403"),
+    "no Spaces": (lambda server: server.refused.add("spaces"), OSError, "402"),
+    "not to be written": (
+        lambda server: server.repos.update({f"spaces/{REPO}": Repo(private=True, read_only=True)}), OSError, "403"
+    ),
+    "no such branch": (lambda server: None, OSError, "404"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_a_refused_space_keeps_the_model_back(tiny_detector, hub_on_loopback, tmp_path, monkeypatch, what):
+    """What the Hub refuses about the Space is known before the model is pushed."""
+    monkeypatch.setattr(publish, "write_space", lambda folder, *_: folder.mkdir() or (folder / "app.py").write_text(""))
+    tiny_detector.save_pretrained(tmp_path)
+    options = dict(private=True, token=TOKEN, space=True, branch="v2" if what == "no such branch" else None)
+    if what == "no such branch":  # of the Space; the model has it
+        hub_on_loopback.repos[REPO] = Repo(private=True, branches={"v2": "v2"})
+    refuse, error, message = REFUSALS[what]
+    refuse(hub_on_loopback)
+    with pytest.raises(error, match=message):
+        publish.publish_model(tmp_path, REPO, **options)
+    repos = hub_on_loopback.repos
+    assert not any(repo.commits for repo in repos.values()) and not any("/commit/" in x for x in hub_on_loopback.log)
+    if what in ("public", "not mine", "no Spaces"):  # nor is an empty repository left behind
+        assert REPO not in repos
+
+    repos.clear(), hub_on_loopback.refused.clear()
+    addresses = publish.publish_model(tmp_path, REPO, **options | {"branch": None}).split()
+    assert [address.split("/commit/")[0] for address in addresses] == [
+        f"{hub_on_loopback.url}/{name}" for name in repos
+    ][::-1]
+    assert all(repo.private and len(repo.commits) == 1 for repo in repos.values()) and len(repos) == 2
+
+
+def test_a_space_does_not_show_private_weights(tiny_detector, hub_on_loopback, tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "write_space", lambda folder, *_: folder.mkdir() or (folder / "app.py").write_text(""))
+    tiny_detector.save_pretrained(tmp_path)
+    hub_on_loopback.repos[REPO] = Repo(private=True)
+    with pytest.raises(ValueError, match="its weights would be public in the Space"):
+        publish.publish_model(tmp_path, REPO, token=TOKEN, space=True)
+    assert list(hub_on_loopback.repos) == [REPO] and not hub_on_loopback.repos[REPO].commits
+    hub_on_loopback.repos[f"spaces/{REPO}"] = Repo(private=True)
+    publish.publish_model(tmp_path, REPO, token=TOKEN, space=True)
+
+
 def test_the_organisation_decides_if_nobody_else_does(tiny_detector, hub_on_loopback, tmp_path, monkeypatch):
     """The Hub would take `private=False` for the wish to override the rule that new repositories are private."""
     asked = []

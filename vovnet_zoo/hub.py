@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 import huggingface_hub
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, PyTorchModelHubMixin, constants
+from huggingface_hub.errors import RepositoryNotFoundError
 from torch import Tensor, nn
 
 from .arguments import check_flag, check_kind, check_path
@@ -335,12 +336,25 @@ def create_private(repo_id: str, token: str | None, kind: Literal["model", "spac
     """
     api = huggingface_hub.HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=True, exist_ok=True, **KINDS[kind]).repo_id
-    if not api.repo_info(repo_id, repo_type=kind).private:
-        raise ValueError(
-            f"{repo_id} is there already and public, so nothing was pushed; make it private in its settings, choose "
-            "another name, or leave the wish for a private repository out"
-        )
+    if not is_private(repo_id, token, kind):
+        raise public_error(repo_id, kind)
     return repo_id
+
+
+def is_private(repo_id: str, token: str | None, kind: Literal["model", "space"] = "model") -> bool | None:
+    """Say whether a repository is private; None where there is none that the owner of the token may see."""
+    try:
+        return bool(huggingface_hub.HfApi(token=token).repo_info(repo_id, repo_type=kind).private)
+    except RepositoryNotFoundError:
+        return None
+
+
+def public_error(repo_id: str, kind: str) -> ValueError:
+    """Make the error of a repository that is public, and was to be private."""
+    return ValueError(
+        f"the {kind} {repo_id} is there already and public, so nothing was pushed; make it private in its settings, "
+        "choose another name, or leave the wish for a private repository out"
+    )
 
 
 def model_card(facts: Mapping[str, object], data: ModelCardData) -> ModelCard:

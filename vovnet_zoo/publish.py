@@ -6,9 +6,9 @@ import json
 import re
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import huggingface_hub
 import torch
@@ -58,7 +58,8 @@ def publish_model(
 ) -> str:
     """Check a model, write its card, push both to the Hub, and return the address of the commit.
 
-    With `space`, the address of the Space's commit follows in a second line.
+    With `space`, the address of the Space's commit follows in a second line. What the Hub may refuse about either of
+    the two, it refuses before the first commit.
 
     Args:
         source: the folder of a saved detector or backbone, or a published checkpoint, which is converted first.
@@ -91,11 +92,12 @@ def publish_model(
         if license:
             facts["license"] = license
         card = checked_card(folder, **facts)
-        page = Path(temporary) / "space"
-        if space:  # before anything is pushed
+        parts = [_model_part(folder, card)]
+        if space:
+            page = Path(temporary) / "space"
             write_space(page, folder, repo_id, card.data.to_dict().get("license"))
-        url = push(repo_id, folder, card, **options)
-        return f"{url}\n{push_space(repo_id, page, **options)}" if space else url
+            parts.append(_space_part(page))
+        return "\n".join(_push_parts(repo_id, parts, **options))
 
 
 def convert_file(file: str | Path, out: str | Path, *, part: str = "all", overwrite: bool = False) -> list[str]:
@@ -296,52 +298,82 @@ def push(
     check_path("folder", folder)
     check_kind("card", card, (ModelCard, str), "a ModelCard, or its text")
     check_push(private=private, token=token, branch=branch, create_pr=create_pr)
-    hub.find_files(folder)
-    files: dict[str, Path | bytes] = {
-        hub.CONFIG: Path(folder) / hub.CONFIG,
-        hub.WEIGHTS: Path(folder) / hub.WEIGHTS,
-        hub.CARD: str(card).encode(),
-    }
-    return _commit(repo_id, "model", files, private, token, branch, create_pr)
+    (url,) = _push_parts(
+        repo_id, [_model_part(Path(folder), card)], private=private, token=token, branch=branch, create_pr=create_pr
+    )
+    return url
 
 
-def push_space(
+class Part(NamedTuple):
+    """The files of a part, by name, are one commit in a repository of its kind."""
+
+    kind: Literal["model", "space"]
+    files: Mapping[str, Path | bytes]
+
+
+def _model_part(folder: Path, card: ModelCard | str) -> Part:
+    config, weights = hub.find_files(folder)
+    return Part("model", {hub.CONFIG: config, hub.WEIGHTS: weights, hub.CARD: str(card).encode()})
+
+
+def _space_part(folder: Path) -> Part:
+    """Take all files of a folder that `write_space` wrote."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return Part("space", {path.relative_to(folder).as_posix(): path for path in files})
+
+
+def _push_parts(
     repo_id: str,
-    folder: Path,
+    parts: Sequence[Part],
     *,
     private: bool = False,
     token: str | None = None,
     branch: str | None = None,
     create_pr: bool = False,
-) -> str:
-    """Upload the folder that `write_space` wrote as the Space `repo_id`; the other arguments are those of `push`."""
-    files: dict[str, Path | bytes] = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-    return _commit(repo_id, "space", files, private, token, branch, create_pr)
+) -> list[str]:
+    """Upload each part in one commit, to the repository `repo_id` of its kind, and return the commits' addresses.
 
-
-def _commit(
-    repo_id: str,
-    kind: Literal["model", "space"],
-    files: Mapping[str, Path | bytes],
-    private: bool,
-    token: str | None,
-    branch: str | None,
-    create_pr: bool,
-) -> str:
-    """Make a repository of a kind, if it is not there, and upload files in one commit."""
+    No part is committed if another one would be refused: all repositories are looked at, then made, then asked whether
+    they take the files, and get the large files, before the first commit.
+    """
     api = huggingface_hub.HfApi(token=token)
-    if private:
-        repo_id = hub.create_private(repo_id, token, kind)
-    else:
-        repo_id = api.create_repo(repo_id, exist_ok=True, **hub.KINDS[kind]).repo_id
-    commit = api.create_commit(
-        repo_id,
-        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()],
-        commit_message="Publish with vovnet_zoo",
-        repo_type=kind,
-        revision=branch,
-        create_pr=create_pr,
-    )
-    return commit.commit_url
+    if "/" in repo_id:  # otherwise the full name is known only when a repository was made
+        _check_privacy(repo_id, parts, private, token)
+    # The Space is made first, because it is refused more often: it needs an account that may run it.
+    for part in reversed(parts):
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True, **hub.KINDS[part.kind]).repo_id
+    _check_privacy(repo_id, parts, private, token)
+    additions = {
+        part.kind: [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in part.files.items()]
+        for part in parts
+    }
+    for kind, files in additions.items():
+        api.preupload_lfs_files(repo_id, files, repo_type=kind, revision=branch, create_pr=create_pr, free_memory=False)
+    commits = [
+        api.create_commit(
+            repo_id,
+            files,
+            commit_message="Publish with vovnet_zoo",
+            repo_type=kind,
+            revision=branch,
+            create_pr=create_pr,
+        )
+        for kind, files in additions.items()
+    ]
+    return [commit.commit_url for commit in commits]
+
+
+def _check_privacy(repo_id: str, parts: Sequence[Part], private: bool, token: str | None) -> None:
+    """Refuse to push to what is public and is not to be.
+
+    The Hub itself ignores `private` for a repository that is there. A Space has a copy of the weights.
+    """
+    there = {part.kind: hub.is_private(repo_id, token, part.kind) for part in parts}
+    for kind, is_private in there.items():
+        if private and is_private is False:
+            raise hub.public_error(repo_id, kind)
+    if "space" in there and there["model"] and not (private or there["space"]):
+        raise ValueError(
+            f"the model {repo_id} is private, and its weights would be public in the Space, so nothing was pushed; ask "
+            "for a private Space with private=True (--private), or make the model public in its settings"
+        )
