@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from browsing import open_page
+from browsing import open_page, pale_texts, set_colours
 from simulated import write_data
 
 from vovnet_zoo.evaluation.bootstrap import bootstrap_ap, interval
@@ -174,6 +174,9 @@ def test_page_works_in_a_browser(runs, data, browser, tmp_path, width):
     write_comparison(tmp_path / "page.html", comparison, dataset, found, {"machine": "<b>one</b>"})
     open_page(browser, (tmp_path / "page.html").as_uri(), width)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    for colours in ("dark", "light"):
+        set_colours(browser, colours)
+        assert pale_texts(browser, besides=".open, .stage") == []
 
     def all_of(selector):
         return browser.find_elements("css selector", selector)

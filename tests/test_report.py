@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browsing import open_page
+from browsing import open_page, pale_texts, set_colours
 from launch import train_here
 from PIL import Image
 from simulated import write_data
@@ -89,6 +89,9 @@ def test_page_works_in_a_browser(page, browser, width):
     open_page(browser, path.as_uri(), width)
     assert browser.get_log("browser") == []
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width  # nothing sticks out
+    for colours in ("dark", "light"):
+        set_colours(browser, colours)
+        assert pale_texts(browser, besides=".open, .stage") == []
 
     def all_of(selector):
         return browser.find_elements(By.CSS_SELECTOR, selector)
