@@ -55,14 +55,10 @@ def analyse(
     """
     matches = match(annotations, results, image_ids=image_ids)
     samples, thresholds = bootstrap_ap(matches, resamples), class_thresholds(matches)
-    count = len(matches.images)
     return Analysis(
         matches=matches,
-        ap=ap_interval(samples.overall, matches.metrics["AP"], count),
-        class_ap={
-            name: ap_interval(samples.per_class[:, label], matches.class_metrics[name]["AP"], count)
-            for label, name in enumerate(matches.class_names)
-        },
+        ap=ap_interval(samples.overall),
+        class_ap={name: ap_interval(found) for name, found in zip(matches.class_names, samples.per_class, strict=True)},
         thresholds=thresholds,
         at_thresholds=at_thresholds(matches, thresholds),
         kinds=error_kinds(matches),

@@ -11,7 +11,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from ..data import Annotations
-from .bootstrap import Interval, Samples, ap_interval, bootstrap_ap, interval
+from .bootstrap import Interval, Resampled, ResampledAP, ap_interval, bootstrap_ap, interval
 from .matches import Matches, match
 from .thresholds import Choice, at_thresholds, class_thresholds, is_kept, mistakes
 
@@ -101,34 +101,31 @@ def format_comparison(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _compared(name: str, own: Matches, other: Matches, samples: Samples, first: Samples) -> Compared:
+def _compared(name: str, own: Matches, other: Matches, samples: ResampledAP, first: ResampledAP) -> Compared:
     """Put together what is known of a model, whose own samples are drawn with the images of the first one's."""
-    thresholds, count = class_thresholds(own), len(own.images)
+    thresholds = class_thresholds(own)
     return Compared(
         name=name,
         matches=own,
         thresholds=thresholds,
         at_thresholds=at_thresholds(own, thresholds),
-        ap=ap_interval(samples.overall, own.metrics["AP"], count),
-        difference=_subtract(own.metrics["AP"], other.metrics["AP"], samples.overall, first.overall, count),
+        ap=ap_interval(samples.overall),
+        difference=_subtract(own.metrics["AP"], other.metrics["AP"], samples.overall, first.overall),
         class_differences=[
             _subtract(
                 own.class_metrics[name]["AP"],
                 other.class_metrics[name]["AP"],
-                samples.per_class[:, label],
-                first.per_class[:, label],
-                count,
+                samples.per_class[label],
+                first.per_class[label],
             )
             for label, name in enumerate(own.class_names)
         ],
     )
 
 
-def _subtract(ap: float, first_ap: float, samples: np.ndarray, first: np.ndarray, images: int) -> Difference | None:
-    """Subtract APs and samples [B]; None where nothing is to be found."""
-    if ap < 0:
-        return None
-    return Difference(ap - first_ap, interval(samples - first, ap - first_ap, images))
+def _subtract(ap: float, first_ap: float, samples: Resampled, first: Resampled) -> Difference | None:
+    """Subtract APs; None where nothing is to be found."""
+    return None if ap < 0 else Difference(ap - first_ap, interval(samples.minus(first)))
 
 
 def _signed(difference: Difference | None) -> str:

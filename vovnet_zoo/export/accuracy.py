@@ -94,8 +94,7 @@ class Comparison:
         found = self.detect(detector, range(len(self.dataset)))
         want, got = self.score(self.wanted), self.score(found)
         difference = got.metrics["AP"] - want.metrics["AP"]
-        samples = bootstrap_ap(got).overall - bootstrap_ap(want).overall
-        low, high, confidence = interval(samples, difference, len(self.dataset))
+        low, high, confidence = interval(bootstrap_ap(got).overall.minus(bootstrap_ap(want).overall))
         if not abs(difference) <= bound:
             likeness = [alike(a, b) for a, b in zip(self.wanted, found, strict=True)]
             worst = self.dataset.file_names[min(range(len(found)), key=likeness.__getitem__)]
