@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from run_folder import save_checkpoint
 
 LEAD = 10  # a checkpoint begins when a tenth of its interval is left, so that it is whole at the interval's end
+PAUSE = 4  # after an allocation, pause so many times as long as it took
 
 
 class BackgroundSaver:
@@ -21,9 +23,10 @@ class BackgroundSaver:
     What a killed run loses is at most one interval: where a checkpoint is not whole at the end of its interval, because
     the disk is slow or the interval is shorter than `LEAD` steps, `keep_up` waits for it.
 
-    The copy takes as much memory of the host as a checkpoint takes on the disk, from the first checkpoint to the end of
-    the run. Copies of what is on a GPU are in pinned memory: they are queued behind the work that changed the state and
-    before the work that will, so neither host nor GPU waits for more than the copy itself.
+    The copy takes as much memory of the host as a checkpoint takes on the disk, from the first checkpoint, or the call
+    of `reserve`, to the end of the run. Copies of what is on a GPU are in pinned memory: they are queued behind the work
+    that changed the state and before the work that will, so neither host nor GPU waits for more than the copy itself.
+    Allocating pinned memory takes far longer than the copy, so `reserve` does it before.
 
     torch's own `torch.distributed.checkpoint.async_save` would need a process group in every run, and writes a folder
     of files without hashes.
@@ -41,6 +44,8 @@ class BackgroundSaver:
         self.every, self.seconds = every, None if minutes is None else 60 * minutes
         self._begun = self._whole = (step, time.monotonic())  # the newest checkpoint, and the newest that is whole
         self._copy: dict = {}
+        self.reserved = not active  # whether there is memory for the copy, or soon will be, or none is needed
+        self._hurry = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -53,22 +58,31 @@ class BackgroundSaver:
         """Say whether a checkpoint has to begin after `step` steps."""
         return self._has_passed(self._begun, step, 1 - 1 / LEAD)
 
+    def reserve(self, state: dict) -> None:
+        """Begin to allocate the memory for the copy of `state`, in a thread; `save` allocates what is missing then.
+
+        While pinned memory is allocated, other threads may have to wait before they start kernels, so the thread pauses
+        after each tensor. An error is raised as that of a checkpoint is.
+        """
+        self.wait()
+        self.reserved = True
+        self._start(self._reserve, state)
+
     def save(self, step: int, state: dict) -> None:
         """Begin to save `state` (see `save_checkpoint`); it may change as soon as this returns.
 
-        An error of the checkpoint before is raised.
+        An error of the thread before is raised.
         """
         self.wait()
         self._begun = (step, time.monotonic())
         if not self.active:
             self._whole = self._begun
             return
-        self._copy = copy_state(state, self._copy)
+        self._copy, self.reserved = copy_state(state, self._copy), True
         copied = torch.cuda.Event() if torch.cuda.is_initialized() else None
         if copied is not None:
             copied.record()
-        self._thread = threading.Thread(target=self._write, args=(copied,), name="checkpoint")
-        self._thread.start()
+        self._start(self._write, copied)
 
     def keep_up(self, step: int) -> None:
         """Wait for a checkpoint that should be whole after `step` steps. Its error is raised as soon as it is there."""
@@ -80,6 +94,7 @@ class BackgroundSaver:
         """Wait until the newest checkpoint is whole; an error in writing it is raised, once."""
         if self._thread is None:
             return
+        self._hurry.set()
         self._thread.join()
         self._thread, error, self._error = None, self._error, None
         if error is not None:
@@ -87,14 +102,33 @@ class BackgroundSaver:
 
     close = wait  # for contextlib.closing
 
+    def _start(self, function: Callable, argument: Any) -> None:
+        """Call `function(argument)` in a thread. Its error is kept, and raised where the training can end."""
+
+        def run() -> None:
+            try:
+                function(argument)
+            except Exception as error:
+                self._error = error
+
+        self._hurry.clear()
+        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread.start()
+
     def _write(self, copied: torch.cuda.Event | None) -> None:
-        try:
-            if copied is not None:
-                copied.synchronize()
-            save_checkpoint(self.folder, self._begun[0], self._copy)
-            self._whole = self._begun
-        except Exception as error:  # it is raised where the training can end
-            self._error = error
+        if copied is not None:
+            copied.synchronize()
+        save_checkpoint(self.folder, self._begun[0], self._copy)
+        self._whole = self._begun
+
+    def _reserve(self, state: dict) -> None:
+        def reserve(x: Tensor, _: Any) -> Tensor:
+            began = time.perf_counter()
+            room = room_for(x)
+            self._hurry.wait(PAUSE * (time.perf_counter() - began))  # no pause where somebody waits
+            return room
+
+        self._copy = map_tensors(reserve, state)
 
     def _has_passed(self, since: tuple[int, float], step: int, share: float) -> bool:
         """Say whether a share of the interval has passed since a step and a time."""
@@ -104,20 +138,34 @@ class BackgroundSaver:
         )
 
 
-def copy_state(value: Any, copy: Any = None) -> Any:
+def copy_state(state: Any, copy: Any = None) -> Any:
     """Copy a state (tensors, numbers, strings in dicts and lists) to the host; on a GPU the copies are only queued.
 
     Args:
         copy: an earlier copy, whose tensors are written again where they fit.
     """
-    if isinstance(value, Tensor):
-        if not (isinstance(copy, Tensor) and (copy.shape, copy.dtype) == (value.shape, value.dtype)):
-            copy = torch.empty_like(value, device="cpu", requires_grad=False, pin_memory=value.is_cuda)
-        return copy.copy_(value.detach(), non_blocking=True)
-    if isinstance(value, dict):
-        before = copy if isinstance(copy, dict) else {}
-        return {name: copy_state(item, before.get(name)) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        before = copy if isinstance(copy, (list, tuple)) and len(copy) == len(value) else [None] * len(value)
-        return type(value)(copy_state(item, old) for item, old in zip(value, before, strict=True))
-    return value
+
+    def copied(x: Tensor, room: Any) -> Tensor:
+        if not (isinstance(room, Tensor) and (room.shape, room.dtype) == (x.shape, x.dtype)):
+            room = room_for(x)
+        return room.copy_(x.detach(), non_blocking=True)
+
+    return map_tensors(copied, state, copy)
+
+
+def room_for(x: Tensor) -> Tensor:
+    """Allocate memory of the host for a copy of a tensor, pinned if the tensor is on a GPU."""
+    return torch.empty_like(x, device="cpu", requires_grad=False, pin_memory=x.is_cuda)
+
+
+def map_tensors(function: Callable[[Tensor, Any], Tensor], state: Any, other: Any = None) -> Any:
+    """Replace each tensor x of a state by `function(x, y)`, where y is what `other` has in its place, or None."""
+    if isinstance(state, Tensor):
+        return function(state, other)
+    if isinstance(state, dict):
+        others = other if isinstance(other, dict) else {}
+        return {name: map_tensors(function, x, others.get(name)) for name, x in state.items()}
+    if isinstance(state, (list, tuple)):
+        others = other if isinstance(other, (list, tuple)) and len(other) == len(state) else [None] * len(state)
+        return type(state)(map_tensors(function, x, y) for x, y in zip(state, others, strict=True))
+    return state

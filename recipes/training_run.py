@@ -246,10 +246,15 @@ def are_finite(model: nn.Module) -> bool:
 
 
 def save_if_due(run: Run, stopping: int = 0) -> None:
-    """After a step, begin a checkpoint if its interval or an evaluation is due, or the run is `stopping`."""
+    """After a step, begin a checkpoint if its interval or an evaluation is due, or the run is `stopping`.
+
+    On a GPU, the memory of the checkpoints is reserved as soon as the optimizer has its state.
+    """
     due = run.saver.is_due(run.progress.step) and is_trusted(run)
     if stopping or due or is_due(run.config.eval_every, run):
         save(run)
+    elif run.device.type == "cuda" and run.optimizer.state and not run.saver.reserved:
+        run.saver.reserve(state_of(run))
     run.saver.keep_up(run.progress.step)
 
 
@@ -258,12 +263,14 @@ def save(run: Run) -> None:
     if not is_trusted(run):
         log.warning("not saved after step %d, since the last step was not finite", run.progress.step)
         return
-    state = {}
-    if run.rank == 0:
-        state = {"run": run.identity, "progress": dataclasses.asdict(run.progress)}
-        state |= {name: part.state_dict() for name, part in run.stateful.items()}
-        state |= {"config": dict(run.model_config), "parameters": parameter_names(run)}
-    run.saver.save(run.progress.step, state)
+    run.saver.save(run.progress.step, state_of(run) if run.rank == 0 else {})
+
+
+def state_of(run: Run) -> dict:
+    """Collect what a checkpoint holds."""
+    state = {"run": run.identity, "progress": dataclasses.asdict(run.progress)}
+    state |= {name: part.state_dict() for name, part in run.stateful.items()}
+    return state | {"config": dict(run.model_config), "parameters": parameter_names(run)}
 
 
 def batch_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:

@@ -69,6 +69,54 @@ def test_a_copy_takes_the_memory_of_the_one_before():
     assert third["a"].tolist() == [1, 1] and third["b"] == [] and copy_state(third, None)["a"].tolist() == [1, 1]
 
 
+def test_memory_is_reserved_before_the_first_checkpoint(tmp_path):
+    """The copy has the tensors that were allocated for it; what was not there then, or has another shape, is new."""
+    saver, state = BackgroundSaver(tmp_path, 100, None), {"model": {"a": torch.ones(2), "b": torch.ones(3)}, "n": 1}
+    saver.reserve(state)
+    saver.keep_up(1)
+    saver.wait()
+    room = saver._copy["model"]
+    assert saver.reserved and saver.saved == 0 and saved_steps(tmp_path) == []
+    state = {"model": {"a": torch.zeros(2), "b": torch.zeros(4)}, "optimizer": [torch.arange(3)], "n": 2}
+    saver.save(3, state)
+    saver.close()
+    assert saver._copy["model"]["a"] is room["a"] and saver._copy["model"]["b"] is not room["b"]
+    found = load_checkpoint(tmp_path)
+    assert found["n"] == 2 and found["optimizer"][0].tolist() == [0, 1, 2]
+    assert [x.tolist() for x in found["model"].values()] == [[0] * 2, [0] * 4]
+
+
+def test_a_checkpoint_waits_for_the_memory_but_not_for_its_pauses(tmp_path, monkeypatch):
+    allocate, allocated = saving.room_for, []
+
+    def slow(x):
+        time.sleep(0.01)
+        allocated.append(allocate(x))
+        return allocated[-1]
+
+    monkeypatch.setattr(saving, "room_for", slow)
+    monkeypatch.setattr(saving, "PAUSE", 1e5)  # seconds of pause after each
+    saver, state = BackgroundSaver(tmp_path, None, None), {name: torch.ones(1) for name in "abc"}
+    saver.reserve(state)
+    saver.save(1, state)
+    saver.close()
+    assert len(allocated) == 3 and saver.saved == 1 and saver._copy["c"] is allocated[2]
+
+
+def test_an_error_in_reserving_is_raised_once(tmp_path, monkeypatch):
+    def fail(x):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(saving, "room_for", fail)
+    saver = BackgroundSaver(tmp_path, None, None)
+    saver.reserve({"a": torch.ones(1)})
+    with pytest.raises(RuntimeError, match="out of memory"):
+        for step in range(1000):
+            time.sleep(0.01)
+            saver.keep_up(step)
+    saver.close()
+
+
 @pytest.mark.parametrize("unit", ["steps", "minutes"])
 def test_a_whole_checkpoint_is_never_older_than_the_interval(tmp_path, gate, monkeypatch, unit):
     """It begins a tenth earlier, and is waited for at the end of the interval, not before."""
