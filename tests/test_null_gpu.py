@@ -18,17 +18,20 @@ from step_work import count_work
 # Count from one batch to the next, after the number of steps in the variable STEPS.
 COUNT = """
 import contextlib, functools, os, sys
-import nullgpu
+import nullgpu, torch
 import train_coco
 from presets import parse
 
 stack, next_parts, steps = contextlib.ExitStack(), train_coco.next_parts, int(os.environ["STEPS"])
+sizes, graphs = set(), []
 
 def counted(run, step, batches):
     global seen
     if step == steps:
         stack.close()
     parts = next_parts(run, step, batches)
+    sizes.add(tuple(parts[0]["images"].shape[-2:]))
+    graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     if step == steps - 1:
         seen = stack.enter_context(nullgpu.count())
     return parts
@@ -38,6 +41,7 @@ train_coco.compile_step = functools.partial(train_coco.compile_step, backend=os.
 train_coco.score_if_due = train_coco.summarize = lambda *rest: None
 train_coco.main(parse(sys.argv[1:]))
 print(f"waits {seen.syncs}, kernels {seen.launches},", seen)
+print(f"graphs {graphs[1]} at first and {graphs[-1]} for {len(sizes)} sizes")
 """
 
 
@@ -66,6 +70,7 @@ def count_step(launcher: str, data: Path, out: Path, options: str, steps: int = 
     """Train a tiny detector, and count what the step after `steps` steps does."""
     line = ["finetune", "--data", data, "--out", out, *TINY.split(), "--workers", "0", "--batch-size", "4"]
     line += ["--device", "cuda", "--steps", str(steps + 1), *options.split()]
+    line += ["--checkpoint-minutes", "1000", "--eval-every", "1000"]  # a checkpoint would be counted too
     return run_null(launcher, COUNT, *line, STEPS=str(steps), **environment)
 
 
@@ -76,7 +81,7 @@ def test_a_step_waits_for_the_gpu_once(tiny_coco, tmp_path, launcher, variant):
 
 def test_a_plan_counts_the_kernels_of_a_step(tiny_coco, tmp_path, launcher):
     launched = int(re.search(r"kernels (\d+),", count_step(launcher, tiny_coco, tmp_path / "run", ""))[1])
-    work = count_work(parse(["finetune", *TINY.split()]))
+    work = count_work(parse(["finetune", *TINY.split(), "--batch-size", "4"]))
     assert work.launches == pytest.approx(launched, rel=0.1)
 
 
@@ -84,9 +89,13 @@ def test_a_plan_counts_the_kernels_of_a_step(tiny_coco, tmp_path, launcher):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("variant", ["published", "improved"])
 def test_a_compiled_step_waits_for_the_gpu_once(tiny_coco, tmp_path, launcher, variant, backend):
-    """Its graphs have the same operations with both backends; inductor takes minutes to make kernels of them."""
-    options = f"--variant {variant} --compile"
-    assert "waits 1," in count_step(launcher, tiny_coco, tmp_path / "run", options, steps=6, BACKEND=backend)
+    """Its graphs have the same operations with both backends; inductor takes minutes to make kernels of them. The
+    first step compiles for all sizes."""
+    options = f"--variant {variant} --compile --min-size 160 256 --max-size 512 --test-size 256"
+    printed = count_step(launcher, tiny_coco, tmp_path / "run", options, steps=6, BACKEND=backend)
+    assert "waits 1," in printed
+    first, last, sizes = map(int, re.search(r"graphs (\d+) at first and (\d+) for (\d+) sizes", printed).groups())
+    assert first == last > 5 and sizes > 2, printed
 
 
 def test_an_evaluation_waits_once_for_a_batch(tiny_coco, launcher):
@@ -130,6 +139,35 @@ print(saver.saved, saver._copy["w"][0].is_pinned(), saver._copy["step"].is_pinne
 """
     printed = run_null(launcher, code, tmp_path / "run").splitlines()
     assert printed == ["waits 0 pageable 0 copies 2"] * 2 + ["2 True False"]
+
+
+def test_memory_of_checkpoints_is_there_before_the_first(tiny_coco, tmp_path, launcher):
+    """A training allocates pinned memory for its state after the first step, and none in the checkpoint."""
+    code = """
+import sys
+import saving, torch, train_coco
+from presets import parse
+
+save, pinned = saving.BackgroundSaver.save, []
+
+def tensors(state):
+    return [x for part in state.values() for x in tensors(part)] if isinstance(state, dict) else [state]
+
+def counted(saver, step, state):
+    saver.wait()
+    before = [x for x in tensors(saver._copy) if isinstance(x, torch.Tensor) and x.is_pinned()]
+    save(saver, step, state)
+    saver.wait()
+    after = [x for x in tensors(saver._copy) if isinstance(x, torch.Tensor) and x.is_pinned()]
+    print("step", step, len(after) > 100, [x.data_ptr() for x in before] == [x.data_ptr() for x in after])
+
+saving.BackgroundSaver.save = counted
+train_coco.score_if_due = train_coco.summarize = lambda *rest: None
+train_coco.main(parse(sys.argv[1:]))
+"""
+    line = ["finetune", "--data", tiny_coco, "--out", tmp_path / "run", *TINY.split(), "--workers", "0"]
+    line += ["--device", "cuda", "--batch-size", "4", "--steps", "3", "--eval-every", "3"]
+    assert "step 3 True True" in run_null(launcher, code, *line).splitlines()
 
 
 @pytest.mark.parametrize("optimizer", ["Muon", "BatchedMuon"])
