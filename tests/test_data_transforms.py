@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from samples import make_sample, plain
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
 from vovnet_zoo.data.annotations import coco_to_xyxy
 from vovnet_zoo.data.images import read_image
@@ -87,8 +88,9 @@ def test_boxes_follow_the_pixels(augment):
             seen += 1
             found = torch.cat([white.amin(0).flip(0), white.amax(0).flip(0) + 1])
             assert (found - boxes[0]).abs().max() <= 1.5
-        else:
-            assert len(white) <= 2 * max(height, width)
+        else:  # a sliver, below a quarter of the rectangle at the size that it has here
+            scale = max(height / 120, width / 160) * (2 if augment == "jitter_crop" else 1)
+            assert len(white) <= 0.26 * 60 * 40 * scale**2
     assert seen > 30 and len(shapes) > 20
 
 
@@ -100,6 +102,24 @@ def test_jitter_crop_stays_within_the_target_size():
         sizes.append(image.shape[-2:])
     assert max(sizes) == (100, 133) and (50, 67) <= min(sizes) < (60, 80)
     assert 30 < sizes.count((100, 133)) < 70  # log-uniform: half the time a window is enlarged
+
+
+def test_slivers_of_boxes_are_left_out():
+    """A crop keeps a box of which a quarter is left, and changes none that is whole in it."""
+    window = {"top": 0, "left": 50, "height": 50, "width": 50, "size": [100, 100]}
+    crop = RandomScaleCrop((100, 100), 100, (0.5, 2.0))
+    boxes = [(40, 10, 80, 20), (20, 0, 60, 10), (19, 0, 60, 10), (60, 40, 70, 79), (60, 40, 70, 81), (0, 0, 50, 50)]
+    _, target = make_sample(100, 100, boxes)
+    cut = crop.transform(target["boxes"], window)
+    assert cut.canvas_size == (100, 100) and cut.tolist() == [
+        [0, 20, 60, 40], [0, 0, 20, 20], [0] * 4, [20, 80, 40, 100], [0] * 4, [0] * 4
+    ]  # fmt: skip
+    rng = np.random.default_rng(0)
+    low = rng.uniform((50, 0), (90, 40), size=(200, 2))
+    inside = np.concatenate([low, low + rng.uniform(1e-3, 10, size=(200, 2))], axis=1)
+    assert (inside[:, 2] <= 100).all() and (inside[:, 3] <= 50).all()
+    _, target = make_sample(100, 100, inside.tolist())
+    assert torch.equal(crop.transform(target["boxes"], window), F.resized_crop(target["boxes"], **window))
 
 
 def test_flip_probability_and_range():

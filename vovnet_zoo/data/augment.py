@@ -18,12 +18,10 @@ from torchvision.transforms import v2
 from ..arguments import check_number
 from ..config import Augmentation, Resize
 from .dataset import CocoDataset
-from .transforms import photometric, randint, train_transforms
+from .transforms import VISIBLE, Window, photometric, randint, shares_inside, train_transforms
 
 Sample = tuple[tv_tensors.Image, dict]
-Box = tuple[int, int, int, int]  # x1, y1, x2, y2 in whole pixels
 
-VISIBLE = 0.25  # a box is left out if less of its area is left
 COVERED = 0.3  # a pasted object covers no more of a box
 PLACES = 10  # places that are tried for a pasted object
 MOST_PASTED = 4  # objects
@@ -128,7 +126,7 @@ def paste_objects(sample: Sample, other: Sample, label: int) -> Sample:
             continue
         for _ in range(PLACES):
             x, y = randint(0, width - w), randint(0, height - h)
-            if (covered_shares(found, (x, y, x + w, y + h)) <= COVERED).all():
+            if (shares_inside(found, (x, y, x + w, y + h)) <= COVERED).all():
                 paste(image, source, (x1, y1, x2, y2), (x, y))
                 found = trim_boxes(found, (x, y, x + w, y + h))
                 inside, of_inside = crop_boxes(boxes, labels, (x1, y1, x2, y2), (x, y))
@@ -183,7 +181,7 @@ def blend(sample: Sample, other: Sample) -> Sample:
 # ---- boxes and pixels -----------------------------------------------------------------------------------------------
 
 
-def crop_boxes(boxes: Tensor, labels: Tensor, window: Box, at: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
+def crop_boxes(boxes: Tensor, labels: Tensor, window: Window, at: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
     """Clip boxes [N,4] to a window whose upper left corner moves to `at` (x, y).
 
     A box stays if a quarter of its area, and a pixel of its width and height, are left.
@@ -195,12 +193,11 @@ def crop_boxes(boxes: Tensor, labels: Tensor, window: Box, at: tuple[int, int] =
     x1, y1, x2, y2 = window
     low, high = boxes.new_tensor([x1, y1, x1, y1]), boxes.new_tensor([x2, y2, x2, y2])
     clipped = boxes.clamp(low, high)
-    sides = clipped[:, 2:] - clipped[:, :2]
-    keep = (sides.prod(1) >= VISIBLE * areas(boxes)) & (sides >= 1).all(1)
+    keep = (shares_inside(boxes, window) >= VISIBLE) & (clipped[:, 2:] - clipped[:, :2] >= 1).all(1)
     return (clipped + boxes.new_tensor([*at, *at]) - low)[keep], labels[keep]
 
 
-def trim_boxes(boxes: Tensor, cover: Box) -> Tensor:
+def trim_boxes(boxes: Tensor, cover: Window) -> Tensor:
     """Shorten the boxes [N,4] of which `cover` hides a whole side, so that they are around what can be seen."""
     x1, y1, x2, y2 = boxes.unbind(1)
     left, top, right, bottom = cover
@@ -214,19 +211,7 @@ def trim_boxes(boxes: Tensor, cover: Box) -> Tensor:
     return torch.stack(trimmed, dim=1)
 
 
-def covered_shares(boxes: Tensor, cover: Box) -> Tensor:
-    """Compute the share of each box's area [N] that a rectangle covers."""
-    low, high = boxes.new_tensor(cover).split(2)
-    sides = torch.minimum(boxes[:, 2:], high) - torch.maximum(boxes[:, :2], low)
-    return sides.clamp(min=0).prod(1) / areas(boxes)
-
-
-def areas(boxes: Tensor) -> Tensor:
-    """Compute the areas [N] of boxes [N,4] xyxy."""
-    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
-
-
-def paste(image: Tensor, source: Tensor, box: Box, at: tuple[int, int]) -> None:
+def paste(image: Tensor, source: Tensor, box: Window, at: tuple[int, int]) -> None:
     """Copy the pixels of a box from `source` [3,h,w] to `image` [3,H,W], the box's corner to `at` (x, y).
 
     The pixels around the box, as far as both images have them, fade into the image.

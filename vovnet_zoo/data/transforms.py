@@ -16,6 +16,9 @@ from torchvision.transforms.v2 import functional as F
 from ..arguments import check_number
 from ..config import Resize
 
+VISIBLE = 0.25  # a box that a crop cuts is left out if less of its area is left
+Window = tuple[int, int, int, int]  # x1, y1, x2, y2 in whole pixels
+
 
 def train_transforms(
     min_size: tuple[int, int] = (640, 800),
@@ -112,8 +115,8 @@ class RandomScaleCrop(v2.Transform):
     """Zoom by a random factor around the size that `RandomShortestSide` gives, and crop to at most that size.
 
     The factor is log-uniform in the range `scale`. With a factor above 1, a random window is cut out and enlarged; with
-    a factor below 1, the whole image becomes smaller. A box outside the window becomes empty, so that
-    `ClampBoundingBoxes` and `SanitizeBoundingBoxes` must follow.
+    a factor below 1, the whole image becomes smaller. A box that the window cuts is clipped; if less than a quarter of
+    its area is left, it becomes empty, so that `ClampBoundingBoxes` and `SanitizeBoundingBoxes` must follow.
     """
 
     def __init__(
@@ -140,7 +143,13 @@ class RandomScaleCrop(v2.Transform):
         }
 
     def transform(self, inpt: Any, params: dict) -> Any:
-        return F.resized_crop(inpt, **params, antialias=self.resize == "antialias")
+        cut = F.resized_crop(inpt, **params, antialias=self.resize == "antialias")
+        if isinstance(inpt, tv_tensors.BoundingBoxes):
+            x, y = params["left"], params["top"]
+            window = (x, y, x + params["width"], y + params["height"])
+            hidden = shares_inside(inpt.as_subclass(Tensor), window) < VISIBLE
+            return tv_tensors.wrap(cut.as_subclass(Tensor).masked_fill(hidden[:, None], 0), like=cut)
+        return cut
 
 
 class _RandomPlusOneFlip(v2.RandomHorizontalFlip):
@@ -185,6 +194,17 @@ def resize_image(image: Tensor, size: tuple[int, int], resize: Resize = "antiali
     if resize == "antialias":
         return F.resize(image, list(size), antialias=True)
     return F.resize(image.float(), list(size), antialias=False)
+
+
+def shares_inside(boxes: Tensor, window: Window) -> Tensor:
+    """Compute the share of each box's area [N] that lies in a window: exactly 1 for a box that is whole in it.
+
+    Args:
+        boxes: [N,4] xyxy in pixels, wider and higher than 0.
+    """
+    low, high = boxes.new_tensor(window).split(2)
+    sides = torch.minimum(boxes[:, 2:], high) - torch.maximum(boxes[:, :2], low)
+    return sides.clamp(min=0).prod(1) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
 def hflip_boxes(boxes: Tensor, width: int, plus_one: bool = False) -> Tensor:
