@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,10 +17,10 @@ from runtime import StopSignal, barrier, log
 from vovnet_zoo import FCOS, create_detector
 from vovnet_zoo.backbone import create_backbone
 from vovnet_zoo.config import (
+    DEFAULT_VARIANT,
     DEFAULTS,
     THRESHOLDS,
     VARIANTS,
-    Augmentation,
     DetectorConfig,
     DetectorOptions,
     Resize,
@@ -107,21 +106,9 @@ def build_datasets(
 ) -> tuple[CocoDataset, CocoDataset]:
     """Open the training and the validation set; `ValueError` where they do not fit each other.
 
-    Boxes follow the published pixel convention with `plus_one`, and images are resized by the rule `resize`. A run that
-    goes on knows its classes (`known`).
-
-    Args:
-        places: from `find_splits`.
+    Arguments as for `build_train_set`, but the places of both, from `find_splits`.
     """
-    train_set = CocoDataset(
-        *places["train"],
-        drop_empty=config.drop_empty,
-        plus_one=plus_one,
-        skip_bad_images=config.skip_bad_images,
-        known_classes=known,
-    )
-    augmentation = {field.name: getattr(config, field.name) for field in dataclasses.fields(Augmentation)}
-    augment_training(train_set, Augmentation(**augmentation), resize)
+    train_set = build_train_set(config, places["train"], plus_one, resize, known)
     val_set = CocoDataset(
         *places["val"],
         plus_one=plus_one,
@@ -132,16 +119,46 @@ def build_datasets(
     return train_set, val_set
 
 
-def find_splits(config: TrainConfig, rank: int) -> dict[str, tuple[Path, Source]]:
-    """Find the images and annotations of "train" and "val", changed as the configuration says, or draw them."""
+def build_train_set(
+    config: TrainConfig, place: tuple[Path, Source], plus_one: bool, resize: Resize, known: Sequence[str] = ()
+) -> CocoDataset:
+    """Open the training set, which augments its images as the configuration says.
+
+    Boxes follow the published pixel convention with `plus_one`, and images are resized by the rule `resize`. A run that
+    goes on knows its classes (`known`).
+    """
+    train_set = CocoDataset(
+        *place,
+        drop_empty=config.drop_empty,
+        plus_one=plus_one,
+        skip_bad_images=config.skip_bad_images,
+        known_classes=known,
+    )
+    augment_training(train_set, config, resize)
+    return train_set
+
+
+def conventions_of(config: TrainConfig, start: FCOS | None, known: DetectorConfig | None = None) -> dict[str, Any]:
+    """Return the conventions of a run: those of the checkpoint that it goes on from, of `start`, or of its variant."""
+    return {**DEFAULTS, **(known or (start.config if start else VARIANTS[config.variant or DEFAULT_VARIANT]))}
+
+
+def find_splits(
+    config: TrainConfig, rank: int, splits: Sequence[str] = ("train", "val")
+) -> dict[str, tuple[Path, Source]]:
+    """Find the images and annotations of "train" and "val", changed as the configuration says, or draw them.
+
+    Args:
+        splits: those that are looked for; "train" is one of them.
+    """
     if config.draw_shapes:
         if rank == 0:
             make_shapes(config.data)
         barrier()
     files = {"train": (config.train, config.train_images), "val": (config.val, config.val_images)}
     if config.val_fraction is None:
-        found = [choose_split(config.data, split, *files[split]) for split in files]
-        places = {split: (x.folder, x.source) for split, x in zip(files, found, strict=True)}
+        found = [choose_split(config.data, split, *files[split]) for split in splits]
+        places = {split: (x.folder, x.source) for split, x in zip(splits, found, strict=True)}
     else:
         found = [choose_whole(config.data, *files["train"])]
         if rank > 0:  # rank 0 writes the two parts
@@ -263,6 +280,23 @@ def prepare_blocks(model: nn.Module, config: Any, device: torch.device) -> None:
             use_winograd(model)
 
 
+def build_sampler(
+    config: TrainConfig, dataset: CocoDataset, start_step: int = 0, rank: int = 0, world_size: int = 1
+) -> TrainSampler:
+    """Create the sampler that chooses this process's images of each step from `start_step` on."""
+    return TrainSampler(
+        dataset.aspect_ratios,
+        config.batch_size,
+        num_steps=config.steps,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        start_step=start_step,
+        factors=repeat_factors(dataset, config.repeat_rare) if config.repeat_rare else None,
+        late_from=round(config.augment_until * config.steps) if config.augment_until < 1 else None,
+    )
+
+
 def build_loader(
     config: TrainConfig,
     dataset: CocoDataset,
@@ -276,17 +310,7 @@ def build_loader(
 
     An item of the loader is a list of `config.accum` dicts, see `vovnet_zoo.data.collate`.
     """
-    sampler = TrainSampler(
-        dataset.aspect_ratios,
-        config.batch_size,
-        num_steps=config.steps,
-        seed=config.seed,
-        rank=rank,
-        world_size=world_size,
-        start_step=start_step,
-        factors=repeat_factors(dataset, config.repeat_rare) if config.repeat_rare else None,
-        late_from=round(config.augment_until * config.steps) if config.augment_until < 1 else None,
-    )
+    sampler = build_sampler(config, dataset, start_step, rank, world_size)
     return Batches(
         dataset,
         workers=config.workers,

@@ -21,11 +21,9 @@ from runtime import all_reduce
 from trial import GpuMemory, Trial, blank_batch, largest_input
 from vovnet_zoo.data import CocoDataset, Source
 from vovnet_zoo.data.index import open_index
+from vovnet_zoo.data.sizes import LEAST_SIZE, Sizes, fit_sizes
 from vovnet_zoo.kernels.winograd import has_amx
 
-LEAST_SIZE = 320  # pixels of the shorter side: enough for most sets, and trained on a CPU in minutes
-MOST_SIZE = {"cpu": 640, "cuda": 800}  # on a CPU, 640 takes four times as long as 320; 800 is the published size
-VISIBLE = 16  # pixels: a box covers two by two locations of the finest map, whose stride is 8
 LEAST_BATCH, MOST_BATCH = 4, 16  # 16 is the batch of the published schedules
 MOST_STEPS = {"cpu": 6000, "cuda": 90_000}  # about 3 hours on 2 cores; the published schedule of COCO
 MOST_WORKERS = {"cpu": 4, "cuda": 8}  # on a CPU, the network needs the cores
@@ -49,38 +47,18 @@ def kept(config: TrainConfig, saved: Mapping[str, str]) -> TrainConfig:
     return dataclasses.replace(config, **{name: ast.literal_eval(text) for name, text in values.items()})
 
 
-def fit_size(config: TrainConfig, source: Source, device: torch.device) -> Chosen:
-    """Choose the sizes of images, so that nine of ten boxes are larger than `VISIBLE` pixels."""
-    size, why = config.test_size, []
-    if size is None:
+def fit_size(config: TrainConfig, source: Source | None, device: torch.device) -> Chosen:
+    """Choose the sizes of images that are open by the boxes of `source`, see `fit_sizes`."""
+    boxes = sizes = np.zeros((0, 4))
+    if config.test_size is None:
         index = open_index(source)
         owners, _, boxes, _ = index.usable_boxes([category["id"] for category in index.categories])
-        size, reason = size_for(boxes, index.sizes[owners], MOST_SIZE.get(device.type, LEAST_SIZE))
-        if config.max_size is not None and size > config.max_size:
-            size, reason = config.max_size, "as --max-size says"
-        why = [f"images of {size} px, {reason}"]
-    high = min(size * 11 // 10, config.max_size or size * 2)
-    low, high = config.min_size or (min(size * 9 // 10, high), high)
-    most = config.max_size or max(2 * size, high)
-    config = dataclasses.replace(config, test_size=size, min_size=(low, high), max_size=most)
+        sizes = index.sizes[owners]
+    known = {name: getattr(config, name) for name in Sizes._fields}
+    found, reason = fit_sizes(boxes, sizes, device.type, **known)
+    config = dataclasses.replace(config, **found._asdict())
     check_sizes(config)
-    return config, why
-
-
-def size_for(boxes: np.ndarray, sizes: np.ndarray, most: int) -> tuple[int, str]:
-    """Return the shorter side for boxes [A,4] xyxy in images of `sizes` [A,2], and why it is so."""
-    if not len(boxes):
-        return LEAST_SIZE, "as no image has a box"
-    short, long = np.sort(sizes, axis=1).T
-    scale = np.minimum(LEAST_SIZE / short, 2 * LEAST_SIZE / long)
-    small = float(np.percentile(np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)) * scale, 10))
-    own = 32 * math.ceil(float(np.median(short)) / 32)  # larger images would not show more
-    wanted = 32 * math.ceil(LEAST_SIZE * VISIBLE / small / 32 - 1e-3)
-    size = max(LEAST_SIZE, min(wanted, own, most))
-    reason = f"where nine of ten boxes are larger than {small * size / LEAST_SIZE:.0f} px (to be found well, {VISIBLE})"
-    return size, reason + (
-        f", in {(size / LEAST_SIZE) ** 2:.1f} times the time of {LEAST_SIZE} px" if size > LEAST_SIZE else ""
-    )
+    return config, [f"images of {found.test_size} px, {reason}"] if reason else []
 
 
 def fit_precision(config: TrainConfig, device: torch.device) -> Chosen:
@@ -124,12 +102,17 @@ def fit_plan(config: TrainConfig, num_images: int, device: torch.device) -> Trai
     config, _ = fit_size(dataclasses.replace(config, test_size=config.test_size or LEAST_SIZE), None, device)
     config, _ = fit_precision(config, device)
     config, _ = fit_workers(config, device)
+    config = fit_length(config, num_images, device)
+    return fit_rest(config, fit, num_val=0)
+
+
+def fit_length(config: TrainConfig, num_images: int, device: torch.device) -> TrainConfig:
+    """Choose batch and steps without a trial: for a GPU with enough memory, and not by --minutes."""
     if config.batch_size is None:
         config = dataclasses.replace(
             config, batch_size=MOST_BATCH if device.type == "cuda" else batch_for(count_cores())
         )
-    config, _ = fit_steps(config, num_images, device, fit)
-    return fit_rest(config, fit, num_val=0)
+    return fit_steps(config, num_images, device, FIT_PRETRAINED if config.pretrained_backbone else FIT)[0]
 
 
 def fit_rest(config: TrainConfig, fit: Fit, num_val: int) -> TrainConfig:

@@ -56,20 +56,23 @@ FIRST = "first"
 
 
 def group_fields(kind: type, first: Sequence[str], sections: Mapping[str, str]) -> dict[str, list[str]]:
-    """Sort the names of a dataclass's fields into groups."""
-    groups, title = {FIRST: list(first)}, FIRST
+    """Sort the names of a dataclass's fields into groups, which are in the order of `sections`."""
+    groups, title = {FIRST: list(first), **{title: [] for title in sections.values()}}, FIRST
     for name in (field.name for field in fields(kind)):
         title = sections.get(name, title)
         if name not in first:
-            groups.setdefault(title, []).append(name)
+            groups[title].append(name)
     return groups
 
 
 def read_docs(kind: type) -> dict[str, str]:
-    """Read the docstring below each field in the source of a dataclass."""
-    body: list[Any] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
-    return {
-        field.target.id: " ".join(doc.value.value.split())
-        for field, doc in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
-    }
+    """Read the docstring below each field in the source of a dataclass, and of those that it inherits from."""
+    docs = {}
+    for part in reversed(kind.__mro__[:-1]):  # without `object`
+        body: list[Any] = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body
+        docs |= {
+            field.target.id: " ".join(doc.value.value.split())
+            for field, doc in itertools.pairwise(body)
+            if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
+        }
+    return docs

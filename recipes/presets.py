@@ -12,14 +12,15 @@ from typing import Any, Literal, NamedTuple
 from grouping import parse_grouped
 from options import Range, check_options
 from vovnet_zoo.config import RANGES as MODEL_RANGES
-from vovnet_zoo.config import VARIANTS, VariantName
+from vovnet_zoo.config import VARIANTS, Augmentation, VariantName
 from vovnet_zoo.ledger import DETECTORS
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run is configured by these fields. Sizes are in pixels; a step is one update of the weights.
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Augmentation):
+    """A training run is configured by these fields, and by those of `vovnet_zoo.config.Augmentation`.
 
+    Sizes are in pixels; a step is one update of the weights.
     Of the options in `FITTED`, those that are None are chosen to fit the data and the machine, see `fitting`.
     """
 
@@ -67,28 +68,12 @@ class TrainConfig:
     """Keep the backbone's batch norms fixed; recommended with pretrained weights and few images per device. Those that
     are fixed in --init stay so."""
 
-    min_size: tuple[int, int] | None = (640, 800)
+    min_size: tuple[int, int] | None = Augmentation.min_size
     """Range of the shorter side in training; None: within a tenth of --test-size."""
-    max_size: int | None = 1333
+    max_size: int | None = Augmentation.max_size
     """Limit of the longer side; None: twice --test-size."""
     test_size: int | None = 800
     """Shorter side in evaluation; it is saved with the model. None: the smaller the boxes, the larger."""
-    augment: Literal["none", "flip", "jitter_crop"] = "flip"
-    """Augmentation in training: none, mirroring, or mirroring with zooming and cropping."""
-    zoom: tuple[float, float] = (0.5, 2.0)
-    """Range of the zoom of jitter_crop."""
-    copy_paste: float = 0.0
-    """Probability that an image gets objects of another image; each class is as likely to be pasted."""
-    mosaic: float = 0.0
-    """Probability that an image becomes a mosaic, in which four images meet at a random point."""
-    mixup: float = 0.0
-    """Probability that an image is blended with another, about half and half."""
-    color: float = 0.0
-    """Largest relative change of brightness, contrast and saturation."""
-    blur: float = 0.0
-    """Probability of a slight blur."""
-    jpeg: float = 0.0
-    """Probability of a JPEG compression, of a quality of 30 to 90."""
     augment_until: float = 1.0
     """Share of the steps after which images are only resized, and mirrored unless --augment is none."""
     repeat_rare: float = 0.0
@@ -182,7 +167,7 @@ FIRST_OPTIONS = ("data", "out", "init", "epochs", "batch_size")
 SECTIONS = {
     "train": "data",
     "model": "network",
-    "min_size": "image",
+    **dict.fromkeys(("min_size", "test_size"), "image"),
     "batch_size": "batch",
     "steps": "schedule",
     "optimizer": "optimizer",

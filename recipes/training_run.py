@@ -18,6 +18,7 @@ from build import (
     check_batch,
     check_start,
     check_weights,
+    conventions_of,
     find_splits,
     load_start,
     prepare_for_training,
@@ -32,7 +33,6 @@ from runtime import broadcast_weights, log
 from saving import BackgroundSaver
 from trial import Trial
 from vovnet_zoo import FCOSLoss
-from vovnet_zoo.config import DEFAULT_VARIANT, DEFAULTS, VARIANTS
 from vovnet_zoo.data import CocoDataset
 
 
@@ -98,7 +98,7 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     start = None if known else load_start(config)
     if known and config.init is not None:
         check_start(config, known)
-    conventions = {**DEFAULTS, **(known or (start.config if start else VARIANTS[config.variant or DEFAULT_VARIANT]))}
+    conventions = conventions_of(config, start, known)
     plus_one, resize = conventions["plus_one"], conventions["resize"]
     known_classes = known["class_names"] or () if known else ()
     places = find_splits(config, rank)

@@ -1,6 +1,5 @@
 """These tests run the command line in this process, and look at its files and its errors."""
 
-import dataclasses
 import json
 import sys
 
@@ -15,8 +14,6 @@ from PIL import Image
 import vovnet_zoo
 from vovnet_zoo import FCOS, cli, hub, results
 from vovnet_zoo import weights as published
-from vovnet_zoo.config import Augmentation
-from vovnet_zoo.draw import class_colour
 from vovnet_zoo.predict_files import unique
 from vovnet_zoo.vovnet import VovNetV2
 
@@ -136,8 +133,6 @@ def test_predict_uses_the_models_score_threshold(run, folder, images, tmp_path):
             "vovnet-zoo: no weights of 'fcos_vovnet39_fpn' can",
         ),
         ("check-data nowhere", 2, "vovnet-zoo: no such file or folder: nowhere"),
-        ("show-data nowhere", 2, "vovnet-zoo: no such file or folder: nowhere"),
-        ("show-data . --preset best", 2, "--preset best: give one of quickstart"),
         ("convert nowhere.pth OUT", 2, "vovnet-zoo: no such file or folder: nowhere.pth"),
         ("publish nowhere someone/model", 2, "vovnet-zoo: no such file or folder: nowhere"),
         ("publish README.md someone/model --run nowhere", 2, "vovnet-zoo: no such file or folder: nowhere"),
@@ -274,40 +269,6 @@ def test_check_and_convert_data_of_other_formats(tmp_path, monkeypatch, capsys):
     for wrong in ([], named[:3], ["--val", named[1]], [tmp_path / "one", "--val-fraction", "2"]):
         status, printed = run("check-data", *wrong)
         assert status in (1, 2) and "Traceback" not in printed.err
-
-
-def test_show_data(run, tiny_coco, tmp_path, monkeypatch):
-    """A sheet of 16 samples with boxes, drawn anew as often as one likes, and over no other file."""
-    monkeypatch.chdir(tmp_path)
-    small = ["--min-size", "64", "64", "--max-size", "100", "--augment", "flip"]
-    status, out, err = run("show-data", tiny_coco, "--preset", "finetune", *small)
-    assert status == 0 and "samples.png: 16 samples of 8 images, as finetune sees them" in out, err
-    with Image.open("samples.png") as sheet:  # images of 80x64 are shown five times as large, of 64x64 six times
-        assert sheet.size == (4 * (400 + 8) - 8, 4 * (384 + 8) - 8) and sheet.format == "PNG"
-        sheet.load()
-    red = sum(count for count, colour in sheet.getcolors(10**6) if colour == class_colour(0))
-    assert red > 500  # the frames of boxes
-    assert run("show-data", tiny_coco, *small, "--count", "4", "--mosaic", "1", "--seed", "3")[0] == 0
-    assert max(Image.open("samples.png").size) <= 2 * (400 + 8) - 8
-    Image.new("RGB", (8, 8)).save("photo.png")
-    for wrong, message in (
-        (["--out", "photo.png"], "photo.png is there already"),
-        (["--out", "photo.jpg"], "photo.jpg: give a name that ends with .png"),
-        (["--preset", "nosuch"], "--preset nosuch: give one of quickstart, finetune"),
-        (["--mosaic", "2"], "mosaic=2.0"),
-        (["--zoom", "0.5", "2"], "--zoom: only --augment jitter_crop"),
-        (["--count", "0"], "count=0"),
-        (["--seed", "-1"], "seed=-1"),
-        (["--train-images", "nowhere"], "nowhere"),
-    ):
-        status, out, err = run("show-data", tiny_coco, *small, *wrong)
-        assert status == 2 and message in err and "Traceback" not in err
-    assert Image.open("photo.png").size == (8, 8) and run("show-data")[0] == 2
-
-
-def test_show_data_has_the_options_of_a_training():
-    names = {field.name for field in dataclasses.fields(Augmentation)}
-    assert names | {"root", "preset", "out", "train", "train_images", "count", "seed"} == set(vars(cli.ShowData()))
 
 
 def test_check_data(tiny_coco, tmp_path, monkeypatch, capsys):

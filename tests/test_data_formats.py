@@ -64,7 +64,7 @@ LINES = {
     "beyond the image": ("0 0.0 0.5 0.5 0.5", [[0, 15, 20, 45]], {"box clipped to the image": 1}),
     "no such class": ("2 0.5 0.5 0.5 0.5", [], {"unknown category_id": 1}),
     "no numbers": ("0 a b c d", [], {"unknown category_id": 1}),
-    "a confidence too many": ("0 0.5 0.5 0.5 0.5 0.9", [], {"box is not 4 finite numbers": 1}),
+    "a confidence": ("0 0.5 0.5 0.5 0.5 0.9", [[20, 15, 60, 45]], {}),
     "NaN": ("0 nan 0.5 0.5 0.5", [], {"box is not 4 finite numbers": 1}),
     "empty": ("", [], {}),
 }

@@ -12,12 +12,13 @@ from test_faults import stop_after
 
 import fitting
 import train_coco
-from fitting import fit_batch, fit_precision, fit_schedule, fit_size, fit_steps, probe_batch, size_for
+from fitting import fit_batch, fit_precision, fit_schedule, fit_size, fit_steps, probe_batch
 from presets import FIT, FIT_PRETRAINED, PRESETS, TrainConfig, parse
 from run_folder import load_checkpoint, save_checkpoint
 from training_run import set_up
 from trial import Trial, blank_batch, largest_input
 from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.data.sizes import size_for
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 FINETUNE = PRESETS["finetune"][1]

@@ -42,7 +42,7 @@ ONLY = {  # rooms that may import even less
     "sources": {"arguments", "data", "files", "video", "web"},
     "draw": {"arguments", "sources"},
     "results": {"arguments", "convert", "draw", "sources"},
-    "show_data": {"arguments", "config", "data", "draw"},
+    "show_data": {"arguments", "data", "draw"},
     "exported": {"config", "fcos", "results"},
     "inference": {"arguments", "batching", "config", "data", "exported", "fcos", "nms", "results", "sources", "tiles"},
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},

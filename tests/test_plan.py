@@ -230,7 +230,7 @@ def test_the_command_runs_the_recipe(monkeypatch, tmp_path):
     assert calls == [[sys.executable, ROOT / "recipes" / "plan.py", *options]]
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "site" / "vovnet_zoo" / "cli.py"))
     with pytest.raises(ValueError, match=r"clone the repository, and type there: python recipes/plan.py v39_1x"):
-        cli.run_plan(["v39_1x"])
+        cli.run_recipe("plan", ["v39_1x"], False)
 
 
 # ---- what is measured

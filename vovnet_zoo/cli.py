@@ -14,7 +14,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,14 +23,11 @@ import tyro
 from . import ledger
 from .commands import find_device, run_reporting, take_debug
 from .config import (
-    AUGMENTATIONS,
     OVERLAPS,
     SCALES,
     TILES,
-    Augmentation,
     ExportFormat,
     ExportPrecision,
-    Mirroring,
     Pictures,
     Precision,
     ThresholdOptions,
@@ -111,10 +108,10 @@ class CheckData:
     """Folder of the images of --val."""
     val_fraction: float | None = None
     """Check a dataset of which the training keeps this share for scoring."""
-    min_size: int = 288
-    """Smallest shorter side in training; default: the preset finetune's."""
-    max_size: int = 640
-    """Limit of the longer side in training; default: the preset finetune's."""
+    min_size: int | None = None
+    """Smallest shorter side in training, in pixels; default: as the preset finetune chooses it for these boxes here."""
+    max_size: int | None = None
+    """Limit of the longer side in training, in pixels; default: likewise."""
     workers: int | None = None
     """Processes that decode images; default: one per core."""
     json: Path | None = None
@@ -123,42 +120,20 @@ class CheckData:
 
 @dataclass(frozen=True)
 class ShowData:
-    """Draw images as a training sees them, augmented and with boxes, side by side into one PNG."""
+    """Draw images as a training sees them, augmented and with boxes, side by side into one PNG.
+
+    They are the first of a training, in its order. All options of the training may follow, such as --mosaic 0.5 or
+    --test-size 512; `python recipes/train_coco.py PRESET --help` lists them. The presets are in a clone of the
+    repository."""
 
     root: tyro.conf.Positional[Path | None] = None
     """The dataset's folder."""
     preset: str = "finetune"
-    """The preset of recipes/train_coco.py whose sizes and augmentation are shown. The options below change them."""
+    """The preset of recipes/train_coco.py that trains."""
     out: Path = Path("samples.png")
     """The picture; one of an earlier show-data is replaced, other files are not."""
-    train: Path | None = None
-    """COCO JSON file of the training images, instead of what is found in ROOT."""
-    train_images: Path | None = None
-    """Folder of the images of --train."""
     count: int = 16
     """Images on the picture."""
-    seed: int = 0
-    """Seed of the order of the images and of the augmentation."""
-    min_size: tuple[int, int] | None = None
-    """Range of the shorter side in pixels."""
-    max_size: int | None = None
-    """Limit of the longer side in pixels."""
-    augment: Mirroring | None = None
-    """Only resize, also mirror, or also zoom and crop."""
-    zoom: tuple[float, float] | None = None
-    """Range of the zoom of jitter_crop."""
-    copy_paste: float | None = None
-    """Probability that an image gets objects of another image."""
-    mosaic: float | None = None
-    """Probability that an image becomes a mosaic of four images."""
-    mixup: float | None = None
-    """Probability that an image is blended with another image."""
-    color: float | None = None
-    """Largest relative change of brightness, contrast and saturation."""
-    blur: float | None = None
-    """Probability of a slight blur."""
-    jpeg: float | None = None
-    """Probability of a JPEG compression."""
 
 
 @dataclass(frozen=True)
@@ -328,8 +303,8 @@ def main() -> None:
     if arguments == ["--version"]:
         print(f"vovnet-zoo {__version__}")
         return
-    planning = arguments[:1] == ["plan"]
-    options: dict[str, Any] = {"return_unknown_args": True} if planning else {}  # of the preset, which has its own
+    recipe = arguments[:1] in (["plan"], ["show-data"])
+    options: dict[str, Any] = {"return_unknown_args": True} if recipe else {}  # of the preset, which has its own
     parsed = tyro.cli(
         Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[CheckData, tyro.conf.subcommand("check-data")]
@@ -347,11 +322,11 @@ def main() -> None:
         args=arguments,
         **options,
     )
-    command = parsed[0] if planning else parsed
+    command = parsed[0] if recipe else parsed
     run: dict[type, Callable[[Any], None]] = {
         Predict: run_predict,
         CheckData: run_check_data,
-        ShowData: run_show_data,
+        ShowData: lambda _: run_recipe("show_data", arguments[1:], debug),
         ConvertData: run_convert_data,
         Convert: run_convert,
         Publish: run_publish,
@@ -359,7 +334,7 @@ def main() -> None:
         Compare: run_compare,
         Demo: run_demo,
         ListModels: run_list,
-        Plan: lambda _: run_plan(sys.argv[2:]),
+        Plan: lambda _: run_recipe("plan", arguments[1:], debug),
     }
     run_reporting("vovnet-zoo", lambda: run[type(command)](command), debug)
 
@@ -466,27 +441,13 @@ def check_data_files(command: CheckData) -> None:
         raise ValueError("--val-fraction takes the images to score on from the training images; leave out --val")
     if command.val_fraction is not None and not 0 < command.val_fraction < 1:
         raise ValueError(f"--val-fraction {command.val_fraction}: give a number between 0 and 1")
-    if command.min_size < 1 or command.max_size < command.min_size:
-        raise ValueError(f"--min-size {command.min_size} --max-size {command.max_size}: give sizes in pixels")
-
-
-def run_show_data(command: ShowData) -> None:
-    if command.root is None and command.train is None:
-        raise ValueError("give the dataset's folder, or --train JSON")
-    if command.preset not in AUGMENTATIONS:
-        raise ValueError(f"--preset {command.preset}: give one of {', '.join(AUGMENTATIONS)}")
-    refuse_missing(*(path for path in (command.root, command.train, command.train_images) if path is not None))
-    from .data.layouts import choose_whole
-    from .show_data import show_data
-
-    typed = {field.name: getattr(command, field.name) for field in fields(Augmentation)}
-    changes = {name: value for name, value in typed.items() if value is not None}
-    augmentation = replace(AUGMENTATIONS[command.preset], **changes)
-    if command.zoom is not None and augmentation.augment != "jitter_crop":
-        raise ValueError("--zoom: only --augment jitter_crop zooms; leave it out")
-    found = choose_whole(command.root, command.train, command.train_images)
-    dataset = show_data(found.folder, found.source, command.out, augmentation, count=command.count, seed=command.seed)
-    print(f"{command.out}: {command.count} samples of {len(dataset)} images, as {command.preset} sees them")
+    for option, size in (("--min-size", command.min_size), ("--max-size", command.max_size)):
+        if size is not None and size < 1:
+            raise ValueError(f"{option} {size}: give a number of pixels")
+    if command.min_size is not None and command.max_size is not None and command.max_size < command.min_size:
+        raise ValueError(
+            f"--min-size {command.min_size} --max-size {command.max_size}: the shorter side cannot be longer"
+        )
 
 
 def run_convert_data(command: ConvertData) -> None:
@@ -612,15 +573,15 @@ def run_list(command: ListModels) -> None:
     print(json.dumps(rows, indent=1) if command.json else "\n".join(map(ledger.describe, rows)))
 
 
-def run_plan(arguments: list[str]) -> None:
-    """Run the recipe that plans, which knows the presets; it is beside this package in a clone."""
-    script = Path(__file__).resolve().parents[1] / "recipes" / "plan.py"
+def run_recipe(name: str, arguments: list[str], debug: bool) -> None:
+    """Run a recipe, which knows the presets; it is beside this package in a clone."""
+    script = Path(__file__).resolve().parents[1] / "recipes" / f"{name}.py"
     if not script.is_file():
         raise ValueError(
             "the presets are in the repository's folder recipes/, which an installed package does not have; clone the "
-            f"repository, and type there: python recipes/plan.py {' '.join(arguments)}"
+            f"repository, and type there: python recipes/{name}.py {' '.join(arguments)}"
         )
-    sys.exit(subprocess.run([sys.executable, script, *arguments]).returncode)
+    sys.exit(subprocess.run([sys.executable, script, *arguments, *["--debug"] * debug]).returncode)
 
 
 def refuse_missing(*paths: Path) -> None:

@@ -225,31 +225,18 @@ class Augmentation:
     max_size: int = 1333
     """Limit of the longer side."""
     augment: Mirroring = "flip"
-    """Only resize, also mirror, or also zoom and crop."""
+    """Augmentation in training: none, mirroring, or mirroring with zooming and cropping."""
     zoom: tuple[float, float] = (0.5, 2.0)
-    """Range of the zoom of "jitter_crop"."""
+    """Range of the zoom of jitter_crop."""
     copy_paste: float = 0.0
-    """Probability that an image gets objects of another image."""
+    """Probability that an image gets objects of another image; each class is as likely to be pasted."""
     mosaic: float = 0.0
-    """Probability that an image becomes a mosaic of four images."""
+    """Probability that an image becomes a mosaic, in which four images meet at a random point."""
     mixup: float = 0.0
-    """Probability that an image is blended with another image."""
+    """Probability that an image is blended with another, about half and half."""
     color: float = 0.0
     """Largest relative change of brightness, contrast and saturation."""
     blur: float = 0.0
     """Probability of a slight blur."""
     jpeg: float = 0.0
-    """Probability of a JPEG compression."""
-
-
-# What the presets of recipes/presets.py make of images; a test compares them. `finetune` may choose other sizes by the
-# boxes of a dataset.
-_COCO_CROPS = Augmentation(min_size=(800, 800), augment="jitter_crop")
-AUGMENTATIONS: dict[str, Augmentation] = {
-    "quickstart": Augmentation(min_size=(128, 128), max_size=128),
-    "finetune": Augmentation(min_size=(288, 352), max_size=640, augment="jitter_crop", zoom=(0.7, 1.4)),
-    "coco_12e": _COCO_CROPS,
-    "coco_24e": _COCO_CROPS,
-    "coco_36e": Augmentation(min_size=(800, 800), augment="jitter_crop", zoom=(0.1, 2.0)),
-    **dict.fromkeys(("r50_1x", "v39_1x", "r101_2x", "v57_2x", "x101_2x", "v93_2x"), Augmentation()),
-}
+    """Probability of a JPEG compression, of a quality of 30 to 90."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from .arguments import check_kind, check_number
-from .config import Augmentation
-from .data import CocoDataset, Skipped, Source, TrainSampler, augment_training
+from .arguments import check_kind
+from .data import CocoDataset, Skipped
 from .draw import draw_detections
 
 CELL = 480  # pixels; no picture on the sheet is wider or higher
@@ -18,48 +18,47 @@ GAP = 8
 SOFTWARE = "vovnet-zoo show-data"  # a sheet says so of itself, and nothing else is written over
 
 
-def show_data(
-    images_dir: Path, source: Source, out: Path, augmentation: Augmentation, *, count: int = 16, seed: int = 0
-) -> CocoDataset:
-    """Draw the first `count` samples of a training into one PNG, in rows from left to right.
+def show_data(dataset: CocoDataset, keys: Iterable, out: Path) -> int:
+    """Draw samples of a dataset, as its transforms make them, into one PNG, in rows from left to right.
 
     Args:
-        images_dir, source: of the training images, as `find_split` returns them.
+        dataset: with the transforms of a training, see `augment_training`.
+        keys: of the samples, such as a `TrainSampler` gives.
         out: the PNG; an earlier sheet is replaced, and its folder is made.
-        augmentation: sizes, probabilities and strengths; `AUGMENTATIONS` holds those of the presets.
-        count: samples, 1 to 1000.
-        seed: of the order of the images and of the augmentation, as in a training.
 
     Returns:
-        The dataset.
+        How many samples were drawn; an image that the dataset skips is none.
 
     Raises:
-        ValueError: the annotations or an image cannot be used, a number is out of range, or `out` is another file.
+        ValueError: an image cannot be used, there is nothing to draw, or `out` is another file.
     """
-    check_number("count", count, 1, 1000, whole=True)
-    check_number("seed", seed, 0, 2**63 - 1, whole=True)
-    check_kind("augmentation", augmentation, Augmentation, "an Augmentation")
+    check_kind("dataset", dataset, CocoDataset, "a CocoDataset")
     out = Path(out)
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"{out}: give a name that ends with .png")
-    if out.exists() and not is_sheet(out):
-        raise ValueError(f"{out} is there already, and no picture of show-data; choose another file")
-    dataset = CocoDataset(images_dir, source)
-    augment_training(dataset, augmentation)
+    check_sheet(out)
     pictures = []
-    for (key,) in TrainSampler(dataset.aspect_ratios.tolist(), 1, num_steps=count, seed=seed):
-        sample = dataset[key]
-        assert not isinstance(sample, Skipped)  # an image that cannot be used raises an error here
+    for sample in map(dataset.__getitem__, keys):
+        if isinstance(sample, Skipped):
+            continue
         image, target = sample
         truth = {name: target[name].as_subclass(Tensor) for name in ("boxes", "labels")}
         picture = draw_detections(image.as_subclass(Tensor), truth, dataset.class_names)
         picture.thumbnail((CELL, CELL))
         pictures.append(picture)
+    if not pictures:
+        raise ValueError(f"{dataset.annotation_file}: there is no sample to draw")
     out.parent.mkdir(parents=True, exist_ok=True)
     about = PngImagePlugin.PngInfo()
     about.add_text("Software", SOFTWARE)
     make_sheet(pictures).save(out, pnginfo=about)
-    return dataset
+    return len(pictures)
+
+
+def check_sheet(out: Path) -> None:
+    """Raise `ValueError` where a file name is not that of a PNG, or belongs to a file that is no picture of these."""
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"{out}: give a name that ends with .png")
+    if out.exists() and not is_sheet(out):
+        raise ValueError(f"{out} is there already, and no picture of show-data; choose another file")
 
 
 def make_sheet(pictures: list[Image.Image]) -> Image.Image:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from pycocotools import mask
 
 from ..files import read_bytes
 from .parse import parse_json
@@ -42,8 +43,9 @@ def file_of(source: str | Path | Annotations) -> Path:
 def read_annotations(path: str | Path | Annotations) -> dict:
     """Read the content of a COCO JSON file, or of annotations of another format that stand for one.
 
-    Polygons of a file are left out, so a `segmentation` is an empty list or a run-length encoding. Ids of images that
-    are all texts of digits become numbers (VIA writes the `image_id` of its boxes so).
+    Polygons of a file are left out, so a `segmentation` is an empty list or a run-length encoding. An annotation
+    without a `bbox` gets the box around its segmentation. Ids of images or categories that are texts become numbers:
+    the number that all texts are (VIA writes the `image_id` of its boxes so), or their position.
 
     Raises:
         ValueError: the file is not JSON, or lacks images, annotations or categories; the message names the file.
@@ -64,12 +66,57 @@ def parse_annotations(data: bytes, path: str | Path, replace: Callable[[dict], A
     for key in ("images", "annotations", "categories"):
         if not isinstance(coco.get(key), list):
             raise ValueError(f"{path}: not COCO format: there is no list '{key}' in it")
-    for key, id_key in (("images", "id"), ("annotations", "image_id")):
-        rows = coco[key]
-        ids = (row.get(id_key) if isinstance(row, dict) else None for row in rows)
-        if rows and all(isinstance(x, str) and x.isascii() and x.isdigit() and len(x) < 19 for x in ids):
-            coco[key] = [row | {id_key: int(row[id_key])} for row in rows]
+    rows = coco["annotations"]
+    if any(_lacks_box(row) for row in rows):
+        whole = json.loads(data)["annotations"]  # with the polygons
+        coco["annotations"] = rows = [
+            row | {"bbox": segmentation_box(full["segmentation"])} if _lacks_box(row) else row
+            for row, full in zip(rows, whole, strict=True)
+        ]
+    for key, reference in (("images", "image_id"), ("categories", "category_id")):
+        numbers = numbers_of([entry.get("id") if isinstance(entry, dict) else None for entry in coco[key]])
+        if numbers:
+            coco[key] = [entry | {"id": numbers[entry["id"]]} for entry in coco[key]]
+        for i, row in enumerate(rows):
+            if isinstance(row, dict) and isinstance(text := row.get(reference), str):
+                number = numbers.get(text, int(text) if _is_number(text) else text)
+                rows[i] = row | {reference: number}
     return coco
+
+
+def numbers_of(ids: list) -> dict[str, int]:
+    """Map ids that are all texts to numbers: the numbers that all of them are, or their positions; {} for others."""
+    if not all(isinstance(text, str) for text in ids):
+        return {}
+    if all(map(_is_number, ids)):
+        return {text: int(text) for text in ids}
+    return {text: i for i, text in enumerate(dict.fromkeys(ids), start=1)}
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 19
+
+
+def _lacks_box(row: Any) -> bool:
+    return isinstance(row, dict) and not row.get("bbox") and isinstance(row.get("segmentation"), (list, dict))
+
+
+def segmentation_box(segmentation: Any) -> list[float] | None:
+    """Return the box [left, top, width, height] around polygons or a run-length encoding; None where it is neither."""
+    if isinstance(segmentation, dict):
+        try:
+            height, width = segmentation["size"]
+            counts = segmentation["counts"]
+            runs = mask.frPyObjects(segmentation, height, width) if isinstance(counts, list) else segmentation
+            return [float(v) for v in mask.toBbox(runs)]
+        except Exception:  # of a damaged encoding, any
+            return None
+    polygons = segmentation if segmentation and isinstance(segmentation[0], list) else [segmentation]
+    numbers = [x for polygon in polygons if isinstance(polygon, list) for x in polygon]
+    if len(numbers) < 4 or len(numbers) % 2 or not all(type(x) in NUMBERS for x in numbers):
+        return None
+    left, top, right, bottom = min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
+    return [left, top, right - left, bottom - top]
 
 
 def digest_of(source: Source) -> str:

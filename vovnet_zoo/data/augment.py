@@ -17,8 +17,9 @@ from torchvision.transforms import v2
 
 from ..arguments import check_number
 from ..config import Augmentation, Resize
+from .boxes import Window, are_visible, shares_inside
 from .dataset import CocoDataset
-from .transforms import VISIBLE, Window, photometric, randint, shares_inside, train_transforms
+from .transforms import photometric, randint, train_transforms
 
 Sample = tuple[tv_tensors.Image, dict]
 
@@ -193,7 +194,7 @@ def crop_boxes(boxes: Tensor, labels: Tensor, window: Window, at: tuple[int, int
     x1, y1, x2, y2 = window
     low, high = boxes.new_tensor([x1, y1, x1, y1]), boxes.new_tensor([x2, y2, x2, y2])
     clipped = boxes.clamp(low, high)
-    keep = (shares_inside(boxes, window) >= VISIBLE) & (clipped[:, 2:] - clipped[:, :2] >= 1).all(1)
+    keep = are_visible(boxes, window) & (clipped[:, 2:] - clipped[:, :2] >= 1).all(1)
     return (clipped + boxes.new_tensor([*at, *at]) - low)[keep], labels[keep]
 
 

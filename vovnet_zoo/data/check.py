@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ from .inspection import Inspection, image_jobs, inspect_job, run_parallel, usabl
 from .inspection import inspect_image as inspect_image  # its place before there was `inspection`
 from .layouts import advice, candidates, choose_split, choose_whole
 from .near import COLUMNS, ROWS, near_pairs
+from .sizes import Sizes, fit_sizes
 from .transforms import resize_size
 
 # error: the training stops; warning: the training runs, but maybe not as the user meant; info: good to know
@@ -114,8 +116,8 @@ def check_dataset(
     val_fraction: float | None = None,
     workers: int | None = None,
     progress: bool = True,
-    min_size: int = 288,
-    max_size: int = 640,
+    min_size: int | None = None,
+    max_size: int | None = None,
 ) -> "Report":
     """Check the annotations and decode every image of the splits that a training would use.
 
@@ -125,8 +127,9 @@ def check_dataset(
         val_fraction: check the whole dataset, of which a training with this option keeps a part for scoring.
         workers: processes that decode; None is one per core; 0 decodes in this process, which a faulty image may end.
         progress: show a progress bar on stderr.
-        min_size, max_size: smallest training size in pixels, see `train_transforms`; a box below one pixel at this size
-            vanishes. The defaults are those of the preset `finetune`.
+        min_size, max_size: smallest shorter side and limit of the longer side in training, in pixels, see
+            `train_transforms`; a box below one pixel at this size vanishes. None is what the preset `finetune` chooses
+            for these boxes on this machine, see `fit_sizes`.
 
     The report holds every problem of the data; none of them is raised as an error. An argument that is out of range
     raises a ValueError.
@@ -145,8 +148,9 @@ def check_dataset(
         if found := _find(root, name, *files[name], whole, notes):
             known = [text for split in splits for _, text in split.classes]
             splits += [split] if (split := _check_annotations(name, found, known, notes)) else []
+    sizes, why = _training_sizes(splits, min_size, max_size)
     for split in splits:
-        _check_training_size(split, min_size, max_size, notes)
+        _check_training_size(split, sizes.min_size[0], sizes.max_size, notes)
         if split.found.folder.is_dir():
             _check_folder(split, splits, notes)
     _check_images(splits, usable_cores() if workers is None else workers, progress, notes)
@@ -169,6 +173,7 @@ def check_dataset(
         {s.name: here.sub("", s.found.how) for s in splits},
         {s.name: _class_counts(s) for s in splits},
         {s.name: _relative_sizes(s) for s in splits},
+        why if splits else "",
     )
 
 
@@ -197,6 +202,7 @@ class Report:
     recognised: dict[str, str] = field(default_factory=dict)  # how each split was recognised
     classes: dict[str, dict[str, list[int]]] = field(default_factory=dict)  # split: class: its boxes, its images
     sizes: dict[str, list[float]] = field(default_factory=dict)  # split: see `_relative_sizes`
+    trained: str = ""  # the sizes of images for which boxes were judged
 
     @property
     def ok(self) -> bool:
@@ -230,6 +236,7 @@ class Report:
                 lines.append(
                     f"  box sides: 10 % are below {small} of the image's, 50 % below {middle}, 90 % below {large}"
                 )
+        lines += [f"{_printable(self.root)}: {self.trained}"] if self.trained else []
         lines.append(
             f"{_printable(self.root)}: {sums['error']} errors, {sums['warning']} warnings, {sums['info']} notes"
         )
@@ -403,6 +410,19 @@ def _entries(entries: list, what: str, text: str, split: str, notes: dict) -> tu
     if not entries:
         notes[split, f"{what} entry"].append("there is none")
     return [good[i] for i in sorted(good)], bad - good.keys()
+
+
+def _training_sizes(splits: list[_Split], min_size: int | None, max_size: int | None) -> tuple[Sizes, str]:
+    """Choose the sizes of images in training, and say them in words."""
+    known = None if min_size is None else (min_size, min_size)
+    train = splits[0] if splits else None
+    boxes, sizes = (train.boxes, train.sizes[train.owners]) if train else (np.zeros((0, 4)), np.zeros((0, 2)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found, why = fit_sizes(boxes, sizes, device, min_size=known, max_size=max_size)
+    low, high = found.min_size
+    chosen = f", as the preset finetune trains here: {why}" if known is None else ""  # then `why` decides nothing
+    text = f"boxes were judged for images of {low if low == high else f'{low} to {high}'} px on the shorter side"
+    return found, f"{text} and at most {found.max_size} px on the longer one{chosen}"
 
 
 def _check_training_size(split: _Split, min_size: int, max_size: int, notes: dict) -> None:

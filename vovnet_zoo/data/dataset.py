@@ -108,7 +108,9 @@ class CocoDataset(torch.utils.data.Dataset):
         if self.problems:
             what = ", ".join(f"{kind}: {n}" for kind, n in self.problems.items())
             if len(boxes) == 0:
-                raise ValueError(f"{annotation_file}: none of its annotations can be used ({what})")
+                raise ValueError(
+                    f"{annotation_file}: none of its annotations can be used ({what}); check-data shows them"
+                )
             logger.warning("%s: annotations dropped or changed (%s)", annotation_file, what)
 
         crowds = index.num_crowds

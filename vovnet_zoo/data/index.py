@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 4_000_000  # a smaller file is parsed each time, which takes less than a second
 KEPT_FILES = 8  # so many indices, those that were used last
-VERSION = 1  # of the files of an index; to be raised when their meaning changes
+VERSION = 2  # of the files of an index; to be raised when their meaning changes
 CLOCK_NS = 2_000_000_000  # time stamps of files may be as coarse as this
 BLOCK = 20_000  # annotations whose arrays fit into a CPU's cache
 CROWD, NO_OBJECT = 1, 2

@@ -10,10 +10,14 @@ import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from .annotations import Source, changed, file_of, image_problem, read_annotations
 from .formats import FORMATS
-from .formats.places import Split, folders_below, image_index, split_word
+from .formats.coco import lacks_size, with_sizes
+from .formats.other import name_format
+from .formats.places import Split, find_image, folders_below, image_index, split_word
+from .parse import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,8 @@ def locate(root: str | Path, split: str) -> Split:
     if split == "val" and len(tests := candidates(root, "test")) == 1:
         doubt = "there is no 'val' split, so 'test' takes its place; the scores of a model chosen by them are too high"
         return Split(tests[0].folder, tests[0].source, tests[0].how, doubt)
-    raise ValueError(f"{root}: no '{split}' split; {advice(root, split)}")
+    broken = _broken(root, split_word(split) or split)
+    raise ValueError(broken or f"{root}: no '{split}' split; {advice(root, split)}")
 
 
 def locate_file(file: Path, images: Path | None, split: str) -> Split:
@@ -58,12 +63,12 @@ def locate_file(file: Path, images: Path | None, split: str) -> Split:
         raise ValueError(f"{file} is a folder; give a COCO JSON file, or give the folder as --data")
     if images is not None and not images.is_dir():
         raise ValueError(f"{images}: no such folder of images (for {file})")
-    names = _names_or_error(file)
+    look = _look_or_error(file)
     root = images or (file.parent.parent if file.parent.name.lower() == "annotations" else file.parent)
-    found = _images_of(file, names, [images] if images else _places(file, root, split), root)
+    found = _images_of(file, look, [images] if images else _places(file, root, split), root, split)
     if found is None:
         where = f"in {images}" if images else f"near it; add --{split}-images FOLDER"
-        raise ValueError(f"{file}: the images that it names ({names[0]}, ...) are not {where}")
+        raise ValueError(f"{file}: the images that it names ({look.names[0]}, ...) are not {where}")
     return found
 
 
@@ -118,14 +123,16 @@ def _all_splits(root: Path) -> dict[str, list[Split]]:
         if found := reader(root):
             return found
     inner = [path for path in sorted(root.iterdir()) if os.path.isdir(path) and not path.name.startswith((".", "__"))]
-    return _all_splits(inner[0]) if len(inner) == 1 and not inner[0].is_symlink() else {}
+    if len(inner) != 1 or os.path.realpath(root).startswith(os.path.realpath(inner[0])):  # a link to itself
+        return {}
+    return _all_splits(inner[0])
 
 
 # ---- COCO -----------------------------------------------------------------------------------------------------------
 
 
 def _usual(root: Path, word: str) -> list[Split]:
-    """Find a split by the names that COCO and Roboflow use, without a look into its annotation file."""
+    """Find a split by the names that COCO and Roboflow use, without a look into a large annotation file."""
     if not root.is_dir():
         _refuse_archive(root)
         raise ValueError(f"{root}: no such folder")
@@ -133,15 +140,29 @@ def _usual(root: Path, word: str) -> list[Split]:
     for file in sorted((root / "annotations").glob("instances_*.json")):
         name = file.stem.removeprefix("instances_")
         if split_word(re.sub(r"\d+$", "", name), whole=True) == word or name == word:
-            folders = [folder for folder in (root / name, root / "images" / name) if folder.is_dir()]
+            folders = [folder for folder in (root / name, root / "images" / name) if _has_images(folder, file)]
             found += [
                 Split(folder, file, f"annotations/{file.name} and {folder.name}/: this is COCO") for folder in folders
             ]
     for file in sorted(root.glob("*/_annotations.coco.json")):
-        if split_word(file.parent.name, whole=True) == word:
+        if split_word(file.parent.name, whole=True) == word and _has_images(file.parent, file):
             how = f"{file.parent.name}/{file.name}: this is COCO, as Roboflow writes it"
             found.append(Split(file.parent, file, how))
     return found
+
+
+def _has_images(folder: Path, file: Path) -> bool:
+    """Tell whether images of an annotation file lie in a folder, and nothing of them has to be looked up.
+
+    A large file is trusted, and so is one that is broken, which its reader will tell.
+    """
+    if not folder.is_dir() or file.stat().st_size > SMALL:
+        return folder.is_dir()
+    look = _look(file)
+    return not look.names or (look.sized and _count(folder, look) > 0)
+
+
+SMALL = 4_000_000  # bytes of an annotation file that is read in less than a second
 
 
 def _coco(root: Path) -> dict[str, list[Split]]:
@@ -152,18 +173,18 @@ def _coco(root: Path) -> dict[str, list[Split]]:
         if len(inside) > MANY:  # a file for each image, as labelme writes them
             continue
         for path in inside:
-            if _names(path):
+            if _look(path).names:
                 files.setdefault(split_word(path.stem) or split_word_of_folders(path, root), []).append(path)
     found: dict[str, list[Split]] = {}
     for word, paths in files.items():
         best = [path for path in paths if path.name.startswith("instances_")] or paths
         for path in best:
-            names = _names(path)
-            place = _images_of(path, names, _places(path, root, word), root)
+            look = _look(path)
+            place = _images_of(path, look, _places(path, root, word), root, word)
             if place is None and len(best) == 1:
                 raise ValueError(
-                    f"{path} is COCO, but the images that it names ({names[0]}, ...) are not below {root}; put them "
-                    f"there, or type where they are: --{word or 'train'} {path} --{word or 'train'}-images FOLDER"
+                    f"{path} is COCO, but the images that it names ({look.names[0]}, ...) are not below {root}; put "
+                    f"them there, or type where they are: --{word or 'train'} {path} --{word or 'train'}-images FOLDER"
                 )
             found.setdefault(word, []).extend([place] if place else [])
     return found
@@ -179,30 +200,46 @@ def split_word_of_folders(path: Path, root: Path) -> str:
     return next((word for name in names if (word := split_word(name))), "")
 
 
-def _names(file: Path) -> tuple[str, ...]:
-    """Return some file names of images in a COCO JSON file; () where it is none."""
+class Look(NamedTuple):
+    """A look into a COCO JSON file gives these facts."""
+
+    names: tuple[str, ...] = ()  # some file names of images; () where the file is no COCO JSON
+    sized: bool = True  # whether images have a width and a height
+
+
+def _look(file: Path) -> Look:
     if not os.path.isfile(file):  # a link to nowhere, a pipe
-        return ()
+        return Look()
     about = file.stat()
-    return _read_names(file, about.st_mtime_ns, about.st_size)
+    return _look_again(file, about.st_mtime_ns, about.st_size)
 
 
 @functools.lru_cache(maxsize=64)
-def _read_names(file: Path, stamp: int, size: int) -> tuple[str, ...]:
+def _look_again(file: Path, stamp: int, size: int) -> Look:
     try:
-        return _names_or_error(file)
+        return _look_or_error(file)
     except ValueError:
-        return ()
+        return Look()
 
 
-def _names_or_error(file: Path) -> tuple[str, ...]:
-    images = read_annotations(file)["images"]
-    names = [
-        image["file_name"] for image in images if isinstance(image, dict) and isinstance(image.get("file_name"), str)
-    ]
+def _look_or_error(file: Path) -> Look:
+    images = [image for image in read_annotations(file)["images"] if isinstance(image, dict)]
+    names = [image["file_name"] for image in images if isinstance(image.get("file_name"), str)]
     if not names:
         raise ValueError(f"{file}: no image in it has a 'file_name'")
-    return tuple(names[:: max(1, len(names) // 20)])
+    return Look(tuple(names[:: max(1, len(names) // 20)]), not any(map(lacks_size, images)))
+
+
+def _broken(root: Path, word: str) -> str:
+    """Say which JSON file, whose name is that of a split, cannot be parsed; "" where there is none."""
+    for folder in (root, *folders_below(root, 3)):
+        for path in sorted(folder.glob("*.json"))[:MANY]:
+            if word and (split_word(path.stem) or split_word_of_folders(path, root)) == word and os.path.isfile(path):
+                try:
+                    parse_json(path.read_bytes())
+                except (ValueError, RecursionError) as error:
+                    return f"{path}: not a JSON file: {error}"
+    return ""
 
 
 def _places(file: Path, root: Path, word: str) -> list[Path]:
@@ -216,35 +253,37 @@ def _places(file: Path, root: Path, word: str) -> list[Path]:
     )
 
 
-def _images_of(file: Path, names: Sequence[str], places: Sequence[Path], root: Path) -> Split | None:
+def _images_of(file: Path, look: Look, places: Sequence[Path], root: Path, word: str) -> Split | None:
     """Choose the folder with most of the named images; failing that, look for their last names anywhere in `root`."""
-    usable = [name for name in names if image_problem({"id": 0, "file_name": name, "width": 1, "height": 1}) is None]
-    if usable:
-        counts = [sum(os.path.isfile(place / name) for name in usable) for place in places]
-        if max(counts, default=0) > 0:
-            place = places[counts.index(max(counts))]
-            return Split(place, file, f"{file.name} and {place.name}/: this is COCO")
+    counts = [_count(place, look) for place in places]
+    if max(counts, default=0) > 0:
+        place = places[counts.index(max(counts))]
+        source = file if look.sized else changed(file, functools.partial(with_sizes, folder=place))
+        return Split(place, source, f"{file.name} and {place.name}/: this is COCO")
     index = image_index(root)
-    if any(_last(name) in index for name in names):
-        how = f"{file.name}: this is COCO; its images are found by the last part of their names"
-        return Split(root, changed(file, functools.partial(_moved, root=root)), how)
+    if any(find_image(name, index, word) for name in look.names):
+        how = f"{file.name}: this is COCO; its images are found by the last parts of their names"
+        moved = changed(file, functools.partial(_moved, root=root, word=word))
+        return Split(root, moved if look.sized else changed(moved, functools.partial(with_sizes, folder=root)), how)
     return None
 
 
-def _moved(coco: dict, root: Path) -> dict:
-    """Give each image the path below `root` of the only file of its name."""
+def _count(place: Path, look: Look) -> int:
+    """Count the images in a folder whose names can be used as they are."""
+    usable = (x for x in look.names if image_problem({"id": 0, "file_name": x, "width": 1, "height": 1}) is None)
+    return sum(os.path.isfile(place / name) for name in usable)
+
+
+def _moved(coco: dict, root: Path, word: str) -> dict:
+    """Give each image the path below `root` of the file that is meant, see `find_image`."""
     index = image_index(root)
     images = [
-        image | {"file_name": index.get(_last(image["file_name"]), image["file_name"])}
+        image | {"file_name": find_image(image["file_name"], index, word) or image["file_name"]}
         if isinstance(image, dict) and isinstance(image.get("file_name"), str)
         else image
         for image in coco["images"]
     ]
     return coco | {"images": images}
-
-
-def _last(name: str) -> str:
-    return name.replace("\\", "/").rsplit("/", 1)[-1]
 
 
 # ---- what to say where nothing is found -----------------------------------------------------------------------------
@@ -280,6 +319,8 @@ def advice(root: Path, split: str) -> str:
             f"{file_of(whole.source)} only; type --val-fraction 0.2 to keep a fifth of its images for scoring, or name "
             f"both files: --train JSON --train-images FOLDER --val JSON --val-images FOLDER; there is: {listing}"
         )
+    if known := name_format(root):
+        return known
     return (
         f"looked for COCO (annotations/instances_{split}.json with {split}/ or images/, "
         f"{split}/_annotations.coco.json, {split}.json), YOLO (data.yaml, or images/{split}/ with labels/{split}/), "

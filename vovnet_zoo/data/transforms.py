@@ -15,9 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ..arguments import check_number
 from ..config import Resize
-
-VISIBLE = 0.25  # a box that a crop cuts is left out if less of its area is left
-Window = tuple[int, int, int, int]  # x1, y1, x2, y2 in whole pixels
+from .boxes import are_visible
 
 
 def train_transforms(
@@ -147,8 +145,8 @@ class RandomScaleCrop(v2.Transform):
         if isinstance(inpt, tv_tensors.BoundingBoxes):
             x, y = params["left"], params["top"]
             window = (x, y, x + params["width"], y + params["height"])
-            hidden = shares_inside(inpt.as_subclass(Tensor), window) < VISIBLE
-            return tv_tensors.wrap(cut.as_subclass(Tensor).masked_fill(hidden[:, None], 0), like=cut)
+            visible = are_visible(inpt.as_subclass(Tensor), window)
+            return tv_tensors.wrap(cut.as_subclass(Tensor).masked_fill(~visible[:, None], 0), like=cut)
         return cut
 
 
@@ -194,17 +192,6 @@ def resize_image(image: Tensor, size: tuple[int, int], resize: Resize = "antiali
     if resize == "antialias":
         return F.resize(image, list(size), antialias=True)
     return F.resize(image.float(), list(size), antialias=False)
-
-
-def shares_inside(boxes: Tensor, window: Window) -> Tensor:
-    """Compute the share of each box's area [N] that lies in a window: exactly 1 for a box that is whole in it.
-
-    Args:
-        boxes: [N,4] xyxy in pixels, wider and higher than 0.
-    """
-    low, high = boxes.new_tensor(window).split(2)
-    sides = torch.minimum(boxes[:, 2:], high) - torch.maximum(boxes[:, :2], low)
-    return sides.clamp(min=0).prod(1) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
 def hflip_boxes(boxes: Tensor, width: int, plus_one: bool = False) -> Tensor:

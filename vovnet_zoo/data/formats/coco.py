@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -54,3 +55,21 @@ def image_size(path: Path) -> tuple[int, int]:
             return height, width
     except Exception:  # on hostile bytes the decoders raise anything; the reader of the pixels says what is wrong
         return UNKNOWN
+
+
+def lacks_size(image: dict) -> bool:
+    """Tell whether a JSON image has neither width nor height, as some tools leave them out."""
+    return image.get("width") is None and image.get("height") is None
+
+
+def with_sizes(coco: dict, folder: Path) -> dict:
+    """Give the images of a COCO JSON that lack a size the size of their files in `folder`."""
+
+    def sized(image: Any) -> Any:
+        if not isinstance(image, dict) or not lacks_size(image) or not isinstance(image.get("file_name"), str):
+            return image
+        height, width = image_size(folder / image["file_name"])
+        return image | {"width": width, "height": height}
+
+    with ThreadPoolExecutor(8) as pool:
+        return coco | {"images": list(pool.map(sized, coco["images"]))}

@@ -28,17 +28,28 @@ def find_imagefolder(root: Path) -> dict[str, list[Split]]:
     tables = {path: rows for path, rows in tables.items() if any(objects_of_row(row) is not None for row in rows)}
     names = class_names([row for rows in tables.values() for row in rows])
     found: dict[str, list[Split]] = {}
-    for path in tables:
-        word = split_word(path.parent.name) if path.parent != root else ""
-        source = Annotations(path, functools.partial(read_imagefolder, path, tuple(names)))
-        how = f"{path.relative_to(root)}: this is an imagefolder of Hugging Face"
-        found.setdefault(word, []).append(Split(path.parent, source, how))
+    for path, rows in tables.items():
+        for word in sorted({word_of(path, row, root) for row in rows}):
+            source = Annotations(path, functools.partial(read_imagefolder, path, tuple(names), root, word))
+            how = f"{path.relative_to(root)}: this is an imagefolder of Hugging Face"
+            found.setdefault(word, []).append(Split(path.parent, source, how))
     return found
 
 
-def read_imagefolder(path: Path, names: Sequence[str]) -> dict:
-    """Read metadata.jsonl as the content of a COCO JSON file. Boxes are [left, top, width, height] in pixels."""
-    rows = {row["file_name"]: row for row in read_lines(path)}
+def word_of(path: Path, row: dict, root: Path) -> str:
+    """Return the word of the split that a row belongs to: by the folder of its file, or of its image."""
+    folders = [*path.parent.relative_to(root).parts, *Path(row["file_name"]).parts[:-1]]
+    return next((word for name in reversed(folders) if (word := split_word(name))), "")
+
+
+def read_imagefolder(path: Path, names: Sequence[str], root: Path, word: str) -> dict:
+    """Read metadata.jsonl as the content of a COCO JSON file. Boxes are [left, top, width, height] in pixels.
+
+    Args:
+        names: the classes.
+        word: the split whose rows are read, see `word_of`.
+    """
+    rows = {row["file_name"]: row for row in read_lines(path) if word_of(path, row, root) == word}
     label_of = {name: i for i, name in enumerate(names)}
     return coco_content(path.parent, list(rows), names, lambda name, size: to_objects(rows[name], label_of))
 

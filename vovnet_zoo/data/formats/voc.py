@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ..annotations import Annotations
 from .coco import coco_content
-from .places import Split, folders_below, images_below, split_word
+from .places import Split, folders_below, images_below, is_image, split_word, text_lines
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -24,8 +24,8 @@ def find_voc(root: Path) -> dict[str, list[Split]]:
     Raises:
         ValueError: an XML file cannot be read.
     """
-    files = {path: path.parent for folder in (root, *folders_below(root, 3)) for path in sorted(folder.glob("*.xml"))}
-    files = {path: folder for path, folder in files.items() if _is_voc(path)} if files else {}
+    near = [path for folder in (root, *folders_below(root, 3)) for path in sorted(folder.iterdir())]
+    files = [path for path in near if path.suffix.lower() == ".xml" and _is_voc(path)]
     if not files:
         return {}
     images: dict[str, list[Path]] = {}
@@ -33,7 +33,7 @@ def find_voc(root: Path) -> dict[str, list[Split]]:
         images.setdefault(path.stem, []).append(path)
     pairs = {path: image for path in files if (image := _image_of(path, images.get(path.stem, [])))}
     if not pairs:
-        example = next(iter(files))
+        example = files[0]
         raise ValueError(f"{example} is Pascal VOC, but there is no image {example.stem}.* below {root}; put it there")
     with ThreadPoolExecutor(8) as pool:
         objects = [x for xs in pool.map(read_objects, pairs) for x in xs]
@@ -41,11 +41,16 @@ def find_voc(root: Path) -> dict[str, list[Split]]:
     from_one = not any(min(x.corners) < 1 for x in objects)
 
     groups: dict[str, list[Path]] = {}
-    lists = {split_word(path.stem, whole=True): path for path in sorted(root.rglob("ImageSets/Main/*.txt"))}
-    for word, path in lists.items():
+    lists = [path for place in ("ImageSets/*.txt", "ImageSets/Main/*.txt") for path in sorted(root.rglob(place))]
+    for word, path in {split_word(path.stem, whole=True): path for path in lists}.items():
         if word:
-            stems = {line.split()[0] for line in path.read_text().splitlines() if line.strip()}
+            lines = text_lines(path, "list of images")  # "photo", "photo.jpg" or "photo 1"; names may have spaces
+            stems = {
+                x.removesuffix(Path(x).suffix) if is_image(x) else x for line in lines for x in (line, line.split()[0])
+            }
             groups[word] = [xml for xml in pairs if xml.stem in stems]
+            if lines and not groups[word]:
+                raise ValueError(f"{path}: none of its images ({lines[0]}, ...) has an XML file in {root}")
     if not groups:
         for xml in pairs:
             folders = reversed(xml.relative_to(root).parts[:-1])
@@ -57,11 +62,13 @@ def find_voc(root: Path) -> dict[str, list[Split]]:
 
 
 def _is_voc(path: Path) -> bool:
+    """Tell whether an XML file is, or may have been, one of Pascal VOC: it is empty, or `annotation` is in its head."""
     try:
         with open(path, "rb") as file:
-            return b"<annotation" in file.read(512)
+            head = file.read(4096)
     except OSError:
         return False
+    return not head.strip() or b"<annotation" in head
 
 
 def _image_of(xml: Path, images: list[Path]) -> Path | None:
@@ -92,7 +99,7 @@ def read_objects(path: Path) -> list[VocObject]:
     try:
         tree = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
-        raise ValueError(f"{path}: not an XML file: {error}") from error
+        raise ValueError(f"{path}: not an XML file ({error}); write it again, or remove it with its image") from error
     return [
         VocObject(
             (node.findtext("name") or "").strip() or "?",

@@ -15,20 +15,32 @@ import yaml  # timm needs it too
 from ...files import read_bytes
 from ..annotations import Annotations
 from .coco import coco_content
-from .places import Split, folders_below, images_below, split_word
+from .places import Split, folders_below, images_below, is_image, path_parts, split_word, text_lines
 
 
 def find_yolo(root: Path) -> dict[str, list[Split]]:
-    """Find the splits of a YOLO dataset: those that data.yaml names, or folders `images` and `labels` side by side.
+    """Find the splits of a YOLO dataset.
+
+    They are those that data.yaml (or darknet's obj.data) names, folders `images` and `labels` side by side, or images
+    with text files beside them.
 
     Raises:
         ValueError: data.yaml cannot be read, or names folders that are not there; or no file names the classes.
     """
-    for path in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
-        about = _read_yaml(path)
+    broken: ValueError | None = None
+    files = [path for ending in ("yaml", "yml", "data") for path in root.glob(f"*.{ending}") if os.path.isfile(path)]
+    for path in sorted(files):
+        try:
+            about = _read_darknet(path) if path.suffix == ".data" else _read_yaml(path)
+        except ValueError as error:  # it may have nothing to do with the dataset
+            broken = broken or error
+            continue
         if isinstance(about, dict) and "names" in about and {"train", "val", "valid", "test"} & about.keys():
             return _listed(path, about, root)
-    return _side_by_side(root)
+    found = _side_by_side(root) or _together(root)
+    if broken and not found:
+        raise broken
+    return found
 
 
 def _read_yaml(path: Path) -> Any:
@@ -38,11 +50,21 @@ def _read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from error
 
 
+def _read_darknet(path: Path) -> dict[str, Any]:
+    """Read darknet's obj.data, as CVAT writes it: `key = value` lines; `names` is the path of a list of classes."""
+    pairs = [line.split("=", 1) for line in text_lines(path, "list of files") if "=" in line]
+    about: dict[str, Any] = {key.strip(): value.strip() for key, value in pairs}
+    if "names" in about:
+        places = _tails(about["names"], [path.parent])
+        file = next((place for place in places if place.is_file()), places[0])
+        about["names"] = text_lines(file, "list of classes")
+    return about
+
+
 def _listed(path: Path, about: dict, root: Path) -> dict[str, list[Split]]:
-    names = about["names"]
-    names = [names[key] for key in sorted(names)] if isinstance(names, dict) else names
+    names = _numbered(about["names"]) if isinstance(about["names"], dict) else about["names"]
     if not isinstance(names, list) or not names:
-        raise ValueError(f"{path}: 'names' must be a list of the classes' names, not {names!r:.100}")
+        raise ValueError(f"{path}: 'names' must be a list of the classes' names, not {about['names']!r:.100}")
     bases = [path.parent, path.parent / str(about.get("path") or "."), path.parent.parent]
     found: dict[str, list[Split]] = {}
     missing = []
@@ -66,24 +88,45 @@ def _listed(path: Path, about: dict, root: Path) -> dict[str, list[Split]]:
     return found
 
 
-def _images(place: str, bases: Sequence[Path]) -> list[Path]:
-    """List the images of a folder, or of a text file with a path on each line, as data.yaml names it.
+def _numbered(names: dict) -> list | None:
+    """List names by their numbers, which may be texts; a number that is left out gets a name. None for other keys."""
+    try:
+        by_number = {int(key): name for key, name in names.items()}
+    except (TypeError, ValueError):
+        return None
+    if not by_number or min(by_number) < 0 or max(by_number) >= MOST_CLASSES:
+        return None
+    return [by_number.get(i, f"class {i}") for i in range(max(by_number) + 1)]
 
-    Roboflow writes "../train/images" for "train/images".
-    """
-    options = [base / name for name in (place, re.sub(r"^(\.\./)+", "", place)) for base in bases]
-    for option in options:
+
+MOST_CLASSES = 100_000
+
+
+def _images(place: str, bases: Sequence[Path]) -> list[Path]:
+    """List the images of a folder, or of a text file with a path on each line, as data.yaml names it."""
+    for option in _tails(place, bases):
         if option.is_dir() and (images := images_below(option)):
             return images
         if option.is_file():
-            lines = [line.strip() for line in read_bytes(option, "list of images").decode().splitlines()]
-            paths = [
-                next((b / x for b in (option.parent, *bases) if os.path.isfile(b / x)), option.parent / x)
-                for x in lines
-                if x
-            ]
-            return paths
+            return [_image(line, [option.parent, *bases]) for line in text_lines(option, "list of images")]
     return []
+
+
+def _image(name: str, bases: Sequence[Path]) -> Path:
+    options = _tails(name, bases)
+    return next((option for option in options if os.path.isfile(option)), options[0])
+
+
+def _tails(place: str, bases: Sequence[Path]) -> list[Path]:
+    """List where a path may lead: below each base, as it is and without its first parts, which were another machine's.
+
+    Roboflow writes "../train/images" for "train/images". The word of a split, if there is one, is not left out, so that
+    no split takes the images of another.
+    """
+    parts = path_parts(place)
+    last = next((i for i, part in enumerate(parts) if split_word(os.path.splitext(part)[0])), len(parts) - 1)
+    tails = [place.replace("\\", "/"), *("/".join(parts[i:]) for i in range(last + 1))]
+    return [base / tail for tail in dict.fromkeys(tails) for base in bases]
 
 
 def _side_by_side(root: Path) -> dict[str, list[Split]]:
@@ -99,21 +142,37 @@ def _side_by_side(root: Path) -> dict[str, list[Split]]:
             inner or {split_word(labels.parent.name) if labels.parent != root else "": beside}
         ).items():
             if images := images_below(folder):
-                names = _class_names(labels, root)
+                names = _class_names([labels.parent, labels, root], root)
                 how = f"{labels.relative_to(root)}/ beside images/: this is YOLO"
                 found.setdefault(word, []).append(_split(labels, images, names, how, root))
     return found
 
 
-def _class_names(labels: Path, root: Path) -> list[str]:
-    for folder in dict.fromkeys([labels.parent, labels, root]):
+def _together(root: Path) -> dict[str, list[Split]]:
+    """Find folders in which each image has its text file beside it, as labelImg writes them."""
+    found: dict[str, list[Split]] = {}
+    for folder in [root, *folders_below(root, 2)]:
+        images = sorted(path for path in folder.iterdir() if is_image(path))
+        labels = next((file for image in images if os.path.isfile(file := image.with_suffix(".txt"))), None)
+        if labels is None or not LINE.match(next(iter(text_lines(labels, "labels")), "")):
+            continue
+        word = split_word(folder.name) if folder != root else ""
+        how = f"{labels.relative_to(root)}, ... beside the images: this is YOLO"
+        found.setdefault(word, []).append(_split(folder, images, _class_names([folder, root], root), how, root))
+    return found
+
+
+LINE = re.compile(r"\d+(\.0+)?(\s+[-+.\de]+){4,}$")
+
+
+def _class_names(folders: Sequence[Path], root: Path) -> list[str]:
+    for folder in dict.fromkeys(folders):
         for name in ("classes.txt", "obj.names", "labels.txt"):
-            if (path := folder / name).is_file():
-                lines = read_bytes(path, "list of classes").decode().splitlines()
-                return [line.strip() for line in lines if line.strip()]
+            if (path := folder / name).is_file() and (names := text_lines(path, "list of classes")):
+                return names
     raise ValueError(
-        f"{root}: this is YOLO, but no file names the classes; write data.yaml, or {root / 'classes.txt'} with the "
-        "name of class 0 on the first line, and so on"
+        f"{root}: this is YOLO, but no file names the classes; write {root / 'classes.txt'} with the name of class 0 "
+        "on the first line, and so on, or data.yaml with 'names'"
     )
 
 
@@ -131,30 +190,51 @@ def read_yolo(folder: Path, images: Sequence[str], names: Sequence[str], keypoin
     """Read the label files of images as the content of a COCO JSON file.
 
     A line is `class cx cy width height`, as fractions of the image, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon, whose
-    box is taken; with `keypoints`, what follows the box is left out. An image without a label file, or with an empty
-    one, has no objects. A line that is neither has no usable box, and counts among the dataset's problems.
+    box is taken; with `keypoints`, what follows the box is left out, and so is a confidence after it. An image without
+    a label file, or with an empty one, has no objects. A line that is neither has no usable box, and counts among the
+    dataset's problems.
+
+    Raises:
+        ValueError: a label file cannot be read; no line of all is one of these, then the message shows the first; or
+            classes are counted from 1.
     """
-    return coco_content(folder, images, names, lambda name, size: _read_labels(folder / name, size, keypoints))
+    coco = coco_content(folder, images, names, lambda name, size: _read_labels(folder / name, size, keypoints))
+    if (numbers := {row["category_id"] for row in coco["annotations"]}) and min(numbers) >= 1 and len(names) in numbers:
+        raise ValueError(
+            f"{_label_file(folder / images[0]).parent}: the lines have classes from {min(numbers)} to {max(numbers)}, "
+            f"but the names ({names[0]}, ...) have the numbers 0 to {len(names) - 1}; count classes from 0"
+        )
+    sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
+
+    def usable(row: dict) -> bool:
+        (width, height), box = sizes[row["image_id"]], row["bbox"]
+        return 0 <= row["category_id"] < len(names) and box is not None and box[0] < width and box[1] < height
+
+    if coco["annotations"] and not any(map(usable, coco["annotations"])):
+        path = next(path for name in images if text_of(path := _label_file(folder / name)))
+        raise ValueError(
+            f"{path}: a line is {text_of(path)[0]!r:.80}, and all lines of the dataset are like it, where YOLO has "
+            f"`class cx cy width height`: a class from 0 to {len(names) - 1}, and fractions of the image from 0 to 1"
+        )
+    return coco
+
+
+def text_of(path: Path) -> list[str]:
+    """Read the lines of a label file; none where there is no such file."""
+    return text_lines(path, "labels") if os.path.isfile(path) else []
 
 
 def _read_labels(image: Path, size: tuple[int, int], keypoints: bool) -> list[dict]:
     height, width = size
-    try:
-        text = _label_file(image).read_text()
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{_label_file(image)}: cannot read the labels: {error}") from error
     rows = []
-    for line in text.splitlines():
-        if not (cells := line.split()):
-            continue
+    for line in text_of(_label_file(image)):
+        cells = line.split()
         try:
             label, numbers = float(cells[0]), np.array([float(cell) for cell in cells[1:]])
         except ValueError:
             label, numbers = -1.0, np.array([])
         row: dict = {"category_id": int(label) if label.is_integer() else -1, "bbox": None}
-        if len(numbers) == 4 or (keypoints and len(numbers) > 4):
+        if len(numbers) in (4, 5) or (keypoints and len(numbers) > 4):
             center, extent = numbers[:2], numbers[2:4]
             row["bbox"] = [*((center - extent / 2) * (width, height)), *(extent * (width, height))]
         elif len(numbers) >= 6 and len(numbers) % 2 == 0:
