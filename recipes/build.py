@@ -163,7 +163,8 @@ def find_splits(
         found = [choose_whole(config.data, *files["train"])]
         if rank > 0:  # rank 0 writes the two parts
             barrier()
-        places = hold_out(found[0], config.val_fraction, config.seed, config.out / "split")
+        parts = hold_out(found[0], config.val_fraction, config.seed, config.out / "split")
+        places = {split: parts[split] for split in splits}
         if rank == 0:
             barrier()
     for x in found:

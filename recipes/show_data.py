@@ -16,13 +16,14 @@ import tyro
 
 from presets import PRESETS, TrainConfig, check_config, parse
 from vovnet_zoo.arguments import check_number
-from vovnet_zoo.cli import ShowData, refuse_missing
+from vovnet_zoo.cli import ShowData, refuse_missing, split_arguments
 from vovnet_zoo.commands import parse_command
 
 
 def parse_show(args: Sequence[str]) -> tuple[ShowData, TrainConfig]:
     """Read the options of the picture, and those of the preset."""
-    command, options = tyro.cli(ShowData, args=list(args), description=__doc__, return_unknown_args=True)
+    own, options = split_arguments(args)
+    command = tyro.cli(ShowData, args=own, description=__doc__)
     if command.preset not in PRESETS:
         raise ValueError(f"--preset {command.preset}: give one of {', '.join(PRESETS)}")
     data = [] if command.root is None else ["--data", str(command.root)]

@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -122,9 +122,9 @@ class CheckData:
 class ShowData:
     """Draw images as a training sees them, augmented and with boxes, side by side into one PNG.
 
-    They are the first of a training, in its order. All options of the training may follow, such as --mosaic 0.5 or
-    --test-size 512; `python recipes/train_coco.py PRESET --help` lists them. The presets are in a clone of the
-    repository."""
+    They are the first of a training, in its order. All options of the training may follow the folder, such as
+    --mosaic 0.5 or --test-size 512; `python recipes/train_coco.py PRESET --help` lists them. The presets are in a clone
+    of the repository."""
 
     root: tyro.conf.Positional[Path | None] = None
     """The dataset's folder."""
@@ -303,8 +303,11 @@ def main() -> None:
     if arguments == ["--version"]:
         print(f"vovnet-zoo {__version__}")
         return
-    recipe = arguments[:1] in (["plan"], ["show-data"])
-    options: dict[str, Any] = {"return_unknown_args": True} if recipe else {}  # of the preset, which has its own
+    typed = arguments[1:]
+    if arguments[:1] == ["show-data"]:
+        arguments = ["show-data", *split_arguments(typed)[0]]
+    planning = arguments[:1] == ["plan"]
+    options: dict[str, Any] = {"return_unknown_args": True} if planning else {}  # of the preset, which has its own
     parsed = tyro.cli(
         Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[CheckData, tyro.conf.subcommand("check-data")]
@@ -322,11 +325,11 @@ def main() -> None:
         args=arguments,
         **options,
     )
-    command = parsed[0] if recipe else parsed
+    command = parsed[0] if planning else parsed
     run: dict[type, Callable[[Any], None]] = {
         Predict: run_predict,
         CheckData: run_check_data,
-        ShowData: lambda _: run_recipe("show_data", arguments[1:], debug),
+        ShowData: lambda _: run_recipe("show_data", typed, debug),
         ConvertData: run_convert_data,
         Convert: run_convert,
         Publish: run_publish,
@@ -334,7 +337,7 @@ def main() -> None:
         Compare: run_compare,
         Demo: run_demo,
         ListModels: run_list,
-        Plan: lambda _: run_recipe("plan", arguments[1:], debug),
+        Plan: lambda _: run_recipe("plan", typed, debug),
     }
     run_reporting("vovnet-zoo", lambda: run[type(command)](command), debug)
 
@@ -571,6 +574,26 @@ def run_list(command: ListModels) -> None:
     if not rows:
         raise ValueError(f"no weights have {' or '.join(map(repr, command.names))} in their name; vovnet-zoo list")
     print(json.dumps(rows, indent=1) if command.json else "\n".join(map(ledger.describe, rows)))
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Divide the arguments of show-data into its own ones and the options of the training.
+
+    The dataset's folder is a word that no option of the training can have as its value.
+    """
+    names = {f"--{field.name}" for field in fields(ShowData)} - {"--root"} | {"--help", "-h"}
+    own: list[str] = []
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, _, value = argument.partition("=")
+        if name in names:
+            own += [argument, *([] if value or name in ("--help", "-h") else [x for x in [next(rest, None)] if x])]
+        elif others or argument.startswith("-"):
+            others.append(argument)
+        else:
+            own.append(argument)
+    return own, others
 
 
 def run_recipe(name: str, arguments: list[str], debug: bool) -> None:

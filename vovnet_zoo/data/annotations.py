@@ -70,11 +70,11 @@ def parse_annotations(data: bytes, path: str | Path, replace: Callable[[dict], A
     if any(_lacks_box(row) for row in rows):
         whole = json.loads(data)["annotations"]  # with the polygons
         coco["annotations"] = rows = [
-            row | {"bbox": segmentation_box(full["segmentation"])} if _lacks_box(row) else row
+            row | {"bbox": _segmentation_box(full["segmentation"])} if _lacks_box(row) else row
             for row, full in zip(rows, whole, strict=True)
         ]
     for key, reference in (("images", "image_id"), ("categories", "category_id")):
-        numbers = numbers_of([entry.get("id") if isinstance(entry, dict) else None for entry in coco[key]])
+        numbers = _numbers_of([entry.get("id") if isinstance(entry, dict) else None for entry in coco[key]])
         if numbers:
             coco[key] = [entry | {"id": numbers[entry["id"]]} for entry in coco[key]]
         for i, row in enumerate(rows):
@@ -84,7 +84,7 @@ def parse_annotations(data: bytes, path: str | Path, replace: Callable[[dict], A
     return coco
 
 
-def numbers_of(ids: list) -> dict[str, int]:
+def _numbers_of(ids: list) -> dict[str, int]:
     """Map ids that are all texts to numbers: the numbers that all of them are, or their positions; {} for others."""
     if not all(isinstance(text, str) for text in ids):
         return {}
@@ -101,7 +101,7 @@ def _lacks_box(row: Any) -> bool:
     return isinstance(row, dict) and not row.get("bbox") and isinstance(row.get("segmentation"), (list, dict))
 
 
-def segmentation_box(segmentation: Any) -> list[float] | None:
+def _segmentation_box(segmentation: Any) -> list[float] | None:
     """Return the box [left, top, width, height] around polygons or a run-length encoding; None where it is neither."""
     if isinstance(segmentation, dict):
         try:
