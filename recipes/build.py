@@ -144,9 +144,11 @@ def conventions_of(config: TrainConfig, start: FCOS | None, known: DetectorConfi
 
 
 def find_splits(
-    config: TrainConfig, rank: int, splits: Sequence[str] = ("train", "val")
+    config: TrainConfig, rank: int, splits: Sequence[str] = ("train", "val"), goes_on: bool = False
 ) -> dict[str, tuple[Path, Source]]:
     """Find the images and annotations of "train" and "val", changed as the configuration says, or draw them.
+
+    A run that goes on keeps its own split of one dataset, unless `config.allow_changes`.
 
     Args:
         splits: those that are looked for; "train" is one of them.
@@ -163,7 +165,8 @@ def find_splits(
         found = [choose_whole(config.data, *files["train"])]
         if rank > 0:  # rank 0 writes the two parts
             barrier()
-        parts = hold_out(found[0], config.val_fraction, config.seed, config.out / "split")
+        keep = goes_on and not config.allow_changes
+        parts = hold_out(found[0], config.val_fraction, config.seed, config.out / "split", replace=not keep)
         places = {split: parts[split] for split in splits}
         if rank == 0:
             barrier()
@@ -191,7 +194,8 @@ def check_data(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset
     if train_set.class_names != val_set.class_names:
         raise ValueError(
             f"{config.data or config.train}: the splits have different classes: train {train_set.class_names} with ids "
-            f"{train_set.category_ids}, val {val_set.class_names} with ids {val_set.category_ids}"
+            f"{train_set.category_ids}, val {val_set.class_names} with ids {val_set.category_ids}; "
+            "list the same classes in both, also those without a box there"
         )
     if train_set.category_ids != val_set.category_ids:
         log.warning(
@@ -256,10 +260,30 @@ def build_model(
     weights = start.state_dict()
     if frozen_norm:  # fixed batch norms do not count batches
         weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
-    if start.config["class_names"] != class_names:  # other classes need a new class layer
-        weights |= {k: v for k, v in model.state_dict().items() if k.startswith("head.cls_logits.")}
+    rows = known_rows(start, class_names)
+    for name, new in model.state_dict().items():
+        if name.startswith("head.cls_logits."):  # its first dimension is the classes'
+            old, weights[name] = weights[name], new
+            new[[now for now, _ in rows]] = old[[before for _, before in rows]]
     model.load_state_dict(weights, strict=True)
     return model
+
+
+def known_rows(start: FCOS, class_names: Sequence[str]) -> list[tuple[int, int]]:
+    """List the label of each class that a detector knows by its name, and the label that it had there."""
+    before = {name: i for i, name in enumerate(start.config["class_names"] or ())}
+    return [(i, before[name]) for i, name in enumerate(class_names) if name in before]
+
+
+def log_start(config: TrainConfig, start: FCOS, class_names: Sequence[str]) -> None:
+    """Say which classes begin with what the detector of `config.init` knows of them."""
+    known = {now for now, _ in known_rows(start, class_names)}
+    new = [name for i, name in enumerate(class_names) if i not in known]
+    log.info(
+        "starting from %s, which knows %d of the %d classes%s",
+        *(config.init, len(known), len(class_names)),
+        f"; these are new to it: {', '.join(new[:20])}" if new else "",
+    )
 
 
 def prepare_for_training(model: FCOS, config: TrainConfig, device: torch.device) -> None:

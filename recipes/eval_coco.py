@@ -94,9 +94,9 @@ def main(config: EvalConfig) -> dict | None:
     check_config(config)
     with process_group(config.device) as (rank, world_size, device):
         if rank == 0 and config.out is not None:
-            check_out(config.out)  # a place that cannot be written is reported now, not after the last image
+            check_out(config.out, b"[")  # a place that cannot be written is reported now, not after the last image
         if rank == 0 and config.report is not None:
-            check_out(config.report, "--report", "report.html")
+            check_out(config.report, b"<!DOCTYPE html>", "--report", "report.html")
         model = load_detector(config.model).to(device)
         if config.size is not None:
             if config.size > (limit := model.config["max_size"]):

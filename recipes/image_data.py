@@ -97,8 +97,13 @@ def open_split(config: ClassifierConfig, split: str, transform: Callable, world_
     root, training = config.data, split == config.train_split
     if not kind:
         root = next((path for path in (root / f"{split}.tar", root / split) if path.exists()), None)
+        if not config.data.is_dir():
+            raise ValueError(f"{config.data}: no such folder")
         if root is None:
-            raise ValueError(f"{config.data} has no folder {split} and no {split}.tar")
+            raise ValueError(
+                f"{config.data} has no folder {split}/ and no {split}.tar; put the images there, in a folder for each "
+                "class"
+            )
     try:
         source = create_dataset(
             config.dataset,

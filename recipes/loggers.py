@@ -165,10 +165,10 @@ class Loggers:
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise `ValueError` if the package of a logger is not installed."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f"--loggers {name}: it is not installed; pip install {PACKAGES[name]}")
+    """Raise `ValueError` if the packages of loggers are not installed."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        packages = " ".join(PACKAGES[name] for name in missing)
+        raise ValueError(f"--loggers {' '.join(missing)}: not installed; pip install {packages}")
 
 
 def read_id(folder: Path, name: str, step: int) -> str | None:

@@ -60,8 +60,8 @@ class TrainConfig(Augmentation):
     num_convs: int | None = None
     """Convolutions in each of the head's towers; default: 4, or what --init has."""
     init: str | None = None
-    """Start from this detector (folder, Hub name or a name of list_detectors(pretrained=True)); its head is kept if it
-    has the same classes. It keeps its network: an option that says otherwise is refused."""
+    """Start from this detector (folder, Hub name or a name of list_detectors(pretrained=True)). It keeps what it
+    knows of classes of the same name, and its network: an option that says otherwise is refused."""
     pretrained_backbone: bool = False
     """Start from the backbone's ImageNet weights, through timm; not with --init."""
     frozen_norm: bool = False

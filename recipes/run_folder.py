@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from loggers import Loggers
 from presets import NETWORK, TrainConfig, with_defaults
 from runtime import environment, log, make_folder
 from vovnet_zoo import FCOS
+from vovnet_zoo.classifiers import SOURCES
 from vovnet_zoo.data import CocoDataset, ImageError, Skipped
 from vovnet_zoo.evaluation.runs import read_log
 from vovnet_zoo.files import hash_file
@@ -49,6 +51,7 @@ def locked(folder: Path, rank: int = 0, wait: float = 10.0) -> Iterator[None]:
         yield
         return
     make_folder(folder, f"--out {folder}")
+    refuse_foreign(folder)
     # A lock of lockf belongs to this process alone. One of flock would be shared by data loading workers, which may
     # outlive it; and opening this file once more in this process and closing it would release the lock.
     with open(folder / "lock", "a+") as file:
@@ -64,6 +67,20 @@ def locked(folder: Path, rank: int = 0, wait: float = 10.0) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
         yield
+
+
+WRITTEN = ("best", "last", "metrics.jsonl", "report.html", "curves.png", "detections.png")  # in every run folder
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise `ValueError` where a folder is not one of a run, and has files that a run would write over."""
+    if (folder / "run.json").exists() or (folder / "checkpoints").exists():
+        return
+    if there := [name for name in WRITTEN if (folder / name).exists()]:
+        raise ValueError(
+            f"--out {folder} is no run folder, and a run would write over what is in it ({', '.join(there)}); give "
+            "another --out"
+        )
 
 
 def try_lock(file: IO) -> bool:
@@ -278,8 +295,11 @@ def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainCo
 
 def longer(config: Any) -> str:
     """Say how a run that is complete is followed by another one, since its learning rate has come down to its end."""
-    without = " and without --pretrained-backbone" if getattr(config, "pretrained_backbone", False) else ""
-    return f"the same command with --init {config.out / 'best'} --out {config.out}-longer{without}"
+    best, out = shlex.quote(str(config.out / "best")), shlex.quote(f"{config.out}-longer")
+    without = ["--pretrained-backbone"] if getattr(config, "pretrained_backbone", False) else []
+    if (getattr(config, "backbone", None) or "").startswith(SOURCES):  # the detector knows it by another name
+        without.append("--backbone")
+    return f"the same command with --init {best} --out {out}" + "".join(f" and without {name}" for name in without)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

@@ -95,13 +95,21 @@ def claim(line: str) -> bool:
         return True
 
 
-def check_out(path: Path, option: str = "--out", example: str = "detections.json") -> None:
+def check_out(path: Path, begins: bytes, option: str = "--out", example: str = "detections.json") -> None:
     """Make the folder of the file that is to be written; `ValueError` unless the file can be written there.
 
-    The message names the option, and an example of a file's name.
+    The message names the option, and an example of a file's name. A file that is there already, and does not begin as
+    such files do (`begins`), is one of the user's, and is kept.
     """
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder; give the name of a file, such as {path / example}")
+    if path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(len(begins))
+        if not begins.startswith(start):
+            raise ValueError(
+                f"{option} {path} is there already, and no file that this command wrote; give another name"
+            )
     make_folder(path.parent, f"{option} {path}")
 
 
@@ -243,13 +251,21 @@ class StopSignal:
         return int(all_reduce(torch.tensor(self.received), dist.ReduceOp.MAX))
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within this context, a signal raises `Stopped`. It is for work that takes long and leaves nothing behind."""
+    def at_once(self, message: str | None = None) -> Iterator[None]:
+        """Within this context, a signal raises `Stopped`. It is for work that takes long and leaves nothing behind.
+
+        Args:
+            message: what the log then says.
+        """
         self._at_once = True
         try:
             if self.received:
                 raise Stopped(128 + self.received)
             yield
+        except Stopped:
+            if message is not None:
+                log.warning("stopped by a signal %s", message)
+            raise
         finally:
             self._at_once = False
 

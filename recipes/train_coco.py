@@ -81,7 +81,10 @@ def main(config: TrainConfig) -> dict | None:
     with process_group(config.device) as (rank, world_size, device), StopSignal() as stop:
         if config.seeds == 1:
             return train_once(config, rank, world_size, device, stop).metrics
-        runs = [train_once(one, rank, world_size, device, stop) for one in seed_configs(config)]
+        runs = []
+        for one in seed_configs(config):
+            log.info("training %d of %d, of seed %d, in %s", len(runs) + 1, config.seeds, one.seed, one.out)
+            runs.append(train_once(one, rank, world_size, device, stop))
         return compare_seeds(config, [run.best for run in runs]) if rank == 0 else None
 
 
@@ -89,7 +92,8 @@ def train_once(config: TrainConfig, rank: int, world_size: int, device: torch.de
     """Train with one seed; returns what was reached."""
     with locked(config.out, rank):
         pictures = import_pictures() if rank == 0 else None
-        run = set_up(config, rank, world_size, device)
+        with stop.at_once("while the run was prepared; the same command begins again"):
+            run = set_up(config, rank, world_size, device, stop)
         config = run.config
         log_plan(run)
         for doubt in doubts(config) if rank == 0 else ():
@@ -106,7 +110,8 @@ def train_once(config: TrainConfig, rank: int, world_size: int, device: torch.de
                 save_finished(run)
                 raise
             if rank == 0:
-                summarize(run, run_log, pictures)
+                with stop.at_once("after the last step; all is saved, and the same command writes the report"):
+                    summarize(run, run_log, pictures)
         return run.progress
 
 

@@ -48,7 +48,8 @@ def main(config: ClassifierConfig) -> dict | None:
         StopSignal() as stop,
         locked(config.out, rank),
     ):
-        run = set_up(config, rank, world_size, device)
+        with stop.at_once("while the run was prepared; the same command begins again"):
+            run = set_up(config, rank, world_size, device)
         with (
             contextlib.closing(RunLog(config.out, run.config, rank, run.progress.step, run.progress.scored)) as rows,
             contextlib.closing(run.saver),
@@ -199,7 +200,9 @@ def summarize(run: Run) -> None:
     config, metrics, seconds = run.config, run.progress.metrics, run.progress.train_seconds
     print(f"top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(run.val_set)} held-out images")
     rate = config.steps * config.batch_size / seconds
-    log.info("trained %.0f s, %.2f images/s, peak %.2f GiB", seconds, rate, peak_memory(run.device))
+    peak = peak_memory(run.device)
+    memory = f", peak {peak:.2f} GiB" if peak is not None else ""
+    log.info("trained %.0f s, %.2f images/s%s", seconds, rate, memory)
     if config.compile:
         log_graphs()
     best = config.out / "best"

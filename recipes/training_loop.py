@@ -110,6 +110,8 @@ def log_plan(run: Run) -> None:
         *("%d steps of %d images (%.3g epochs), learning rate %.3g%s", config.steps, config.batch_size, epochs),
         *(config.lr, evals),
     )
+    if run.progress.step >= config.steps or has_stalled(run):
+        log.info("nothing is left to train: the run ended after step %d", run.progress.step)
 
 
 def note_score(progress: Progress, score: float, metrics: dict) -> None:

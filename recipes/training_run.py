@@ -21,6 +21,7 @@ from build import (
     conventions_of,
     find_splits,
     load_start,
+    log_start,
     prepare_for_training,
 )
 from fitting import fit_precision, fit_schedule, fit_size, kept
@@ -29,7 +30,7 @@ from image_notes import ImageNotes
 from optim import create_optimizer, load_changed
 from presets import TrainConfig
 from run_folder import describe_run, load_checkpoint, refuse_changes, was_bad
-from runtime import broadcast_weights, log
+from runtime import StopSignal, broadcast_weights, log
 from saving import BackgroundSaver
 from trial import Trial
 from vovnet_zoo import FCOSLoss
@@ -86,8 +87,14 @@ class Run:
         return {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler, **ema}
 
 
-def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device) -> Run:
-    """Build a run. If `config.out` has a checkpoint, the run goes on from there."""
+def set_up(
+    config: TrainConfig, rank: int, world_size: int, device: torch.device, stop: StopSignal | None = None
+) -> Run:
+    """Build a run. If `config.out` has a checkpoint, the run goes on from there.
+
+    Args:
+        stop: if given, data loading workers leave stop signals to this process.
+    """
     torch.backends.cudnn.allow_tf32 = config.tf32
     saved = load_checkpoint(config.out / "checkpoints")
     known = saved.get("config") if saved else None  # checkpoints of version 0.2 and before do not hold it
@@ -101,11 +108,11 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
     conventions = conventions_of(config, start, known)
     plus_one, resize = conventions["plus_one"], conventions["resize"]
     known_classes = known["class_names"] or () if known else ()
-    places = find_splits(config, rank)
+    places = find_splits(config, rank, goes_on=saved is not None)
     config, sizes = fit_size(config, places["train"][1], device)
     config, precision = fit_precision(config, device)
     train_set, val_set = build_datasets(config, places, plus_one, resize, known_classes)
-    try_out = functools.partial(Trial, train_set=train_set, start=start, known=known, device=device)
+    try_out = functools.partial(Trial, train_set=train_set, start=start, known=known, device=device, stop=stop)
     config, schedule = fit_schedule(config, train_set, val_set, device, world_size, try_out, saved)
     check_batch(config, world_size)
     log_chosen(sizes + precision + schedule, goes_on=saved is not None)
@@ -122,6 +129,8 @@ def set_up(config: TrainConfig, rank: int, world_size: int, device: torch.device
         *("%d images to train on, %d to score on, %d classes: %s", len(train_set), len(val_set), len(names)),
         ", ".join(names),
     )
+    if start is not None:
+        log_start(config, start, names)
     return assemble(
         saved,
         changed,

@@ -14,7 +14,7 @@ from average import MovingAverage
 from build import build_loader, build_model, prepare_for_training
 from optim import create_optimizer
 from presets import TrainConfig
-from runtime import synchronize
+from runtime import StopSignal, synchronize
 from step import compile_step, compute_losses, find_targets
 from vovnet_zoo import FCOS, FCOSLoss, predict
 from vovnet_zoo.config import DetectorConfig
@@ -28,6 +28,7 @@ class Trial:
 
     Args:
         train_set, start, known: as for `build_model`.
+        stop: as for `build_loader`.
     """
 
     def __init__(
@@ -37,11 +38,12 @@ class Trial:
         start: FCOS | None,
         known: DetectorConfig | None,
         device: torch.device,
+        stop: StopSignal | None = None,
     ):
         self.config = config = dataclasses.replace(
             config, pretrained_backbone=False, lr=1e-6
         )  # the weights hardly move
-        self.train_set, self.device = train_set, device
+        self.train_set, self.device, self.stop = train_set, device, stop
         with torch.random.fork_rng(devices=[]):
             self.model = build_model(config, train_set.class_names, train_set.category_ids, start, known)
         prepare_for_training(self.model, config, device)
@@ -80,7 +82,7 @@ class Trial:
         config = dataclasses.replace(self.config, steps=warm + count)
         began, times = time.perf_counter(), []
         with torch.random.fork_rng(devices=[]):
-            for parts in build_loader(config, self.train_set, 0, 0, world_size, self.device):
+            for parts in build_loader(config, self.train_set, 0, 0, world_size, self.device, self.stop):
                 self.step(parts)
                 synchronize(self.device)
                 times.append(time.perf_counter())

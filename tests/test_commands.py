@@ -102,6 +102,15 @@ def test_debug_shows_where(run):
     assert status == 2 and "Traceback" in printed and printed.splitlines()[-1].startswith("eval_coco: './nosuch'")
 
 
+def test_ctrl_c_is_one_line(run, monkeypatch):
+    def main(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_coco, "main", main)
+    status, printed = run(eval_coco, "--model", "x", "--data", "x")
+    assert (status, printed) == (128 + signal.SIGINT, "eval_coco: interrupted\n")
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["recipes/x.py"])
     with pytest.raises(ZeroDivisionError):

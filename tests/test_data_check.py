@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import signal
 from dataclasses import asdict
 
 import numpy as np
@@ -217,6 +218,16 @@ def test_process_that_dies(monkeypatch):
     results = dict(run_parallel(deadly, jobs, 2))
     assert results == {job: None if job in (3, 50) else job * job for job in jobs}
     assert dict(run_parallel(abs, [], 2)) == {}
+
+
+def interrupt(job):
+    os.kill(os.getpid(), signal.SIGINT)
+    return job
+
+
+def test_ctrl_c_is_left_to_the_process_that_waits():
+    """A terminal sends it to the processes that decode too; each would print a traceback."""
+    assert dict(run_parallel(interrupt, [5, 6], 1)) == {0: 5, 1: 6}
 
 
 def test_image_that_ends_the_process(root, monkeypatch):

@@ -245,6 +245,17 @@ def test_held_out_part_is_seeded_and_kept(tmp_path, caplog):
     assert (tmp_path / "a" / "val.json").stat().st_mtime_ns == stamp
 
 
+def test_a_run_keeps_the_part_that_it_scored(tmp_path):
+    """A command with another fraction or seed is refused before it writes the parts anew, and `compare` reads them."""
+    layouts.fiftyone_single(tmp_path / "data")
+    train_here(tmp_path / "data", tmp_path / "run", f"{STEPS} --val-fraction 0.25")
+    before = (tmp_path / "run" / "split" / "val.json").read_bytes()
+    for options, change in (("0.5", "val_fraction: was 0.25, now 0.5"), ("0.25 --seed 1", "seed: was 0, now 1")):
+        with pytest.raises(ValueError, match=f"holds another split.*{change}.*--allow-changes"):
+            train_here(tmp_path / "data", tmp_path / "run", f"{STEPS} --val-fraction {options}")
+    assert (tmp_path / "run" / "split" / "val.json").read_bytes() == before
+
+
 def test_groups_stay_together():
     groups = [[0, 1, 2, 3, 4], [5], [6, 7], [8], [9]]
     for seed in range(20):

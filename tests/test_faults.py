@@ -21,9 +21,10 @@ import runtime
 import scoring
 import train_coco
 import training_run
+import trial
 from optim import create_optimizer
 from presets import TrainConfig
-from run_folder import list_checkpoints, load_checkpoint, save_checkpoint
+from run_folder import list_checkpoints, load_checkpoint, refuse_foreign, save_checkpoint
 from runtime import StopSignal
 from vovnet_zoo import FCOS, create_detector
 from vovnet_zoo.coco_eval import evaluate
@@ -104,6 +105,37 @@ def test_a_signal_while_the_scores_are_computed(config, monkeypatch):
         train_coco.main(config)
     assert error.value.code == 128 + signal.SIGINT
     assert load_checkpoint(config.out / "checkpoints")["progress"]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "module, work, told",
+    [
+        (training_run, "build_datasets", "while the run was prepared; the same command begins again"),
+        (trial.Trial, "step", "while the run was prepared; the same command begins again"),
+        (train_coco, "report_run", "after the last step; all is saved, and the same command writes the report"),
+    ],
+)
+def test_a_signal_before_the_first_step_and_after_the_last(config, monkeypatch, capsys, module, work, told):
+    """Ctrl-C in a terminal reaches the workers too. It is answered at once, and nothing is lost."""
+    config = dataclasses.replace(config, minutes=0.01 if work == "step" else None, workers=1, steps=2, eval_every=None)
+    real = getattr(module, work)
+
+    def interrupted(*arguments, **options):
+        for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+            os.kill(process.pid, signal.SIGINT)
+        time.sleep(5)
+        raise AssertionError("it was not interrupted")
+
+    monkeypatch.setattr(module, work, interrupted)
+    with pytest.raises(SystemExit) as error:
+        train_coco.main(config)
+    assert error.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err.count(f"stopped by a signal {told}") == 1
+    if work == "report_run":
+        monkeypatch.setattr(module, work, real)
+        assert train_coco.main(config)["AP"] >= 0 and (config.out / "report.html").is_file()
+    else:
+        assert not (config.out / "run.json").exists()
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -430,6 +462,33 @@ def test_a_place_for_detections_that_cannot_be_written(config, tiny_detector, mo
     settings = eval_coco.EvalConfig(model=str(config.data / "model"), data=config.data, out=config.data / place)
     with pytest.raises(ValueError, match=f"--out .*{place} (is a folder|cannot be written)"):
         eval_coco.main(settings)
+
+
+@pytest.mark.parametrize("option, name", [("out", "annotations/instances_val.json"), ("report", "train/1.png")])
+def test_an_evaluation_writes_over_no_file_of_the_user(config, monkeypatch, option, name):
+    """Files that it wrote itself are written anew."""
+    monkeypatch.setattr(eval_coco, "score_dataset", None)
+    settings = eval_coco.EvalConfig(model=str(config.data / "model"), data=config.data)
+    before = (config.data / name).read_bytes()
+    with pytest.raises(ValueError, match=f"--{option} .*{name} is there already, and no file that this command wrote"):
+        eval_coco.main(dataclasses.replace(settings, **{option: config.data / name}))
+    assert (config.data / name).read_bytes() == before
+    for begins, content in ((b"[", b"[]"), (b"[", b""), (b"<!DOCTYPE html>", b"<!DOCTYPE html>\n")):
+        (config.data / "ours").write_bytes(content)
+        runtime.check_out(config.data / "ours", begins)
+
+
+def test_a_folder_of_the_user_is_no_run_folder(config):
+    """What a run would write over stays; a folder with other files in it may become a run's."""
+    (config.out / "best").mkdir(parents=True)
+    for name in ("report.html", "notes.txt"):
+        (config.out / name).write_text("mine")
+    with pytest.raises(ValueError, match=r"is no run folder.*\(best, report.html\); give another --out"):
+        train_coco.main(config)
+    assert (config.out / "report.html").read_text() == "mine" and not (config.out / "run.json").exists()
+    (config.out / "report.html").unlink()
+    (config.out / "best").rmdir()
+    refuse_foreign(config.out)
 
 
 def test_too_little_memory_is_no_damaged_image(config, monkeypatch):

@@ -317,6 +317,7 @@ def test_patience(config, capsys):
         assert [row["step"] for row in rows(config.out) if "AP" in row] == [1, 2, 3]
     printed = capsys.readouterr().err
     assert printed.count("the run ends after step 3: 2 evaluations in a row gave no better AP") == 1
+    assert printed.count("nothing is left to train: the run ended after step 3") == 1
     assert printed.count("best model") == 2 and "to train longer: the same command with --init" in printed
 
 

@@ -130,6 +130,6 @@ def test_an_error_in_a_logger_ends_this_logger_alone(tiny_coco, tmp_path, monkey
 def test_a_logger_that_is_not_installed_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
     config = dataclasses.replace(tiny_config(tmp_path / "none", tmp_path / "run"), loggers=("mlflow",))
-    with pytest.raises(ValueError, match="--loggers mlflow: it is not installed; pip install mlflow-skinny"):
+    with pytest.raises(ValueError, match="--loggers mlflow: not installed; pip install mlflow-skinny"):
         train_coco.main(config)
     check_loggers([])

@@ -16,7 +16,7 @@ import run_folder
 import train_coco
 from pictures import draw_curves
 from presets import TrainConfig
-from run_folder import RunLog, list_checkpoints, load_checkpoint, note_not_finite, save_checkpoint
+from run_folder import RunLog, list_checkpoints, load_checkpoint, longer, note_not_finite, save_checkpoint
 from vovnet_zoo import FCOS
 
 
@@ -241,3 +241,11 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     assert [row["loss"] for row in rows] == [None, 1.0] and rows[0]["loss_box"] is None
     path = note_not_finite(tmp_path, 0, 0, [], {"loss_cls": float("nan")}, float("-inf"))
     assert json.loads(path.read_text(), parse_constant=refuse)["losses"] == {"loss_cls": None}
+
+
+def test_longer_names_folders_as_a_shell_wants_them(config):
+    """What the new command must not repeat is named: the detector to start from has a backbone of its own."""
+    config = dataclasses.replace(config, out=Path("my runs/a"), backbone="local-dir:runs/b", pretrained_backbone=True)
+    text = "the same command with --init 'my runs/a/best' --out 'my runs/a-longer' and without --pretrained-backbone"
+    assert longer(config) == f"{text} and without --backbone"
+    assert longer(dataclasses.replace(config, backbone="resnet18")) == text

@@ -450,8 +450,8 @@ def test_hugging_face_datasets(folder, tmp_path, monkeypatch):
 
 
 WRONG = {
-    "has no folder train and no train.tar": "--data-is-elsewhere",
-    "has no folder validation": "--val-split validation",
+    "has no folder train/ and no train.tar; put the images there": "--data-is-elsewhere",
+    "has no folder validation/": "--val-split validation",
     "needs the package webdataset: pip install webdataset": "--dataset wds/",
     "needs the package datasets: pip install datasets": "--dataset hfds/imagenet-1k",
     "give wds/ or hfds/NAME": "--dataset tfds/imagenet",

@@ -14,7 +14,7 @@ from near import assert_same_detections
 import eval_coco
 import step as step_module
 import train_coco
-from build import build_model, load_start
+from build import build_model, known_rows, load_start
 from optim import create_optimizer, lr_factor, set_lr
 from presets import PRESETS, TrainConfig
 from run_folder import list_checkpoints, load_checkpoint
@@ -123,6 +123,7 @@ def test_another_run_is_refused(tiny_coco, tmp_path):
 
 
 def test_init_keeps_the_head_for_the_same_classes(tiny_coco, tmp_path):
+    """Also where they have other numbers, or others are beside them: a class is known by its name."""
     start = create_detector(
         "fcos", backbone="resnet10t", channels=64, num_convs=1, num_classes=2, class_names=["a", "b"]
     )
@@ -135,6 +136,11 @@ def test_init_keeps_the_head_for_the_same_classes(tiny_coco, tmp_path):
     other = build_model(config, ["a", "b", "c"], [4, 9, 10], load_start(config))
     assert other.head.cls_logits.out_channels == 3
     torch.testing.assert_close(other.head.box_distances.weight, start.head.box_distances.weight)
+    assert other.head.cls_logits.bias[:2].equal(start.head.cls_logits.bias) and known_rows(start, ["c"]) == []
+    turned = build_model(config, ["b", "a"], [4, 9], load_start(config))
+    torch.testing.assert_close(turned.head.cls_logits.weight, start.head.cls_logits.weight.flip(0), rtol=0, atol=0)
+    fewer = build_model(config, ["b"], [4], load_start(config))
+    torch.testing.assert_close(fewer.head.cls_logits.bias, start.head.cls_logits.bias[1:], rtol=0, atol=0)
 
 
 def test_init_keeps_the_conventions_of_the_detector(tiny_coco, tmp_path):

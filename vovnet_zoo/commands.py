@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def run_reporting(
 ) -> None:
     """Call a function; an error of the user goes to stderr without its traceback, and the process exits with 2.
 
-    Errors of other kinds are faults of the program, and keep their traceback.
+    Errors of other kinds are faults of the program, and keep their traceback. Ctrl-C is a line without one.
 
     Args:
         command: the name before the message.
@@ -60,6 +61,12 @@ def run_reporting(
         call()
     except USER_ERRORS as error:
         fail(command, error, debug, claim)
+    except KeyboardInterrupt as interrupt:
+        if debug:
+            traceback.print_exception(interrupt)
+        if claim("interrupted"):
+            print(f"{command}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
 
 
 def fail(command: str, error: BaseException, debug: bool, claim: Callable[[str], bool]) -> NoReturn:
@@ -105,7 +112,7 @@ def find_device(name: str | None, index: int | None = None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         there += ["mps"] if torch.backends.mps.is_available() else []
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
         raise ValueError(
             f"--device {name}: torch cannot use it here ({reason:.120}); there is: {', '.join(there)}"
         ) from error

@@ -165,7 +165,8 @@ def check_name(source: str) -> None:
         return
     if path.exists():
         raise ValueError(
-            f"{source!r:.300} is a file; give the folder of a saved model, or 'organisation/name' on the Hub"
+            f"{source!r:.300} is a file; give the folder of a saved model, or 'organisation/name' on the Hub; of a "
+            "checkpoint that others published, `vovnet-zoo convert FILE FOLDER` makes such a folder"
         )
     there = next((parent for parent in path.parents if parent.is_dir()), None)
     where = f": {there} is there, {path.relative_to(there).parts[0]} in it is not" if there else ""

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import signal
 import tempfile
 import warnings
 from collections import deque
@@ -132,7 +133,13 @@ def run_parallel(function: Callable, jobs: list, workers: int) -> Iterator[tuple
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    return ProcessPoolExecutor(workers, initializer=_prepare_worker)
+
+
+def _prepare_worker() -> None:
+    """Let a process compute with one core, and leave Ctrl-C to the process that it works for."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _map(function: Callable, jobs: list) -> list:

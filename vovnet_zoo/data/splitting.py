@@ -21,7 +21,7 @@ PARTS = ("train", "val")
 
 
 def hold_out(
-    whole: Split, fraction: float, seed: int, folder: Path, *, workers: int | None = None
+    whole: Split, fraction: float, seed: int, folder: Path, *, workers: int | None = None, replace: bool = True
 ) -> dict[str, tuple[Path, Source]]:
     """Divide a dataset into "train" and "val", as `folder`/train.json and `folder`/val.json say.
 
@@ -33,13 +33,21 @@ def hold_out(
         fraction: share of the images in "val", above 0 and below 1; a little less where groups do not fit.
         seed: decides which images these are.
         workers: processes that look at the images; None is one per core.
+        replace: write over files that say another fraction, seed or annotations.
 
     Raises:
-        ValueError: all images look the same, or there is only one.
+        ValueError: all images look the same, or there is only one; or there are such files, without `replace`.
     """
     about = {"val_fraction": fraction, "seed": seed, "of": digest_of(whole.source)}
     paths = {part: folder / f"{part}.json" for part in PARTS}
-    if not all(_says(path, about) for path in paths.values()):
+    told = [_told(path) for path in paths.values()]
+    if other := next((x for x in told if x and x != about), None) if not replace else None:
+        changes = [f"{key}: was {other.get(key)}, now {about[key]}" for key in about if about[key] != other.get(key)]
+        raise ValueError(
+            f"{folder} holds another split, which a run scored ({'; '.join(changes)}); give another --out, or go on "
+            "all the same with --allow-changes"
+        )
+    if any(x != about for x in told):
         coco = read_annotations(whole.source)
         images = entries_by_id(coco["images"], "images", "file_name", file_of(whole.source))
         groups = look_alike(whole, [image["file_name"] for image in images], workers)
@@ -62,11 +70,13 @@ def _source(path: Path, read_image: Callable[[str], bytes] | None) -> Source:
     return path if read_image is None else Annotations(path, functools.partial(read_annotations, path), read_image)
 
 
-def _says(path: Path, about: dict) -> bool:
+def _told(path: Path) -> dict | None:
+    """Read what a part says of its split; None where there is no such file, or it is damaged."""
     try:
-        return json.loads(path.read_bytes()).get("info") == about
+        info = json.loads(path.read_bytes()).get("info")
     except (OSError, ValueError, AttributeError):
-        return False
+        return None
+    return info if isinstance(info, dict) else None
 
 
 def look_alike(split: Split, names: list[str], workers: int | None = None) -> list[list[int]]:
@@ -85,7 +95,8 @@ def look_alike(split: Split, names: list[str], workers: int | None = None) -> li
 def choose(groups: list[list[int]], fraction: float, seed: int, name: str) -> list[int]:
     """Choose groups at random that hold about this share of all items."""
     if len(groups) < 2:
-        raise ValueError(f"{name}: its images look all the same, so none can be kept for scoring; give --val JSON")
+        what = "its images look all the same" if groups and len(groups[0]) > 1 else "it has one image"
+        raise ValueError(f"{name}: {what}, so none can be kept for scoring; give --val JSON")
     target = max(1, round(fraction * sum(map(len, groups))))
     chosen: list[int] = []
     order = np.random.default_rng(seed).permutation(len(groups)).tolist()
