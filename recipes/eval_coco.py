@@ -72,7 +72,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds, so 
 
 from reporting import find_train_set, save_thresholds, write_page
 from run_folder import write_whole
-from runtime import StopSignal, check_out, log, process_group, run_command
+from runtime import Stopped, StopSignal, check_out, log, process_group, run_command
 from scoring import score_dataset
 from vovnet_zoo import FCOS, load_detector
 from vovnet_zoo.coco_eval import format_table, load_engine
@@ -107,22 +107,11 @@ def main(config: EvalConfig) -> dict | None:
         dataset = open_dataset(config, model)
         check_classes(model, dataset)
         with StopSignal() as stop:
-            results, metrics = score_dataset(
-                model,
-                dataset,
-                rank,
-                world_size,
-                stop=stop,
-                engine=config.engine,
-                workers=config.workers,
-                batch_size=config.batch_size,
-                precision=config.precision,
-                compile=config.compile,
-                tiles=config.tiles,
-                overlap=config.overlap,
-                flip=config.flip,
-                scales=config.scales,
-            )
+            try:
+                results, metrics = score(config, model, dataset, rank, world_size, stop)
+            except Stopped:
+                log.warning("stopped by a signal; no scores, and no file is written")
+                raise
         if rank == 0:
             print(format_table(metrics))
             if config.out is not None:
@@ -131,6 +120,33 @@ def main(config: EvalConfig) -> dict | None:
             if config.report is not None or config.save_thresholds:
                 report(config, dataset, results)
         return metrics
+
+
+def score(
+    config: EvalConfig,
+    model: FCOS | ExportedDetector,
+    dataset: CocoDataset,
+    rank: int,
+    world_size: int,
+    stop: StopSignal,
+) -> tuple[list[dict], dict] | tuple[None, None]:
+    """Run the detector on the images, and score it; returns what `score_dataset` does."""
+    return score_dataset(
+        model,
+        dataset,
+        rank,
+        world_size,
+        stop=stop,
+        engine=config.engine,
+        workers=config.workers,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        compile=config.compile,
+        tiles=config.tiles,
+        overlap=config.overlap,
+        flip=config.flip,
+        scales=config.scales,
+    )
 
 
 def check_config(config: EvalConfig) -> None:

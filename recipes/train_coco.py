@@ -275,6 +275,7 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
 def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
     """Print the last evaluation and the speed, write the report of the best model, and draw pictures."""
     config, seconds = run.config, run.progress.train_seconds
+    log.info("the last evaluation, after step %d:", run.progress.scored)
     print(format_table(run.progress.metrics, per_class=True))
     rate, peak = run.progress.step * config.batch_size / seconds, peak_memory(run.device)
     memory = f", peak {peak:.2f} GiB" if peak is not None else ""

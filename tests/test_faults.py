@@ -93,6 +93,24 @@ def test_a_signal_in_an_evaluation(config, monkeypatch, workers):
     assert_same(config, undisturbed)
 
 
+def test_a_signal_in_an_evaluation_alone_is_told(config, detector_folder, monkeypatch, capsys):
+    predict = scoring.predict
+
+    def stopped(*arguments, **options):
+        for found in predict(*arguments, **options):
+            os.kill(os.getpid(), signal.SIGINT)
+            yield found
+
+    monkeypatch.setattr(scoring, "predict", stopped)
+    monkeypatch.setattr(eval_coco, "check_classes", lambda *arguments: None)
+    place = config.data / "found.json"
+    settings = eval_coco.EvalConfig(model=str(detector_folder), data=config.data, out=place, device="cpu")
+    with pytest.raises(SystemExit) as error:
+        eval_coco.main(settings)
+    assert error.value.code == 128 + signal.SIGINT and not place.exists()
+    assert "stopped by a signal; no scores, and no file is written" in capsys.readouterr().err
+
+
 def test_a_signal_while_the_scores_are_computed(config, monkeypatch):
     def evaluate(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
@@ -133,6 +151,7 @@ def test_a_signal_before_the_first_step_and_after_the_last(config, monkeypatch, 
     assert capsys.readouterr().err.count(f"stopped by a signal {told}") == 1
     if work == "report_run":
         monkeypatch.setattr(module, work, real)
+        monkeypatch.setattr(train_coco, "draw_pictures", lambda *arguments: None)
         assert train_coco.main(config)["AP"] >= 0 and (config.out / "report.html").is_file()
     else:
         assert not (config.out / "run.json").exists()
