@@ -180,6 +180,7 @@ def open_dataset(config: EvalConfig, model: FCOS | ExportedDetector) -> CocoData
         log.warning("the model does not know these classes, which have no box: %s", ", ".join(unknown))
         source = changed(source, functools.partial(without_classes, names=unknown))
         dataset = CocoDataset(found.folder, source, known_classes=known)
+    log.info("%s; %d images, %d classes", found.how, len(dataset), len(dataset.class_names))
     if not dataset.num_boxes:
         log.warning("%s: no image has a box, so the AP will be -1", dataset.annotation_file)
     return dataset

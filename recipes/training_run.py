@@ -34,6 +34,7 @@ from runtime import StopSignal, broadcast_weights, log
 from saving import BackgroundSaver
 from trial import Trial
 from vovnet_zoo import FCOSLoss
+from vovnet_zoo.commands import describe
 from vovnet_zoo.data import CocoDataset
 
 
@@ -305,13 +306,13 @@ def save_finished(run: Run) -> None:
     try:
         run.saver.wait()
     except Exception as error:
-        log.error("%s", error)
+        log.error("%s", describe(error))
     try:
         if run.saver.saved < run.progress.step and not run.updating:
             save(run)
             run.saver.wait()
     except Exception as error:
-        log.error("the finished steps could not be saved: %s", error)
+        log.error("the finished steps could not be saved: %s", describe(error))
     log.error(
         "stopped by an error after step %d; %d steps are saved, and the same command goes on from there",
         run.progress.step,

@@ -254,6 +254,7 @@ def test_check_and_convert_data_of_other_formats(tmp_path, monkeypatch, capsys):
     layouts.yolo(tmp_path / "yolo")
     status, printed = run("check-data", tmp_path / "yolo", "--workers", "0")
     assert status == 0 and "data.yaml and labels/: this is YOLO" in printed.out
+    assert "image/s" not in printed.err  # no bar where there is no terminal
     status, printed = run("convert-data", tmp_path / "yolo", tmp_path / "coco")
     assert status == 0 and f"train: {tmp_path / 'coco' / 'annotations' / 'instances_train.json'}" in printed.out
     assert run("convert-data", tmp_path / "yolo", tmp_path / "coco")[0] == 2

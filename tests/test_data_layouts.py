@@ -14,6 +14,7 @@ import torch
 from launch import losses, rows, train_forked, train_here
 
 import eval_coco
+import train_coco
 from vovnet_zoo import FCOS
 from vovnet_zoo.data import CocoDataset, find_split
 from vovnet_zoo.data.check import check_dataset
@@ -245,8 +246,10 @@ def test_held_out_part_is_seeded_and_kept(tmp_path, caplog):
     assert (tmp_path / "a" / "val.json").stat().st_mtime_ns == stamp
 
 
-def test_a_run_keeps_the_part_that_it_scored(tmp_path):
+def test_a_run_keeps_the_part_that_it_scored(tmp_path, monkeypatch):
     """A command with another fraction or seed is refused before it writes the parts anew, and `compare` reads them."""
+    for name in ("report_run", "draw_pictures"):  # they take most of the time of a short run
+        monkeypatch.setattr(train_coco, name, lambda *arguments: None)
     layouts.fiftyone_single(tmp_path / "data")
     train_here(tmp_path / "data", tmp_path / "run", f"{STEPS} --val-fraction 0.25")
     before = (tmp_path / "run" / "split" / "val.json").read_bytes()

@@ -433,7 +433,7 @@ def run_check_data(command: CheckData) -> None:
         if not ours:
             raise ValueError(f"{command.json} is there already, and no report of check-data; choose another file")
     options = {name: value for name, value in vars(command).items() if name not in ("root", "json")}
-    sys.exit(check.main(command.root, json_out=command.json, **options))
+    sys.exit(check.main(command.root, json_out=command.json, progress=sys.stderr.isatty(), **options))
 
 
 def check_data_files(command: CheckData) -> None:
