@@ -9,17 +9,23 @@ def _entries():
 
     import vovnet_zoo as _zoo
     from vovnet_zoo import detectors as _detectors
+    from vovnet_zoo import ledger as _ledger
     from vovnet_zoo import vovnet as _vovnet
+
+    def weights(name, table):
+        """List the tags of the weights of a model, and whether they can be had."""
+        tags = {key.split(".", 1)[1]: row for key, row in table.items() if key.split(".")[0] == name}
+        return ", ".join(f"{tag} ({_ledger.STATES[row.state]})" for tag, row in tags.items())
 
     def backbone(name):
         def entry(pretrained=False, **kwargs):
             return _timm.create_model(name, pretrained=pretrained, **kwargs)
 
-        tags = [key for key in _vovnet.WEIGHTS if key.startswith(f"{name}.")]
         entry.__doc__ = (
             f"{_timm.model_entrypoint(name).__doc__}\n\n"
             "Args:\n"
-            f"    pretrained (bool): load ImageNet weights; pretrained_cfg=TAG chooses among {', '.join(tags)}.\n"
+            "    pretrained (bool): load ImageNet weights; pretrained_cfg=TAG chooses among "
+            f"{weights(name, _vovnet.WEIGHTS)}.\n"
             "    kwargs: of timm.create_model, such as num_classes, in_chans, features_only.\n"
         )
         return entry
@@ -31,7 +37,7 @@ def _entries():
         entry.__doc__ = (
             f"FCOS detector (arXiv 1904.01355) on {backbone_name} with a feature pyramid.\n\n"
             "Args:\n"
-            "    pretrained (bool): load trained weights.\n"
+            f"    pretrained (bool): load trained weights: {weights(name, _detectors.WEIGHTS)}.\n"
             '    kwargs: of vovnet_zoo.create_detector, such as num_classes, variant="published".\n'
         )
         return entry

@@ -24,8 +24,8 @@ class BackgroundSaver:
     the disk is slow or the interval is shorter than `LEAD` steps, `keep_up` waits for it.
 
     The copy takes as much memory of the host as a checkpoint takes on the disk, from the first checkpoint, or the call
-    of `reserve`, to the end of the run. Copies of what is on a GPU are in pinned memory: they are queued behind the work
-    that changed the state and before the work that will, so neither host nor GPU waits for more than the copy itself.
+    of `reserve`, to the end of the run. Copies of what is on a GPU are in pinned memory: they are queued behind the
+    work that changed the state and before the work that will, so neither host nor GPU waits for more than the copy.
     Allocating pinned memory takes far longer than the copy, so `reserve` does it before.
 
     torch's own `torch.distributed.checkpoint.async_save` would need a process group in every run, and writes a folder

@@ -193,7 +193,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
             dict(preds=preds, boxes=boxes, labels=labels),
             dict(
                 preds=wrong_preds,
-                boxes=[*wrong_boxes, torch.zeros(2, 1, 4)],
+                boxes=[*wrong_boxes, torch.zeros(2, 1, 4), boxes * NAN, boxes * INF, boxes.flip(-1)],
                 labels=[*wrong_labels, torch.tensor([[2]])],
                 normalizers=[3, "x", zeros(2), [1, 1, 1]],
             ),
@@ -656,6 +656,10 @@ def test_what_the_messages_say(tiny_detector):
         vovnet_zoo.compile_detector(FakeHalf(tiny_detector).value(), (64, 64))
     with pytest.raises(ValueError, match="class_names='cat': give a list of names"):
         vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", num_classes=1, class_names="cat")
+    with pytest.raises(ValueError, match="unknown .'weights'.: create_detector has pretrained, pretrained_backbone, "):
+        vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", weights="DEFAULT")
+    with pytest.raises(ValueError, match="2 class_names for num_classes=80: .* their number as num_classes"):
+        vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", class_names=["cat", "dog"])
     with pytest.raises(ValueError, match="class_names='cat': give a list of names"):
         draw_detections(
             zeros(3, 8, 8, dtype=torch.uint8), {"boxes": zeros(0, 4), "labels": zeros(0, dtype=torch.int64)}, "cat"

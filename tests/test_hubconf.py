@@ -99,5 +99,6 @@ for name in {names}:
     assert list(helps) == names
     for name, text in helps.items():
         assert "Args:" in text and "pretrained" in text and "None" not in text, name
-    assert "22.6 M parameters" in helps["vovnet39"] and "pytorchcv_in1k" in helps["vovnet39"]
+    assert "22.6 M parameters" in helps["vovnet39"] and "among pytorchcv_in1k (can be had)," in helps["vovnet39"]
+    assert "trained weights: tv_coco (can be had)," in helps["fcos_resnet50_fpn"]
     assert "vovnet93" in helps["fcos_vovnet93_fpn"]

@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from vovnet_zoo.fcos import make_points
 from vovnet_zoo.inference import choose_best
 
 STRIDES = [8, 16, 32, 64, 128]
+BLANK = torch.zeros(3, 64, 64, dtype=torch.uint8)
 
 
 def test_postprocess_finds_planted_boxes():
@@ -154,10 +157,19 @@ def test_predict_follows_the_pixel_convention_of_the_model(model):
 
 
 def test_a_misspelt_option_is_an_error(model):
-    with pytest.raises(TypeError, match="score_treshold"):
+    with pytest.raises(TypeError, match="predict has no 'score_treshold'; there are .*score_threshold.*batch_size"):
         predict(model, torch.zeros(3, 64, 64, dtype=torch.uint8), score_treshold=0.5)
-    with pytest.raises(TypeError, match="score_treshold"):
-        postprocess(blank(1, 64, 64, 3), [(64, 64)], score_treshold=0.5)
+    for call in (
+        lambda: postprocess(blank(1, 64, 64, 3), [(64, 64)], score_treshold=0.5),
+        lambda: compile_detector(model, (64, 64), score_treshold=0.5),
+    ):
+        with pytest.raises(TypeError, match="Thresholds has no 'score_treshold'; there are score_threshold"):
+            call()
+
+
+def test_a_name_instead_of_a_model():
+    with pytest.raises(ValueError, match=r"got str; vovnet_zoo.load_detector\('runs/x'\) loads one"):
+        predict("runs/x", BLANK)
 
 
 def test_thresholds_by_class_name(model):
@@ -224,6 +236,13 @@ def test_predict_does_not_depend_on_neighbours(model):
         (torch.zeros(3, 8, 8, dtype=torch.int64), "uint8 or floating"),
         ("no/such/file.jpg", "no/such/file.jpg"),
         ([3], "not int"),
+        ([BLANK, None], r"^images\[1\]: an image must be .*, not NoneType"),
+        ([BLANK, np.zeros((4, 5, 4), np.uint8)], r"^image 1: an image array .* got uint8 \[4, 5, 4\]"),
+        ([BLANK, BLANK.float() + 2], "^image 1: a floating point image must be in 0..1"),
+        (torch.zeros(3, 8, 8).to_sparse(), "^image 0: an image tensor must hold every pixel, got .*sparse"),
+        (torch.zeros(3, 8, 8, device="meta"), "^image 0: an image tensor must hold every pixel, got .*meta"),
+        ("", "the path of an image is empty"),
+        (io.BytesIO(b"x"), "not BytesIO; PIL.Image.open reads an open file"),
     ],
 )
 def test_predict_rejects(model, image, message):

@@ -131,6 +131,19 @@ def test_a_label_without_a_class_is_refused():
         criterion.compare(preds, targets, criterion.normalizers(targets))
 
 
+def test_boxes_that_are_not_xyxy_are_refused():
+    """No location would learn a box whose corners are exchanged, or which is not finite; padding may be anything."""
+    points, strides = points_of(64, 64)
+    preds, criterion = predictions(points, strides, 1, 3), FCOSLoss()
+    for call in (criterion, torch.compile(criterion, fullgraph=True, backend="eager")):
+        with pytest.raises((ValueError, RuntimeError), match="boxes must be finite and xyxy"):
+            call(preds, torch.tensor([[[40.0, 40, 10, 10]]]), torch.tensor([[1]]))
+    with pytest.raises(ValueError, match=r"got \[10.0, 10.0, nan, 40.0\]; torchvision.ops.box_convert"):
+        criterion(preds, torch.tensor([[[10.0, 10, torch.nan, 40]]]), torch.tensor([[1]]))
+    point, padding = [10.0, 10, 10, 10], [9.0, 9, 0, torch.nan]
+    criterion(preds, torch.tensor([[point, padding]]), torch.tensor([[1, -1]]))
+
+
 def test_size_limits_are_inclusive_on_both_levels():
     points, strides = torch.tensor([[100.0, 100], [100, 100], [100, 100]]), torch.tensor([8.0, 16, 32])
     box = torch.tensor([[[36.0, 60, 140, 140]]])  # its furthest side is exactly 64 away

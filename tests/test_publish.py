@@ -160,6 +160,25 @@ def test_the_organisation_decides_if_nobody_else_does(tiny_detector, hub_on_loop
     assert asked[0].get("private") is None
 
 
+def test_a_hub_that_cannot_be_reached(tiny_detector, tmp_path, monkeypatch):
+    """The error has one line, and is one that a command prints without its traceback."""
+
+    def fail(self, *args, **options):
+        raise publish.huggingface_hub.errors.HTTPError("Name or service not known")
+
+    monkeypatch.setattr(publish.huggingface_hub.HfApi, "create_repo", fail)
+    tiny_detector.save_pretrained(tmp_path)
+    for push in (
+        lambda: publish.push(REPO, tmp_path, "card", token=TOKEN),
+        lambda: tiny_detector.push_to_hub(REPO),
+        lambda: tiny_detector.push_to_hub(REPO, private=True),
+    ):
+        with pytest.raises(
+            OSError, match=rf"^{REPO}: the Hub at https?://\S+ cannot be reached \(Name or .*; try again$"
+        ):
+            push()
+
+
 def test_a_damaged_log_is_no_obstacle(tmp_path):
     """Lines that a crash cut are left out, and a run folder that is something else gives an error that names it."""
     start = dict(command=["train_coco.py"], versions={"torch": "2.15"}, machine="x86")

@@ -40,6 +40,13 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         raise ValueError(f"{name}={reprlib.repr(value)}: give {' or '.join(map(repr, choices))}")
 
 
+def check_options(owner: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """Raise `TypeError`, as Python does for any unknown argument, unless all names of options are known."""
+    known = list(known)
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"{owner} has no {' or '.join(map(repr, unknown))}; there are {', '.join(known)}")
+
+
 def check_path(name: str, value: Any) -> None:
     """Raise `ValueError` unless `value` is a path, as text or as a path object."""
     if not isinstance(value, str | os.PathLike):
@@ -81,6 +88,9 @@ def check_model(name: str, value: Any, kind: type[nn.Module]) -> None:
     """
     if isinstance(value, kind) or isinstance(getattr(value, "_orig_mod", None), kind):
         return
-    inner = getattr(value, "module", None)
-    hint = f"; give {name}.module, which it wraps" if isinstance(inner, nn.Module) else ""
-    raise ValueError(f"{name} must be a {kind.__name__}, got {type(value).__name__}{hint}")
+    hint = ""
+    if isinstance(getattr(value, "module", None), nn.Module):
+        hint = f"; give {name}.module, which it wraps"
+    elif isinstance(value, str | os.PathLike):
+        hint = f"; vovnet_zoo.load_detector({str(value)!r:.200}) loads one"
+    raise ValueError(f"{name} must be of the class {kind.__name__}, got {type(value).__name__}{hint}")

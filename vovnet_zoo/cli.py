@@ -346,6 +346,11 @@ def run_predict(command: Predict) -> None:
     check_predict(command)
     texts = (text for text in command.images if not (is_url(text) or glob.has_magic(text) or text.isdecimal()))
     refuse_missing(*map(Path, texts))
+    for text in command.images:
+        if glob.has_magic(text) and not is_url(text) and next(glob.iglob(text, recursive=True), None) is None:
+            refuse_missing(Path(text))
+    if command.out.exists() and not command.out.is_dir():
+        raise ValueError(f"--out {command.out} is a file; give a folder for the results")
     refuse_model(command.model)
     from PIL import Image
 
@@ -620,6 +625,11 @@ def refuse_model(name: str) -> None:
     if name.split(".")[0] in ledger.DETECTORS:
         ledger.find(name, ledger.DETECTOR_WEIGHTS, ledger.HOW_TO_MAKE_DETECTORS)
     elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        if Path(name).is_file():
+            raise ValueError(
+                f"{name!r} is a file; give the folder of a saved model (vovnet-zoo convert FILE FOLDER makes such a "
+                "folder of a published .pth)"
+            )
         near = difflib.get_close_matches(name, [*ledger.DETECTORS, *ledger.DETECTOR_WEIGHTS], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ", and no detector that `vovnet-zoo list` knows"
         raise ValueError(f"{name!r} is no folder here, and no 'organisation/name' on the Hub{hint}")

@@ -90,7 +90,8 @@ def create_detector(
     if not isinstance(pretrained_backbone, str | Path):
         check_flag("pretrained_backbone", pretrained_backbone)
     if unknown := kwargs.keys() - DetectorOptions.__annotations__.keys():
-        raise ValueError(f"unknown {sorted(unknown)}: create_detector has {sorted(DetectorOptions.__annotations__)}")
+        known = [*(create_detector.__kwdefaults__ or {}), *DetectorOptions.__annotations__]
+        raise ValueError(f"unknown {sorted(unknown)}: create_detector has {', '.join(known)}")
     base, _, tag = name.partition(".")
     if base == "fcos" and not tag and not pretrained:
         if "backbone" not in kwargs and isinstance(pretrained_backbone, bool):

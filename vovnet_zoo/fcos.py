@@ -320,7 +320,10 @@ def check_config(config: dict[str, Any]) -> None:
         if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(x, str) for x in names):
             raise ValueError(f"class_names={reprlib.repr(names)}: give a list of names")
         if len(names) != config["num_classes"]:
-            raise ValueError(f"{len(names)} class_names for num_classes={config['num_classes']}")
+            raise ValueError(
+                f"{len(names)} class_names for num_classes={config['num_classes']}: give a name for each class, and "
+                "their number as num_classes"
+            )
         config["class_names"] = list(names)
     ids = config["category_ids"]
     if ids is not None:

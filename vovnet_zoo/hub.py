@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -119,12 +120,14 @@ class StrictHubMixin(PyTorchModelHubMixin):
 
         Raises:
             ValueError: `private` is asked for, but the repository is there and public.
+            OSError: the Hub cannot be reached, or refuses.
         """
         check_kind("repo_id", repo_id, str, "a text, 'organisation/name'")
-        if kwargs.get("private"):
-            create_private(repo_id, kwargs.get("token"))
         kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
-        return super().push_to_hub(repo_id, **kwargs)
+        with connected(repo_id):
+            if kwargs.get("private"):
+                create_private(repo_id, kwargs.get("token"))
+            return super().push_to_hub(repo_id, **kwargs)
 
     def generate_model_card(self: Any, **facts: object) -> ModelCard:
         """Make a model card of what the model knows of itself and further `facts`, see `model_card`."""
@@ -325,6 +328,18 @@ def ask_first(
     if size is not None and size > limit:
         raise ValueError(f"{repo_id}: {filename} has {size} bytes, more than {limit}: refused, nothing was downloaded")
     return {**options, "revision": revision, "local_files_only": False}
+
+
+@contextlib.contextmanager
+def connected(repo_id: str) -> Iterator[None]:
+    """Within this context, a connection to the Hub that fails raises `OSError` with a message of one line."""
+    try:
+        yield
+    except huggingface_hub.errors.HfHubHTTPError:  # the Hub says what was wrong
+        raise
+    except huggingface_hub.errors.HTTPError as error:
+        reason = str(error) or type(error).__name__
+        raise OSError(f"{repo_id}: the Hub at {constants.ENDPOINT} cannot be reached ({reason}); try again") from error
 
 
 def create_private(repo_id: str, token: str | None, kind: Literal["model", "space"] = "model") -> str:

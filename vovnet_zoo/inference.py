@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .arguments import check_choice, check_flag, check_kind, check_model, check_number
+from .arguments import check_choice, check_flag, check_kind, check_model, check_number, check_options
 from .batching import group_alike, read_ahead
 from .config import SCALES, TILES, DetectorConfig, Precision, ThresholdOptions, Thresholds
 from .data import normalize, resize_image, resize_size
@@ -121,6 +121,7 @@ def predict(
     """
     if not isinstance(model, ExportedDetector):
         check_model("model", model, FCOS)
+    check_options("predict", options, PredictOptions.__annotations__)
     for name, flag in (("stream", stream), ("recursive", recursive), ("urls", urls), ("compile", compile)):
         check_flag(name, flag)
     check_number("batch_size", batch_size, 1, 65_536, whole=True)
@@ -344,8 +345,15 @@ def prepare(
 
 
 def read(frame: Frame) -> Tensor:
-    """Read an image as uint8 [3,H,W] RGB. Raises `ValueError` if it cannot be used."""
-    return frame.image() if callable(frame.image) else to_rgb(frame.image)
+    """Read an image as uint8 [3,H,W] RGB. Raises `ValueError`, with its name, if it cannot be used."""
+    if callable(frame.image):
+        return frame.image()
+    try:
+        return to_rgb(frame.image)
+    except ValueError as error:
+        if str(error).startswith(frame.name):
+            raise
+        raise ValueError(f"{frame.name}: {error}") from error
 
 
 def padded_size(height: int, width: int, config: DetectorConfig) -> tuple[int, int]:
@@ -469,6 +477,7 @@ def postprocess(
     check_predictions(preds)
     check_flag("plus_one", plus_one)
     check_flag("keep_empty", keep_empty)
+    check_options("Thresholds", options, Thresholds._fields)
     thresholds = Thresholds(**options)  # type: ignore[arg-type]  # a mapping is refused below
     num_classes = preds.logits.shape[-1]
     image_sizes, least = sizes_of(len(preds.logits), image_sizes), thresholds.score_threshold
@@ -494,10 +503,7 @@ def choose_thresholds(model: FCOS, options: ThresholdOptions) -> Thresholds:
         ValueError: `score_threshold` is a mapping that does not fit the model's class names, or a number is out of
             range.
     """
-    if unknown := options.keys() - set(Thresholds._fields):
-        raise TypeError(
-            f"no threshold is called {', '.join(sorted(unknown))}; there are {', '.join(Thresholds._fields)}"
-        )
+    check_options("Thresholds", options, Thresholds._fields)
     config: Mapping[str, Any] = model.config
     names, own, rest = config["class_names"], config["thresholds"], 0.0
     known: dict[str, Any] = {name: config[name] for name in Thresholds._fields}

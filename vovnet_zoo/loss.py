@@ -84,7 +84,7 @@ class FCOSLoss(nn.Module):
 
         Args:
             preds: predictions of B images at P locations with K classes.
-            boxes: [B,M,4] xyxy in pixels of the network input.
+            boxes: [B,M,4] xyxy in pixels of the network input, x1 <= x2 and y1 <= y2.
             labels: int64 [B,M], 0..K-1, -1 for padding.
             normalizers: [3], the divisors of the three losses; None takes `self.normalizers` of this batch. Where a
                 global batch is split over ranks or accumulated, pass the sum of the normalizers over its parts: the
@@ -94,14 +94,16 @@ class FCOSLoss(nn.Module):
             {"loss_cls", "loss_box", "loss_ctr"}
 
         Raises:
-            ValueError: a tensor has another shape or kind, or a label is K or more. On a GPU, and in a compiled graph,
-                such a label raises torch's error for an assertion instead, so that nothing waits for the GPU.
+            ValueError: a tensor has another shape or kind, a label is K or more, or a box is not xyxy. On a GPU, and in
+                a compiled graph, such a label or box raises torch's error for an assertion instead, so that nothing
+                waits for the GPU.
         """
         check_predictions(preds)
         check_boxes(boxes, labels)
         if len(boxes) != len(preds.logits):
             raise ValueError(f"boxes are of {len(boxes)} images, preds of {len(preds.logits)}")
         check_labels(labels, preds.logits.shape[-1])
+        check_corners(boxes, labels)
         targets = self.assign(preds.points, preds.strides, boxes, labels)
         return self.compare(preds, targets, self.normalizers(targets) if normalizers is None else normalizers)
 
@@ -340,6 +342,24 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
             raise ValueError(f"{message}, got {wrong[:5]}; number the classes from 0 on")
     else:
         torch._assert_async(right, message)
+
+
+def check_corners(boxes: Tensor, labels: Tensor) -> None:
+    """Check that boxes with a label are finite and xyxy, not xywh, since no location would learn another box.
+
+    Raises:
+        ValueError, RuntimeError: a box is wrong, see `check_labels`.
+    """
+    if boxes.device.type == "meta":
+        return
+    right = boxes.isfinite().all(-1) & (boxes[..., :2] <= boxes[..., 2:]).all(-1) | (labels < 0)  # [B,M]
+    message = "boxes must be finite and xyxy, with x1 <= x2 and y1 <= y2"
+    if boxes.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not right.all():
+            wrong = boxes[~right][0].tolist()
+            raise ValueError(f"{message}, got {wrong}; torchvision.ops.box_convert(boxes, 'xywh', 'xyxy') turns others")
+    else:
+        torch._assert_async(right.all(), message)
 
 
 def centerness_targets(distances: Tensor) -> Tensor:

@@ -293,6 +293,7 @@ def push(
 
     Raises:
         ValueError: `private` is asked for, but the repository is there and public.
+        OSError: the Hub cannot be reached, or refuses.
     """
     check_kind("repo_id", repo_id, str, "a text, 'organisation/name'")
     check_path("folder", folder)
@@ -337,29 +338,34 @@ def _push_parts(
     they take the files, and get the large files, before the first commit.
     """
     api = huggingface_hub.HfApi(token=token)
-    if "/" in repo_id:  # otherwise the full name is known only when a repository was made
+    with hub.connected(repo_id):
+        if "/" in repo_id:  # otherwise the full name is known only when a repository was made
+            _check_privacy(repo_id, parts, private, token)
+        # The Space is made first, because it is refused more often: it needs an account that may run it.
+        for part in reversed(parts):
+            repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True, **hub.KINDS[part.kind]).repo_id
         _check_privacy(repo_id, parts, private, token)
-    # The Space is made first, because it is refused more often: it needs an account that may run it.
-    for part in reversed(parts):
-        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True, **hub.KINDS[part.kind]).repo_id
-    _check_privacy(repo_id, parts, private, token)
-    additions = {
-        part.kind: [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in part.files.items()]
-        for part in parts
-    }
-    for kind, files in additions.items():
-        api.preupload_lfs_files(repo_id, files, repo_type=kind, revision=branch, create_pr=create_pr, free_memory=False)
-    commits = [
-        api.create_commit(
-            repo_id,
-            files,
-            commit_message="Publish with vovnet_zoo",
-            repo_type=kind,
-            revision=branch,
-            create_pr=create_pr,
-        )
-        for kind, files in additions.items()
-    ]
+        additions = {
+            part.kind: [
+                CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in part.files.items()
+            ]
+            for part in parts
+        }
+        for kind, files in additions.items():
+            api.preupload_lfs_files(
+                repo_id, files, repo_type=kind, revision=branch, create_pr=create_pr, free_memory=False
+            )
+        commits = [
+            api.create_commit(
+                repo_id,
+                files,
+                commit_message="Publish with vovnet_zoo",
+                repo_type=kind,
+                revision=branch,
+                create_pr=create_pr,
+            )
+            for kind, files in additions.items()
+        ]
     return [commit.commit_url for commit in commits]
 
 

@@ -110,12 +110,15 @@ def to_rgb(image: ImageLike) -> Tensor:
             name = getattr(image, "filename", "") or "a PIL image"
             raise ValueError(f"{name}: cannot use the image: {error or type(error).__name__}") from error
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3):
+        array = image[..., None] if image.ndim == 2 else image  # [H,W,C]
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3) or array.size == 0:
             raise ValueError(f"an image array must be uint8 [H,W,3] or [H,W], got {image.dtype} {list(image.shape)}")
-        array = image[..., None] if image.ndim == 2 else image
         image = torch.from_numpy(np.array(array)).permute(2, 0, 1)
     if not isinstance(image, Tensor):
-        raise ValueError(f"an image must be a path, PIL image, uint8 array or tensor, not {type(image).__name__}")
+        raise ValueError(not_an_image(image))
+    if image.layout != torch.strided or image.is_meta:
+        kind = "meta" if image.is_meta else str(image.layout)
+        raise ValueError(f"an image tensor must hold every pixel, got one that is {kind}")
     if image.ndim != 3 or image.shape[0] not in (1, 3) or 0 in image.shape:
         raise ValueError(f"an image must have 1 or 3 channels, [3,H,W] as tensor, got {list(image.shape)}")
     if image.is_floating_point():
@@ -127,7 +130,19 @@ def to_rgb(image: ImageLike) -> Tensor:
     return image.expand(3, -1, -1)
 
 
-def _find(source: Source, recursive: bool, urls: bool) -> Iterator[Frame | Video]:
+def not_an_image(value: object) -> str:
+    """Say that a value is no image, and what is one."""
+    hint = "; PIL.Image.open reads an open file" if _is_open(value) else ""
+    return f"an image must be a path, PIL image, uint8 array or tensor, not {type(value).__name__}{hint}"
+
+
+def _is_open(value: object) -> bool:
+    """Tell whether this is an open file, over whose lines a loop would go."""
+    return hasattr(value, "read")
+
+
+def _find(source: Source, recursive: bool, urls: bool, place: str = "images") -> Iterator[Frame | Video]:
+    """Find what `find` finds; `place` says in messages which part of the user's images this is."""
     if isinstance(source, Frame):
         yield source
     elif isinstance(source, (str, PathLike)):
@@ -138,15 +153,17 @@ def _find(source: Source, recursive: bool, urls: bool) -> Iterator[Frame | Video
         yield Frame(getattr(source, "filename", ""), source)
     elif isinstance(source, (np.ndarray, Tensor)):
         yield Frame("", source)
-    elif isinstance(source, Iterable) and not isinstance(source, (bytes, dict)):
-        for part in source:
-            yield from _find(part, recursive, urls)
+    elif isinstance(source, Iterable) and not isinstance(source, (bytes, bytearray, dict)) and not _is_open(source):
+        for number, part in enumerate(source):
+            yield from _find(part, recursive, urls, f"{place}[{number}]")
     else:
-        raise ValueError(f"an image must be a path, PIL image, uint8 array or tensor, not {type(source).__name__}")
+        raise ValueError(f"{place}: {not_an_image(source)}")
 
 
 def _find_files(source: str | PathLike, recursive: bool, urls: bool) -> Iterator[Frame | Video]:
     path = Path(source)
+    if not os.fspath(source):  # Path("") is the current folder
+        raise ValueError("the path of an image is empty")
     if is_url(source):
         yield _place(source, urls)
     elif path.is_dir():
