@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
+import torchvision
 from huggingface_hub import ModelCard
 from samples import box, make_coco
 from torch import nn
@@ -373,6 +374,8 @@ def make_table(model, folder, coco) -> dict[str, Row]:
                     {},
                     {"boxes": boxes[0]},
                     {**detection, "boxes": zeros(1, 5)},
+                    {**detection, "boxes": boxes[0] * NAN},
+                    {**detection, "boxes": boxes[0].flip(-1)},
                     {**detection, "labels": torch.tensor([0.5])},
                     {**detection, "scores": zeros(2)},
                 ],
@@ -392,6 +395,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
                     [5],
                     [{}],
                     [{**detection, "boxes": zeros(1, 5)}],
+                    [{**detection, "boxes": boxes[0] * NAN}],
                     [{**detection, "scores": zeros(2)}],
                     [{**detection, "labels": torch.tensor([9])}],
                 ],
@@ -656,6 +660,14 @@ def test_what_the_messages_say(tiny_detector):
         vovnet_zoo.compile_detector(FakeHalf(tiny_detector).value(), (64, 64))
     with pytest.raises(ValueError, match="class_names='cat': give a list of names"):
         vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", num_classes=1, class_names="cat")
+    with pytest.raises(
+        ValueError, match="weights of torch.float16, and from_pretrained loads float32; call model.float"
+    ):
+        FakeHalf(tiny_detector).value().save_pretrained("never")
+    with pytest.raises(ValueError, match="model must be a vovnet_zoo.FCOS, got torchvision.FCOS"):
+        with torch.device("meta"):
+            theirs = torchvision.models.detection.fcos_resnet50_fpn(weights_backbone=None)
+        vovnet_zoo.predict(theirs, zeros(3, 8, 8))
     with pytest.raises(ValueError, match="unknown .'weights'.: create_detector has pretrained, pretrained_backbone, "):
         vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", weights="DEFAULT")
     with pytest.raises(ValueError, match="2 class_names for num_classes=80: .* their number as num_classes"):

@@ -1,5 +1,7 @@
 """Any timm model becomes a detector's backbone, or an error says why not."""
 
+import time
+
 import pytest
 import safetensors.torch
 import timm
@@ -77,6 +79,23 @@ def test_live_backbones(name, hub_on_loopback):
     with pytest.raises(OSError):  # another backbone has weights of its own, which are not on this hub
         create_detector(name, backbone="resnet18", pretrained_backbone=True, **options)
     assert "HEAD /timm/resnet18.a1_in1k/resolve/main/model.safetensors" in hub_on_loopback.log
+
+
+def test_weights_where_the_hub_is_away(hub_on_loopback, monkeypatch):
+    """Weights in the cache are taken, and others are refused; timm's own retries would take 50 s."""
+    options = dict(backbone="resnet10t", pretrained_backbone=True, channels=64, num_convs=1, num_classes=3)
+    start = timm.get_pretrained_cfg("resnet10t").hf_hub_id
+    files = {"model.safetensors": safetensors.torch.save(timm.create_model("resnet10t").state_dict())}
+    hub_on_loopback.repos[start] = Repo(False, [("1" * 40, files, set(files))], {"main": "1" * 40})
+    first = create_detector("fcos", **options)
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    hub_on_loopback.down = True
+    again = create_detector("fcos", **options)
+    assert torch.equal(again.backbone.state_dict()["conv1.0.weight"], first.backbone.state_dict()["conv1.0.weight"])
+    with pytest.raises(OSError, match="^timm/resnet18.a1_in1k: .* is not in the cache"):
+        create_detector("fcos", **options | {"backbone": "resnet18"})
+    assert sum(waited) < 3
 
 
 @pytest.mark.parametrize("name", [name for name in STARTS if "res" in name])

@@ -168,7 +168,9 @@ def test_a_misspelt_option_is_an_error(model):
 
 
 def test_a_name_instead_of_a_model():
-    with pytest.raises(ValueError, match=r"got str; vovnet_zoo.load_detector\('runs/x'\) loads one"):
+    with pytest.raises(
+        ValueError, match=r"model must be a vovnet_zoo.FCOS, got str; vovnet_zoo.load_detector\('runs/x'\) loads one"
+    ):
         predict("runs/x", BLANK)
 
 

@@ -74,6 +74,20 @@ def check_tensor(name: str, value: Any, shape: tuple[str | int, ...], kind: str 
     raise ValueError(f"{name} must be {wanted}, got {got}")
 
 
+def are_xyxy(boxes: Tensor) -> Tensor:
+    """Tell which of the boxes [...,4] are finite, with x1 <= x2 and y1 <= y2."""
+    return boxes.isfinite().all(-1) & (boxes[..., :2] <= boxes[..., 2:]).all(-1)
+
+
+def refuse_not_xyxy(name: str, boxes: Tensor) -> None:
+    """Raise `ValueError` unless all boxes [N,4] are finite and xyxy; boxes of a GPU are waited for."""
+    if not (right := are_xyxy(boxes)).all():
+        raise ValueError(
+            f"{name} must be finite and xyxy, with x1 <= x2 and y1 <= y2, got {boxes[~right][0].tolist()}; "
+            "torchvision.ops.box_convert turns other boxes"
+        )
+
+
 def has_kind(tensor: Tensor, kind: str) -> bool:
     """Tell whether a tensor's numbers are of a kind of `check_tensor`."""
     if kind == "whole":
@@ -93,4 +107,10 @@ def check_model(name: str, value: Any, kind: type[nn.Module]) -> None:
         hint = f"; give {name}.module, which it wraps"
     elif isinstance(value, str | os.PathLike):
         hint = f"; vovnet_zoo.load_detector({str(value)!r:.200}) loads one"
-    raise ValueError(f"{name} must be of the class {kind.__name__}, got {type(value).__name__}{hint}")
+    raise ValueError(f"{name} must be a {_full_name(kind)}, got {_full_name(type(value))}{hint}")
+
+
+def _full_name(kind: type) -> str:
+    """Name a class with its package, since torchvision has an FCOS too."""
+    package = kind.__module__.partition(".")[0]
+    return kind.__name__ if package == "builtins" else f"{package}.{kind.__name__}"

@@ -11,6 +11,8 @@ import torch
 from timm.layers.format import Format
 from torch import Tensor
 
+from . import hub
+
 STRIDES = (8, 16, 32)
 Backbone = Any  # a module that timm builds with features_only=True; timm does not declare the attributes of all kinds
 
@@ -25,6 +27,7 @@ def create_backbone(name: str, pretrained: bool = False, weights: Mapping[str, T
 
     Raises:
         ValueError: timm has no such model or cannot extract its feature maps, or some of `STRIDES` are missing.
+        OSError: the weights cannot be had.
     """
     if ":" in name:  # in timm's terms a folder or a repository, which a detector's config must not depend on
         raise ValueError(
@@ -38,6 +41,8 @@ def create_backbone(name: str, pretrained: bool = False, weights: Mapping[str, T
     options: dict[str, Any] = {}
     if weights is not None:
         pretrained, options = True, {"pretrained_cfg_overlay": {"state_dict": dict(weights), "num_classes": -1}}
+    elif pretrained and (file := _hub_file(name)):
+        options = {"pretrained_cfg_overlay": {"file": file}}
     body = _features(name, pretrained, **options)
     reductions = body.feature_info.reduction()
     if missing := [stride for stride in STRIDES if stride not in reductions]:
@@ -48,6 +53,18 @@ def create_backbone(name: str, pretrained: bool = False, weights: Mapping[str, T
     if any(getattr(module, "strict_img_size", False) for module in body.modules()):
         body = _features(name, pretrained, strict_img_size=False, **options)
     return body
+
+
+def _hub_file(name: str) -> str | None:
+    """Download the weights that timm has on the Hub, and return the file's path; None if timm keeps them elsewhere.
+
+    timm itself tries for 50 seconds where the Hub cannot be reached, also if the file is in the cache.
+    """
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.hf_hub_id or cfg.hf_hub_filename or cfg.custom_load or cfg.source:
+        return None
+    file = hub.download_weights(cfg.hf_hub_id)
+    return None if file is None else str(file)
 
 
 def _features(name: str, pretrained: bool, **options: Any) -> Backbone:

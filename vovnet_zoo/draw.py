@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from .arguments import check_kind, check_number, check_tensor
+from .arguments import check_kind, check_number, check_tensor, refuse_not_xyxy
 from .sources import ImageLike, to_rgb
 
 DISPLAY_SCORE = 0.3  # what people are shown scores at least this, unless they or the model's config say otherwise
@@ -109,6 +109,7 @@ def check_detection(name: str, detection: Mapping[str, Tensor], scored: bool = T
     if missing := {"boxes", "labels", *(["scores"] if scored else [])} - detection.keys():
         raise ValueError(f"{name} must have {', '.join(sorted(missing))}")
     check_tensor(f"{name}: boxes", detection["boxes"], ("N", 4), "")
+    refuse_not_xyxy(f"{name}: boxes", detection["boxes"])
     for key in ("scores", "labels"):
         if key in detection:
             kind = "whole" if key == "labels" else ""

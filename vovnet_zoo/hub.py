@@ -105,8 +105,18 @@ class StrictHubMixin(PyTorchModelHubMixin):
         return config
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
-        """Save as the mixin does, but so that every file in `save_directory` is whole at any time."""
+        """Save as the mixin does, but so that every file in `save_directory` is whole at any time.
+
+        Raises:
+            ValueError: the weights are not float32, which `from_pretrained` could not load.
+        """
         check_path("save_directory", save_directory)
+        model: Any = self
+        if wrong := sorted({str(x.dtype) for x in model.parameters()} - {"torch.float32"}):
+            raise ValueError(
+                f"the model has weights of {', '.join(wrong)}, and from_pretrained loads float32; "
+                "call model.float() first"
+            )
         if kwargs.get("push_to_hub"):
             kwargs["repo_id"] = kwargs.get("repo_id") or Path(save_directory).resolve().name
         with staged(save_directory, keep=[CARD]) as folder:
@@ -291,6 +301,16 @@ def download(repo_id: str, filename: str, **options: Any) -> Path:
             f"{repo_id}: {filename} has the hash {found}, the Hub says {expected}; it was removed, try again"
         )
     return path
+
+
+def download_weights(repo_id: str) -> Path | None:
+    """Get the weights of a Hub repository, see `download`; None if they are in a file of another name there."""
+    try:
+        return download(repo_id, WEIGHTS)
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+        raise
+    except huggingface_hub.errors.EntryNotFoundError:
+        return None
 
 
 def ask_first(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from .arguments import check_choice, check_flag, check_model, check_number, check_tensor
+from .arguments import are_xyxy, check_choice, check_flag, check_model, check_number, check_tensor, refuse_not_xyxy
 from .config import DEFAULT_VARIANT, DEFAULTS, VARIANTS, LossOptions, Matching, VariantName
 from .fcos import CHOICES, FCOS, Predictions, check_predictions, check_radius
 
@@ -48,7 +48,8 @@ class FCOSLoss(nn.Module):
         check_number("alpha", alpha, 0, 1)
         check_number("gamma", gamma, 0, 100)
         if unknown := overrides.keys() - LossOptions.__annotations__.keys():
-            raise ValueError(f"unknown {sorted(unknown)}: FCOSLoss has {sorted(LossOptions.__annotations__)}")
+            known = ["variant", "alpha", "gamma", *sorted(LossOptions.__annotations__)]
+            raise ValueError(f"unknown {sorted(unknown)}: FCOSLoss has {', '.join(known)}")
         default = VARIANTS[variant]
         self.center_radius = overrides.get("center_radius", default["center_radius"])
         self.plus_one = overrides.get("plus_one", default["plus_one"])
@@ -352,14 +353,10 @@ def check_corners(boxes: Tensor, labels: Tensor) -> None:
     """
     if boxes.device.type == "meta":
         return
-    right = boxes.isfinite().all(-1) & (boxes[..., :2] <= boxes[..., 2:]).all(-1) | (labels < 0)  # [B,M]
-    message = "boxes must be finite and xyxy, with x1 <= x2 and y1 <= y2"
     if boxes.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not right.all():
-            wrong = boxes[~right][0].tolist()
-            raise ValueError(f"{message}, got {wrong}; torchvision.ops.box_convert(boxes, 'xywh', 'xyxy') turns others")
+        refuse_not_xyxy("boxes", boxes[labels >= 0])
     else:
-        torch._assert_async(right.all(), message)
+        torch._assert_async((are_xyxy(boxes) | (labels < 0)).all(), "boxes must be finite and xyxy")
 
 
 def centerness_targets(distances: Tensor) -> Tensor:
