@@ -5,6 +5,7 @@ import builtins
 import dataclasses
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -109,6 +110,16 @@ def test_ctrl_c_is_one_line(run, monkeypatch):
     monkeypatch.setattr(eval_coco, "main", main)
     status, printed = run(eval_coco, "--model", "x", "--data", "x")
     assert (status, printed) == (128 + signal.SIGINT, "eval_coco: interrupted\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows reports a pipe without a reader in another way")
+def test_a_reader_that_leaves():
+    """`vovnet-zoo list | head -1` ends without an error."""
+    line = [sys.executable, "-m", "vovnet_zoo.cli", "list", "--json"]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):

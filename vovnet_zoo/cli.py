@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from . import ledger
-from .commands import find_device, run_reporting, take_debug
+from .commands import find_device, run_reporting, stop_with_reader, take_debug
 from .config import (
     OVERLAPS,
     SCALES,
@@ -339,7 +339,7 @@ def main() -> None:
         ListModels: run_list,
         Plan: lambda _: run_recipe("plan", typed, debug),
     }
-    run_reporting("vovnet-zoo", lambda: run[type(command)](command), debug)
+    run_reporting("vovnet-zoo", lambda: stop_with_reader(lambda: run[type(command)](command)), debug)
 
 
 def run_predict(command: Predict) -> None:

@@ -50,7 +50,8 @@ def run_reporting(
 ) -> None:
     """Call a function; an error of the user goes to stderr without its traceback, and the process exits with 2.
 
-    Errors of other kinds are faults of the program, and keep their traceback. Ctrl-C is a line without one.
+    Ctrl-C is one line too, and the process exits with 130, as a shell would say. Errors of other kinds are faults of
+    the program, and keep their traceback.
 
     Args:
         command: the name before the message.
@@ -61,22 +62,35 @@ def run_reporting(
         call()
     except USER_ERRORS as error:
         fail(command, error, debug, claim)
-    except KeyboardInterrupt as interrupt:
-        if debug:
-            traceback.print_exception(interrupt)
-        if claim("interrupted"):
-            print(f"{command}: interrupted", file=sys.stderr, flush=True)
-        sys.exit(128 + signal.SIGINT)
+    except KeyboardInterrupt as error:
+        error.args = ("interrupted",)
+        fail(command, error, debug, claim, 128 + signal.SIGINT)
 
 
-def fail(command: str, error: BaseException, debug: bool, claim: Callable[[str], bool]) -> NoReturn:
+def stop_with_reader(call: Callable[[], object]) -> None:
+    """Call a function that prints; end the process without a word if nobody reads its output, as in `| head`."""
+    try:
+        call()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # it was stdout, not a connection to a server
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+            sys.exit(128 + 13)  # SIGPIPE, which Windows does not have
+        raise
+
+
+def fail(
+    command: str, error: BaseException, debug: bool, claim: Callable[[str], bool], status: int = EXIT_STATUS
+) -> NoReturn:
     """Print an error, and end the process."""
     line = describe(error)
     if debug:
         traceback.print_exception(error)
     if claim(line):
         print(f"{command}: {line}", file=sys.stderr, flush=True)
-    sys.exit(EXIT_STATUS)
+    sys.exit(status)
 
 
 def describe(error: BaseException) -> str:

@@ -469,7 +469,9 @@ def _check_images(splits: list[_Split], workers: int, progress: bool, notes: dic
     by_path = {path: (read, name, path) for jobs in listed.values() for read, name, path in jobs}
     jobs = [by_path[path] for path in sorted(by_path)]
     results = run_parallel(inspect_job, jobs, workers)
-    bar = tqdm(results, desc="images", total=len(jobs), unit="image", disable=not progress, dynamic_ncols=True)
+    bar = tqdm(
+        results, desc="images", total=len(jobs), unit="image", disable=not (progress and jobs), dynamic_ncols=True
+    )
     found = {jobs[i][2]: result for i, result in bar}
 
     same: dict[bytes, dict[str, str]] = defaultdict(dict)  # content: {path: split}
