@@ -7,6 +7,7 @@ import timm
 import torch
 from checkpoints import published, same
 from hub_server import TOKEN, Repo
+from huggingface_hub import ModelCard
 from launch import run_python
 
 import vovnet_zoo
@@ -112,40 +113,45 @@ REFUSALS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", REFUSALS)
-def test_a_refused_space_keeps_the_model_back(tiny_detector, hub_on_loopback, tmp_path, monkeypatch, what):
-    """What the Hub refuses about the Space is known before the model is pushed."""
+@pytest.fixture
+def prepared(tiny_detector, tmp_path, monkeypatch):
+    """The folder of a detector, whose card and Space are made at once."""
+    monkeypatch.setattr(publish, "checked_card", lambda *_, **__: ModelCard("---\nlicense: mit\n---\n"))
     monkeypatch.setattr(publish, "write_space", lambda folder, *_: folder.mkdir() or (folder / "app.py").write_text(""))
-    tiny_detector.save_pretrained(tmp_path)
+    tiny_detector.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_a_refused_space_keeps_the_model_back(prepared, hub_on_loopback, what):
+    """What the Hub refuses about the Space is known before the model is pushed."""
     options = dict(private=True, token=TOKEN, space=True, branch="v2" if what == "no such branch" else None)
     if what == "no such branch":  # of the Space; the model has it
         hub_on_loopback.repos[REPO] = Repo(private=True, branches={"v2": "v2"})
     refuse, error, message = REFUSALS[what]
     refuse(hub_on_loopback)
     with pytest.raises(error, match=message):
-        publish.publish_model(tmp_path, REPO, **options)
+        publish.publish_model(prepared, REPO, **options)
     repos = hub_on_loopback.repos
     assert not any(repo.commits for repo in repos.values()) and not any("/commit/" in x for x in hub_on_loopback.log)
     if what in ("public", "not mine", "no Spaces"):  # nor is an empty repository left behind
         assert REPO not in repos
 
     repos.clear(), hub_on_loopback.refused.clear()
-    addresses = publish.publish_model(tmp_path, REPO, **options | {"branch": None}).split()
+    addresses = publish.publish_model(prepared, REPO, **options | {"branch": None}).split()
     assert [address.split("/commit/")[0] for address in addresses] == [
-        f"{hub_on_loopback.url}/{name}" for name in repos
-    ][::-1]
+        f"{hub_on_loopback.url}/{name}" for name in (REPO, f"spaces/{REPO}")
+    ]
     assert all(repo.private and len(repo.commits) == 1 for repo in repos.values()) and len(repos) == 2
 
 
-def test_a_space_does_not_show_private_weights(tiny_detector, hub_on_loopback, tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "write_space", lambda folder, *_: folder.mkdir() or (folder / "app.py").write_text(""))
-    tiny_detector.save_pretrained(tmp_path)
+def test_a_space_does_not_show_private_weights(prepared, hub_on_loopback):
     hub_on_loopback.repos[REPO] = Repo(private=True)
     with pytest.raises(ValueError, match="its weights would be public in the Space"):
-        publish.publish_model(tmp_path, REPO, token=TOKEN, space=True)
+        publish.publish_model(prepared, REPO, token=TOKEN, space=True)
     assert list(hub_on_loopback.repos) == [REPO] and not hub_on_loopback.repos[REPO].commits
     hub_on_loopback.repos[f"spaces/{REPO}"] = Repo(private=True)
-    publish.publish_model(tmp_path, REPO, token=TOKEN, space=True)
+    publish.publish_model(prepared, REPO, token=TOKEN, space=True)
 
 
 def test_the_organisation_decides_if_nobody_else_does(tiny_detector, hub_on_loopback, tmp_path, monkeypatch):
