@@ -96,10 +96,12 @@ def fit_schedule(
     return config, [reason for reason in (batch, length, workers) if reason]
 
 
-def fit_plan(config: TrainConfig, num_images: int, device: torch.device) -> TrainConfig:
-    """Choose for a plan, which has no data: as for boxes that are not small, and a GPU with enough memory."""
+def fit_plan(config: TrainConfig, num_images: int, device: torch.device, source: Source | None = None) -> TrainConfig:
+    """Choose for a plan: as for a GPU with enough memory and, without data, for boxes that are not small."""
     fit = FIT_PRETRAINED if config.pretrained_backbone else FIT
-    config, _ = fit_size(dataclasses.replace(config, test_size=config.test_size or LEAST_SIZE), None, device)
+    if source is None:
+        config = dataclasses.replace(config, test_size=config.test_size or LEAST_SIZE)
+    config, _ = fit_size(config, source, device)
     config, _ = fit_precision(config, device)
     config, _ = fit_workers(config, device)
     config = fit_length(config, num_images, device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,12 +38,16 @@ PARSE = parse_plan
 if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
     CONFIG = parse_command(PARSE)
 
+import numpy as np
 import torch
 
+from build import find_splits
 from calibration import calibrate, device_name, load_calibration
-from fitting import fit_plan
+from fitting import MOST_WORKERS, fit_plan
 from runtime import process_group, run_command
 from step_work import count_work
+from vovnet_zoo.data import Source
+from vovnet_zoo.data.index import open_index
 from vovnet_zoo.gpus import find_gpu
 from vovnet_zoo.planning import Assumption, Row, Schedule, StepWork, assumptions, check_counts, forecast
 
@@ -54,12 +59,18 @@ def main(command: tuple[Plan, TrainConfig, list[str]]) -> list[Row]:
     with process_group(config.device) as (_, _, device):
         here = find_gpu(device_name(device))
         kind = plan.gpu or (HERE if device.type == "cuda" or plan.calibrate else DEFAULT_GPU)
-        gpu = GPUS.get(here or "" if kind == HERE else kind)
-        images = plan.images or IMAGES.get(plan.preset, COCO_IMAGES)
-        config = fit_plan(config, images, torch.device("cuda") if gpu else device)
+        gpu = GPUS.get((here or "") if kind == HERE else kind)
+        if gpu is None and (plan.gpus or 1) > 1:
+            raise ValueError(
+                f"--gpus {plan.gpus}: no data sheet describes this machine ({device_name(device)}), so nothing is "
+                "known of several; leave --gpus out"
+            )
+        if config.workers is None and kind != HERE:
+            config = dataclasses.replace(config, workers=MOST_WORKERS["cuda"])  # not by the cores of this machine
+        config, images = fit(plan, config, torch.device("cuda") if gpu else device)
         schedule = schedule_of(config, images)
         counts = gpu_counts(plan.gpus, schedule) if gpu else [1]
-        check_counts(schedule, counts)
+        check_counts(schedule, counts or [1])
         calibration = load_calibration(config, device) if kind in (HERE, here) else None
         if plan.calibrate:
             shares = [config.batch_size // count for count in counts]
@@ -107,6 +118,26 @@ def gpu_counts(most: int | None, schedule: Schedule) -> list[int]:
     return [*(count for count in (1, 2, 4, 8) if count < most), most]
 
 
+def fit(plan: Plan, config: TrainConfig, device: torch.device) -> tuple[TrainConfig, int]:
+    """Choose what the configuration leaves open, by the data if there are some; also returns the number of images."""
+    if config.draw_shapes or not (config.data or config.train):
+        images = plan.images or IMAGES.get(plan.preset, COCO_IMAGES)
+        return fit_plan(config, images, device), images
+    with tempfile.TemporaryDirectory() as folder:  # for the two parts of a split
+        _, source = find_splits(dataclasses.replace(config, out=Path(folder)), 0)["train"]
+        images = plan.images or count_images(config, source)
+        return fit_plan(config, images, device, source), images
+
+
+def count_images(config: TrainConfig, source: Source) -> int:
+    """Count the images of a dataset that are trained on."""
+    index = open_index(source)
+    if not config.drop_empty:
+        return len(index.sizes)
+    owners, *_ = index.usable_boxes([category["id"] for category in index.categories])
+    return len(np.unique(owners))
+
+
 def schedule_of(config: TrainConfig, images: int) -> Schedule:
     """Collect what a configuration says of the whole training."""
     return Schedule(
@@ -128,31 +159,35 @@ def head(preset: str, title: str, work: StepWork, schedule: Schedule) -> list[st
     """Say what is planned, and what a step has to do."""
     epochs = schedule.steps * schedule.batch_size / schedule.images
     kind = f"{'compiled' if schedule.compiled else 'eager'}, {schedule.precision}"
+    parts = f" in {schedule.accum} parts" if schedule.accum > 1 else ""
     return [
-        f"{preset} on {title}: {schedule.steps:,} steps of {schedule.batch_size} images ({kind}), "
+        f"{preset} on {title}: {schedule.steps:,} steps of {schedule.batch_size} images{parts} ({kind}),",
         f"{epochs:.1f} epochs of {schedule.images:,} images, {schedule.evaluations} evaluations",
-        f"an image has {work.pixels / 1e6:.2f} million pixels with its padding and {work.flops / 1e9:,.0f} GFLOP, "
-        f"forward and backward; a step has {work.launches:,} launches when it is not compiled, and "
-        f"{work.gradient_bytes / 1e6:.0f} MB of gradients",
+        f"an image: {work.pixels:,.0f} pixels with its padding, {work.flops / 1e9:,.0f} GFLOP forward and backward",
+        f"a step: {work.launches:,} launches of kernels (eager), {work.gradient_bytes / 1e6:.0f} MB of gradients",
         "step = max(launches x time per launch, FLOPs / (peak x efficiency)) + synchronisation + exposed all-reduce",
         "",
     ]
 
 
+HEADS = ("", "images", "step", "images", "", "bound", "memory", "workers", "CPU", "")
+UNDER = ("GPUs", "per GPU", "ms", "per s", "time", "by", "per GPU", "per GPU", "cores", "disk")
+BOUNDS = {
+    "launches": "the host, which starts one kernel after the other",
+    "compute": "the GPU",
+    "loader": "the processes that load images",
+}
+
+
 def table(rows: list[Row]) -> list[str]:
-    """Write a line for each number of GPUs."""
-    lines = [
-        "GPUs  images   step     images  time           bound by  memory    workers  cores   disk  money",
-        "      per GPU  ms       per s                            per GPU   per GPU",
-    ]
-    for row in rows:
-        hours, minutes = divmod(round(row.hours * 60), 60)
-        memory = f"{row.memory_gib:.1f} GiB" + ("" if row.fits else "!")
-        money = "-" if row.money is None else f"{row.money:,.2f}"
-        lines.append(
-            f"{row.gpus:4} {row.images_per_gpu:8} {row.step_s * 1e3:7.1f} {row.images_per_s:9.1f}  {hours:4} h "
-            f"{minutes:2} min  {row.bound:>12}  {memory:9} {row.workers:6} {row.cores:6} {row.disk_gb:5.0f}G  {money}"
-        )
+    """Write a line for each number of GPUs, and what its words mean."""
+    has_price = any(row.money is not None for row in rows)
+    cells = [(*HEADS, "") if has_price else HEADS, (*UNDER, "money") if has_price else UNDER, *map(row_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.rjust, line, widths)).rstrip() for line in cells]
+    bounds = [bound for bound in BOUNDS if any(row.bound == bound for row in rows)]
+    lines.append("a step waits for: " + "; ".join(f"{bound}: {BOUNDS[bound]}" for bound in bounds))
+    lines.append("workers: processes that load images so that the GPU need not wait; cores: for these and the training")
     if not all(row.fits for row in rows):
         lines.append("! more than the GPU has; --accum 2 halves the activations, --grad-checkpointing keeps fewer")
     if slow := [row for row in rows if row.bound == "loader"]:
@@ -160,9 +195,32 @@ def table(rows: list[Row]) -> list[str]:
     return [*lines, ""]
 
 
+def row_cells(row: Row) -> tuple[str, ...]:
+    """Write the cells of a line of the table."""
+    hours, minutes = divmod(round(row.hours * 60), 60)
+    memory = f"{row.memory_gib:.1f} GiB" + (" " if row.fits else "!")
+    disk = f"{row.disk_gb:.1f} GB" if row.disk_gb < 10 else f"{row.disk_gb:.0f} GB"
+    cells = (str(row.gpus), str(row.images_per_gpu), f"{row.step_s * 1e3:.1f}", f"{row.images_per_s:.1f}")
+    cells += (f"{hours} h {minutes:02} min", row.bound, memory, str(row.workers), str(row.cores), disk)
+    return cells if row.money is None else (*cells, f"{row.money:,.2f}")
+
+
 def sources(found: dict[str, Assumption]) -> list[str]:
     """Write what the forecast rests on."""
-    return ["assumptions:", *(f"  {name}: {x.value:.4g} {x.unit} ({x.source})" for name, x in found.items())]
+    return ["assumptions:", *(f"  {name}: {quantity(x.value, x.unit)} ({x.source})" for name, x in found.items())]
+
+
+SCALES = {"s": ((1e-3, "us", 1e6), (1, "ms", 1e3)), "bytes": ((1e6, "kB", 1e-3), (1e10, "MB", 1e-6))}
+
+
+def quantity(value: float, unit: str) -> str:
+    """Write a number with its unit; small times and many bytes have units of their own."""
+    name, *rest = unit.split(" ", 1)
+    for below, short, factor in SCALES.get(name, ()):
+        if 0 < value < below:
+            value, name = value * factor, short
+            break
+    return " ".join([f"{value:.4g}", name, *rest])
 
 
 if __name__ == "__main__":

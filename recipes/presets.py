@@ -346,7 +346,7 @@ def scale_schedule(config: TrainConfig, preset: TrainConfig, typed: Collection[s
     is proportional to the batch (linear scaling rule, arXiv 1706.02677), that of optimizers that normalize their
     updates to its square root (arXiv 2205.10287). Milestones stay at their share of all steps.
     """
-    batches = config.batch_size / preset.batch_size
+    batches = max(config.batch_size, 1) / preset.batch_size  # a batch that is no number of images is refused later
     steps = config.steps if "steps" in typed else max(1, round(preset.steps / batches))
     milestones = sorted({max(1, round(step * steps / preset.steps)) for step in preset.milestones})
     values = dict(

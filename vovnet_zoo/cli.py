@@ -290,7 +290,7 @@ class Plan:
     price_per_gpu_hour: float | None = None
     """Price of one GPU for one hour, in any currency."""
     images: int | None = None
-    """Training images; default: COCO's 118,287, for the small presets a few hundred."""
+    """Training images; default: those of --data, else COCO's 118,287, for the small presets a few hundred."""
     calibrate: bool = False
     """Measure this machine first, about a minute; longer with --compile. Later plans of the preset use the numbers."""
     json: bool = False

@@ -109,9 +109,10 @@ class Row(NamedTuple):
 # the GPU. They were measured on one kind of GPU; on another they are a guess, which a calibration replaces. GPUs whose
 # peak is low for their memory's bandwidth, as a T4 in float32, reach more.
 GUESS = "guess; --calibrate measures it"
+MEASURED = "an H200, RESULTS.md, planner: v39_1x, eager, 16 images; on other GPUs a guess"
 EFFICIENCY = {
-    "float32": Assumption(0.25, "of the peak", "H200, RESULTS.md, planner: v39_1x, eager, 16 images"),
-    "bf16": Assumption(0.20, "of the peak", "H200, RESULTS.md, planner: v39_1x, eager, 16 images"),
+    "float32": Assumption(0.25, "of the peak", MEASURED),
+    "bf16": Assumption(0.20, "of the peak", MEASURED),
     "fp16": Assumption(0.20, "of the peak", "as bf16"),
 }
 LAUNCH = Assumption(20e-6, "s per launch", "H200, RESULTS.md, planner: 1,058 launches of an optimizer in 20.4 ms")
@@ -193,8 +194,8 @@ def check_counts(schedule: Schedule, counts: Sequence[int]) -> None:
         if schedule.batch_size % (count * schedule.accum):
             parts = f" x --accum {schedule.accum}" if schedule.accum > 1 else ""
             raise ValueError(
-                f"--batch-size {schedule.batch_size} cannot be shared out over {count} GPUs{parts}; give another "
-                "--gpus or --batch-size"
+                f"--batch-size {schedule.batch_size} cannot be shared out over {count} GPU{'s' * (count > 1)}{parts}; "
+                f"give another {'--accum' if schedule.accum > 1 else '--gpus'} or --batch-size"
             )
 
 
