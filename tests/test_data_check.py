@@ -311,7 +311,7 @@ def test_real_photos(request):
     if not folder.is_dir():
         pytest.skip("needs the shared data folder")
     for name in ("coco-mini", "bccd"):
-        report = check(folder / name, workers=2)
+        report = check(folder / name, workers=2, min_size=288, max_size=640)
         assert report.ok
         assert {f.kind: f.items for f in report.findings if f.severity == "warning"} == KNOWN[name]
 
