@@ -70,6 +70,8 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds, so 
     CONFIG = parse_command(PARSE)
 
 
+import torch
+
 from reporting import find_train_set, save_thresholds, write_page
 from run_folder import write_whole
 from runtime import Stopped, StopSignal, check_out, log, process_group, run_command
@@ -98,6 +100,7 @@ def main(config: EvalConfig) -> dict | None:
         if rank == 0 and config.report is not None:
             check_out(config.report, b"<!DOCTYPE html>", "--report", "report.html")
         model = load_detector(config.model).to(device)
+        check_exported(model)
         if config.size is not None:
             if config.size > (limit := model.config["max_size"]):
                 raise ValueError(
@@ -165,6 +168,15 @@ def check_config(config: EvalConfig) -> None:
     if config.save_thresholds and (config.size or config.tiles or config.flip or config.scales != (1.0,)):
         raise ValueError(
             "--save-thresholds is for scores as predict gives them; leave out --size, --tiles, --flip, --scales"
+        )
+
+
+def check_exported(model: FCOS | ExportedDetector) -> None:
+    """Raise `ValueError` where an exported file keeps back detections of low scores, since the AP counts all."""
+    if isinstance(model, ExportedDetector) and torch.as_tensor(model.thresholds.score_threshold).max() > 0:
+        raise ValueError(
+            f"{model.source} gives no detections below its score thresholds, and the AP counts all of them; score a "
+            "file of vovnet-zoo export --score 0"
         )
 
 

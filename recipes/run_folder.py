@@ -131,8 +131,12 @@ class RunLog:
         """Add a row of values for `step`, the number of steps done."""
         if not self.active:
             return
-        self.file.write(write_json({"step": step, **values}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(write_json({"step": step, **values}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            error.filename = error.filename or self.file.name  # an error of writing names no file
+            raise
         self.loggers.on_metrics(step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
 
     def rows(self) -> list[dict]:
@@ -416,9 +420,13 @@ class HashingWriter:
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that, whenever the machine stops, it is whole or as it was before."""
-    with synced(path.with_name(path.name + ".partial")) as file:
-        file.write(content)
-    move(Path(file.name), path)
+    try:
+        with synced(path.with_name(path.name + ".partial")) as file:
+            file.write(content)
+        move(Path(file.name), path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # an error of writing names no file
+        raise
 
 
 @contextlib.contextmanager

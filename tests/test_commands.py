@@ -122,6 +122,16 @@ def test_a_reader_that_leaves():
     assert process.returncode == 141
 
 
+@pytest.mark.parametrize("text", ["InvalidCxxCompiler: No working C++ compiler found", "Failed to find C compiler."])
+def test_a_missing_compiler_is_one_line(run, monkeypatch, text):
+    def main(config):
+        raise RuntimeError(f"a report of many lines\n{text}\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(eval_coco, "main", main)
+    status, printed = run(eval_coco, "--model", "x", "--data", "x")
+    assert status == 2 and printed.count("\n") == 1 and "apt install g++), name it in CXX, or omit --compile" in printed
+
+
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["recipes/x.py"])
     with pytest.raises(ZeroDivisionError):

@@ -584,7 +584,7 @@ def test_options_of_predict(exported, model):
     detector, images = load_detector(exported("onnx")[0] / "model.onnx"), pictures((64, 96))
     options = dict(score_threshold=float(predict(model, images)[0]["scores"][9]) - 1e-3, max_detections=50)
     assert_same(predict(detector, images, **options), predict(model, images, **options))
-    for wrong in (dict(nms_threshold=0.5), dict(max_detections=101), dict(score_threshold={"red": 0.5})):
+    for wrong in (dict(nms_threshold=0.5), dict(max_detections=101)):
         with pytest.raises(ValueError, match="was exported with"):
             predict(detector, images, **wrong)
     for wrong in (dict(precision="bf16"), dict(compile=True)):
@@ -592,6 +592,24 @@ def test_options_of_predict(exported, model):
             predict(detector, images, **wrong)
     with pytest.raises(ValueError, match="score_threshold=2"):
         predict(detector, images, score_threshold=2)
+
+
+def test_the_thresholds_of_a_trained_model(model, tmp_path, monkeypatch):
+    """A run stores one for each class. Higher ones can be asked for, and the AP needs a file without any."""
+    own = choose_thresholds(model, dict(score_threshold={"red": 0.2, "green": 0.3}))
+    detector = ExportedDetector("model.onnx", model.config, own, None, None, "float32", None)
+    chosen = [
+        detector.choose_thresholds(dict(score_threshold=x), "float32", False) for x in (0.3, {"red": 1, "green": 0.3})
+    ]
+    assert chosen[0].score_threshold == 0.3 and chosen[1].score_threshold.tolist() == pytest.approx([1, 0.3])
+    for lower in (0.25, {"red": 0.1, "green": 0.3}):
+        with pytest.raises(ValueError, match=r"was exported with \[0.2, 0.3\]; export it again"):
+            detector.choose_thresholds(dict(score_threshold=lower), "float32", False)
+    with pytest.raises(ValueError, match="no class 'blue'"):
+        detector.choose_thresholds(dict(score_threshold={"blue": 0.5}), "float32", False)
+    monkeypatch.setattr(eval_coco, "load_detector", lambda source: detector)
+    with pytest.raises(ValueError, match="score a file of vovnet-zoo export --score 0"):
+        eval_coco.main(eval_coco.EvalConfig("model.onnx", tmp_path, device="cpu"))
 
 
 def test_views_of_an_image(exported, model):

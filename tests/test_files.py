@@ -9,7 +9,9 @@ import pytest
 import torch
 from launch import run_python
 
+import run_folder
 from vovnet_zoo import files
+from vovnet_zoo.commands import describe
 
 
 def test_safetensors_come_back(tmp_path):
@@ -19,6 +21,21 @@ def test_safetensors_come_back(tmp_path):
     assert found.keys() == weights.keys() and all(torch.equal(found[key], weights[key]) for key in weights)
     metadata = files.read_metadata(tmp_path / "w.safetensors")
     assert metadata == {"format": "pt", "license": "mit", "sha256": files.fingerprint(weights)}
+
+
+@pytest.mark.parametrize("write", [files.write_whole, run_folder.write_whole, files.write_safetensors])
+def test_a_file_for_which_there_is_no_room_is_named(tmp_path, write):
+    """The library of safetensors raises an error of its own, which is no OSError; that of a write names no file."""
+    resource = pytest.importorskip("resource", reason="not on Windows")
+    path, before = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)
+    content = ({"x": torch.zeros(10_000)}, path) if write is files.write_safetensors else (path, bytes(40_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            write(*content)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(path) in describe(error.value) and "large" in describe(error.value)
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

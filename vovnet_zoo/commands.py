@@ -22,6 +22,7 @@ class CommandError(RuntimeError):
     """A command cannot go on, for a reason that its user can change; the message says all that is to be known."""
 
 
+NO_COMPILER = ("InvalidCxxCompiler", "Failed to find C compiler")  # in the errors of inductor and of Triton
 USER_ERRORS = (ValueError, OSError, ImportError, CommandError)
 
 
@@ -65,6 +66,13 @@ def run_reporting(
     except KeyboardInterrupt as error:
         error.args = ("interrupted",)
         fail(command, error, debug, claim, 128 + signal.SIGINT)
+    except RuntimeError as error:
+        if not any(text in str(error) for text in NO_COMPILER):
+            raise
+        line = "torch.compile finds no C++ compiler; install one (apt install g++), name it in CXX, or omit --compile"
+        missing = CommandError(line)
+        missing.__cause__ = error
+        fail(command, missing, debug, claim)
 
 
 def stop_with_reader(call: Callable[[], object]) -> None:

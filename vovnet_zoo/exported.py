@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import DetectorConfig, Precision, ThresholdOptions, Thresholds
-from .fcos import check_ranges
+from .fcos import check_ranges, check_thresholds
 from .results import Detections
 
 
@@ -77,27 +77,29 @@ class ExportedDetector(nn.Module):
         """Complete the options of `predict` by the thresholds of the file.
 
         Raises:
-            ValueError: an option cannot be followed, since the file keeps another: only a single `score_threshold`
-                may be higher, and `max_detections` lower.
+            ValueError: an option cannot be followed, since the file keeps another: only `score_threshold` may be
+                higher, and `max_detections` lower.
         """
         if precision != "float32" or compile:
             raise ValueError(f"{self.source} was exported, so precision and compile are as they are; leave them out")
-        names, own = self.class_names or (), self.thresholds
+        own = self.thresholds
         given: dict[str, Any] = dict(options)
         if isinstance(least := given.get("score_threshold"), Mapping):
-            given["score_threshold"] = torch.tensor([least.get(name, 0.0) for name in names])
+            scores = check_thresholds(least, self.class_names, "score_threshold")
+            given["score_threshold"] = torch.tensor([scores.get(name, 0.0) for name in self.class_names or ()])
         wanted = own._replace(**given)
         check_ranges(wanted)
         for name, value in given.items():
             kept = getattr(own, name)
-            if isinstance(value, Tensor) or isinstance(kept, Tensor):
-                right = isinstance(value, Tensor) and isinstance(kept, Tensor) and torch.equal(value, kept)
-            elif name == "score_threshold":
-                right = value >= kept
+            if name == "score_threshold":  # one for all classes, or one of each
+                right = bool((torch.as_tensor(value) >= torch.as_tensor(kept)).all())
             else:
                 right = value <= kept if name == "max_detections" else value == kept
             if not right:
-                raise ValueError(
-                    f"{name}={value}: {self.source} was exported with {kept}; export it again, or leave it out"
-                )
+                values = f"{name}={_shown(value)}: {self.source} was exported with {_shown(kept)}"
+                raise ValueError(f"{values}; export it again, or leave it out")
         return wanted
+
+
+def _shown(value: Any) -> str:
+    return str([round(x, 3) for x in value.tolist()]) if isinstance(value, Tensor) else str(value)

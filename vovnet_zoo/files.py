@@ -85,7 +85,10 @@ def write_safetensors(state_dict: Mapping[str, Tensor], path: str | Path, **meta
     metadata = {"format": "pt", **metadata, "sha256": fingerprint(state_dict)}
     Path(path).touch()
     mode = stat.S_IMODE(os.stat(path).st_mode)  # the library makes a file that only its owner can read
-    safetensors.torch.save_file(state_dict, path, metadata=metadata)
+    try:
+        safetensors.torch.save_file(state_dict, path, metadata=metadata)
+    except safetensors.SafetensorError as error:  # such as that the disk is full
+        raise OSError(f"{path} cannot be written: {error}") from error
     os.chmod(path, mode)
 
 
@@ -169,10 +172,14 @@ def _status(path: Path) -> os.stat_result | None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole, or as it was before. A link at `path` is replaced, not followed."""
-    with temporary(path) as part:
-        part.write_bytes(data)
-        sync(part)
-        os.replace(part, path)
+    try:
+        with temporary(path) as part:
+            part.write_bytes(data)
+            sync(part)
+            os.replace(part, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # an error of writing names no file
+        raise
 
 
 @contextlib.contextmanager
