@@ -25,6 +25,7 @@ from vovnet_zoo.export.graph import DetectorGraph, NetworkGraph
 from vovnet_zoo.exported import ExportedDetector
 from vovnet_zoo.inference import choose_thresholds
 from vovnet_zoo.nms import nms_fixed
+from vovnet_zoo.predict_files import predict_files
 from vovnet_zoo.results import Detections
 
 onnx = pytest.importorskip("onnx")
@@ -597,7 +598,23 @@ def test_options_of_predict(exported, model):
 def test_the_thresholds_of_a_trained_model(model, tmp_path, monkeypatch):
     """A run stores one for each class. Higher ones can be asked for, and the AP needs a file without any."""
     own = choose_thresholds(model, dict(score_threshold={"red": 0.2, "green": 0.3}))
-    detector = ExportedDetector("model.onnx", model.config, own, None, None, "float32", None)
+
+    def run(images, sizes):  # finds two boxes of the first class
+        scores = np.array([[0.9, 0.25]], np.float32)
+        boxes = np.array([[[1, 1, 9, 9], [20, 20, 40, 40]]], np.float32)
+        return [boxes, scores, np.zeros((1, 2), np.int64), np.array([2])]
+
+    detector = ExportedDetector("model.onnx", model.config, own, None, None, "float32", run)
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png")
+    for score, count in ((0.3, 1), (0.1, None)):  # as `vovnet-zoo predict --score` does
+        options = dict(pictures="none", overwrite=True, score_threshold=score)
+        if count is None:
+            with pytest.raises(ValueError, match="score_threshold=0.1: .* was exported with"):
+                predict_files(detector, [str(tmp_path / "photo.png")], tmp_path / "found", **options)
+        else:
+            predict_files(detector, [str(tmp_path / "photo.png")], tmp_path / "found", **options)
+            found = json.loads((tmp_path / "found" / "detections.jsonl").read_text())
+            assert len(found["boxes"]) == count
     chosen = [
         detector.choose_thresholds(dict(score_threshold=x), "float32", False) for x in (0.3, {"red": 1, "green": 0.3})
     ]

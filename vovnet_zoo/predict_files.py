@@ -90,8 +90,9 @@ def predict_files(
 
     own = model.config["thresholds"] or model.config["score_threshold"] or DISPLAY_SCORE
     threshold = options.get("score_threshold", own)
-    if not isinstance(threshold, Mapping):
-        options["score_threshold"] = 0.0  # lower scores are asked for too, to tell how far below the threshold they are
+    least = model.thresholds.score_threshold if isinstance(model, ExportedDetector) else 0.0  # what can be asked for
+    if not isinstance(threshold, Mapping) and not isinstance(least, Tensor) and least <= threshold:
+        options["score_threshold"] = least  # to tell how far below the threshold the scores are
     started: deque[Job] = deque()
     bad: list[str] = []
 
