@@ -21,9 +21,10 @@ from ..sources import Source
 from ..version import __version__
 from .accuracy import Comparison, open_dataset
 from .card import card
-from .certificate import BOUNDS, certify, certify_network, choose_images
+from .certificate import certify, certify_network, choose_images
 from .cpu import warn_of_the_cpu
 from .graph import LEAST_SIDE, DetectorGraph, Graph, NetworkGraph, trace
+from .pairs import BOUNDS
 from .registry import FORMATS, Written, choose_format
 from .runtimes import load_exported
 
@@ -76,8 +77,8 @@ def export_detector(
 
     Raises:
         ValueError: the file computes something else than the model (it is deleted, and the message names the image and
-            the layer), the model finds nothing in the images, the format cannot do what is asked, a file is there
-            already, or an argument is out of range.
+            the layer, or says that all layers agree), the model finds nothing in the images, the format cannot do what
+            is asked, a file is there already, or an argument is out of range.
         ImportError: a package is missing that the format needs.
         OSError: `out` cannot be written.
     """
@@ -112,8 +113,9 @@ def export_detector(
         graph: Graph = NetworkGraph(model).eval() if raw else DetectorGraph(model, thresholds).eval()
         file, exporter = folder / chosen.files[0], chosen.exporter()
         first_precision = "float32" if precision == "int8" else precision
-        layers = exporter.write(graph, trace(graph, size, batch), file, first_precision)
-        written = Written(chosen, file, graph, layers)
+        program = trace(graph, size, batch)
+        layers = exporter.write(graph, program, file, first_precision)
+        written = Written(chosen, file, graph, program, layers)
         exporter.write_facts(file, facts)
         certificate: dict[str, Any] = {"images_are": "drawn" if drawn else "the user's"}
         comparison = None if dataset is None else Comparison(model, dataset, thresholds, size)
@@ -127,7 +129,7 @@ def export_detector(
         else:
             certificate |= certify(model, thresholds, written, compared, bounds)
         if comparison is not None:
-            certificate |= comparison.certify(load_exported(file), bounds.ap)
+            certificate |= comparison.certify(written, bounds)
         certificate |= exporter.versions()
         exporter.write_facts(file, {**facts, "certificate": certificate})
         (folder / CERTIFICATE).write_text(json.dumps({**facts, "certificate": certificate}, indent=1) + "\n")

@@ -10,21 +10,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import Thresholds
 from ..data import CocoDataset, Skipped
 from ..data.layouts import locate
-from ..evaluation.bootstrap import bootstrap_ap, interval
+from ..evaluation.bootstrap import bootstrap_ap, interval, weighted_ap
 from ..evaluation.matches import Matches, match
 from ..exported import ExportedDetector
 from ..fcos import FCOS
 from ..inference import Prepared, detect_batch, prepare, run_network
 from ..results import Detections, ImageDetections
 from ..sources import Frame
-from .certificate import evaluating, overlap
-from .certificate import match as match_alike
+from .blame import blame
+from .certificate import evaluating
+from .pairs import Bounds, overlap
+from .pairs import match as match_alike
+from .registry import Written
+from .runtimes import load_exported
 
 log = logging.getLogger("vovnet_zoo")
 
@@ -60,13 +65,17 @@ class Comparison:
         """Detect objects in some images of the dataset."""
         found = []
         for index in indices:
-            sample = self.dataset[index]
-            assert not isinstance(sample, Skipped)
-            image = sample[0].as_subclass(Tensor)
-            item = prepare(Frame(str(self.dataset.image_ids[index]), image), self.model.config, fixed=self.size)
-            assert isinstance(item, Prepared)
-            found += detect_batch(detector, [item], self.thresholds, run_network)
+            found += detect_batch(detector, [self.prepare(index)], self.thresholds, run_network)
         return found
+
+    def prepare(self, index: int) -> Prepared:
+        """Read an image of the dataset, and resize and pad it."""
+        sample = self.dataset[index]
+        assert not isinstance(sample, Skipped)
+        image = sample[0].as_subclass(Tensor)
+        item = prepare(Frame(str(self.dataset.image_ids[index]), image), self.model.config, fixed=self.size)
+        assert isinstance(item, Prepared)
+        return item
 
     def score(self, found: list[ImageDetections]) -> Matches:
         """Match the detections in all images with the objects of the dataset."""
@@ -85,23 +94,24 @@ class Comparison:
         """PyTorch's AP."""
         return self.score(self.wanted).metrics["AP"]
 
-    def certify(self, detector: ExportedDetector, bound: float) -> dict[str, Any]:
+    def certify(self, written: Written, bounds: Bounds) -> dict[str, Any]:
         """Compare the AP of a file with PyTorch's, and return both, and their difference with its 95% interval.
 
         Raises:
-            ValueError: the APs differ by more than `bound`.
+            ValueError: the APs differ by more than the bound; the message names the image whose own AP changes most,
+                and layers.
         """
-        found = self.detect(detector, range(len(self.dataset)))
+        found = self.detect(load_exported(written.file), range(len(self.dataset)))
         want, got = self.score(self.wanted), self.score(found)
         difference = got.metrics["AP"] - want.metrics["AP"]
         low, high, confidence = interval(bootstrap_ap(got).overall.minus(bootstrap_ap(want).overall))
-        if not abs(difference) <= bound:
-            likeness = [alike(a, b) for a, b in zip(self.wanted, found, strict=True)]
-            worst = self.dataset.file_names[min(range(len(found)), key=likeness.__getitem__)]
+        if not abs(difference) <= bounds.ap:
+            worst = worst_image(want, got)
             raise ValueError(
                 f"the file has an AP of {got.metrics['AP']:.4f} and PyTorch {want.metrics['AP']:.4f} on "
-                f"{self.dataset.annotation_file}, so it was deleted: they may differ by {bound:g} "
-                f"(--max-ap-difference); worst image: {worst}"
+                f"{self.dataset.annotation_file}, so it was deleted: they may differ by {bounds.ap:g} "
+                f"(--max-ap-difference); worst image: {self.dataset.file_names[worst]}; "
+                f"{blame(written, self.prepare(worst), bounds)}"
             )
         return {
             "data": str(self.dataset.annotation_file),
@@ -111,8 +121,15 @@ class Comparison:
             "AP_difference": difference,
             "AP_difference_interval": [low, high],
             "confidence": confidence,
-            "AP_bound": bound,
+            "AP_bound": bounds.ap,
         }
+
+
+def worst_image(want: Matches, got: Matches) -> int:
+    """Find the image whose own AP changes most, in the direction in which the AP of all images changes."""
+    each = np.eye(len(want.images), dtype=np.int64)  # one set of images for each of them
+    change = weighted_ap(got, each).overall - weighted_ap(want, each).overall  # NaN where an image has no object
+    return int(np.nanargmax(change * np.sign(got.metrics["AP"] - want.metrics["AP"])))
 
 
 def alike(want: ImageDetections, got: ImageDetections) -> float:

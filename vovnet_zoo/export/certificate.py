@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,31 +17,12 @@ from ..inference import Prepared, detect, prepare, run_network
 from ..results import Detections
 from ..sources import Frame, Source, frames
 from .blame import as_batch, blame, inputs_of, relative_difference
+from .pairs import Bounds, differences, first, is_within
 from .registry import Written
 from .runtimes import load_exported, open_file
 from .ties import is_right
 
-LEAST_IOU = 0.5  # of two boxes that are the same detection
 DRAWN, DRAWN_TRIES = 4, 32  # pictures that are compared where the user gives none, and how many are drawn for them
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """An exported file is refused if it is further from PyTorch than these numbers; None is no bound."""
-
-    matched: float | None  # least share of detections that both have
-    box: float | None  # largest difference of a corner, in pixels of the network input
-    score: float | None  # largest difference of a score
-    output: float  # largest difference of an output of the network, relative to its largest value
-    layer: float  # of a convolution's map, likewise; tells where it went wrong
-    ap: float  # largest difference of the AP, where a dataset is given
-
-
-BOUNDS = {
-    "float32": Bounds(matched=1.0, box=0.05, score=1e-4, output=1e-4, layer=1e-3, ap=0.001),
-    "float16": Bounds(matched=0.98, box=1.0, score=0.02, output=0.02, layer=0.02, ap=0.005),
-    "int8": Bounds(matched=None, box=None, score=None, output=1.0, layer=1.0, ap=0.01),
-}
 
 
 def choose_images(
@@ -100,17 +81,13 @@ def certify(
     both, ties, all_of_them, worst, largest = 0, 0, 0, (-1.0, images[0]), {"box": 0.0, "score": 0.0}
     for item in images:
         want, got = reference(model, item, thresholds), first(exported(*as_batch(item)))
-        pairs = match(want, got)
-        differences = {
-            "box": max((float((want.boxes[i] - got.boxes[j]).abs().max()) for i, j in pairs), default=0.0),
-            "score": max((float((want.scores[i] - got.scores[j]).abs()) for i, j in pairs), default=0.0),
-        }
-        lost = len(want.scores) + len(got.scores) - 2 * len(pairs)
+        shared, apart = differences(want, got)
+        lost = len(want.scores) + len(got.scores) - 2 * shared
         if lost and bounds.matched == 1 and differ_by_ties(model, item, got, thresholds, bounds):
             ties, lost = ties + lost, 0
-        both, all_of_them = both + 2 * len(pairs), all_of_them + len(want.scores) + len(got.scores)
-        largest = {key: max(value, differences[key]) for key, value in largest.items()}
-        badness = lost + differences["box"] / (bounds.box or 1) + differences["score"] / (bounds.score or 1)
+        both, all_of_them = both + 2 * shared, all_of_them + len(want.scores) + len(got.scores)
+        largest = {key: max(value, apart[key]) for key, value in largest.items()}
+        badness = lost + apart["box"] / (bounds.box or 1) + apart["score"] / (bounds.score or 1)
         worst = max(worst, (badness, item), key=lambda pair: pair[0])
     if not all_of_them:
         raise ValueError(
@@ -122,7 +99,7 @@ def certify(
             f"{written.format.runtime} computes something else than PyTorch, so the file was deleted: {matched:.1%} "
             f"of {all_of_them - both // 2} detections match (at least {bounds.matched:.1%}), boxes differ by up to "
             f"{largest['box']:.2g} px (at most {bounds.box:g}), scores by {largest['score']:.2g} (at most "
-            f"{bounds.score:g}); worst image: {worst[1].name}; {blame(written, worst[1], bounds.layer)}"
+            f"{bounds.score:g}); worst image: {worst[1].name}; {blame(written, worst[1], bounds)}"
         )
     return {
         "images": len(images),
@@ -134,13 +111,6 @@ def certify(
         "worst_image": worst[1].name,
         "bounds": asdict(bounds),
     }
-
-
-def is_within(bounds: Bounds, matched: float, largest: Mapping[str, float]) -> bool:
-    """Tell whether the share of matched detections and the largest differences are in bounds; NaN is not."""
-    limits = [(largest["box"], bounds.box), (largest["score"], bounds.score)]
-    few = bounds.matched is not None and matched < bounds.matched
-    return not few and all(limit is None or value <= limit for value, limit in limits)
 
 
 def certify_network(model: FCOS, written: Written, images: Sequence[Prepared], bounds: Bounds) -> dict[str, Any]:
@@ -165,7 +135,7 @@ def certify_network(model: FCOS, written: Written, images: Sequence[Prepared], b
         raise ValueError(
             f"{written.format.runtime} computes something else than PyTorch, so the file was deleted: {name} differ by "
             f"{largest[name]:.2g} of the largest (at most {bounds.output:g}); worst image: {worst[1].name}; "
-            f"{blame(written, worst[1], bounds.layer)}"
+            f"{blame(written, worst[1], bounds)}"
         )
     return {
         "images": len(images),
@@ -205,30 +175,3 @@ def differ_by_ties(model: FCOS, item: Prepared, got: Detections, thresholds: Thr
     with evaluating(model), torch.no_grad():
         preds = Predictions(*(x.cpu() for x in run_network(model, images.to(device), sizes.to(device))))
     return is_right(preds, item.size, got, model.config, thresholds, bounds.box, bounds.score)
-
-
-def first(found: Detections) -> Detections:
-    """Return the detections of the first image, without empty places: boxes [N,4], scores [N], labels [N]."""
-    count = int(found.count[0])
-    return Detections(found.boxes[0, :count], found.scores[0, :count], found.labels[0, :count], found.count[0])
-
-
-def match(want: Detections, got: Detections) -> list[tuple[int, int]]:
-    """Pair detections of one class that overlap, the nearest boxes first; each is in one pair at most."""
-    distance = (want.boxes[:, None] - got.boxes).abs().amax(-1).numpy().copy()  # [N,M]
-    same = (want.labels[:, None] == got.labels) & (overlap(want.boxes, got.boxes) >= LEAST_IOU)
-    distance[~same.numpy()] = np.inf
-    pairs = []
-    while distance.size and np.isfinite(nearest := distance.min()):
-        i, j = np.argwhere(distance == nearest)[0]
-        pairs.append((int(i), int(j)))
-        distance[i], distance[:, j] = np.inf, np.inf
-    return pairs
-
-
-def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Compute the IoU [N,M] of boxes [N,4] and [M,4], xyxy; a box without pixels has 1 with itself."""
-    area_a, area_b = ((x[:, 2:] - x[:, :2]).clamp(min=0) + 1e-3 for x in (a, b))
-    sides = (torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])).clamp(min=-1e-3) + 1e-3
-    shared = sides.prod(-1)
-    return shared / (area_a.prod(-1)[:, None] + area_b.prod(-1) - shared)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.functional import cosine_similarity
 
 from ..compiled import fast_copy
 from ..config import Thresholds
@@ -85,3 +86,11 @@ def trace(graph: Graph, size: tuple[int, int] | None, batch: int | None) -> Expo
         raise ValueError(
             f"torch.export cannot make one graph of {graph.model.config['backbone']!r} ({reason:.200}){hint}"
         ) from error
+
+
+def find_weight(numbers: Tensor, graph: nn.Module) -> str | None:
+    """Find the layer whose weights are a multiple of some numbers."""
+    for name, weight in graph.named_parameters():
+        if weight.shape == numbers.shape and cosine_similarity(weight.flatten(), numbers.flatten(), 0) > 0.9999:
+            return name.removesuffix(".weight")
+    return None

@@ -16,15 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from ..exported import ExportedDetector
 from ..inference import Prepared
 from .accuracy import Comparison, alike
 from .blame import as_batch
 from .cpu import int8_instructions
-from .graph import Graph
+from .graph import Graph, find_weight
 from .registry import Written, need
 from .runtimes import call_openvino, compile_openvino, load_exported, read_openvino
 
@@ -133,14 +131,6 @@ def layer_names(model: Any, graph: Graph) -> dict[str, str]:
             name = find_weight(torch.tensor(weight.data), graph) or node.get_friendly_name()
         found[node.get_friendly_name()] = name.removeprefix("model.")
     return found
-
-
-def find_weight(numbers: Tensor, graph: Graph) -> str | None:
-    """Find the layer whose weights are a multiple of some numbers."""
-    for name, weight in graph.named_parameters():
-        if weight.shape == numbers.shape and cosine_similarity(weight.flatten(), numbers.flatten(), 0) > 0.9999:
-            return name.removesuffix(".weight")
-    return None
 
 
 def list_layers(model: Any, names: Mapping[str, str]) -> dict[str, list[str]]:

@@ -14,9 +14,10 @@ import onnx
 import onnxruntime
 import onnxscript
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
-from .graph import Graph
+from .graph import Graph, find_weight
 
 OPSET = 18
 op: Any = onnxscript.opset18  # its types are those of tensors in a script
@@ -24,7 +25,7 @@ LARGE = 1024  # numbers; weights with fewer stay float32, since they take no spa
 
 
 def write(graph: Graph, program: ExportedProgram, file: Path, precision: str) -> dict[str, str]:
-    """Write and check an ONNX file, and map the name of each convolution to the tensor that it computes."""
+    """Write and check an ONNX file, and map the name of each layer to the tensor that it computes."""
     for name in ("onnx_ir", "onnxscript"):  # they tell of every constant that they merge or do not merge
         logging.getLogger(name).setLevel(logging.ERROR)
     nms = torch.ops.vovnet_zoo.nms_fixed.default
@@ -47,13 +48,23 @@ def write(graph: Graph, program: ExportedProgram, file: Path, precision: str) ->
         store_float16(model.graph)
         onnx.save(model, file)
     onnx.checker.check_model(file, full_check=True)
-    return name_layers(model.graph)
+    return name_layers(model.graph, graph)
 
 
-def name_layers(graph: onnx.GraphProto) -> dict[str, str]:
-    """Map the name of each convolution to the tensor that it computes; of the head's, which run often, the first."""
-    convolutions = [node for node in graph.node if node.op_type == "Conv"]
-    return {node.input[1].removesuffix(".weight"): node.output[0] for node in reversed(convolutions)}
+def name_layers(translated: onnx.GraphProto, graph: nn.Module) -> dict[str, str]:
+    """Map the name of each layer with weights to the tensor that it computes; of what runs several times, the first."""
+    weights = {x.name.removesuffix(".float16"): x for x in translated.initializer}
+    sums = {node.input[0]: node for node in translated.node if node.op_type == "Add"}
+    layers = {}
+    for node in reversed(translated.node):
+        if node.op_type == "Conv":
+            layers[node.input[1].removesuffix(".weight")] = node.output[0]
+        elif node.op_type == "MatMul" and node.input[1] in weights:  # its weights were transposed, and named anew
+            numbers = torch.tensor(onnx.numpy_helper.to_array(weights[node.input[1]])).float().T
+            if name := find_weight(numbers, graph):
+                has_bias = graph.get_submodule(name).bias is not None
+                layers[name] = (sums[node.output[0]] if has_bias else node).output[0]
+    return layers
 
 
 def translate_nms(num_classes: int) -> Callable[..., Any]:

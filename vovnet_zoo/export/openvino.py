@@ -20,7 +20,7 @@ openvino = need("openvino")
 
 
 def write(graph: Graph, program: ExportedProgram, file: Path, precision: str) -> dict[str, str]:
-    """Write model.xml and model.bin, and map the name of each convolution to the tensor that it computes."""
+    """Write model.xml and model.bin, and map the name of each layer to the tensor that it computes."""
     between = file.with_suffix(".onnx")
     try:
         layers = write_onnx(graph, program, between, "float32")

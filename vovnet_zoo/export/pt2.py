@@ -28,9 +28,13 @@ def write(graph: Graph, program: ExportedProgram, file: Path, precision: str) ->
     """Compile the graph for the CPU of this machine. No tensor is named, since a package does not show inner ones."""
     assert precision == "float32"
     with torch.no_grad():
-        plain = program.run_decompositions({torch.ops.vovnet_zoo.nms_fixed.default: nms_plain})
-        torch._inductor.aoti_compile_and_package(plain, package_path=str(file), inductor_configs=COMPILER)
+        torch._inductor.aoti_compile_and_package(decompose(program), package_path=str(file), inductor_configs=COMPILER)
     return {}
+
+
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """Write the graph in operators of torch alone, as it is compiled."""
+    return program.run_decompositions({torch.ops.vovnet_zoo.nms_fixed.default: nms_plain})
 
 
 def nms_plain(

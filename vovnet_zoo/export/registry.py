@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from torch.export import ExportedProgram
+
 from ..arguments import check_choice
 from ..config import ExportPrecision
 from .graph import Graph
@@ -21,7 +23,8 @@ class Format:
     """A format is known by its runtime, the files that it consists of, and the packages that it needs.
 
     `exporter()` has `write(graph, program, file, precision)`, which returns the tensor that holds the map of each
-    convolution, `write_facts(file, facts)`, and `versions()`.
+    layer with weights, `write_facts(file, facts)`, and `versions()`. Where a file shows no maps, `write` returns none,
+    and `decompose(program)` gives the program of which the file was compiled.
     """
 
     name: str
@@ -38,12 +41,13 @@ class Format:
 
 @dataclass(frozen=True)
 class Written:
-    """A file was written of a graph."""
+    """A file was written of a graph, which torch.export had made a program."""
 
     format: Format
     file: Path
     graph: Graph
-    layers: Mapping[str, str]  # the tensor of the file that holds the map of each convolution, by its name
+    program: ExportedProgram
+    layers: Mapping[str, str]  # the tensor of the file that holds the map of each layer; empty if none is shown
 
 
 FORMATS = {
