@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data import normalize
 from ..inference import Prepared
 from ..results import Detections
-from .graph import DetectorGraph, Graph
+from .graph import DetectorGraph, Graph, NetworkGraph
 from .pairs import Bounds, differences, first, is_within
 from .registry import Written
 from .runtimes import open_file
@@ -47,8 +47,11 @@ def blame(written: Written, item: Prepared, bounds: Bounds) -> str:
     if not written.layers:
         run, _ = open_file(written.file)
         if apart := compare_outputs(written.graph, inputs, run(*(x.numpy() for x in inputs)), wanted, bounds):
-            return f"the exported graph agrees with PyTorch, so it happens in its compilation; what differs is {apart}"
-    return "the file agrees with the copy of the model that was exported (on the CPU), and this copy with nothing else"
+            what = f"; what differs is {apart}" if isinstance(written.graph, NetworkGraph) else ""
+            return f"the exported graph agrees with PyTorch, so it happens in its compilation{what}"
+    return (
+        "the copy of the model that was exported (on the CPU) agrees with the file, so this copy and the model differ"
+    )
 
 
 def compare_layers(written: Written, inputs: Sequence[Tensor]) -> tuple[dict[str, float], list[np.ndarray]]:
