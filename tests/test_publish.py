@@ -180,9 +180,7 @@ def test_a_hub_that_cannot_be_reached(tiny_detector, tmp_path, monkeypatch):
         lambda: tiny_detector.push_to_hub(REPO),
         lambda: tiny_detector.push_to_hub(REPO, private=True),
     ):
-        with pytest.raises(
-            OSError, match=rf"^{REPO}: the Hub at https?://\S+ cannot be reached \(.+\); try again$"
-        ):
+        with pytest.raises(OSError, match=rf"^{REPO}: the Hub at https?://\S+ cannot be reached \(.+\); try again$"):
             push()
 
 

@@ -348,7 +348,7 @@ def run_predict(command: Predict) -> None:
     refuse_missing(*map(Path, texts))
     for text in command.images:
         if glob.has_magic(text) and not is_url(text) and next(glob.iglob(text, recursive=True), None) is None:
-            refuse_missing(Path(text))
+            raise ValueError(f"{text}: no image matches this pattern")
     if command.out.exists() and not command.out.is_dir():
         raise ValueError(f"--out {command.out} is a file; give a folder for the results")
     refuse_model(command.model)
