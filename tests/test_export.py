@@ -25,6 +25,7 @@ from vovnet_zoo import create_detector, export_detector, load_detector, predict
 from vovnet_zoo.evaluation.coco_eval import coco_metrics
 from vovnet_zoo.export import accuracy, blame, certificate, cpu, pairs, registry
 from vovnet_zoo.export.graph import DetectorGraph, NetworkGraph
+from vovnet_zoo.exported import ExportedDetector
 from vovnet_zoo.inference import choose_thresholds
 from vovnet_zoo.nms import nms_fixed
 from vovnet_zoo.predict_files import predict_files
