@@ -101,7 +101,7 @@ def find_candidates(
     def decode_with(shift: float) -> tuple[Tensor, Tensor, Tensor]:
         moved = thresholds._replace(
             score_threshold=move(thresholds.score_threshold, shift),
-            candidate_threshold=move(thresholds.candidate_threshold, shift),
+            candidate_threshold=float(move(thresholds.candidate_threshold, shift)),
             topk=topk + MORE,
         )
         boxes, scores, labels = decode(preds, torch.tensor([size]), moved, config["plus_one"], True, places)
