@@ -747,5 +747,5 @@ def test_models(name, options, variant, format, tmp_path):
     thresholds = choose_thresholds(model, {})
     items, _ = certificate.choose_images(model, pictures((128, 160), (150, 128)), thresholds, None)
     graph = DetectorGraph(model, thresholds)
-    written = registry.Written(registry.FORMATS[format], tmp_path / "out" / FILES[format], graph, {})
+    written = registry.Written(registry.FORMATS[format], tmp_path / "out" / FILES[format], graph, None, {})
     assert certificate.certify(model, thresholds, written, items, pairs.BOUNDS["float32"])["detections"] > 20
