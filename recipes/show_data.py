@@ -15,7 +15,6 @@ from pathlib import Path
 import tyro
 
 from presets import PRESETS, TrainConfig, check_config, parse
-from vovnet_zoo.arguments import check_number
 from vovnet_zoo.cli import ShowData, refuse_missing, split_arguments
 from vovnet_zoo.commands import parse_command
 
@@ -32,7 +31,6 @@ def parse_show(args: Sequence[str]) -> tuple[ShowData, TrainConfig]:
     if config.data is None and config.train is not None and config.val is None and config.val_fraction is None:
         config = dataclasses.replace(config, val=config.train, val_images=config.train_images)  # it is not shown
     check_config(config)
-    check_number("count", command.count, 1, 1000, whole=True)
     return command, config
 
 
@@ -43,12 +41,14 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds, so 
 from build import build_sampler, build_train_set, conventions_of, find_splits, load_start
 from fitting import fit_length, fit_size
 from runtime import process_group, run_command
+from vovnet_zoo.arguments import check_number
 from vovnet_zoo.show_data import check_sheet, show_data
 
 
 def main(arguments: tuple[ShowData, TrainConfig]) -> None:
     """Draw the samples, and say their sizes."""
     command, config = arguments
+    check_number("count", command.count, 1, 1000, whole=True)
     check_sheet(command.out)
     with process_group(config.device) as (rank, _, device), tempfile.TemporaryDirectory() as folder:
         conventions = conventions_of(config, load_start(config))

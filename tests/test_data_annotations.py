@@ -12,8 +12,8 @@ from vovnet_zoo.data.dataset import CocoDataset
 from vovnet_zoo.data.transforms import hflip_boxes
 
 BAD_ANNOTATIONS = {
-    "unknown image_id": [box(99), box("1"), box(None), box([1])],
-    "unknown category_id": [box(1, 1), box(1, "3"), box(1, {}), box(1, float("nan"))],
+    "unknown image_id": [box(99), box("one"), box(None), box([1])],
+    "unknown category_id": [box(1, 1), box(1, "red"), box(1, {}), box(1, float("nan"))],
     "box is not 4 finite numbers": [
         *(
             box(bbox=b)

@@ -1,6 +1,7 @@
 """`vovnet-zoo predict` writes what it finds as it goes, in every format, and loses nothing of it."""
 
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -22,7 +23,8 @@ from vovnet_zoo.video import Video
 
 
 def start(*options, **settings) -> subprocess.Popen:
-    """Start the command in a process."""
+    """Start the command in a process, which answers Ctrl-C whether or not the tests do."""
+    settings.setdefault("preexec_fn", functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "vovnet_zoo.cli", "predict", *map(str, options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pycocotools import mask
 
 from ..files import read_bytes
 from .parse import parse_json
@@ -104,6 +103,8 @@ def _lacks_box(row: Any) -> bool:
 def _segmentation_box(segmentation: Any) -> list[float] | None:
     """Return the box [left, top, width, height] around polygons or a run-length encoding; None where it is neither."""
     if isinstance(segmentation, dict):
+        from pycocotools import mask  # torch.hub's users may lack it
+
         try:
             height, width = segmentation["size"]
             counts = segmentation["counts"]
