@@ -363,6 +363,26 @@ def test_a_tie_is_let_pass_and_a_fault_beside_it_is_not(model, monkeypatch):
             certify(broken)
 
 
+def test_a_near_copy_that_nms_chose_instead_is_a_tie(model, monkeypatch):
+    """It overlaps the other box so much that the two are a pair, but is another candidate."""
+    bounds, usual = pairs.BOUNDS["float32"], choose_thresholds(model, {})
+    (item,), _ = certificate.choose_images(model, pictures((64, 90)), usual, None)
+    want = certificate.reference(model, item, usual)
+    moved = want.boxes.clone()
+    moved[0] += 2.3
+    assert pairs.differences(want, want._replace(boxes=moved)) == (len(moved), {"box": pytest.approx(2.3), "score": 0})
+    as_file = [moved[None], want.scores[None], want.labels[None], torch.tensor([len(moved)])]
+    monkeypatch.setattr(certificate, "load_exported", lambda file: lambda *_: Detections(*as_file))
+    written = registry.Written(registry.FORMATS["pt2"], Path("model.pt2"), DetectorGraph(model, usual), None, {})
+    monkeypatch.setattr(certificate, "differ_by_ties", lambda *_: True)
+    made = certificate.certify(model, usual, written, [item], bounds)
+    assert (made["ties"], made["largest_box_difference"]) == (2, 0) and made["matched"] == 1 - 1 / len(moved)
+    monkeypatch.setattr(certificate, "differ_by_ties", lambda *_: False)
+    monkeypatch.setattr(certificate, "blame", lambda *_: "no layer")
+    with pytest.raises(ValueError, match="boxes differ by up to 2.3 px"):
+        certificate.certify(model, usual, written, [item], bounds)
+
+
 def test_no_layer_of_a_whole_file_is_blamed(exported, model):
     file, bounds = exported("onnx")[0] / "model.onnx", pairs.BOUNDS["float32"]
     thresholds = choose_thresholds(model, {})

@@ -46,13 +46,20 @@ def first(found: Detections) -> Detections:
     return Detections(found.boxes[0, :count], found.scores[0, :count], found.labels[0, :count], found.count[0])
 
 
-def differences(want: Detections, got: Detections) -> tuple[int, dict[str, float]]:
-    """Count the detections of one image that both have, and compute the largest difference of a box and of a score."""
-    pairs = match(want, got)
-    return len(pairs), {
-        "box": max((float((want.boxes[i] - got.boxes[j]).abs().max()) for i, j in pairs), default=0.0),
-        "score": max((float((want.scores[i] - got.scores[j]).abs()) for i, j in pairs), default=0.0),
-    }
+def differences(want: Detections, got: Detections, bounds: Bounds | None = None) -> tuple[int, dict[str, float]]:
+    """Count the detections of one image that both have, and compute the largest difference of a box and of a score.
+
+    With `bounds`, a pair that is further apart is none.
+    """
+    found = [
+        {
+            "box": float((want.boxes[i] - got.boxes[j]).abs().max()),
+            "score": float((want.scores[i] - got.scores[j]).abs()),
+        }
+        for i, j in match(want, got)
+    ]
+    found = [pair for pair in found if bounds is None or is_within(bounds, 1.0, pair)]
+    return len(found), {key: max((pair[key] for pair in found), default=0.0) for key in ("box", "score")}
 
 
 def match(want: Detections, got: Detections) -> list[tuple[int, int]]:
