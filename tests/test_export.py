@@ -312,7 +312,8 @@ def tampered(exported, monkeypatch):
             change(broken.graph)
             onnx.save(broken, file)
 
-        reuse_onnx(monkeypatch, "vovnet_zoo.export.onnx.write", make)
+        for writer in ("vovnet_zoo.export.onnx.write", "vovnet_zoo.export.openvino.write_onnx"):
+            reuse_onnx(monkeypatch, writer, make)
 
     return tamper
 
@@ -331,6 +332,16 @@ def test_a_broken_export_is_refused(tampered, model, change, tmp_path):
     with pytest.raises(ValueError, match="the file was deleted"):
         export_detector(model, tmp_path / "out", overwrite=True)
     assert [x.read_text() for x in (tmp_path / "out").iterdir()] == ["an earlier one"]
+
+
+@pytest.mark.skipif(NO_OPENVINO, reason="OpenVINO would crash")
+@pytest.mark.parametrize("change", BROKEN)
+def test_a_broken_openvino_export_is_refused(tampered, model, change, tmp_path):
+    """OpenVINO converts the broken file, and its own maps say where the fault is."""
+    tampered(change)
+    with pytest.raises(ValueError, match=f"OpenVINO computes something else .*{BROKEN[change]}"):
+        export_detector(model, tmp_path / "out", format="openvino")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tie_is_let_pass_and_a_fault_beside_it_is_not(model, monkeypatch):
