@@ -28,7 +28,7 @@ from vovnet_zoo import FCOS
 from vovnet_zoo.classifiers import SOURCES
 from vovnet_zoo.data import CocoDataset, ImageError, Skipped
 from vovnet_zoo.evaluation.runs import read_log
-from vovnet_zoo.files import hash_file
+from vovnet_zoo.files import hash_file, naming
 
 try:
     import fcntl
@@ -131,12 +131,9 @@ class RunLog:
         """Add a row of values for `step`, the number of steps done."""
         if not self.active:
             return
-        try:
+        with naming(self.file.name):
             self.file.write(write_json({"step": step, **values}) + "\n")
             self.file.flush()
-        except OSError as error:
-            error.filename = error.filename or self.file.name  # an error of writing names no file
-            raise
         self.loggers.on_metrics(step, {k: v for k, v in values.items() if isinstance(v, (int, float))})
 
     def rows(self) -> list[dict]:
@@ -420,13 +417,10 @@ class HashingWriter:
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that, whenever the machine stops, it is whole or as it was before."""
-    try:
+    with naming(path):
         with synced(path.with_name(path.name + ".partial")) as file:
             file.write(content)
         move(Path(file.name), path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # an error of writing names no file
-        raise
 
 
 @contextlib.contextmanager

@@ -172,13 +172,19 @@ def _status(path: Path) -> os.stat_result | None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole, or as it was before. A link at `path` is replaced, not followed."""
+    with naming(path), temporary(path) as part:
+        part.write_bytes(data)
+        sync(part)
+        os.replace(part, path)
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Within this context, an `OSError` that names no file, as that of a full disk, is raised with the name `path`."""
     try:
-        with temporary(path) as part:
-            part.write_bytes(data)
-            sync(part)
-            os.replace(part, path)
+        yield
     except OSError as error:
-        error.filename = error.filename or str(path)  # an error of writing names no file
+        error.filename = error.filename or str(path)
         raise
 
 

@@ -362,8 +362,8 @@ def connected(repo_id: str) -> Iterator[None]:
         raise OSError(f"{repo_id}: the Hub at {constants.ENDPOINT} cannot be reached ({reason}); try again") from error
 
 
-def create_private(repo_id: str, token: str | None, kind: Literal["model", "space"] = "model") -> str:
-    """Make a private repository, or see that the one that is there is private, and return its full name.
+def create_private(repo_id: str, token: str | None) -> str:
+    """Make a private repository of a model, or see that the one that is there is private, and return its full name.
 
     The Hub itself ignores `private` for a repository that is there.
 
@@ -371,13 +371,13 @@ def create_private(repo_id: str, token: str | None, kind: Literal["model", "spac
         ValueError: the repository is public.
     """
     api = huggingface_hub.HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=True, exist_ok=True, **KINDS[kind]).repo_id
-    if not is_private(repo_id, token, kind):
-        raise public_error(repo_id, kind)
+    repo_id = api.create_repo(repo_id, private=True, exist_ok=True, **KINDS["model"]).repo_id
+    if not is_private(repo_id, token, "model"):
+        raise public_error(repo_id, "model")
     return repo_id
 
 
-def is_private(repo_id: str, token: str | None, kind: Literal["model", "space"] = "model") -> bool | None:
+def is_private(repo_id: str, token: str | None, kind: Literal["model", "space"]) -> bool | None:
     """Say whether a repository is private; None where there is none that the owner of the token may see."""
     try:
         return bool(huggingface_hub.HfApi(token=token).repo_info(repo_id, repo_type=kind).private)

@@ -66,20 +66,19 @@ def parse_annotations(data: bytes, path: str | Path, replace: Callable[[dict], A
         if not isinstance(coco.get(key), list):
             raise ValueError(f"{path}: not COCO format: there is no list '{key}' in it")
     rows = coco["annotations"]
-    if any(_lacks_box(row) for row in rows):
+    places = [i for i, row in enumerate(rows) if isinstance(row, dict)]  # few, where `replace` has taken the others
+    if lacking := [i for i in places if _lacks_box(rows[i])]:
         whole = json.loads(data)["annotations"]  # with the polygons
-        coco["annotations"] = rows = [
-            row | {"bbox": _segmentation_box(full["segmentation"])} if _lacks_box(row) else row
-            for row, full in zip(rows, whole, strict=True)
-        ]
+        for i in lacking:
+            rows[i] = rows[i] | {"bbox": _segmentation_box(whole[i]["segmentation"])}
     for key, reference in (("images", "image_id"), ("categories", "category_id")):
         numbers = _numbers_of([entry.get("id") if isinstance(entry, dict) else None for entry in coco[key]])
         if numbers:
             coco[key] = [entry | {"id": numbers[entry["id"]]} for entry in coco[key]]
-        for i, row in enumerate(rows):
-            if isinstance(row, dict) and isinstance(text := row.get(reference), str):
+        for i in places:
+            if isinstance(text := rows[i].get(reference), str):
                 number = numbers.get(text, int(text) if _is_number(text) else text)
-                rows[i] = row | {reference: number}
+                rows[i] = rows[i] | {reference: number}
     return coco
 
 
@@ -96,8 +95,8 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 19
 
 
-def _lacks_box(row: Any) -> bool:
-    return isinstance(row, dict) and not row.get("bbox") and isinstance(row.get("segmentation"), (list, dict))
+def _lacks_box(row: dict) -> bool:
+    return not row.get("bbox") and isinstance(row.get("segmentation"), (list, dict))
 
 
 def _segmentation_box(segmentation: Any) -> list[float] | None:

@@ -82,12 +82,13 @@ def certify(
     for item in images:
         want, got = reference(model, item, thresholds), first(exported(*as_batch(item)))
         shared, apart = differences(want, got)
-        lost = len(want.scores) + len(got.scores) - 2 * shared
+        count = len(want.scores) + len(got.scores)
+        lost = count - 2 * shared
         doubtful = bounds.matched == 1 and (lost or not is_within(bounds, 1.0, apart))
         if doubtful and differ_by_ties(model, item, got, thresholds, bounds):
             shared, apart = differences(want, got, bounds)  # a near copy of a box, which NMS chose instead, is no pair
-            ties, lost = ties + len(want.scores) + len(got.scores) - 2 * shared, 0
-        both, all_of_them = both + 2 * shared, all_of_them + len(want.scores) + len(got.scores)
+            ties, lost = ties + count - 2 * shared, 0
+        both, all_of_them = both + 2 * shared, all_of_them + count
         largest = {key: max(value, apart[key]) for key, value in largest.items()}
         badness = lost + apart["box"] / (bounds.box or 1) + apart["score"] / (bounds.score or 1)
         worst = max(worst, (badness, item), key=lambda pair: pair[0])
