@@ -70,6 +70,11 @@ def fit_precision(config: TrainConfig, device: torch.device) -> Chosen:
     return dataclasses.replace(config, precision="bf16" if amx else "float32"), why
 
 
+def fit_of(config: TrainConfig) -> Fit:
+    """Return the numbers from which a schedule follows."""
+    return FIT_PRETRAINED if config.pretrained_backbone else FIT
+
+
 def fit_schedule(
     config: TrainConfig,
     train_set: CocoDataset,
@@ -85,7 +90,7 @@ def fit_schedule(
         try_out: builds the network, which is trained for a few steps and thrown away.
         saved: the checkpoint of a run that goes on.
     """
-    fit, began = FIT_PRETRAINED if config.pretrained_backbone else FIT, time.monotonic()
+    fit, began = fit_of(config), time.monotonic()
     config, workers = fit_workers(config, device)
     config, batch = fit_batch(config, train_set, device, world_size, try_out)
     if config.minutes is not None and (saved is None or saved["run"].get("minutes") != repr(config.minutes)):
@@ -98,14 +103,13 @@ def fit_schedule(
 
 def fit_plan(config: TrainConfig, num_images: int, device: torch.device, source: Source | None = None) -> TrainConfig:
     """Choose for a plan: as for a GPU with enough memory and, without data, for boxes that are not small."""
-    fit = FIT_PRETRAINED if config.pretrained_backbone else FIT
     if source is None:
         config = dataclasses.replace(config, test_size=config.test_size or LEAST_SIZE)
     config, _ = fit_size(config, source, device)
     config, _ = fit_precision(config, device)
     config, _ = fit_workers(config, device)
     config = fit_length(config, num_images, device)
-    return fit_rest(config, fit, num_val=0)
+    return fit_rest(config, fit_of(config), num_val=0)
 
 
 def fit_length(config: TrainConfig, num_images: int, device: torch.device) -> TrainConfig:
@@ -114,7 +118,7 @@ def fit_length(config: TrainConfig, num_images: int, device: torch.device) -> Tr
         config = dataclasses.replace(
             config, batch_size=MOST_BATCH if device.type == "cuda" else batch_for(count_cores())
         )
-    return fit_steps(config, num_images, device, FIT_PRETRAINED if config.pretrained_backbone else FIT)[0]
+    return fit_steps(config, num_images, device, fit_of(config))[0]
 
 
 def fit_rest(config: TrainConfig, fit: Fit, num_val: int) -> TrainConfig:

@@ -79,3 +79,16 @@ def draw_video(path, count, size=(64, 48), rotation=None, rate=10):
         for packet in stream.encode(None):
             container.mux(packet)
     return path
+
+
+def busy(model: FCOS, spread: float = 0.3, bias: float = -2.5) -> FCOS:
+    """With classes that vary from place to place, and boxes of some strides, so that there is something to find."""
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.head.cls_logits.weight, std=spread)
+    torch.nn.init.constant_(model.head.cls_logits.bias, bias)
+    torch.nn.init.constant_(model.head.box_distances.bias, 1.5)
+    for module in model.modules():  # as after training: no batch norm is the identity
+        if hasattr(module, "running_mean"):  # frozen ones too
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.8, 1.2)
+    return model.eval()

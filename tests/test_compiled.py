@@ -1,8 +1,10 @@
 """One graph for inference and for a training step. A graph break is an error of `fullgraph=True`."""
 
 import copy
+import functools
 
 import pytest
+import samples
 import torch
 from torch._dynamo.utils import counters
 
@@ -17,6 +19,7 @@ BACKBONES = ["vovnet39", "vovnetv2_19_slim", "vovnetv2_19_slim_dw", "resnet50"]
 SIZES = [(64, 96), (96, 64), (128, 160)]
 # Every backbone at the first size, and the others with one backbone.
 CASES = [(name, SIZES[0]) for name in BACKBONES] + [("vovnetv2_19_slim", size) for size in SIZES[1:]]
+busy = functools.partial(samples.busy, spread=0.05, bias=-1.5)
 
 
 @pytest.fixture(autouse=True)
@@ -30,19 +33,6 @@ def fresh():
 def model(request):
     torch.manual_seed(0)
     return busy(create_detector("fcos", backbone=request.param, num_classes=4, channels=64, num_convs=2))
-
-
-def busy(model):
-    """With classes that vary from place to place, and boxes of some strides, so that there is something to find."""
-    torch.manual_seed(0)
-    torch.nn.init.normal_(model.head.cls_logits.weight, std=0.05)
-    torch.nn.init.constant_(model.head.cls_logits.bias, -1.5)
-    torch.nn.init.constant_(model.head.box_distances.bias, 1.5)
-    for module in model.modules():  # as after training: no batch norm is the identity
-        if hasattr(module, "running_mean"):  # frozen ones too
-            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
-            torch.nn.init.uniform_(module.running_var, 0.8, 1.2)
-    return model.eval()
 
 
 def images_and_sizes(batch, size):

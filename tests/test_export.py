@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from exports import MEAN, busy, pictures, small_detector
+from exports import MEAN, pictures, small_detector
 from PIL import Image
-from samples import draw_video
+from samples import busy, draw_video
 from torch.utils.cpp_extension import include_paths, library_paths
 
 import eval_coco
