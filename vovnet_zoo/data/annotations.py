@@ -5,6 +5,7 @@ Boxes are xyxy in pixels, labels 0..K-1 (foreground only).
 
 import hashlib
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import dataclass
@@ -213,6 +214,7 @@ def idle_categories(categories: list[dict], annotations: list, known: Collection
 
 
 NUMBERS = (int, float)
+PLAIN_NAME = re.compile(r"[\w-]+\.\w+").fullmatch
 BACKGROUND = ("background", "_background_", "__background__", "__ignore__")
 
 
@@ -231,7 +233,8 @@ def image_problem(image: dict) -> str | None:
     size: list[Any] = [image.get("height"), image.get("width")]
     if len(name) > 4096 or "\0" in name:
         return f"image {image['id']} has a 'file_name' of {len(name)} characters that is no path: {name[:50]!r}"
-    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+    # A name of letters, digits and a suffix needs no closer look, which takes half a second for COCO's.
+    if not PLAIN_NAME(name) and ((path := PurePath(name)).is_absolute() or ".." in path.parts):
         return f"image {image['id']} ({name}) must have a 'file_name' below the folder of images, without '..'"
     if not all(type(side) in (int, float) and 1 <= side < 2**31 and side == int(side) for side in size):
         return f"image {image['id']} ({name}) needs a whole positive width and height, not {size[1]!r} and {size[0]!r}"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 POLYGONS = b'"segmentation"'
-IN_POLYGONS = b"0123456789.,+-eE[] \t\r\n"
+IN_NUMBERS = b"0123456789.,+-eE \t\r\n"
 
 
 def parse_json(data: bytes, replace: Callable[[dict], Any] | None = None) -> Any:
@@ -44,8 +44,13 @@ def without_polygons(data: bytes) -> bytearray:
         begin += len(POLYGONS)
         # Polygons hold no string, so they end at the last bracket before the next one.
         end = data.rfind(b"]", begin, following if (following := data.find(b'"', begin)) >= 0 else len(data)) + 1
-        value = data[begin:end]
-        if value.translate(None, IN_POLYGONS) == b":" and value.count(b"[") == value.count(b"]"):
+        brackets = data[begin:end].translate(None, IN_NUMBERS)
+        if brackets == b":[[]]" or _are_balanced(brackets):
             short += data[copied:begin] + b":[]"
             copied = begin = end
     return short + data[copied:]
+
+
+def _are_balanced(brackets: bytes) -> bool:
+    inner = brackets.removeprefix(b":")
+    return brackets[:1] == b":" and not inner.strip(b"[]") and inner.count(b"[") == inner.count(b"]")
