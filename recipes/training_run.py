@@ -128,7 +128,7 @@ def set_up(
     names = train_set.class_names
     log.info(
         *("%d images to train on, %d to score on, %d classes: %s", len(train_set), len(val_set), len(names)),
-        ", ".join(names),
+        ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else ""),
     )
     if start is not None:
         log_start(config, start, names)
