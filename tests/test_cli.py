@@ -195,6 +195,9 @@ def test_pictures_differ_on_any_file_system():
         (dict(model="not/a/model"), "not/a/model"),
         (dict(model="fcos_vovnet39_fpn"), "no weights of 'fcos_vovnet39_fpn' can be had"),
         (dict(model="fcos_vovnet39_fpm"), "did you mean 'fcos_vovnet39_fpn'?"),
+        (dict(model="./runs/x"), "on the Hub: . is there, runs in it is not"),
+        (dict(model="runs/x.onnx"), "vovnet-zoo: no such file or folder: runs/x.onnx"),
+        (dict(model="y.png"), "'y.png' is a file; give the folder of a saved model, or 'organisation/name' on the Hub"),
         (dict(model="."), "has no config.json"),
     ],
 )

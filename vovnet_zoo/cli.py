@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import glob
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -619,17 +618,17 @@ def refuse_missing(*paths: Path) -> None:
 
 
 def refuse_model(name: str) -> None:
-    """Raise ValueError if `name` can be no folder, no repository on the Hub and no weights of the ledger."""
-    if Path(name).is_dir() or (Path(name).suffix in EXPORTED and Path(name).is_file()):
+    """Raise ValueError if `name` can be no folder, no exported file, no repository on the Hub and no known weights."""
+    path = Path(name)
+    if path.is_dir():
         return
-    if name.split(".")[0] in ledger.DETECTORS:
+    if name.split(".")[0] in ledger.DETECTORS and not path.is_file():
         ledger.find(name, ledger.DETECTOR_WEIGHTS, ledger.HOW_TO_MAKE_DETECTORS)
-    elif not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        if Path(name).is_file():
-            raise ValueError(
-                f"{name!r} is a file; give the folder of a saved model (vovnet-zoo convert FILE FOLDER makes such a "
-                "folder of a published .pth)"
-            )
+    elif path.suffix in EXPORTED:
+        refuse_missing(path)
+    elif "/" in name or path.exists():
+        ledger.check_name(name)
+    else:
         near = difflib.get_close_matches(name, [*ledger.DETECTORS, *ledger.DETECTOR_WEIGHTS], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ", and no detector that `vovnet-zoo list` knows"
         raise ValueError(f"{name!r} is no folder here, and no 'organisation/name' on the Hub{hint}")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .arguments import check_flag, check_kind, check_path
 from .files import hash_file, read_json, read_safetensors, read_shapes, staged, write_safetensors
-from .ledger import Measured
+from .ledger import Measured, check_name
 
 CONFIG, WEIGHTS, CARD = constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, "README.md"
 KINDS: dict[str, dict[str, Any]] = {"model": {}, "space": {"repo_type": "space", "space_sdk": "gradio"}}
@@ -165,25 +165,6 @@ def find_files(folder: str | Path) -> tuple[Path, Path]:
             hint = f"there is one in {', '.join(inside[:5])}" if inside else "is it the folder of a saved model?"
             raise ValueError(f"{folder} has no {file.name}: {hint}")
     return files
-
-
-def check_name(source: str) -> None:
-    """Refuse, without asking the Hub, what is no "organisation/name" but the path of a folder that is not there.
-
-    Raises:
-        ValueError: the message names the part of the path that is missing.
-    """
-    path = Path(source)
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source, re.ASCII) and not path.exists():
-        return
-    if path.exists():
-        raise ValueError(
-            f"{source!r:.300} is a file; give the folder of a saved model, or 'organisation/name' on the Hub; of a "
-            "checkpoint that others published, `vovnet-zoo convert FILE FOLDER` makes such a folder"
-        )
-    there = next((parent for parent in path.parents if parent.is_dir()), None)
-    where = f": {there} is there, {path.relative_to(there).parts[0]} in it is not" if there else ""
-    raise ValueError(f"{source!r:.300} is no folder here, and no 'organisation/name' on the Hub{where}")
 
 
 def read_config(path: Path, cls: type[StrictHubMixin], known: Collection[str] = ()) -> dict[str, Any]:

@@ -8,8 +8,10 @@ these lines.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
@@ -342,3 +344,22 @@ def instead(name: str, table: Mapping[str, Weights], how_to_make: str) -> str:
 def available(key: str, table: Mapping[str, Weights]) -> bool:
     """Tell whether `find` gives a source for a key of `table`, other than a url that is known to refuse."""
     return bool(os.environ.get(ORGANISATION_VARIABLE)) or STATES[table[key].state] == "can be had"
+
+
+def check_name(source: str) -> None:
+    """Refuse, without asking the Hub, what is no "organisation/name" but the path of a folder that is not there.
+
+    Raises:
+        ValueError: the message names the part of the path that is missing.
+    """
+    path = Path(source)
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source, re.ASCII) and not path.exists():
+        return
+    if path.exists():
+        raise ValueError(
+            f"{source!r:.300} is a file; give the folder of a saved model, or 'organisation/name' on the Hub; of a "
+            "checkpoint that others published, `vovnet-zoo convert FILE FOLDER` makes such a folder"
+        )
+    there = next((parent for parent in path.parents if parent.is_dir()), None)
+    where = f": {there} is there, {path.relative_to(there).parts[0]} in it is not" if there else ""
+    raise ValueError(f"{source!r:.300} is no folder here, and no 'organisation/name' on the Hub{where}")
