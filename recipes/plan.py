@@ -43,7 +43,7 @@ import torch
 
 from build import find_splits
 from calibration import calibrate, device_name, load_calibration
-from fitting import MOST_WORKERS, fit_plan
+from fitting import MOST_WORKERS, count_cores, fit_plan
 from runtime import process_group, run_command
 from step_work import count_work
 from vovnet_zoo.data import Source
@@ -87,7 +87,8 @@ def main(command: tuple[Plan, TrainConfig, list[str]]) -> list[Row]:
         facts |= {"assumptions": {name: row._asdict() for name, row in found.items()}}
         print(json.dumps(facts, indent=1))
     else:
-        print(*head(plan.preset, title, work, schedule), *table(rows), *sources(found), sep="\n")
+        loading = loader_advice(rows, schedule.workers, count_cores() if kind == HERE else math.inf)
+        print(*head(plan.preset, title, work, schedule), *table(rows), *loading, "", *sources(found), sep="\n")
     return rows
 
 
@@ -171,7 +172,7 @@ def head(preset: str, title: str, work: StepWork, schedule: Schedule) -> list[st
 
 
 HEADS = ("", "images", "step", "images", "", "bound", "memory", "workers", "CPU", "")
-UNDER = ("GPUs", "per GPU", "ms", "per s", "time", "by", "per GPU", "per GPU", "cores", "disk")
+UNDER = ("GPUs", "per GPU", "ms", "per s", "time", "by", "per GPU", "needed", "cores", "disk")
 BOUNDS = {
     "launches": "the host, which starts one kernel after the other",
     "compute": "the GPU",
@@ -187,12 +188,27 @@ def table(rows: list[Row]) -> list[str]:
     lines = ["  ".join(map(str.rjust, line, widths)).rstrip() for line in cells]
     bounds = [bound for bound in BOUNDS if any(row.bound == bound for row in rows)]
     lines.append("a step waits for: " + "; ".join(f"{bound}: {BOUNDS[bound]}" for bound in bounds))
-    lines.append("workers: processes that load images so that the GPU need not wait; cores: for these and the training")
+    lines.append("workers needed: by each GPU, to load its images while it computes; cores: for these and the training")
     if not all(row.fits for row in rows):
         lines.append("! more than the GPU has; --accum 2 halves the activations, --grad-checkpointing keeps fewer")
-    if slow := [row for row in rows if row.bound == "loader"]:
-        lines.append(f"the loader is too slow; give --workers {max(row.workers for row in slow)} where there are cores")
-    return [*lines, ""]
+    return lines
+
+
+def loader_advice(rows: list[Row], workers: int, cores: float) -> list[str]:
+    """Say how many workers are to be given where a GPU waits for its images, if the machine has the cores for them.
+
+    Args:
+        workers: those of each GPU that the rows were computed with.
+        cores: of the machine.
+    """
+    slow = [row for row in rows if row.bound == "loader"]
+    if not slow:
+        return []
+    said = f"the loader is too slow with --workers {workers}"
+    if ready := [row for row in slow if row.cores <= cores]:
+        return [f"{said}; give --workers {max(row.workers for row in ready)} where there are cores"]
+    least = min(slow, key=lambda row: row.cores)
+    return [f"{said}; {least.workers} need {least.cores} cores, here are {cores}"]
 
 
 def row_cells(row: Row) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -188,12 +189,26 @@ def test_the_table_is_in_columns(capsys):
     """Words are explained, money is there where a price is, and memory that a GPU has not is marked."""
     few = forecast(WORK, SCHEDULE, [1, 8], GPUS["t4"])
     lines = plan.table(few)
-    assert lines[1].split() == "GPUs per GPU ms per s time by per GPU per GPU cores disk".split()
+    assert lines[1].split() == "GPUs per GPU ms per s time by per GPU needed cores disk".split()
     assert len({line.index("GB", 60) for line in lines[2:4]}) == 1 and "GiB!" in lines[2] and "GiB " in lines[3]
     assert "compute: the GPU" in lines[4] and "loader:" not in lines[4]
     assert plan.table(forecast(WORK, SCHEDULE, [8], GPUS["t4"], price=2.0))[1].endswith("money")
     said = [plan.quantity(*x) for x in ((20e-6, "s per launch"), (5e-3, "s per step"), (1e9, "bytes"), (60, "s"))]
     assert said == ["20 us per launch", "5 ms per step", "1000 MB", "60 s"]
+
+
+def test_workers_are_advised_where_they_change_something():
+    """The advice names what the plan has and what it needs, and none is given for cores that are not there."""
+    light, few = dataclasses.replace(WORK, flops=1e11), dataclasses.replace(SCHEDULE, workers=1)
+    rows = forecast(light, few, [1], GPUS["h100"])
+    needed = rows[0].workers
+    assert plan.loader_advice(rows, 1, math.inf) == [
+        f"the loader is too slow with --workers 1; give --workers {needed} where there are cores"
+    ]
+    (lacking,) = plan.loader_advice(rows, 1, 2)
+    assert "give" not in lacking and lacking.endswith(f"{needed} need {needed + 1} cores, here are 2")
+    followed = dataclasses.replace(few, workers=needed)
+    assert plan.loader_advice(forecast(light, followed, [1], GPUS["h100"]), needed, math.inf) == []
 
 
 def test_a_plan_counts_the_images_of_its_data(tiny_coco):
