@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from presets import TrainConfig
 from vovnet_zoo import FCOS
+from vovnet_zoo.precision import multiplies_bfloat16
 
 
 def create_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
@@ -141,17 +142,6 @@ def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
     if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     return x.view(len(x), -1) if x is weight else x.reshape(len(x), -1)
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether torch multiplies bfloat16 matrices on this CPU with instructions made for it.
-
-    Without them a product of bfloat16 matrices takes tens of times longer than one of float32.
-    """
-    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2") and "avx2" in torch.cpu.get_capabilities():
-        return False  # torch uses no more than AVX2 of this x86-64 CPU, and bfloat16 needs more
-    has = torch.cpu.get_capabilities()
-    return any(has.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))  # the last is Arm's
 
 
 def depth_below_top(backbone: nn.Module) -> dict[str, int]:

@@ -36,6 +36,7 @@ from trial import Trial
 from vovnet_zoo import FCOSLoss
 from vovnet_zoo.commands import describe
 from vovnet_zoo.data import CocoDataset
+from vovnet_zoo.precision import DTYPES, warn_of_slow_precision
 
 
 @dataclass
@@ -166,6 +167,8 @@ def assemble(saved: dict | None, changed: list[str], *, config: Any, model: nn.M
     progress = Progress(**{"scored": saved["progress"]["step"], **saved["progress"]}) if saved else Progress()
     folder, limits = config.out / "checkpoints", (config.checkpoint_every, config.checkpoint_minutes)
     device = parts["device"]
+    if parts["rank"] == 0:
+        warn_of_slow_precision(device, DTYPES[config.precision])
     run = Run(
         config=config,
         model=model,

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"arguments", "batching", "commands", "config", "convert", "files", "gpus", "import_hook"}
     | {"ledger", "version", "video", "web"},
-    {"data", "hub", "kernels", "planning"},
+    {"data", "hub", "kernels", "planning", "precision"},
     {"backbone", "nms", "space"},
     {"fcos", "sources", "tiles", "weights"},
     {"draw"},
@@ -35,6 +35,7 @@ ONLY = {  # rooms that may import even less
     "hub": {"arguments", "files", "ledger"},
     "backbone": {"hub"},
     "planning": {"gpus"},
+    "precision": {"config"},
     "nms": {"arguments", "kernels"},
     "fcos": {"arguments", "backbone", "config", "hub"},
     "tiles": {"arguments", "config", "nms"},
@@ -45,7 +46,8 @@ ONLY = {  # rooms that may import even less
     "results": {"arguments", "convert", "draw", "sources"},
     "show_data": {"arguments", "data", "draw"},
     "exported": {"config", "fcos", "results"},
-    "inference": {"arguments", "batching", "config", "data", "exported", "fcos", "nms", "results", "sources", "tiles"},
+    "inference": {"arguments", "batching", "config", "data", "exported", "fcos", "nms", "precision", "results"}
+    | {"sources", "tiles"},
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},
     "space": {"files", "hub", "version"},
     "demo": {"config", "draw", "exported", "fcos", "inference", "load", "predict_files", "results", "sources"},

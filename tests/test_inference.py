@@ -7,7 +7,7 @@ from PIL import Image
 from samples import make_confident_detector
 from torchvision.ops import batched_nms
 
-from vovnet_zoo import FCOS, Predictions, compile_detector, postprocess, predict
+from vovnet_zoo import FCOS, Predictions, compile_detector, postprocess, precision, predict
 from vovnet_zoo.fcos import make_points
 from vovnet_zoo.inference import choose_best
 
@@ -271,3 +271,17 @@ def plant(preds, image, point, box, label, probability, centerness):
     preds.logits[image, at, label] = torch.logit(torch.tensor(probability))
     preds.centerness[image, at] = torch.logit(torch.tensor(centerness))
     preds.distances[image, at] = torch.tensor([x - box[0], y - box[1], box[2] - x, box[3] - y]).float()
+
+
+@pytest.mark.parametrize("fast, better", [(True, "give bf16 (bfloat16), which this CPU"), (False, "give float32")])
+def test_float16_on_a_cpu_is_said_to_be_slow(tiny_detector, caplog, monkeypatch, fast, better):
+    """Once in a process, however often it predicts; nothing is said of other precisions."""
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: fast)
+    precision._warn_of_float16.cache_clear()
+    predict(tiny_detector, BLANK, precision="bf16")
+    assert not caplog.records
+    for _ in range(2):
+        predict(tiny_detector, BLANK, precision="fp16")
+        compile_detector(tiny_detector, (64, 64), torch.float16, winograd=False, backend="eager")
+    (line,) = caplog.messages
+    assert line.startswith("fp16 (float16) is slower on a CPU than float32") and better in line

@@ -12,7 +12,7 @@ import train_coco
 from presets import TrainConfig
 from run_folder import list_checkpoints, load_checkpoint
 from step import compute_losses, find_targets
-from vovnet_zoo import FCOSLoss, create_detector
+from vovnet_zoo import FCOSLoss, create_detector, precision
 
 
 @pytest.fixture
@@ -51,8 +51,11 @@ def test_parts_add_up_to_the_batch():
     torch.testing.assert_close(found, gradients, rtol=1e-3, atol=1e-6)
 
 
-def test_float16_leaves_out_a_step_that_overflows(config, monkeypatch):
-    """Its weights stay and the loss scale is halved; the scale is part of the checkpoint, and training goes on."""
+def test_float16_leaves_out_a_step_that_overflows(config, monkeypatch, capsys):
+    """Its weights stay and the loss scale is halved; the scale is part of the checkpoint, and training goes on.
+
+    One line at the start says that float16 is slow on a CPU."""
+    precision._warn_of_float16.cache_clear()
     real, steps = train_coco.compute_losses, []
 
     def compute_losses(*args):
@@ -64,6 +67,8 @@ def test_float16_leaves_out_a_step_that_overflows(config, monkeypatch):
     monkeypatch.setattr(train_coco, "compute_losses", compute_losses)
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=1024.0))
     train_coco.main(config)
+    start, rest = capsys.readouterr().err.split("step 1 of", 1)
+    assert start.count("fp16 (float16) is slower on a CPU") == 1 and "is slower" not in rest
     first, second = (torch.load(path) for path in list_checkpoints(config.out / "checkpoints"))
     assert [first["scaler"]["scale"], second["scaler"]["scale"]] == [1024, 512]
     network = create_detector("fcos", backbone="test_resnet", channels=64, num_convs=1)

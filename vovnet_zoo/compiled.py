@@ -21,6 +21,7 @@ from .kernels.freeze import freeze
 from .kernels.surgery import restore
 from .kernels.tensor_cores import align_channels
 from .kernels.winograd import has_amx, why_not
+from .precision import warn_of_slow_precision
 from .results import Detections as Detections
 
 log = logging.getLogger("vovnet_zoo")
@@ -45,7 +46,7 @@ def compile_detector(
         model: a detector, on the device it shall run on.
         size: (H, W) of the images, multiples of 32.
         dtype: of the network's convolutions: float32 (TF32 on an NVIDIA GPU, see `predict`), or bfloat16 or float16 by
-            autocast.
+            autocast. On a CPU, float16 is slower than float32, and a line of the log says so.
         winograd: on a CPU, compute 3x3 convolutions by Winograd, and VoVNet blocks in one memory. None does so where
             the kernels can be used and gain, else uses torch's convolutions and logs one line that says why. True
             demands the kernels, False declines them. Under bfloat16 they store bfloat16 maps, and multiply in float32.
@@ -81,6 +82,7 @@ def compile_detector(
     how = compile_options(mode, backend)
     thresholds = choose_thresholds(model, options)
     device = next(model.parameters()).device
+    warn_of_slow_precision(device, dtype)
     fast = fast_copy(model, decide_winograd(winograd, device, dtype))
     if device.type == "cuda" and dtype != torch.float32:
         align_channels(fast)

@@ -21,11 +21,11 @@ from .data import normalize, resize_image, resize_size
 from .exported import ExportedDetector
 from .fcos import FCOS, Predictions, check_predictions, check_ranges, check_thresholds, level_sizes
 from .nms import class_nms, nms_fixed
+from .precision import DTYPES, warn_of_slow_precision
 from .results import Detections, ImageDetections
 from .sources import Frame, Source, frames, to_rgb
 from .tiles import OVERLAP, Window, merge, windows
 
-DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 T = TypeVar("T")
 Network = Callable[[FCOS, Tensor, Tensor], Predictions]
 
@@ -101,7 +101,8 @@ def predict(
             Boxes of all views are merged by NMS.
         batch_size: images that the network sees together, at most.
         precision: of the network: "float32", or "bf16" or "fp16" by autocast. On an NVIDIA GPU, torch rounds the inputs
-            of float32 convolutions to TF32, which has 10 bits, unless `torch.backends.cudnn.allow_tf32` is False.
+            of float32 convolutions to TF32, which has 10 bits, unless `torch.backends.cudnn.allow_tf32` is False. On a
+            CPU, "fp16" is slower than "float32", and a line of the log says so.
         compile: compile the network with torch.compile in the first call; later calls with this model use its graphs.
         workers: threads that decode and resize the next images while the network computes; 0 does so in between.
         on_error: is called with each image that cannot be used and its error, and the image is left out. None raises
@@ -134,6 +135,7 @@ def predict(
         thresholds = model.choose_thresholds(options, precision, compile)
     else:
         thresholds = choose_thresholds(model, options)
+        warn_of_slow_precision(next(model.parameters()).device, DTYPES[precision])
     network = functools.partial(compiled_network() if compile else run_autocast, precision=precision)
     detector = functools.partial(_detect, model, thresholds=thresholds, network=network, batch_size=batch_size)
     detector = functools.partial(detector, workers=workers)
