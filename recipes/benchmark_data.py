@@ -54,14 +54,16 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
 
 from runtime import check_out, run_command
-from vovnet_zoo.data import CocoDataset, collate, find_split, train_transforms
+from vovnet_zoo.data import CocoDataset, collate, train_transforms
+from vovnet_zoo.data.layouts import choose_split
 
 
 def main(config: BenchmarkConfig) -> dict:
     if config.out is not None:
         check_out(config.out, b'{\n  "images/s of one worker"')
     torch.set_num_threads(1)  # as in the worker
-    folder, file = find_split(config.data, config.split)
+    found = choose_split(config.data, config.split, instead="give another --split")
+    folder, file = found.folder, found.source
     transforms = train_transforms((config.min_size, config.min_size), config.max_size, "flip")
     resize, *others = transforms.transforms
     ours = CocoDataset(folder, file, transforms=transforms, drop_empty=True)

@@ -81,7 +81,7 @@ from vovnet_zoo.coco_eval import format_table, load_engine
 from vovnet_zoo.config import OVERLAPS, SCALES, TILES
 from vovnet_zoo.config import RANGES as MODEL_RANGES
 from vovnet_zoo.data import CocoDataset, changed, difficult_as_crowd, without_classes
-from vovnet_zoo.data.layouts import choose_split
+from vovnet_zoo.data.layouts import OTHER_SPLIT, choose_split
 from vovnet_zoo.evaluation.analysis import analyse
 from vovnet_zoo.evaluation.errors import load_hotcoco
 from vovnet_zoo.exported import ExportedDetector
@@ -158,6 +158,8 @@ def check_config(config: EvalConfig) -> None:
     check_views(config.tiles, config.overlap, config.flip, config.scales)
     if config.data is not None and config.val is not None:
         raise ValueError("--val says where the images are; leave --data out")
+    if config.val is None and config.val_images is not None:
+        raise ValueError(f"--val-images {config.val_images}: it goes with --val JSON; with --data, leave it out")
     if config.val is None and config.data is None:
         raise ValueError("give the dataset's folder as --data, or a COCO JSON file as --val")
     load_engine(config.engine)
@@ -182,7 +184,8 @@ def check_exported(model: FCOS | ExportedDetector) -> None:
 
 def open_dataset(config: EvalConfig, model: FCOS | ExportedDetector) -> CocoDataset:
     """Open the images to score, without the classes that the model does not know and that have no box."""
-    found = choose_split(config.data, config.split if config.val is None else "val", config.val, config.val_images)
+    split = config.split if config.val is None else "val"
+    found = choose_split(config.data, split, config.val, config.val_images, OTHER_SPLIT)
     if found.doubt:
         log.warning("%s", found.doubt)
     source = changed(found.source, difficult_as_crowd) if config.difficult_as_crowd else found.source

@@ -13,12 +13,14 @@ import pytest
 import torch
 from launch import losses, rows, train_forked, train_here
 
+import benchmark_data
 import eval_coco
 import train_coco
 from vovnet_zoo import FCOS
 from vovnet_zoo.data import CocoDataset, find_split
 from vovnet_zoo.data.check import check_dataset
 from vovnet_zoo.data.splitting import choose
+from vovnet_zoo.export import accuracy
 
 READY = [  # these have two splits
     *(
@@ -203,6 +205,29 @@ def test_detectors_are_scored_on_any_format(layout, tmp_path, tiny_detector):
     for wrong in (dict(data=None), dict(val=coco), dict(val_images=tmp_path)):
         with pytest.raises(ValueError, match="--data|goes with"):
             eval_coco.main(dataclasses.replace(config, **wrong))
+
+
+def test_a_missing_split_names_the_options_of_the_command(tmp_path, tiny_detector):
+    """Those of a training (--train, --val-fraction) are named in a training only."""
+    layouts.usual(tmp_path)
+    scored = eval_coco.EvalConfig(model="x", data=tmp_path, split="test")
+    for call in (
+        lambda: eval_coco.open_dataset(scored, tiny_detector),
+        lambda: benchmark_data.main(benchmark_data.BenchmarkConfig(data=tmp_path, split="test")),
+    ):
+        with pytest.raises(
+            ValueError, match="no 'test' split; .*give another --split.*the splits: train, val;"
+        ) as error:
+            call()
+        assert "--train" not in str(error.value)
+    with pytest.raises(ValueError, match="--val-images .*: it goes with --val JSON"):
+        eval_coco.check_config(dataclasses.replace(scored, val_images=tmp_path))
+    (tmp_path / "annotations" / "instances_val.json").unlink()
+    with pytest.raises(ValueError, match="no 'val' split; .*give a dataset that has one; there.*: train;") as error:
+        accuracy.open_dataset(tmp_path, tiny_detector)
+    assert "--train" not in str(error.value)
+    with pytest.raises(ValueError, match="no 'val' split; .*--val-fraction 0.2"):
+        find_split(tmp_path, "val")
 
 
 def test_processes_share_the_held_out_part(tmp_path):

@@ -21,6 +21,8 @@ from .parse import parse_json
 
 logger = logging.getLogger(__name__)
 
+OTHER_SPLIT = "give another --split, or --val JSON --val-images FOLDER"  # where a command scores a split
+
 
 def find_split(root: str | Path, split: str) -> tuple[Path, Source]:
     """Find the folder of images and the annotations of a split ("train", "val", ...) below `root`.
@@ -38,8 +40,8 @@ def find_split(root: str | Path, split: str) -> tuple[Path, Source]:
     return found.folder, found.source
 
 
-def locate(root: str | Path, split: str) -> Split:
-    """Find a split as `find_split` does, and say how it was recognised."""
+def locate(root: str | Path, split: str, instead: str = "") -> Split:
+    """Find a split as `find_split` does, and say how it was recognised; `instead` is as for `choose_split`."""
     root, found = Path(root), candidates(root, split)
     if len(found) == 1:
         return found[0]
@@ -50,7 +52,7 @@ def locate(root: str | Path, split: str) -> Split:
         doubt = "there is no 'val' split, so 'test' takes its place; the scores of a model chosen by them are too high"
         return Split(tests[0].folder, tests[0].source, tests[0].how, doubt)
     broken = _broken(root, split_word(split) or split)
-    raise ValueError(broken or f"{root}: no '{split}' split; {advice(root, split)}")
+    raise ValueError(broken or f"{root}: no '{split}' split; {advice(root, split, instead)}")
 
 
 def locate_file(file: Path, images: Path | None, split: str) -> Split:
@@ -72,15 +74,20 @@ def locate_file(file: Path, images: Path | None, split: str) -> Split:
     return found
 
 
-def choose_split(root: Path | None, split: str, file: Path | None = None, images: Path | None = None) -> Split:
-    """Find a split in the COCO JSON `file` (--train, --val) if it is given, and below `root` (--data) otherwise."""
+def choose_split(
+    root: Path | None, split: str, file: Path | None = None, images: Path | None = None, instead: str = ""
+) -> Split:
+    """Find a split in the COCO JSON `file` (--train, --val) if it is given, and below `root` (--data) otherwise.
+
+    Where there is none, the message says what to type: `instead`, or the options of a training.
+    """
     if file is not None:
         return locate_file(file, images, split)
     if images is not None:
         raise ValueError(f"{split}_images={str(images)!r}: it goes with --{split} JSON; with --data, leave it out")
     if root is None:
         raise ValueError(f"give --{split} JSON with --{split}-images FOLDER, or the dataset's folder as --data")
-    return locate(root, split)
+    return locate(root, split, instead)
 
 
 def choose_whole(root: Path | None, file: Path | None = None, images: Path | None = None) -> Split:
@@ -182,9 +189,10 @@ def _coco(root: Path) -> dict[str, list[Split]]:
             look = _look(path)
             place = _images_of(path, look, _places(path, root, word), root, word)
             if place is None and len(best) == 1:
+                option = "--val" if word in ("val", "test") else "--train"
                 raise ValueError(
                     f"{path} is COCO, but the images that it names ({look.names[0]}, ...) are not below {root}; put "
-                    f"them there, or type where they are: --{word or 'train'} {path} --{word or 'train'}-images FOLDER"
+                    f"them there, or type where they are: {option} {path} {option}-images FOLDER"
                 )
             found.setdefault(word, []).extend([place] if place else [])
     return found
@@ -305,14 +313,14 @@ def _refuse_archive(root: Path) -> None:
             f"{path} is an archive; type: mkdir {target} && tar -xf {path} -C {target}; then give --data {target}"
         )
     if root.is_file():
-        raise ValueError(f"{root} is a file; give the dataset's folder, or --train {root} --train-images FOLDER")
+        raise ValueError(f"{root} is a file; give the dataset's folder, or a COCO JSON as --train, or --val to score")
 
 
-def advice(root: Path, split: str) -> str:
-    """Say what was looked for, what is there, and what to type."""
+def advice(root: Path, split: str, instead: str = "") -> str:
+    """Say what was looked for, what is there, and what to type; `instead` is as for `choose_split`."""
     there = [str(path.relative_to(root)) for path in sorted([*root.iterdir(), *root.glob("annotations/*")])]
     listing = f"{', '.join(there[:20]) or 'nothing'}{', ...' if len(there) > 20 else ''}"
-    whole = unsplit(root) if split in ("train", "val") else None
+    whole = unsplit(root) if split in ("train", "val") and not instead else None
     if whole is not None:
         return (
             f"looked for annotations/instances_{split}.json and other names of COCO, YOLO and VOC, and found "
@@ -321,9 +329,11 @@ def advice(root: Path, split: str) -> str:
         )
     if known := name_format(root):
         return known
+    instead = instead or "name your files: --train JSON --train-images FOLDER --val JSON --val-images FOLDER"
+    if others := [word for word in ("train", "val", "test") if len(candidates(root, word)) == 1]:
+        instead += f"; there are the splits: {', '.join(others)}"
     return (
         f"looked for COCO (annotations/instances_{split}.json with {split}/ or images/, "
         f"{split}/_annotations.coco.json, {split}.json), YOLO (data.yaml, or images/{split}/ with labels/{split}/), "
-        f"Pascal VOC (.xml) and Hugging Face ({split}/metadata.jsonl); name your files: --train JSON --train-images "
-        f"FOLDER --val JSON --val-images FOLDER; there is: {listing}"
+        f"Pascal VOC (.xml) and Hugging Face ({split}/metadata.jsonl); {instead}; there is: {listing}"
     )

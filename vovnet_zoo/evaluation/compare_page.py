@@ -11,7 +11,7 @@ import numpy as np
 
 from ..data import CocoDataset, changed
 from ..data import difficult_as_crowd as change_difficult
-from ..data.layouts import choose_split
+from ..data.layouts import OTHER_SPLIT, choose_split
 from ..version import __version__
 from .charts import Chart, line_chart
 from .compare import Comparison, compare, format_comparison
@@ -51,7 +51,7 @@ def compare_runs(
     if data is None and val is None:
         dataset = scored_set(list(runs.values()))
     else:
-        found = choose_split(data, split, val, val_images)
+        found = choose_split(data, split, val, val_images, OTHER_SPLIT)
         dataset = CocoDataset(
             found.folder, changed(found.source, change_difficult) if difficult_as_crowd else found.source
         )

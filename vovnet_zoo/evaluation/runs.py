@@ -113,7 +113,7 @@ def _place(run: Run) -> tuple[Path, Source]:
     folder: Path
     source: Source
     if settings.get("val_fraction") is None:
-        found = choose_split(data, "val", val, val_images)
+        found = choose_split(data, "val", val, val_images, "put the dataset back")
         folder, source = found.folder, found.source
     else:
         folder, source = choose_whole(data, train, train_images).folder, run.path / "split" / "val.json"

@@ -40,7 +40,7 @@ def open_dataset(data: str | os.PathLike, model: FCOS) -> CocoDataset:
     Raises:
         ValueError: there is no such split, or it has other classes than the model, or no box.
     """
-    found = locate(Path(data), "val")
+    found = locate(Path(data), "val", "give a dataset that has one")
     if found.doubt:
         log.warning("%s: %s", data, found.doubt)
     names = model.config["class_names"]
