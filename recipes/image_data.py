@@ -134,14 +134,15 @@ def class_names_of(split: Images | Stream) -> list[str]:
 
 
 def describe_split(split: Images | Stream) -> str:
-    """Return a hash of what a split holds: its names and labels, or the numbers that its reader knows."""
+    """Return a hash of what a split holds, and words: its names and labels, or the numbers that its reader knows."""
     reader, about = split.reader, [len(split), class_names_of(split)]
     if isinstance(split, Stream):
         about += [list(map(str, reader.split_info.filenames))]
     elif not hasattr(reader, "dataset"):  # of Hugging Face, whose names are not known without reading the images
         labels = reader.targets if hasattr(reader, "targets") else [label for _, label in reader.samples]
         about += [reader.filenames(), [int(label) for label in labels]]
-    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+    words = f"{len(split)} images of {len(class_names_of(split))} classes"
+    return f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()} {words}"
 
 
 # ---- transforms -----------------------------------------------------------------------------------------------------

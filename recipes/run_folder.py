@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import time
 from collections.abc import Iterator
@@ -251,7 +252,10 @@ FIXED = {*NETWORK, "init"}
 
 
 def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset) -> dict[str, str]:
-    """Return what decides the result of a run: the fields of its configuration and the hashes of its annotations."""
+    """Return what decides the result of a run: the fields of its configuration and the hashes of its annotations.
+
+    Words that follow a hash say what the data are; they may change.
+    """
     whole = with_defaults(config) if config.init is None else config
     about = {k: repr(v) for k, v in dataclasses.asdict(whole).items() if k not in FREE}
     if config.init is not None:  # then these say nothing that `init` does not say
@@ -259,7 +263,8 @@ def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDatas
     if not config.frozen_norm:
         about["accum"] = repr(config.accum)  # a live batch norm sees one part of the batch at a time
     for name, dataset in (("train annotations", train_set), ("val annotations", val_set)):
-        about[name] = dataset.annotations_sha256
+        words = f"{len(dataset)} images and {dataset.num_boxes} boxes of {dataset.annotation_file}"
+        about[name] = f"{dataset.annotations_sha256} {words}"
     return about
 
 
@@ -275,10 +280,10 @@ def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainCo
     if saved.get("init") == asked["init"] != repr(None):
         free = free | set(NETWORK) - {"frozen_norm"}  # these were ignored with --init, and checkpoints held them
     saved = {name: saved.get(name, defaults.get(name)) for name in (saved.keys() | asked.keys()) - free}
-    changed = [name for name in sorted(saved) if saved[name] != asked.get(name)]
+    changed = [name for name in sorted(saved) if decisive(saved[name]) != decisive(asked.get(name))]
     if not changed:
         return changed
-    what = "; ".join(f"{name}: was {saved[name]}, now {asked.get(name)}" for name in changed)
+    what = "; ".join(f"{name}: was {shown(saved[name])}, now {shown(asked.get(name))}" for name in changed)
     if fixed := FIXED.intersection(changed):
         raise ValueError(
             f"the checkpoints in {config.out} are of another network ({what}); {', '.join(sorted(fixed))} cannot "
@@ -292,6 +297,25 @@ def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainCo
         f"the checkpoints in {config.out} are of another run ({what}); "
         f"give another --out, remove that folder, or go on all the same with --allow-changes{advice}"
     )
+
+
+# A hash in a run's description, and words for what it is of, which older checkpoints lack.
+HASH = re.compile("([0-9a-f]{64})( .*)?", re.DOTALL)
+
+
+def decisive(value: str | None) -> str | None:
+    """Return the part of a value of a run's description that must not change: of a hash and words, the hash."""
+    found = HASH.fullmatch(value or "")
+    return found[1] if found else value
+
+
+def shown(value: str | None) -> str:
+    """Write a value of a run's description for people: of a hash, its words and first digits."""
+    found = HASH.fullmatch(value or "")
+    if not found:
+        return str(value)
+    digits = f"SHA-256 {found[1][:8]}.."
+    return f"{found[2].strip()} ({digits})" if found[2] else digits
 
 
 def longer(config: Any) -> str:

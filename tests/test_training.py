@@ -17,7 +17,7 @@ import train_coco
 from build import build_model, known_rows, load_start
 from optim import create_optimizer, lr_factor, set_lr
 from presets import PRESETS, TrainConfig
-from run_folder import list_checkpoints, load_checkpoint
+from run_folder import list_checkpoints, load_checkpoint, refuse_changes
 from training_run import set_up
 from vovnet_zoo import FCOS, create_detector, inference
 from vovnet_zoo.config import VARIANTS
@@ -114,12 +114,22 @@ def test_another_run_is_refused(tiny_coco, tmp_path):
     with pytest.raises(ValueError, match="lr: was 0.01, now 0.5"):
         run(tiny_coco, out, lr=0.5)
     file = tiny_coco / "annotations" / "instances_train.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"info": "changed"}))
-    with pytest.raises(ValueError, match="train annotations: was"):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"annotations": content["annotations"][1:]}))
+    digits = r"\(SHA-256 [0-9a-f]{8}\.\.\)"
+    was, now = (f"8 images and {count} boxes of {re.escape(str(file))} {digits}" for count in (14, 13))
+    with pytest.raises(ValueError, match=f"train annotations: was {was}, now {now}.*give another --out"):
         run(tiny_coco, out)
     run(tiny_coco, out, steps=4, allow_changes=True)
     assert load_checkpoint(out / "checkpoints")["progress"]["step"] == 4
     assert len(list_checkpoints(out / "checkpoints")) == 2
+    old, new = (
+        {"init": "None", "val annotations": "a" * 64},
+        {"init": "None", "val annotations": "a" * 64 + " 3 images"},
+    )
+    assert (
+        refuse_changes(old, new, TrainConfig(data=tiny_coco, out=out)) == []
+    )  # of a version that did not describe its data
 
 
 def test_init_keeps_the_head_for_the_same_classes(tiny_coco, tmp_path):
