@@ -9,6 +9,9 @@ import statistics
 from presets import TrainConfig
 from run_folder import write_whole
 from runtime import log
+from vovnet_zoo.files import read_json
+
+FILE = "seeds.json"
 
 
 def seed_configs(config: TrainConfig) -> list[TrainConfig]:
@@ -19,6 +22,23 @@ def seed_configs(config: TrainConfig) -> list[TrainConfig]:
     ]
 
 
+def check_seeds(config: TrainConfig) -> None:
+    """Raise `ValueError` where a `seeds.json` is there whose results would be lost: of other seeds, or of the user."""
+    path = config.out / FILE
+    if config.seeds == 1 or not path.exists():
+        return
+    try:
+        before = {int(name.removeprefix("seed")) for name in read_json(path)["AP"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is there already, and no file that this command wrote; give another --out") from error
+    if lost := sorted(before - {*range(config.seed, config.seed + config.seeds)}):
+        first, last = min(*before, config.seed), max(*before, config.seed + config.seeds - 1)
+        raise ValueError(
+            f"{path} has results of the seeds {', '.join(map(str, lost))}, which this command would write over; give "
+            f"another --out, or --seed {first} --seeds {last - first + 1} for all of them"
+        )
+
+
 def compare_seeds(config: TrainConfig, scores: list[float]) -> dict:
     """Write the best AP of each seed, their mean and their sample standard deviation to `seeds.json`."""
     names = [one.out.name for one in seed_configs(config)]
@@ -27,8 +47,8 @@ def compare_seeds(config: TrainConfig, scores: list[float]) -> dict:
         "mean": statistics.mean(scores),
         "deviation": statistics.stdev(scores),
     }
-    write_whole(config.out / "seeds.json", json.dumps(found, indent=2).encode())
+    write_whole(config.out / FILE, json.dumps(found, indent=2).encode())
     each = ", ".join(f"{score:.3f}" for score in scores)
     print(f"best AP of {len(scores)} seeds: {found['mean']:.3f} +- {found['deviation']:.3f} ({each})")
-    log.info("the runs are in %s, and these numbers in seeds.json", config.out)
+    log.info("the runs are in %s, and these numbers in %s", config.out, FILE)
     return found

@@ -41,7 +41,7 @@ from run_folder import (
 )
 from runtime import Stopped, StopSignal, all_reduce, average, gather, log, process_group, run_command
 from scoring import score_dataset
-from seeds import compare_seeds, seed_configs
+from seeds import check_seeds, compare_seeds, seed_configs
 from step import compile_parts, compile_step, compute_losses, find_targets
 from training_loop import (
     clip_gradients,
@@ -78,6 +78,7 @@ def main(config: TrainConfig) -> dict | None:
     """
     check_config(config)
     check_loggers(config.loggers)
+    check_seeds(config)
     with process_group(config.device) as (rank, world_size, device), StopSignal() as stop:
         if config.seeds == 1:
             return train_once(config, rank, world_size, device, stop).metrics

@@ -15,6 +15,7 @@ import train_coco
 from fitting import fit_batch, fit_precision, fit_schedule, fit_size, fit_steps, probe_batch
 from presets import FIT, FIT_PRETRAINED, PRESETS, TrainConfig, parse
 from run_folder import load_checkpoint, save_checkpoint
+from seeds import check_seeds
 from training_run import set_up
 from trial import Trial, blank_batch, largest_input
 from vovnet_zoo.data import CocoDataset, find_split
@@ -340,3 +341,12 @@ def test_seeds(config, capsys):
     assert rows(config.out / "seed5")[0]["loss"] != rows(config.out / "seed6")[0]["loss"]
     assert "best AP of 2 seeds" in capsys.readouterr().out
     assert train_coco.main(config) == found and len(rows(config.out / "seed5")) == 2
+    with pytest.raises(
+        ValueError, match="results of the seeds 5, 6, .*another --out, or --seed 5 --seeds 5 for all of"
+    ):
+        train_coco.main(dataclasses.replace(config, seed=8))
+    assert json.loads((config.out / "seeds.json").read_text()) == found and not (config.out / "seed8").exists()
+    check_seeds(dataclasses.replace(config, seeds=3))  # its results are among those of more seeds
+    (config.out / "seeds.json").write_text("[1]")
+    with pytest.raises(ValueError, match="no file that this command wrote"):
+        train_coco.main(config)
