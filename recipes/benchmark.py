@@ -32,7 +32,7 @@ from typing import Literal
 
 import tyro
 
-from vovnet_zoo.commands import parse_command
+from vovnet_zoo.commands import check_compiler, parse_command
 
 RuntimeName = Literal["openvino", "onnxruntime", "ncnn"]
 
@@ -133,6 +133,7 @@ def main(config: BenchmarkConfig) -> list[Row]:
                 "--exported files are timed in inference on the CPU beside float32; leave --exported out, or change "
                 "--device, --what, --precisions or --table"
             )
+        check_compiler(device.type)
         make_folder(config.out, f"--out {config.out}")
         record = {
             "config": asdict(config),

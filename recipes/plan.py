@@ -17,7 +17,7 @@ import tyro
 
 from presets import PRESETS, TrainConfig, check_config, parse
 from vovnet_zoo.cli import Plan
-from vovnet_zoo.commands import parse_command
+from vovnet_zoo.commands import check_compiler, parse_command
 from vovnet_zoo.gpus import GPUS
 
 HERE, DEFAULT_GPU = "here", "h100"
@@ -57,6 +57,8 @@ def main(command: tuple[Plan, TrainConfig, list[str]]) -> list[Row]:
     plan, config, options = command
     check_plan(plan, config)
     with process_group(config.device) as (_, _, device):
+        if plan.calibrate and config.compile:
+            check_compiler(device.type)
         here = find_gpu(device_name(device))
         kind = plan.gpu or (HERE if device.type == "cuda" or plan.calibrate else DEFAULT_GPU)
         gpu = GPUS.get((here or "") if kind == HERE else kind)

@@ -20,7 +20,7 @@ from typing import Literal
 
 import tyro
 
-from vovnet_zoo.commands import parse_command
+from vovnet_zoo.commands import check_compiler, parse_command
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ GROUPS = {  # an operator or kernel belongs to the first group whose pattern is 
 
 def main(config: ProfileConfig) -> list[dict]:
     with process_group(config.device) as (_, _, device):
+        check_compiler(device.type)
         check_out(config.out, b'{\n  "time"')
         torch._inductor.config.cpp.enable_kernel_profile = True  # on a CPU kernels have names then
         timms = freeze_batch_norm_2d(timm.create_model(config.backbone, features_only=True))

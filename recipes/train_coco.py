@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from presets import TrainConfig, check_config, doubts, parse
-from vovnet_zoo.commands import parse_command
+from vovnet_zoo.commands import check_compiler, parse_command
 
 PARSE = functools.partial(parse, description=__doc__)
 if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
@@ -80,6 +80,8 @@ def main(config: TrainConfig) -> dict | None:
     check_loggers(config.loggers)
     check_seeds(config)
     with process_group(config.device) as (rank, world_size, device), StopSignal() as stop:
+        if config.compile:
+            check_compiler(device.type)
         if config.seeds == 1:
             return train_once(config, rank, world_size, device, stop).metrics
         runs = []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from grouping import parse_grouped
 from imagenet_presets import FIRST_OPTIONS, PRESETS, SECTIONS, ClassifierConfig, check_config
-from vovnet_zoo.commands import parse_command
+from vovnet_zoo.commands import check_compiler, parse_command
 
 PARSE = functools.partial(parse_grouped, PRESETS, FIRST_OPTIONS, SECTIONS, description=__doc__)
 if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
@@ -43,25 +43,31 @@ def main(config: ClassifierConfig) -> dict | None:
     """Train as `config` says; returns the last evaluation on rank 0, None on the others."""
     check_config(config)
     check_loggers(config.loggers)
+    with process_group(config.device) as (rank, world_size, device), StopSignal() as stop:
+        if config.compile:
+            check_compiler(device.type)
+        with locked(config.out, rank):
+            return train_once(config, rank, world_size, device, stop)
+
+
+def train_once(
+    config: ClassifierConfig, rank: int, world_size: int, device: torch.device, stop: StopSignal
+) -> dict | None:
+    """Build the run, train it, and return its last evaluation."""
+    with stop.at_once("while the run was prepared; the same command begins again"):
+        run = set_up(config, rank, world_size, device)
     with (
-        process_group(config.device) as (rank, world_size, device),
-        StopSignal() as stop,
-        locked(config.out, rank),
+        contextlib.closing(RunLog(config.out, run.config, rank, run.progress.step, run.progress.scored)) as rows,
+        contextlib.closing(run.saver),
     ):
-        with stop.at_once("while the run was prepared; the same command begins again"):
-            run = set_up(config, rank, world_size, device)
-        with (
-            contextlib.closing(RunLog(config.out, run.config, rank, run.progress.step, run.progress.scored)) as rows,
-            contextlib.closing(run.saver),
-        ):
-            try:
-                train(run, rows, stop)
-            except Exception:
-                save_finished(run)
-                raise
-            if rank == 0:
-                summarize(run)
-        return run.progress.metrics
+        try:
+            train(run, rows, stop)
+        except Exception:
+            save_finished(run)
+            raise
+        if rank == 0:
+            summarize(run)
+    return run.progress.metrics
 
 
 def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:

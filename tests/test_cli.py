@@ -209,6 +209,13 @@ def test_errors_of_the_users(run, folder, images, tmp_path, monkeypatch, change,
     assert status == 2 and message in err and "Traceback" not in err
 
 
+def test_predict_looks_for_a_compiler_first(run, images, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    options = ["--model", "nowhere/model", "--out", tmp_path / "out", "--device", "cpu", "--compile"]
+    status, _, err = run("predict", images[0], *options)
+    assert status == 2 and "torch.compile finds no C++ compiler" in err and not (tmp_path / "out").exists()
+
+
 def test_convert(run, tmp_path):
     torch.save({"model": {"a": torch.zeros(1)}}, tmp_path / "w.pth")
     status, _, err = run("convert", tmp_path / "w.pth", tmp_path / "out")

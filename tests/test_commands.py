@@ -22,6 +22,7 @@ import memory
 import profile_blocks
 import runtime
 import train_coco
+import train_imagenet
 from vovnet_zoo import commands
 
 RECIPES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "recipes").glob("*.py")}
@@ -122,14 +123,54 @@ def test_a_reader_that_leaves():
     assert process.returncode == 141
 
 
-@pytest.mark.parametrize("text", ["InvalidCxxCompiler: No working C++ compiler found", "Failed to find C compiler."])
-def test_a_missing_compiler_is_one_line(run, monkeypatch, text):
+@pytest.mark.parametrize(
+    "text, advice",
+    [
+        (
+            "InvalidCxxCompiler: No working C++ compiler found",
+            "no C++ compiler; install one (apt install g++), name it in CXX",
+        ),
+        ("Failed to find C compiler.", "no C compiler; install one (apt install gcc), name it in CC"),
+    ],
+)
+def test_a_missing_compiler_is_one_line(run, monkeypatch, text, advice):
     def main(config):
         raise RuntimeError(f"a report of many lines\n{text}\nSet TORCHDYNAMO_VERBOSE=1")
 
     monkeypatch.setattr(eval_coco, "main", main)
     status, printed = run(eval_coco, "--model", "x", "--data", "x")
-    assert status == 2 and printed.count("\n") == 1 and "apt install g++), name it in CXX, or omit --compile" in printed
+    assert status == 2 and printed.count("\n") == 1 and f"{advice}, or omit --compile" in printed
+
+
+@pytest.mark.parametrize(
+    "module, arguments",
+    [
+        (train_coco, "finetune --data nosuch --out out --compile"),
+        (train_imagenet, "small --data nosuch --out out --compile"),
+        (eval_coco, "--model nosuch --data nosuch --out out/x.json --compile"),
+        (benchmark, "--out out"),
+        (profile_blocks, "--out out/x.json"),
+    ],
+)
+def test_a_compiler_is_looked_for_before_anything_is_read_or_written(run, monkeypatch, tmp_path, module, arguments):
+    monkeypatch.setenv("CXX", "/nowhere/g++ -v")
+    status, printed = run(module, *arguments.split(), "--device", "cpu")
+    assert status == 2 and f"{module.__name__}: torch.compile finds no C++ compiler" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_a_compiler_is_looked_for(monkeypatch):
+    monkeypatch.setattr(commands.shutil, "which", lambda name: name if name in ("g++", "gcc", "ccache") else None)
+    for name in ("CC", "CXX", "TORCH_INDUCTOR_INSTALL_GXX"):
+        monkeypatch.delenv(name, raising=False)
+    assert commands.has_compiler("cuda") and commands.has_compiler() == (sys.platform == "linux")
+    for named, there in (("ccache g++", True), ("clang++-99", False)):
+        monkeypatch.setenv("CXX", named)
+        assert commands.has_compiler() == there
+    commands.check_compiler("mps")  # of another device nothing is known
+    monkeypatch.setenv("CC", "icc")
+    with pytest.raises(commands.CommandError, match="no C compiler; .*name it in CC"):
+        commands.check_compiler("cuda")
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):

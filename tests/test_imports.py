@@ -51,7 +51,18 @@ ONLY = {  # rooms that may import even less
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},
     "space": {"files", "hub", "version"},
     "demo": {"config", "draw", "exported", "fcos", "inference", "load", "predict_files", "results", "sources"},
-    "export": {"arguments", "compiled", "config", "data", "evaluation", "exported", "fcos", "files", "inference"}
+    "export": {
+        "arguments",
+        "commands",
+        "compiled",
+        "config",
+        "data",
+        "evaluation",
+        "exported",
+        "fcos",
+        "files",
+        "inference",
+    }
     | {"results", "sources", "version"},
     "load": {"arguments", "detectors", "export", "exported", "fcos"},
     "evaluation": {"arguments", "data", "fcos", "files", "inference", "results", "version"},

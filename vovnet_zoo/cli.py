@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from . import ledger
-from .commands import find_device, run_reporting, stop_with_reader, take_debug
+from .commands import check_compiler, find_device, run_reporting, stop_with_reader, take_debug
 from .config import (
     OVERLAPS,
     SCALES,
@@ -360,6 +360,8 @@ def run_predict(command: Predict) -> None:
     # a user's own photo may have 100 megapixels; Pillow refuses twice its limit, about 179 megapixels, all the same
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     device = find_device(command.device)
+    if command.compile:
+        check_compiler(device.type)
     model = load_detector(command.model)
     model.to(device)
     options: inference.PredictOptions = dict(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not wait for
     import torch
@@ -22,7 +23,22 @@ class CommandError(RuntimeError):
     """A command cannot go on, for a reason that its user can change; the message says all that is to be known."""
 
 
-NO_COMPILER = ("InvalidCxxCompiler", "Failed to find C compiler")  # in the errors of inductor and of Triton
+class Compiler(NamedTuple):
+    """torch.compile needs this compiler for a device."""
+
+    language: str
+    variable: str  # of the environment, that can name it
+    names: tuple[str, ...]  # that are looked for otherwise
+    package: str  # of Debian
+    error: str  # a part of torch's message where there is none
+
+
+COMPILERS = {
+    "cpu": Compiler(
+        "C++", "CXX", ({"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++"),), "g++", "InvalidCxxCompiler"
+    ),
+    "cuda": Compiler("C", "CC", ("gcc", "clang"), "gcc", "Failed to find C compiler"),
+}
 USER_ERRORS = (ValueError, OSError, ImportError, CommandError)
 
 
@@ -67,12 +83,36 @@ def run_reporting(
         error.args = ("interrupted",)
         fail(command, error, debug, claim, 128 + signal.SIGINT)
     except RuntimeError as error:
-        if not any(text in str(error) for text in NO_COMPILER):
+        device = next((device for device, compiler in COMPILERS.items() if compiler.error in str(error)), None)
+        if device is None:
             raise
-        line = "torch.compile finds no C++ compiler; install one (apt install g++), name it in CXX, or omit --compile"
-        missing = CommandError(line)
+        missing = CommandError(no_compiler(device))
         missing.__cause__ = error
         fail(command, missing, debug, claim)
+
+
+def check_compiler(device: str) -> None:
+    """Raise `CommandError` where torch.compile has no compiler for a type of device, before work that takes long."""
+    if device in COMPILERS and not has_compiler(device):
+        raise CommandError(no_compiler(device))
+
+
+def has_compiler(device: str = "cpu") -> bool:
+    """Tell whether the compiler that torch.compile needs for a type of device is there, or torch may install it."""
+    compiler = COMPILERS[device]
+    named = os.environ.get(compiler.variable)
+    if device == "cpu" and os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):
+        return True
+    return any(map(shutil.which, [named.partition(" ")[0]] if named else compiler.names))
+
+
+def no_compiler(device: str) -> str:
+    """Say that a compiler is missing, and what to do."""
+    missing = COMPILERS[device]
+    return (
+        f"torch.compile finds no {missing.language} compiler; install one (apt install {missing.package}), name it in "
+        f"{missing.variable}, or omit --compile"
+    )
 
 
 def stop_with_reader(call: Callable[[], object]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, get_args
 from torch.export import ExportedProgram
 
 from ..arguments import check_choice
+from ..commands import has_compiler
 from ..config import ExportPrecision
 from .graph import Graph
 
@@ -90,7 +90,7 @@ def choose_format(name: str, precision: str) -> Format:
         raise ValueError(f"precision={precision!r}: format {name!r} has {' and '.join(chosen.precisions)}")
     for package in (*chosen.packages, *(["nncf"] if precision == "int8" else [])):
         need(package)
-    if chosen.compiled and shutil.which(os.environ.get("CXX", "g++")) is None:
+    if chosen.compiled and not has_compiler():
         raise ValueError(f"format {name!r} needs a C++ compiler, and there is no g++; install one, or name it in CXX")
     return chosen
 
