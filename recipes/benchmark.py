@@ -32,7 +32,7 @@ from typing import Literal
 
 import tyro
 
-from vovnet_zoo.commands import check_compiler, parse_command
+from vovnet_zoo.commands import check_compiler, make_folder, parse_command
 
 RuntimeName = Literal["openvino", "onnxruntime", "ncnn"]
 
@@ -83,7 +83,7 @@ from torchvision.models import detection as peers
 from benchmark_runtimes import RUNTIMES, Network, compare_outputs, imported_versions, load_runtimes
 from memory import kept_by
 from presets import PUBLISHED
-from runtime import environment, log, make_folder, process_group, run_command, synchronize
+from runtime import environment, log, process_group, run_command, synchronize
 from step import compiled, compute_losses, find_targets
 from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector
 from vovnet_zoo.compiled import detect

@@ -100,7 +100,12 @@ def cache_path(config: TrainConfig, device: torch.device) -> Path:
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
     key = [device_name(device), torch.__version__, {**fields, "device": None}]
     digest = hashlib.sha256(json.dumps(key, default=str, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vovnet_zoo" / "plans" / f"{digest}.json"
+    return cache_folder() / f"{digest}.json"
+
+
+def cache_folder() -> Path:
+    """Return the folder in which calibrations are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vovnet_zoo" / "plans"
 
 
 def device_name(device: torch.device) -> str:

@@ -15,7 +15,7 @@ from typing import Literal
 import tyro
 
 from options import Range, check_options
-from vovnet_zoo.commands import check_compiler, parse_command
+from vovnet_zoo.commands import check_compiler, check_place, parse_command
 from vovnet_zoo.config import Precision
 
 
@@ -85,6 +85,7 @@ from vovnet_zoo.data.layouts import OTHER_SPLIT, choose_split
 from vovnet_zoo.evaluation.analysis import analyse
 from vovnet_zoo.evaluation.errors import load_hotcoco
 from vovnet_zoo.exported import ExportedDetector
+from vovnet_zoo.hub import CONFIG as MODEL_CONFIG
 from vovnet_zoo.inference import check_views
 
 RANGES = {"size": Range(*MODEL_RANGES["min_size"][:2]), "workers": Range(0), "batch_size": Range(1)}
@@ -101,6 +102,8 @@ def main(config: EvalConfig) -> dict | None:
             check_out(config.out, b"[")  # a place that cannot be written is reported now, not after the last image
         if rank == 0 and config.report is not None:
             check_out(config.report, b"<!DOCTYPE html>", "--report", "report.html")
+        if rank == 0 and config.save_thresholds:
+            check_place(Path(config.model), f"--save-thresholds: {Path(config.model, MODEL_CONFIG)}")
         model = load_detector(config.model).to(device)
         check_exported(model)
         if config.size is not None:

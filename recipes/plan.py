@@ -17,7 +17,7 @@ import tyro
 
 from presets import PRESETS, TrainConfig, check_config, parse
 from vovnet_zoo.cli import Plan
-from vovnet_zoo.commands import check_compiler, parse_command
+from vovnet_zoo.commands import check_compiler, check_place, parse_command
 from vovnet_zoo.gpus import GPUS
 
 HERE, DEFAULT_GPU = "here", "h100"
@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 from build import find_splits
-from calibration import calibrate, device_name, load_calibration
+from calibration import cache_folder, calibrate, device_name, load_calibration
 from fitting import MOST_WORKERS, count_cores, fit_plan
 from runtime import process_group, run_command
 from step_work import count_work
@@ -57,6 +57,8 @@ def main(command: tuple[Plan, TrainConfig, list[str]]) -> list[Row]:
     plan, config, options = command
     check_plan(plan, config)
     with process_group(config.device) as (_, _, device):
+        if plan.calibrate:
+            check_place(cache_folder(), f"--calibrate: {cache_folder()}")
         if plan.calibrate and config.compile:
             check_compiler(device.type)
         here = find_gpu(device_name(device))

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from loggers import Loggers
 from presets import NETWORK, TrainConfig, with_defaults
-from runtime import environment, log, make_folder
+from runtime import environment, log
 from vovnet_zoo import FCOS
 from vovnet_zoo.classifiers import SOURCES
+from vovnet_zoo.commands import make_folder
 from vovnet_zoo.data import CocoDataset, ImageError, Skipped
 from vovnet_zoo.evaluation.runs import read_log
 from vovnet_zoo.files import hash_file, naming

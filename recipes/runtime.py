@@ -12,7 +12,6 @@ import platform
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ import torchvision
 from torch import Tensor, nn
 
 import vovnet_zoo
-from vovnet_zoo.commands import find_device, run_reporting, take_debug
+from vovnet_zoo.commands import find_device, make_folder, run_reporting, take_debug
 
 T = TypeVar("T")
 log = logging.getLogger("vovnet_zoo")
@@ -111,20 +110,6 @@ def check_out(path: Path, begins: bytes, option: str = "--out", example: str = "
                 f"{option} {path} is there already, and no file that this command wrote; give another name"
             )
     make_folder(path.parent, f"{option} {path}")
-
-
-def make_folder(folder: Path, what: str) -> None:
-    """Make a folder where `what`, such as "--out runs/x", is to be written. It is done before work that takes long.
-
-    Raises:
-        ValueError: no file can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"{what} cannot be written: {error.strerror}; give another place") from error
 
 
 @contextlib.contextmanager

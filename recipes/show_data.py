@@ -16,7 +16,7 @@ import tyro
 
 from presets import PRESETS, TrainConfig, check_config, parse
 from vovnet_zoo.cli import ShowData, refuse_missing, split_arguments
-from vovnet_zoo.commands import parse_command
+from vovnet_zoo.commands import check_place, parse_command
 
 
 def parse_show(args: Sequence[str]) -> tuple[ShowData, TrainConfig]:
@@ -50,6 +50,7 @@ def main(arguments: tuple[ShowData, TrainConfig]) -> None:
     command, config = arguments
     check_number("count", command.count, 1, 1000, whole=True)
     check_sheet(command.out)
+    check_place(command.out.parent, f"--out {command.out}")
     with process_group(config.device) as (rank, _, device), tempfile.TemporaryDirectory() as folder:
         conventions = conventions_of(config, load_start(config))
         # The parts of --val-fraction are the same as in the run folder, and are not kept.

@@ -127,7 +127,7 @@ def test_predict_uses_the_models_score_threshold(run, folder, images, tmp_path):
         ),
         ("predict README.md --model fcos_vovnet39_fpm --out OUT", 2, "did you mean 'fcos_vovnet39_fpn'?"),
         ("predict nowhere*.jpg --model fcos_vovnet39_fpn --out OUT", 2, "nowhere*.jpg: no image matches this pattern"),
-        ("predict README.md --model fcos_vovnet39_fpn --out LICENSE", 2, "--out LICENSE is a file; give a folder"),
+        ("predict README.md --model fcos_vovnet39_fpn --out LICENSE", 2, "--out LICENSE cannot be written (LICENSE is"),
         ("predict README.md --model LICENSE --out OUT", 2, "'LICENSE' is a file; give the folder of a saved model"),
         ("predict README.md --model vovnet_zo --out OUT", 2, "vovnet-zoo: 'vovnet_zo' is no folder here"),
         (
@@ -207,6 +207,29 @@ def test_errors_of_the_users(run, folder, images, tmp_path, monkeypatch, change,
     image, model = change.get("image", images[0]), change.get("model", folder)
     status, _, err = run("predict", image, "--model", model, "--out", tmp_path / "out")
     assert status == 2 and message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "predict y.png --model nowhere/model --out afile",
+        "predict y.png --model nowhere/model --out afile/x",
+        "predict y.png --model nowhere/model --out out --coco afile/x.json",
+        "export nowhere/model --out afile/x",
+        "convert y.png afile/x",
+        "convert-data . afile/x",
+        "check-data . --json afile/x.json",
+        "compare y.png y.png --out afile/x.html",
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_first(run, images, tmp_path, monkeypatch, line):
+    """The model is not looked for, and no file is read or made."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = run(*line.split())
+    assert status == 2 and "cannot be written (afile is a file); give another place" in err and err.count("\n") == 1
+    assert not out and sorted(tmp_path.rglob("*")) == before and (tmp_path / "afile").read_text() == "mine"
 
 
 def test_predict_looks_for_a_compiler_first(run, images, tmp_path, monkeypatch):

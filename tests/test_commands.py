@@ -62,8 +62,8 @@ def test_every_recipe_reports_in_one_way():
     "module, arguments, message",
     [
         (train_coco, "finetune --data nosuch --out out", "nosuch: no such folder"),
-        (train_coco, "finetune --data x --out afile/run", "--out afile/run cannot be written: Not a directory"),
-        (train_coco, "finetune --data x --out afile", "--out afile cannot be written: File exists"),
+        (train_coco, "finetune --data x --out afile/run", "--out afile/run cannot be written (afile is a file)"),
+        (train_coco, "finetune --data x --out afile", "--out afile cannot be written (afile is a file)"),
         (train_coco, "finetune --data x --out out --device tpu", "--device tpu: torch cannot use it here"),
         (train_coco, "finetune --data x --out out --device meta", "--device meta: torch cannot use it here"),
         (train_coco, "finetune --data x --out out --init ./nosuch", "'./nosuch' is no folder here"),

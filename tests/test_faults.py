@@ -26,7 +26,7 @@ from optim import create_optimizer
 from presets import TrainConfig
 from run_folder import list_checkpoints, load_checkpoint, refuse_foreign, save_checkpoint
 from runtime import StopSignal
-from vovnet_zoo import FCOS, create_detector
+from vovnet_zoo import FCOS, commands, create_detector
 from vovnet_zoo.coco_eval import evaluate
 from vovnet_zoo.data import CocoDataset, find_split, images
 from vovnet_zoo.evaluation.runs import read_run, scored_ids
@@ -467,19 +467,35 @@ def test_a_field_that_is_newer_than_the_checkpoint(config):
 def test_a_place_for_detections_that_cannot_be_written(config, tiny_detector, monkeypatch, place):
     """It is found out before the first image."""
     tiny_detector.save_pretrained(config.data / "model")
-    (config.data / "folder").mkdir()
+    for name in ("folder", "sealed"):
+        (config.data / name).mkdir()
     (config.data / "file").touch()
-    real = runtime.tempfile.TemporaryFile
+    real = commands.tempfile.TemporaryFile
 
     def temporary(dir):
         if dir.name == "sealed":
             raise PermissionError(13, "Permission denied")
         return real(dir=dir)
 
-    monkeypatch.setattr(runtime.tempfile, "TemporaryFile", temporary)
+    monkeypatch.setattr(commands.tempfile, "TemporaryFile", temporary)
     monkeypatch.setattr(eval_coco, "score_dataset", None)
     settings = eval_coco.EvalConfig(model=str(config.data / "model"), data=config.data, out=config.data / place)
     with pytest.raises(ValueError, match=f"--out .*{place} (is a folder|cannot be written)"):
+        eval_coco.main(settings)
+
+
+def test_thresholds_that_cannot_be_written(config, tiny_detector, monkeypatch):
+    """It is found out before the first image, as of a model that belongs to somebody else."""
+    pytest.importorskip("hotcoco")
+    tiny_detector.save_pretrained(config.data / "model")
+
+    def temporary(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(commands.tempfile, "TemporaryFile", temporary)
+    monkeypatch.setattr(eval_coco, "load_detector", None)
+    settings = eval_coco.EvalConfig(model=str(config.data / "model"), data=config.data, save_thresholds=True)
+    with pytest.raises(ValueError, match="--save-thresholds: .*config.json cannot be written .*Permission denied"):
         eval_coco.main(settings)
 
 

@@ -247,6 +247,14 @@ def test_an_option_that_cannot_be_followed(options, message):
         run(*options.split())
 
 
+def test_a_calibration_that_could_not_be_kept_is_not_begun(tmp_path, monkeypatch):
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(plan, "calibrate", None)
+    with pytest.raises(ValueError, match="--calibrate: .*plans cannot be written .*cache is a file"):
+        run("finetune", "--calibrate", "--device", "cpu")
+
+
 def test_help_names_every_gpu(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vovnet-zoo", "plan", "--help"])
     with pytest.raises(SystemExit):

@@ -80,6 +80,7 @@ def test_a_sheet_is_drawn_anew_and_over_no_other_file(tiny_coco, tmp_path, monke
     for wrong, message in (
         ("--out photo.png", "photo.png is there already"),
         ("--out photo.jpg", "photo.jpg: give a name that ends with .png"),
+        ("--out photo.png/new.png", "--out .* cannot be written .photo.png is a file"),
         ("--preset nosuch", "--preset nosuch: give one of quickstart, finetune"),
         ("--mosaic 2", "mosaic=2.0"),
         ("--zoom 0.5 1", "only --augment jitter_crop"),

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from . import ledger
-from .commands import check_compiler, find_device, run_reporting, stop_with_reader, take_debug
+from .commands import check_compiler, check_place, find_device, run_reporting, stop_with_reader, take_debug
 from .config import (
     OVERLAPS,
     SCALES,
@@ -348,8 +348,9 @@ def run_predict(command: Predict) -> None:
     for text in command.images:
         if glob.has_magic(text) and not is_url(text) and next(glob.iglob(text, recursive=True), None) is None:
             raise ValueError(f"{text}: no image matches this pattern")
-    if command.out.exists() and not command.out.is_dir():
-        raise ValueError(f"--out {command.out} is a file; give a folder for the results")
+    check_place(command.out, f"--out {command.out}")
+    if command.coco is not None:
+        check_place(command.coco.parent, f"--coco {command.coco}")
     refuse_model(command.model)
     from PIL import Image
 
@@ -428,6 +429,8 @@ def run_check_data(command: CheckData) -> None:
     files = (command.root, command.train, command.train_images, command.val, command.val_images)
     refuse_missing(*(path for path in files if path is not None))
     check_data_files(command)
+    if command.json is not None:
+        check_place(command.json.parent, f"--json {command.json}")
     from .data import check
     from .files import read_json
 
@@ -461,6 +464,7 @@ def check_data_files(command: CheckData) -> None:
 
 def run_convert_data(command: ConvertData) -> None:
     refuse_missing(command.source)
+    check_place(command.target.parent, str(command.target))
     from .data.conversion import convert_data
 
     files = convert_data(command.source, command.target, difficult_is_crowd=command.difficult_as_crowd)
@@ -470,6 +474,7 @@ def run_convert_data(command: ConvertData) -> None:
 
 def run_convert(command: Convert) -> None:
     refuse_missing(command.file)
+    check_place(command.out, str(command.out))
     from . import hub, publish
 
     left_out = publish.convert_file(command.file, command.out, part=command.part, overwrite=command.overwrite)
@@ -498,6 +503,7 @@ def run_publish(command: Publish) -> None:
 
 
 def run_export(command: Export) -> None:
+    check_place(command.out, f"--out {command.out}")
     refuse_model(command.model)
     if Path(command.model).is_file():
         raise ValueError(f"{command.model} is an exported file already; give the model that it was made of")
@@ -556,6 +562,7 @@ def check_compare(command: Compare) -> None:
         raise ValueError(f"--out {command.out} is a folder; give the name of a file, such as {command.out / 'a.html'}")
     if command.out.exists() and not command.overwrite:
         raise ValueError(f"{command.out} is there already; give --overwrite, or another --out")
+    check_place(command.out.parent, f"--out {command.out}")
 
 
 def run_demo(command: Demo) -> None:

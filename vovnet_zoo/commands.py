@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,29 @@ def run_reporting(
         missing = CommandError(no_compiler(device))
         missing.__cause__ = error
         fail(command, missing, debug, claim)
+
+
+def check_place(folder: Path, what: str) -> None:
+    """Raise `ValueError` where `what`, such as "--out found", is to be written in a folder, and cannot be.
+
+    The folder need not be there, and is not made. This is called before work that takes long.
+    """
+    there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), Path("."))
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        reason = f"{there} is a file" if there.is_file() else f"{there}: {error.strerror}"
+        raise ValueError(f"{what} cannot be written ({reason}); give another place") from error
+
+
+def make_folder(folder: Path, what: str) -> None:
+    """Make a folder in which `what` is to be written; `ValueError` where that cannot be done, see `check_place`."""
+    check_place(folder, what)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{what} cannot be written ({folder}: {error.strerror}); give another place") from error
 
 
 def check_compiler(device: str) -> None:
