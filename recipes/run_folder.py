@@ -10,10 +10,9 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -29,7 +28,7 @@ from vovnet_zoo import FCOS
 from vovnet_zoo.classifiers import SOURCES
 from vovnet_zoo.commands import make_folder
 from vovnet_zoo.data import CocoDataset, ImageError, Skipped
-from vovnet_zoo.evaluation.runs import read_log
+from vovnet_zoo.evaluation.runs import TRAINED, VALIDATED, decisive, describe_annotations, read_log, shown
 from vovnet_zoo.files import hash_file, naming
 
 try:
@@ -110,9 +109,18 @@ class RunLog:
         start_step: a run that was stopped goes on after this many steps; rows of later steps are dropped, since these
             steps are done again.
         scored: the last evaluation that counts was made after this many steps; rows of later evaluations are dropped.
+        identity: what decides the result of the run, see `describe_run`; `run.json` holds what is said of the data.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, rank: int, start_step: int = 0, scored: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        rank: int,
+        start_step: int = 0,
+        scored: int = 0,
+        identity: Mapping[str, str] | None = None,
+    ):
         self.folder, self.active = folder, rank == 0
         if not self.active:
             return
@@ -121,7 +129,8 @@ class RunLog:
         if before and "first_step" not in before:  # version 0.2 and before counted from 0
             rows = [{**row, "step": row["step"] + 1} for row in rows]
         starts = [*before.get("starts", []), {"step": start_step, **environment()}]
-        about = {"config": dataclasses.asdict(config), "starts": starts, "first_step": 1}
+        data = {name: text for name, text in (identity or {}).items() if name in (TRAINED, VALIDATED)}
+        about = {"config": dataclasses.asdict(config), "data": data, "starts": starts, "first_step": 1}
         write_whole(folder / "run.json", json.dumps(about, indent=2, default=str).encode())
         kept = [row for row in rows if row["step"] <= (start_step if "loss" in row else scored)]
         write_whole(folder / "metrics.jsonl", "".join(write_json(row) + "\n" for row in kept).encode())
@@ -253,19 +262,15 @@ FIXED = {*NETWORK, "init"}
 
 
 def describe_run(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset) -> dict[str, str]:
-    """Return what decides the result of a run: the fields of its configuration and the hashes of its annotations.
-
-    Words that follow a hash say what the data are; they may change.
-    """
+    """Return what decides the result of a run: the fields of its configuration, and its annotations."""
     whole = with_defaults(config) if config.init is None else config
     about = {k: repr(v) for k, v in dataclasses.asdict(whole).items() if k not in FREE}
     if config.init is not None:  # then these say nothing that `init` does not say
         about = {k: v for k, v in about.items() if k not in NETWORK or k == "frozen_norm"}
     if not config.frozen_norm:
         about["accum"] = repr(config.accum)  # a live batch norm sees one part of the batch at a time
-    for name, dataset in (("train annotations", train_set), ("val annotations", val_set)):
-        words = f"{len(dataset)} images and {dataset.num_boxes} boxes of {dataset.annotation_file}"
-        about[name] = f"{dataset.annotations_sha256} {words}"
+    for name, dataset in zip((TRAINED, VALIDATED), (train_set, val_set), strict=True):
+        about[name] = describe_annotations(dataset)
     return about
 
 
@@ -298,25 +303,6 @@ def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainCo
         f"the checkpoints in {config.out} are of another run ({what}); "
         f"give another --out, remove that folder, or go on all the same with --allow-changes{advice}"
     )
-
-
-# A hash in a run's description, and words for what it is of, which older checkpoints lack.
-HASH = re.compile("([0-9a-f]{64})( .*)?", re.DOTALL)
-
-
-def decisive(value: str | None) -> str | None:
-    """Return the part of a value of a run's description that must not change: of a hash and words, the hash."""
-    found = HASH.fullmatch(value or "")
-    return found[1] if found else value
-
-
-def shown(value: str | None) -> str:
-    """Write a value of a run's description for people: of a hash, its words and first digits."""
-    found = HASH.fullmatch(value or "")
-    if not found:
-        return str(value)
-    digits = f"SHA-256 {found[1][:8]}.."
-    return f"{found[2].strip()} ({digits})" if found[2] else digits
 
 
 def longer(config: Any) -> str:

@@ -102,7 +102,9 @@ def train_once(config: TrainConfig, rank: int, world_size: int, device: torch.de
         for doubt in doubts(config) if rank == 0 else ():
             log.warning("%s", doubt)
         with (
-            contextlib.closing(RunLog(config.out, config, rank, run.progress.step, run.progress.scored)) as run_log,
+            contextlib.closing(
+                RunLog(config.out, config, rank, run.progress.step, run.progress.scored, run.identity)
+            ) as run_log,
             contextlib.closing(run.notes) if run.notes else contextlib.nullcontext(),
             contextlib.closing(run.saver),
         ):

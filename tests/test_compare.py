@@ -14,7 +14,7 @@ from vovnet_zoo.evaluation.bootstrap import bootstrap_ap, interval
 from vovnet_zoo.evaluation.compare import compare, format_comparison
 from vovnet_zoo.evaluation.compare_page import differing_images, differing_settings, write_comparison
 from vovnet_zoo.evaluation.matches import match
-from vovnet_zoo.evaluation.runs import DETECTIONS, SKIPPED, read_runs
+from vovnet_zoo.evaluation.runs import DETECTIONS, SKIPPED, VALIDATED, describe_annotations, read_runs, shown
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,26 @@ def test_command_refuses_in_one_line(runs, data, run, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "rows.json").read_text()) == rows and not out[1].exists()
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert run(*runs, *out)[2] == "vovnet-zoo: a page needs a package: pip install 'jinja2>=3.1'\n"
+
+
+def test_changed_annotations_are_told(runs, data, run, tmp_path):
+    """Once in the terminal and once on the page; a run of an earlier version knows them from its thresholds only."""
+    _, dataset, _, _ = data
+    first, second = (shutil.copytree(path, tmp_path / path.name) for path in runs)
+    about = json.loads((first / "run.json").read_text())
+    scored = describe_annotations(dataset)
+    (first / "run.json").write_text(json.dumps(about | {"data": {VALIDATED: scored}}))
+    (second / "best").mkdir()
+    for sha256, is_told in (("b" * 64, True), (dataset.annotations_sha256, False)):
+        chosen = {"sha256": sha256, "images": 40, "file": "instances_val.json"}
+        (second / "best" / "thresholds.json").write_text(json.dumps(chosen))
+        status, out, err = run(first, second, "--out", tmp_path / "page.html", "--overwrite")
+        told = (
+            f"The annotations have changed: {first} scored on {shown(scored)}; {second} scored on 40 images of "
+            f"instances_val.json (SHA-256 bbbbbbbb..). All models are scored here on {shown(scored)}."
+        )
+        assert status == 0 and out.count(f"\n! {told}\n") == is_told == ("! " in out), err
+        assert (tmp_path / "page.html").read_text().count(told) == is_told
 
 
 def test_runs_with_their_own_split(runs, data, run, tmp_path):

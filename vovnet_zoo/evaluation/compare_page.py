@@ -17,7 +17,7 @@ from .charts import Chart, line_chart
 from .compare import Comparison, compare, format_comparison
 from .galleries import MOST, Figure, Gallery, make_figure, photos
 from .page import PHOTO_BYTES, load_jinja2, render_page
-from .runs import Run, read_runs, scored_ids, scored_set
+from .runs import Run, annotation_doubt, read_runs, scored_ids, scored_set
 from .thresholds import curve, is_kept, mistakes
 
 METRICS = ("AP50", "AP75", "APs", "APm", "APl", "AR100")
@@ -66,7 +66,8 @@ def compare_runs(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_comparison(out, comparison, dataset, runs, facts)
-    return format_comparison(comparison)
+    doubt = annotation_doubt(runs, dataset)
+    return format_comparison(comparison) + (f"\n! {doubt}" if doubt else "")
 
 
 def write_comparison(
@@ -88,6 +89,7 @@ def write_comparison(
         "compare.html",
         title=" and ".join(model.name for model in comparison.models),
         comparison=comparison,
+        doubt=annotation_doubt(runs, dataset),
         metrics=METRICS,
         classes=[
             {"label": label, "name": name, "objects": int((first.true_counts & (first.true_label == label)).sum())}

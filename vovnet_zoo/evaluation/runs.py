@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ DATA = ("data", "val", "val_images", "val_fraction", "difficult_as_crowd", "drop
 SPLIT = ("train", "train_images", "seed")  # which images these are too, where a share of the training images is scored
 
 
+TRAINED, VALIDATED = "train annotations", "val annotations"  # what run.json calls them
+
+
 class Run(NamedTuple):
     """A run has result rows; a file of them has no log and no settings."""
 
@@ -27,6 +31,7 @@ class Run(NamedTuple):
     log: list[dict]  # of metrics.jsonl
     settings: dict[str, Any]  # of run.json
     skipped: list[int]  # ids of images that were not scored
+    annotations: str = ""  # that it was scored on, see `describe_annotations`; "" where they are not known
 
 
 def read_runs(paths: Sequence[Path]) -> dict[str, Run]:
@@ -54,9 +59,54 @@ def read_run(path: Path) -> Run:
         inside = path.parent if (path.parent / DETECTIONS).is_file() else None
         hint = f"; {inside} has" if inside else ", so it is no folder of a training run with a report"
         raise ValueError(f"{path} has no {DETECTIONS}{hint}; eval_coco.py --out FILE writes the detections of a model")
-    settings = read_json(path / "run.json").get("config") if (path / "run.json").is_file() else None
+    about = read_json(path / "run.json") if (path / "run.json").is_file() else {}
     skipped = json.loads((path / SKIPPED).read_bytes()) if (path / SKIPPED).is_file() else []
-    return Run(path, _read_results(found), read_log(path / "metrics.jsonl"), settings or {}, skipped)
+    annotations = (about.get("data") or {}).get(VALIDATED) or _of_thresholds(path / "best" / "thresholds.json")
+    log, settings = read_log(path / "metrics.jsonl"), about.get("config") or {}
+    return Run(path, _read_results(found), log, settings, skipped, annotations)
+
+
+def _of_thresholds(path: Path) -> str:
+    """Describe the annotations by which thresholds were chosen; "" where there are none."""
+    chosen = read_json(path) if path.is_file() else {}
+    return f"{chosen['sha256']} {chosen['images']} images of {chosen['file']}" if "sha256" in chosen else ""
+
+
+def describe_annotations(dataset: CocoDataset) -> str:
+    """Write the SHA-256 of a dataset's annotations, and in words what they are."""
+    words = f"{len(dataset)} images and {dataset.num_boxes} boxes of {dataset.annotation_file}"
+    return f"{dataset.annotations_sha256} {words}"
+
+
+HASH = re.compile("([0-9a-f]{64})( .*)?", re.DOTALL)  # with what it is of, which runs of earlier versions do not say
+
+
+def decisive(text: str | None) -> str | None:
+    """Return the part of a text about a run that must not change: of a hash and words, the hash."""
+    found = HASH.fullmatch(text or "")
+    return found[1] if found else text
+
+
+def shown(text: str | None) -> str:
+    """Write a text about a run for people: of a hash, its words and first digits."""
+    found = HASH.fullmatch(text or "")
+    if not found:
+        return str(text)
+    digits = f"SHA-256 {found[1][:8]}.."
+    return f"{found[2].strip()} ({digits})" if found[2] else digits
+
+
+def annotation_doubt(runs: Mapping[str, Run], dataset: CocoDataset) -> str:
+    """Say on which annotations runs were scored, where these are not the ones of `dataset`; "" where all are."""
+    known: dict[str, list[str]] = {}  # the names of the runs that were scored on the same annotations
+    for name, run in runs.items():
+        if run.annotations:
+            known.setdefault(run.annotations, []).append(name)
+    now = describe_annotations(dataset)
+    if all(decisive(text) == decisive(now) for text in known):
+        return ""
+    each = "; ".join(f"{' and '.join(names)} scored on {shown(text)}" for text, names in known.items())
+    return f"The annotations have changed: {each}. All models are scored here on {shown(now)}."
 
 
 def scored_ids(dataset: CocoDataset, skipped: Collection[int]) -> list[int] | None:
