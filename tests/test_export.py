@@ -583,7 +583,7 @@ def test_the_command_reports_in_one_line(run, model, tmp_path, monkeypatch):  # 
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "model.onnx").touch()
     before = sorted(tmp_path.rglob("*"))
-    for out, message in (("file/out", "file: File exists"), ("there", "is there already")):
+    for out, message in (("file/out", "file is a file); give another place"), ("there", "is there already")):
         status, _, err = run("export", tmp_path / "model", "--out", tmp_path / out)
         assert status == 2 and message in err and len(err.splitlines()) == 1, err
     status, _, err = run("export", tmp_path / "model", "--out", tmp_path / "out", "--images", tmp_path / "none")

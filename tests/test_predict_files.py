@@ -208,7 +208,8 @@ def test_a_place_that_cannot_be_written(run, detector_folder, tmp_path, options)
     image = draw_images(tmp_path / "in", "x.png")
     places = (str(x).replace("OUT", str(tmp_path / "out")) for x in options)
     status, _, errors = run("predict", image, "--model", detector_folder, *places)
-    assert status == 2 and len(errors.splitlines()) == 1 and errors.startswith("vovnet-zoo: /proc/")
+    assert status == 2 and len(errors.splitlines()) == 1 and not (tmp_path / "out").exists()
+    assert errors.startswith(f"vovnet-zoo: {' '.join(options[-2:])} cannot be written (/proc: ")
 
 
 MEMORY = """
