@@ -50,15 +50,16 @@ def draw_comparison(
     path: Path,
     count: int = 8,
     height: int = 320,
-    score_threshold: float = DISPLAY_SCORE,
 ) -> None:
     """Draw the predictions of `count` images beside the truth, each `height` pixels high.
 
-    The dataset has no transforms. Boxes with a score below `score_threshold` are not drawn, and neither are images that
-    the dataset skips.
+    The dataset has no transforms. Boxes are drawn that `vovnet-zoo predict` would show: those above the thresholds in
+    the model's config, or else of `DISPLAY_SCORE` or more. Images that the dataset skips are not drawn.
     """
     indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
-    font, captions = ImageFont.load_default(size=13), (f"prediction (score >= {score_threshold})", "truth")
+    own = model.config["thresholds"] or model.config["score_threshold"]
+    least, shown = (0.0, "above the model's thresholds") if own else (DISPLAY_SCORE, f"score >= {DISPLAY_SCORE}")
+    font, captions = ImageFont.load_default(size=13), (f"prediction ({shown})", "truth")
     pairs = []
     samples = (dataset[index] for index in indices)
     for image, truth in (sample for sample in samples if not isinstance(sample, Skipped)):
@@ -71,7 +72,7 @@ def draw_comparison(
         for i, objects in enumerate((detection, truth)):
             objects = {**objects, "boxes": objects["boxes"].as_subclass(torch.Tensor) * scale}
             x = i * (large.shape[-1] + 4)
-            pair.paste(draw_detections(large, objects, dataset.class_names, score_threshold, enlarge=1), (x, 18))
+            pair.paste(draw_detections(large, objects, dataset.class_names, least, enlarge=1), (x, 18))
             ImageDraw.Draw(pair).text((x + 4, 1), captions[i], fill="black", font=font)
         pairs.append(pair)
 

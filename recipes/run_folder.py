@@ -236,13 +236,17 @@ def import_pictures() -> ModuleType | None:
 
 
 def draw_pictures(
-    pictures: ModuleType | None, folder: Path, rows: list[dict], model: FCOS, dataset: CocoDataset
+    pictures: ModuleType | None, folder: Path, rows: list[dict], dataset: CocoDataset, device: torch.device
 ) -> None:
-    """Draw `curves.png` and `detections.png` at the end of a run; an error is logged, since the run is complete."""
+    """Draw `curves.png`, and what `best` detects in `detections.png`, at the end of a run.
+
+    An error is logged, since the run is complete.
+    """
     if pictures is None:
         return
     try:
         pictures.draw_curves(rows, folder / "curves.png")
+        model = FCOS.from_pretrained(folder / "best").to(device)
         pictures.draw_comparison(model, dataset, folder / "detections.png")
         log.info("pictures: curves.png and detections.png in %s", folder)
     except Exception as error:

@@ -278,7 +278,7 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
 
 
 def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
-    """Print the last evaluation and the speed, write the report of the best model, and draw pictures."""
+    """Print the last evaluation and the speed, write the report of the best model, and draw what it finds."""
     config, seconds = run.config, run.progress.train_seconds
     log.info("the last evaluation, after step %d:", run.progress.scored)
     print(format_table(run.progress.metrics, per_class=True))
@@ -289,7 +289,7 @@ def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
         log_graphs()
     log.info("best model: %s (AP %.3f); to train longer: %s", config.out / "best", run.progress.best, longer(config))
     report_run(config.out, run_log.rows(), run.train_set, run.val_set)
-    draw_pictures(pictures, config.out, run_log.rows(), run.averaged, run.val_set)
+    draw_pictures(pictures, config.out, run_log.rows(), run.val_set, run.device)
 
 
 if __name__ == "__main__":

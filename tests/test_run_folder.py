@@ -12,12 +12,15 @@ import pytest
 import torch
 from launch import rows, tiny_config
 
+import pictures
 import run_folder
 import train_coco
-from pictures import draw_curves
+from pictures import draw_comparison, draw_curves
 from presets import TrainConfig
 from run_folder import RunLog, list_checkpoints, load_checkpoint, longer, note_not_finite, save_checkpoint
-from vovnet_zoo import FCOS
+from vovnet_zoo import FCOS, create_detector
+from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.draw import draw_detections
 
 
 @pytest.fixture
@@ -241,6 +244,27 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     assert [row["loss"] for row in rows] == [None, 1.0] and rows[0]["loss_box"] is None
     path = note_not_finite(tmp_path, 0, 0, [], {"loss_cls": float("nan")}, float("-inf"))
     assert json.loads(path.read_text(), parse_constant=refuse)["losses"] == {"loss_cls": None}
+
+
+@pytest.mark.parametrize("thresholds, shown", [({"red": 0.0, "green": 1.0}, {0}), ({}, set())])
+def test_detections_png_shows_what_predict_shows(tiny_coco, tmp_path, monkeypatch, thresholds, shown):
+    """The thresholds of the model decide, and 0.3 only where it has none: these weights score 0.244 everywhere."""
+    drawn: set[int] = set()
+
+    def draw(image, objects, names, least, **options):
+        if "scores" in objects:
+            drawn.update(objects["labels"][objects["scores"] >= least].tolist())
+        return draw_detections(image, objects, names, least, **options)
+
+    monkeypatch.setattr(pictures, "draw_detections", draw)
+    names = ["red", "green"]
+    model = create_detector("fcos", backbone="test_resnet", num_classes=2, class_names=names, thresholds=thresholds,
+                            channels=64, num_convs=1, min_size=64, max_size=128)  # fmt: skip
+    for part, bias in ((model.head.cls_logits, -2.0), (model.head.centerness, 0.0)):
+        torch.nn.init.zeros_(part.weight)
+        torch.nn.init.constant_(part.bias, bias)
+    draw_comparison(model.eval(), CocoDataset(*find_split(tiny_coco, "val")), tmp_path / "detections.png")
+    assert drawn == shown and (tmp_path / "detections.png").is_file()
 
 
 def test_longer_names_folders_as_a_shell_wants_them(config):
