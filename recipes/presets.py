@@ -48,17 +48,17 @@ class TrainConfig(Augmentation):
     """Draw a dataset of shapes into --data, if nothing is there."""
 
     model: str | None = None
-    """A name of list_detectors(), or "fcos" with --backbone; default: fcos_vovnet39_fpn, or the network of --init."""
+    """A name of list_detectors(), or "fcos" with --backbone. None: fcos_vovnet39_fpn, or the network of --init."""
     backbone: str | None = None
     """Any timm model with feature maps at strides 8, 16, 32, or local-dir:FOLDER or hf-hub:NAME, a classifier to start
     from; for --model fcos only."""
     variant: VariantName | None = None
-    """Conventions of data, model, loss and evaluation: "improved" (the default), "published" for the conventions of
+    """Conventions of data, model, loss and evaluation: "improved" (also None), "published" for the conventions of
     the 2019 detectors, or "torchvision". With --init the detector keeps its own conventions."""
     channels: int | None = None
-    """Channels of FPN and head; default: 256, or what --init has."""
+    """Channels of FPN and head. None: 256, or what --init has."""
     num_convs: int | None = None
-    """Convolutions in each of the head's towers; default: 4, or what --init has."""
+    """Convolutions in each of the head's towers. None: 4, or what --init has."""
     init: str | None = None
     """Start from this detector (folder, Hub name or a name of list_detectors(pretrained=True)). It keeps what it
     knows of classes of the same name, and its network: an option that says otherwise is refused."""
