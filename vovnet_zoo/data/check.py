@@ -80,7 +80,7 @@ KINDS = {  # kind: (severity, what to do)
     "rotation in doubt": ("warning", "see that the boxes fit the image as EXIF turns it"),
     "panorama": ("info", "cut it into parts if its objects are small"),
     "tiny image": ("info", "leave it out if it shows nothing"),
-    "image without boxes": ("info", "used as background; drop_empty leaves it out"),
+    "image without boxes": ("info", "used as background; --drop-empty leaves it out"),
     "class without boxes": ("info", "cannot be learnt, or scored; --drop-empty-classes leaves it out"),
     "classes numbered differently": ("info", "training matches them by name"),
     "category that is no class": ("info", "left out: it groups others, or is the background"),
