@@ -1,7 +1,9 @@
 """These tests run the command line in this process, and look at its files and its errors."""
 
+import ast
 import json
 import sys
+from pathlib import Path
 
 import layouts
 import pytest
@@ -116,6 +118,7 @@ def test_predict_uses_the_models_score_threshold(run, folder, images, tmp_path):
     [
         ("--help", 0, "predict"),
         ("predict --help", 0, "--nms-threshold"),
+        ("convert --help", 0, "[-h] FILE FOLDER"),
         ("--version", 0, f"vovnet-zoo {vovnet_zoo.__version__}"),
         ("--tyro-print-completion bash", 0, "vovnet-zoo"),
         ("predct", 2, "predict"),
@@ -146,6 +149,13 @@ def test_what_takes_no_seconds(line, status, message):
     result, imported = run_light("-m", "vovnet_zoo.cli", *line.split())
     assert result.returncode == status and message in result.stdout + result.stderr
     assert not imported & HEAVY and "Traceback" not in result.stderr
+
+
+def test_help_is_wrapped_by_the_terminal():
+    """tyro breaks a line wherever the source does, so an option is described in one line of the source."""
+    commands = [x for x in ast.parse(Path(cli.__file__).read_text()).body if isinstance(x, ast.ClassDef)]
+    about = [x.value.value for c in commands for x in c.body[1:] if isinstance(x, ast.Expr)]
+    assert len(about) > 60 and not [text for text in about if "\n" in text]
 
 
 def content(folder):

@@ -37,18 +37,21 @@ from .web import is_url
 EXPORTED = (".onnx", ".xml", ".pt2")  # the endings of files that `export` writes
 
 
+def named(name: str) -> Any:
+    """Name a positional argument in the help, which says PATH or STR otherwise."""
+    return tyro.conf.arg(metavar=name)
+
+
 @dataclass(frozen=True)
 class Predict:
     """Detect objects in images, and write a picture of each image and detections.jsonl, one line for each image.
 
     A video becomes a video. An image that cannot be used is reported and left out, and the exit status is 1."""
 
-    images: tyro.conf.Positional[tuple[str, ...]]
-    """Images, folders of images, patterns such as "photos/*.jpg" in quotes, .txt files of a path in each line, videos
-    (with the extra `video`), and cameras by their number, such as 0."""
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, named("IMAGE [IMAGE ...]")]
+    """Images, folders, patterns ("photos/*.jpg" in quotes), .txt lists, videos (extra `video`), cameras, such as 0."""
     model: str
-    """Folder of a saved detector, its name on the Hub, a name of create_detector(..., pretrained=True), or an exported
-    file: model.onnx, model.xml or model.pt2."""
+    """Folder of a saved detector, a name on the Hub or of `vovnet-zoo list`, or an exported .onnx, .xml or .pt2."""
     out: Path
     """Folder for the results."""
     score: float | None = None
@@ -95,14 +98,14 @@ class CheckData:
 
     COCO, YOLO, Pascal VOC and Hugging Face are recognised."""
 
-    root: tyro.conf.Positional[Path | None] = None
+    root: Annotated[Path | None, tyro.conf.Positional, named("[DATA]")] = None
     """The dataset's folder."""
     train: Path | None = None
-    """COCO JSON file of the training images, instead of what is found in ROOT."""
+    """COCO JSON file of the training images, instead of what is found in DATA."""
     train_images: Path | None = None
     """Folder of the images of --train."""
     val: Path | None = None
-    """COCO JSON file of the images to score on, instead of what is found in ROOT."""
+    """COCO JSON file of the images to score on, instead of what is found in DATA."""
     val_images: Path | None = None
     """Folder of the images of --val."""
     val_fraction: float | None = None
@@ -125,7 +128,7 @@ class ShowData:
     --mosaic 0.5 or --test-size 512; `python recipes/train_coco.py PRESET --help` lists them. The presets are in a clone
     of the repository."""
 
-    root: tyro.conf.Positional[Path | None] = None
+    root: Annotated[Path | None, tyro.conf.Positional, named("[DATA]")] = None
     """The dataset's folder."""
     preset: str = "finetune"
     """The preset of recipes/train_coco.py that trains."""
@@ -137,11 +140,11 @@ class ShowData:
 
 @dataclass(frozen=True)
 class ConvertData:
-    """Write a dataset of any known format as COCO JSON: DST/annotations/instances_{split}.json and the images."""
+    """Write a dataset of any known format as COCO JSON: FOLDER/annotations/instances_{split}.json and the images."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[Path, tyro.conf.Positional, named("DATA")]
     """The dataset's folder."""
-    target: tyro.conf.Positional[Path]
+    target: Annotated[Path, tyro.conf.Positional, named("FOLDER")]
     """Folder to make."""
     difficult_as_crowd: bool = False
     """Write the objects that Pascal VOC calls difficult as crowd regions."""
@@ -151,24 +154,24 @@ class ConvertData:
 class Convert:
     """Convert a published checkpoint (.pth) to safetensors, a configuration and a model card, and verify it."""
 
-    file: tyro.conf.Positional[Path]
+    file: Annotated[Path, tyro.conf.Positional, named("FILE")]
     """A detector, classifier or VoVNetV2 body of the authors, torchvision's FCOS or a classifier of pytorchcv."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, named("FOLDER")]
     """Folder to make."""
     part: Literal["all", "backbone"] = "all"
     """Convert every tensor, or take a VoVNetV2 body and leave out the tensors beside it, which are listed."""
     overwrite: bool = False
-    """Write over a model that is in OUT already; never over FILE."""
+    """Write over a model that is in FOLDER already; never over FILE."""
 
 
 @dataclass(frozen=True)
 class Publish:
     """Verify a detector or backbone, and push it to the Hub with a model card."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[Path, tyro.conf.Positional, named("SOURCE")]
     """Folder of a saved model, or a published checkpoint (.pth), which is converted first."""
-    repo_id: tyro.conf.Positional[str]
-    """organisation/name; made if it is not there."""
+    repo_id: Annotated[str, tyro.conf.Positional, named("ORGANISATION/NAME")]
+    """The repository on the Hub; made if it is not there."""
     run: Path | None = None
     """Folder of the training run, for the card; default: the folder around SOURCE, if it is one."""
     license: str | None = None
@@ -189,20 +192,18 @@ class Publish:
 class Export:
     """Write a detector as one file from uint8 images to boxes, and certify that it computes what PyTorch computes."""
 
-    model: tyro.conf.Positional[str]
-    """Folder of a saved detector, its name on the Hub, or a name of create_detector(..., pretrained=True)."""
+    model: Annotated[str, tyro.conf.Positional, named("MODEL")]
+    """Folder of a saved detector, or a name on the Hub or of `vovnet-zoo list`."""
     out: Path
     """Folder for the file, its certificate and a page about both."""
     format: ExportFormat = "onnx"
-    """Format of the file, and the runtime that computes it: ONNX Runtime, OpenVINO, or torch for
-    pt2 (AOTInductor). executorch is refused with the reason."""
+    """A file for ONNX Runtime, OpenVINO or torch (pt2, by AOTInductor). executorch is refused with the reason."""
     size: tuple[int, int] | None = None
     """Height and width of all images, multiples of 32; default: each call has its own."""
     batch: int | None = None
     """Number of images of each call; default: each call has its own."""
     precision: ExportPrecision = "float32"
-    """float16 stores the weights in 16 bits, and computes in float32. int8 computes convolutions in 8 bits, and needs
-    --images, on which the ranges of all maps are measured, and --data."""
+    """float16 stores weights so, and computes in float32. int8 needs --images, to measure ranges on, and --data."""
     raw: bool = False
     """Write the network alone, from normalised images to logits, distances and centerness."""
     images: Path | None = None
@@ -223,9 +224,8 @@ class Compare:
 
     Prints a table, and writes a page that needs no network."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of training runs, or detections that recipes/eval_coco.py --out wrote; others are compared with the
-    first."""
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, named("RUN [RUN ...]")]
+    """Folders of training runs, or files of recipes/eval_coco.py --out; the others are compared with the first."""
     out: Path = Path("compare.html")
     """File of the page."""
     data: Path | None = None
@@ -246,9 +246,8 @@ class Compare:
 class Demo:
     """Serve a page to try a detector in, with images or a camera, until Ctrl-C (extra `demo`)."""
 
-    model: tyro.conf.Positional[str]
-    """Folder of a saved detector, its name on the Hub, a name of create_detector(..., pretrained=True), or an exported
-    file: model.onnx or model.xml."""
+    model: Annotated[str, tyro.conf.Positional, named("MODEL")]
+    """Folder of a saved detector, a name on the Hub or of `vovnet-zoo list`, or an exported .onnx or .xml file."""
     device: str | None = None
     """torch device; default: the GPU where there is one."""
     host: str = "127.0.0.1"
@@ -263,7 +262,7 @@ class Demo:
 class ListModels:
     """List the weights of backbones and detectors: which can be had, from where, with which scores and licenses."""
 
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, named("[NAME ...]")] = ()
     """Only names that contain one of these texts; default: all."""
     json: bool = False
     """Print everything that is known of each, as JSON."""
@@ -278,14 +277,12 @@ class Plan:
     The preset's own options may follow, such as --batch-size 32; `python recipes/train_coco.py PRESET --help` lists
     them. The presets are in a clone of the repository."""
 
-    preset: tyro.conf.Positional[str]
+    preset: Annotated[str, tyro.conf.Positional, named("PRESET")]
     """A preset of recipes/train_coco.py."""
     gpus: int | None = None
-    """GPUs of the machine; the table has a line for each power of two up to this number. Default: 8, or as many as the
-    batch can be shared out over."""
+    """Largest number of GPUs; default: 8, or as many as the batch can be shared out over."""
     gpu: str | None = None
-    """Kind of the GPUs: h100, h200, a100, v100, l40s, l4, a10, t4, rtx4090, rtx3090, or "here" for the GPU or CPU of
-    this machine; default: the GPU of this machine, else h100."""
+    """h100, h200, a100, v100, l40s, l4, a10, t4, rtx4090, rtx3090, or here (CPU too); default: GPU here, else h100."""
     price_per_gpu_hour: float | None = None
     """Price of one GPU for one hour, in any currency."""
     images: int | None = None
