@@ -7,7 +7,7 @@ from torch import nn
 
 from vovnet_zoo import FCOS, FCOSLoss, Predictions, create_detector, detectors
 from vovnet_zoo.config import VARIANTS, DetectorConfig, DetectorOptions
-from vovnet_zoo.fcos import make_points
+from vovnet_zoo.fcos import ExtraLevels, make_points
 
 PUBLISHED_HEAD = {"distance": "exp", "centerness_on": "cls"}
 
@@ -178,3 +178,18 @@ def test_grad_checkpointing_changes_nothing(backbone):
     assert sum(kept[1]) < 0.75 * sum(kept[0])
     with pytest.raises(ValueError, match="frozen_norm=True"):
         create_detector("fcos", backbone=backbone, num_classes=3, channels=64).set_grad_checkpointing()
+
+
+def test_gradients_of_one_point_in_bfloat16():
+    """P7 of an image of 64x64 is computed from one point; what oneDNN did not write was what the memory held before."""
+    torch.manual_seed(0)
+    levels, p5, gradients = ExtraLevels(64, 64).train(), torch.randn(4, 64, 2, 2), []
+    for precision in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            maps, names = levels([p5.to(precision)], [], ["p5"])
+        dirt = [torch.full((1 << bits,), float("nan")) for bits in (12, 14, 16, 18, 20) for _ in range(6)]
+        del dirt
+        gradients += torch.autograd.grad(maps[-1].float().square().sum(), [levels.p7.weight])
+    assert names == ["p5", "p6", "p7"] and maps[-1].shape == (4, 64, 1, 1)
+    assert 0 < gradients[0].abs().max() < 1e4
+    assert (gradients[0] - gradients[1]).abs().max() < 0.05 * gradients[0].abs().max()

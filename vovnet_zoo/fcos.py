@@ -158,7 +158,7 @@ class FCOS(
         in_channels = probe_channels(body, backbone)
         self.strides = [8, 16, 32, 64, 128]
         self.backbone: Backbone = freeze_batch_norm_2d(body) if frozen_norm else body
-        self.fpn = FeaturePyramidNetwork(in_channels, channels, extra_blocks=LastLevelP6P7(channels, channels))
+        self.fpn = FeaturePyramidNetwork(in_channels, channels, extra_blocks=ExtraLevels(channels, channels))
         self.head = FCOSHead(channels, num_classes, num_convs, self.strides, distance, centerness_on, prior)
 
     @property
@@ -369,6 +369,23 @@ def check_radius(center_radius: float | None) -> None:
     """Raise `ValueError` unless a centre's radius is a number above 0, or None."""
     if center_radius is not None and not is_number(center_radius, 1e-6, 1e6):
         raise ValueError(f"center_radius={reprlib.repr(center_radius)}: give a number above 0, or None")
+
+
+class ExtraLevels(LastLevelP6P7):
+    """P6 and P7, as torchvision computes them; their gradients are right for a map of one point in bfloat16 too.
+
+    Of a 3x3 convolution with stride 2 of a 1x1 map in bfloat16 on a CPU, oneDNN does not write all of the weight's
+    gradient (torch 2.14.1). Of a 2x2 map with zeros beside that point it does, and the result is the same.
+    """
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        p6 = self.p6(self._widen(p[-1]))
+        p7 = self.p7(self._widen(F.relu(p6)))
+        return [*p, p6, p7], [*names, "p6", "p7"]
+
+    def _widen(self, x: Tensor) -> Tensor:
+        one = self.training and x.dtype == torch.bfloat16 and x.shape[-2] == 1 and x.shape[-1] == 1
+        return F.pad(x, (0, 1, 0, 1)) if one else x
 
 
 class FCOSHead(nn.Module):
