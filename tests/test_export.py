@@ -228,11 +228,13 @@ def test_pt2(model, tmp_path):
         "import runpy, sys; runpy.run_path(sys.argv.pop(1)); "
         "sys.exit(bool({'timm', 'torchvision', 'vovnet_zoo'} & sys.modules.keys()))"
     )
-    printed = outputs(
-        [sys.executable, "-c", program, GUIDES / "detect_pt2.py", out / "model.pt2", "image.npy"], tmp_path
-    )
-    rows = [json.loads(line) for line in printed]
-    assert_printed(rows, wanted[2])
+    np.save(tmp_path / "whole.npy", images[0].permute(1, 2, 0).numpy())  # it needs no padding, which copies
+    for name, found in (("image.npy", wanted[2]), ("whole.npy", wanted[0])):
+        script = [GUIDES / "detect_pt2.py", out / "model.pt2", name]
+        printed = outputs([sys.executable, "-c", program, *script], tmp_path)
+        assert_printed([json.loads(line) for line in printed], found)
+    strided = images[0][None].contiguous(memory_format=torch.channels_last)
+    assert detector(strided, torch.tensor([[64, 64]])).count.tolist() == [len(wanted[0]["boxes"])]
 
     flags = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
     flags += [f"-Wl,-rpath,{path}" for path in library_paths()]

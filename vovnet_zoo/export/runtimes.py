@@ -139,8 +139,8 @@ def open_pt2(path: Path, tensors: Sequence[str]) -> tuple[Run, dict[str, str]]:
         raise ValueError(f"{path}: torch cannot load it ({str(error).splitlines()[0]:.200})") from error
 
     def run(*inputs: np.ndarray) -> Arrays:
-        with torch.no_grad():
-            return [x.numpy() for x in package(*map(torch.from_numpy, inputs))]
+        with torch.no_grad():  # the compiled code takes for granted that arrays are contiguous
+            return [x.numpy() for x in package(*(torch.from_numpy(np.ascontiguousarray(x)) for x in inputs))]
 
     return run, facts
 
