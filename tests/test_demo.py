@@ -123,6 +123,7 @@ def test_page_in_a_browser(served, browser, detector_folder, tmp_path):
 
 def test_what_is_shown(tiny_detector):
     """Without a browser: thresholds, the limit of detections, names with letters of HTML, sliders of many classes."""
+    assert demo.title("runs/quickstart/best") == "quickstart/best" and demo.title("organisation/name") == "name"
     assert demo.first_thresholds(tiny_detector) == [0.3, 0.3]
     own = vovnet_zoo.create_detector("fcos", backbone="test_resnet", num_classes=2, class_names=["<b>", "dog"],
                                      channels=64, num_convs=0, thresholds={"dog": 0.4567})  # fmt: skip

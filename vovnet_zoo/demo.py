@@ -230,9 +230,9 @@ def check(model: FCOS | ExportedDetector, name: str) -> None:
 
 
 def title(model: str) -> str:
-    """Choose the title of a page: a model's name, without the folders before it."""
-    path = Path(model)
-    return path.name or path.resolve().name
+    """Choose the title of a page: a model's name without the folders before it, `best` and `last` with their run."""
+    path = Path(model) if Path(model).name else Path(model).resolve()
+    return f"{path.resolve().parent.name}/{path.name}" if path.name in ("best", "last") else path.name
 
 
 if __name__ == "__main__":
