@@ -73,8 +73,9 @@ def log_step(
     shown = f"loss {loss:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s{score}"
     bar.set_postfix_str(shown)
     if bar.disable and run.rank == 0 and (done == total or done % min(LINE_EVERY, -(-total // LINES)) == 0):
-        left = run.progress.train_seconds / done * (total - done) / 60
-        log.info("step %d of %d: %s, %.0f minutes left", done, total, shown, left)
+        left = run.progress.train_seconds / done * (total - done)
+        text = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min"
+        log.info("step %d of %d: %s, %s left", done, total, shown, text)
 
 
 def score_name(run: Run) -> str:

@@ -28,6 +28,7 @@ def test_a_run_leaves_everything(tiny_coco, tmp_path, capsys):
     printed = train(tiny_coco, out, "--steps 6 --eval-every 3 --workers 1")
     assert "red" in printed and "AP50" in printed
     assert re.findall(r"step (\d+): AP", printed) == ["3", "6"]  # as in metrics.jsonl, below
+    assert re.search(r"step 6 of 6: loss .*, 0 s left", printed)
     for name in ("best", "last"):
         model = FCOS.from_pretrained(out / name)
         assert model.config["class_names"] == ["red", "green"] and model.config["min_size"] == 64
