@@ -82,8 +82,9 @@ def compile_detector(
     how = compile_options(mode, backend)
     thresholds = choose_thresholds(model, options)
     device = next(model.parameters()).device
-    warn_of_slow_precision(device, dtype)
-    fast = fast_copy(model, decide_winograd(winograd, device, dtype))
+    winograd = decide_winograd(winograd, device, dtype)
+    warn_of_slow_precision(device, dtype, winograd)
+    fast = fast_copy(model, winograd)
     if device.type == "cuda" and dtype != torch.float32:
         align_channels(fast)
 
