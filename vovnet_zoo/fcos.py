@@ -372,20 +372,24 @@ def check_radius(center_radius: float | None) -> None:
 
 
 class ExtraLevels(LastLevelP6P7):
-    """P6 and P7, as torchvision computes them; their gradients are right for a map of one point in bfloat16 too.
+    """P6 and P7, as torchvision computes them; right in bfloat16 on a CPU for images up to 128 pixels wide, too.
 
-    Of a 3x3 convolution with stride 2 of a 1x1 map in bfloat16 on a CPU, oneDNN does not write all of the weight's
-    gradient (torch 2.14.1). Of a 2x2 map with zeros beside that point it does, and the result is the same.
+    oneDNN makes mistakes in a 3x3 convolution with stride 2 of maps that are 1 or 2 wide in bfloat16: with AMX it does
+    not write the whole result, with AVX-512 and AMX not the whole gradient of the weight (torch 2.11 and 2.14.1). Such
+    a map is computed with zeros on its right, up to a width of 3.
     """
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        p6 = self.p6(self._widen(p[-1]))
-        p7 = self.p7(self._widen(F.relu(p6)))
+        p6 = convolve_narrow(self.p6, p[-1])
+        p7 = convolve_narrow(self.p7, F.relu(p6))
         return [*p, p6, p7], [*names, "p6", "p7"]
 
-    def _widen(self, x: Tensor) -> Tensor:
-        one = self.training and x.dtype == torch.bfloat16 and x.shape[-2] == 1 and x.shape[-1] == 1
-        return F.pad(x, (0, 1, 0, 1)) if one else x
+
+def convolve_narrow(conv: nn.Module, x: Tensor) -> Tensor:
+    """Apply a 3x3 convolution with stride 2 and padding 1, whose result for a map of width 1 or 2 has width 1."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] < 3:
+        return conv(F.pad(x, (0, 3 - x.shape[-1])))[..., :1]
+    return conv(x)
 
 
 class FCOSHead(nn.Module):
