@@ -126,15 +126,21 @@ def predict_files(
                     hint = ""
                     if not len(found["scores"]) and best is not None and not isinstance(threshold, Mapping):
                         hint = f"; the best score, {best:.2f}, is below the threshold {threshold:g}"
-                    print(f"{found.source}: {len(found['scores'])} detections{hint}")
+                    print(f"{found.source}: {counted(len(found['scores']), 'detection')}{hint}")
         finally:
             seconds = time.perf_counter() - began
-            of = f"{done} images and frames of {len(sources)} sources" if videos else f"{done} of {len(sources)} images"
+            whole = counted(len(sources), "source" if videos else "image")
+            of = f"{done} images and frames of {whole}" if videos else f"{done} of {whole}"
             print(
-                f"{of}, {count} detections, {len(bad)} images could not be used; "
+                f"{of}, {counted(count, 'detection')}, {counted(len(bad), 'image')} could not be used; "
                 f"{seconds:.1f} s, {done / seconds:.1f} images/s; {results.lines.name}"
             )
     return len(bad)
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number with its noun: "1 detection", "2 detections"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 @contextlib.contextmanager
