@@ -96,6 +96,7 @@ def test_published_table(count, tmp_path, capsys, monkeypatch):
             assert ratio == pytest.approx(times[f"{model}, {kind}"] / times[f"{models[0]}, {kind}"], abs=0.006)
 
 
+@pytest.mark.slow  # 13 s
 def test_exported_files(tmp_path, monkeypatch):
     """They are timed on the same images; one of another size, or what is no exported file, is refused."""
     opened = []

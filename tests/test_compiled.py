@@ -101,6 +101,7 @@ def test_training_step_is_one_graph(model, size):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+@pytest.mark.slow  # 20 s
 def test_multi_scale_training_compiles_few_times():
     """Sizes as in a 1x multi-scale epoch, halved: the first, then one graph for all, in either part of the step."""
     model = create_detector("fcos", backbone="resnet10t", num_classes=3, channels=64, num_convs=1).train()

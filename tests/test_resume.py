@@ -43,7 +43,8 @@ def undisturbed(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow  # 40 s
+@pytest.mark.parametrize("times", [1, 5])
 def test_killed_again_and_again(tiny_coco, tmp_path, undisturbed, times):
     """kill -9 of all of a run of 2 processes with workers, at random steps."""
     out, processes = tmp_path / "run", 2
