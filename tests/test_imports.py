@@ -51,19 +51,8 @@ ONLY = {  # rooms that may import even less
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},
     "space": {"files", "hub", "version"},
     "demo": {"config", "draw", "exported", "fcos", "inference", "load", "predict_files", "results", "sources"},
-    "export": {
-        "arguments",
-        "commands",
-        "compiled",
-        "config",
-        "data",
-        "evaluation",
-        "exported",
-        "fcos",
-        "files",
-        "inference",
-    }
-    | {"results", "sources", "version"},
+    "export": {"arguments", "commands", "compiled", "config", "data", "evaluation", "exported", "fcos", "files"}
+    | {"inference", "results", "sources", "version"},
     "load": {"arguments", "detectors", "export", "exported", "fcos"},
     "evaluation": {"arguments", "data", "fcos", "files", "inference", "results", "version"},
 }

@@ -124,13 +124,9 @@ def test_another_run_is_refused(tiny_coco, tmp_path):
     run(tiny_coco, out, steps=4, allow_changes=True)
     assert load_checkpoint(out / "checkpoints")["progress"]["step"] == 4
     assert len(list_checkpoints(out / "checkpoints")) == 2
-    old, new = (
-        {"init": "None", "val annotations": "a" * 64},
-        {"init": "None", "val annotations": "a" * 64 + " 3 images"},
-    )
-    assert (
-        refuse_changes(old, new, TrainConfig(data=tiny_coco, out=out)) == []
-    )  # of a version that did not describe its data
+    # a checkpoint of a version that did not describe its data
+    old, new = ({"init": "None", "val annotations": "a" * 64 + words} for words in ("", " 3 images"))
+    assert refuse_changes(old, new, TrainConfig(data=tiny_coco, out=out)) == []
 
 
 def test_init_keeps_the_head_for_the_same_classes(tiny_coco, tmp_path):

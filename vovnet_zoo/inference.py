@@ -102,7 +102,7 @@ def predict(
         batch_size: images that the network sees together, at most.
         precision: of the network: "float32", or "bf16" or "fp16" by autocast. On an NVIDIA GPU, torch rounds the inputs
             of float32 convolutions to TF32, which has 10 bits, unless `torch.backends.cudnn.allow_tf32` is False. On a
-            CPU, "fp16" is slower than "float32", and a line of the log says so.
+            CPU, "fp16" is slower than "float32", and so is "bf16" on many; a line of the log says so.
         compile: compile the network with torch.compile in the first call; later calls with this model use its graphs.
         workers: threads that decode and resize the next images while the network computes; 0 does so in between.
         on_error: is called with each image that cannot be used and its error, and the image is left out. None raises

@@ -1,4 +1,4 @@
-"""A network computes in one of these precisions, and a CPU is slow in one of them."""
+"""A network computes in one of these precisions, and a CPU may be slow in two of them."""
 
 from __future__ import annotations
 

@@ -65,13 +65,18 @@ def compare_runs(
         "version": f"vovnet_zoo {__version__}",
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_comparison(out, comparison, dataset, runs, facts)
     doubt = annotation_doubt(runs, dataset)
+    write_comparison(out, comparison, dataset, runs, facts, doubt)
     return format_comparison(comparison) + (f"\n! {doubt}" if doubt else "")
 
 
 def write_comparison(
-    path: Path, comparison: Comparison, dataset: CocoDataset, runs: Mapping[str, Run], facts: Mapping[str, str]
+    path: Path,
+    comparison: Comparison,
+    dataset: CocoDataset,
+    runs: Mapping[str, Run],
+    facts: Mapping[str, str],
+    doubt: str = "",
 ) -> None:
     """Write the page of a comparison: a single HTML file, for a browser with or without a network.
 
@@ -81,6 +86,7 @@ def write_comparison(
         dataset: what was scored; its images are read for the gallery.
         runs: of the models, by name, for their curves and settings.
         facts: what was run: texts by name.
+        doubt: a sentence about what the scores may not mean, see `annotation_doubt`.
     """
     first = comparison.models[0].matches
     chosen = [differing_images(comparison)]
@@ -89,7 +95,7 @@ def write_comparison(
         "compare.html",
         title=" and ".join(model.name for model in comparison.models),
         comparison=comparison,
-        doubt=annotation_doubt(runs, dataset),
+        doubt=doubt,
         metrics=METRICS,
         classes=[
             {"label": label, "name": name, "objects": int((first.true_counts & (first.true_label == label)).sum())}
