@@ -408,8 +408,8 @@ class FCOSHead(nn.Module):
         super().__init__()
         self.strides, self.distance, self.centerness_on = strides, distance, centerness_on
         self.grad_checkpointing = False
-        self.cls_tower = _tower(channels, num_convs)
-        self.box_tower = _tower(channels, num_convs)
+        self.cls_tower = Tower(channels, num_convs)
+        self.box_tower = Tower(channels, num_convs)
         self.cls_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.box_distances = nn.Conv2d(channels, 4, 3, padding=1)
         self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
@@ -436,11 +436,20 @@ class FCOSHead(nn.Module):
         return checkpoint(tower, x, use_reentrant=False) if self.grad_checkpointing and self.training else tower(x)
 
 
-def _tower(channels: int, num_convs: int) -> nn.Sequential:
-    layers = []
-    for _ in range(num_convs):
-        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(32, channels), nn.ReLU()]
-    return nn.Sequential(*layers)
+class Tower(nn.Sequential):
+    """A tower is a sequence of convolution, group norm and ReLU."""
+
+    def __init__(self, channels: int, num_convs: int):
+        layers: list[nn.Module] = []
+        for _ in range(num_convs):
+            layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(32, channels), nn.ReLU()]
+        super().__init__(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # nn.Sequential does the same, but torch 2.11 does not compile modules that have no code outside of torch.nn.
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 class Predictions(NamedTuple):
