@@ -9,8 +9,10 @@ import os
 import runpy
 import sys
 import threading
+import time
 import types
 import zipfile
+from importlib.machinery import PathFinder
 
 import pytest
 from launch import run_python
@@ -150,6 +152,26 @@ def test_threads(package):
     threads = [threading.Thread(target=work) for _ in range(8)]
     [thread.start() for thread in threads], [thread.join(20) for thread in threads]
     assert len(seen) == 8 and min(seen) >= 1
+
+
+def test_a_thread_that_has_found_the_package_and_not_yet_loaded_it(package, monkeypatch):
+    """Its import ends without the hook's last step, so the hook waits for it."""
+    found = threading.Event()
+
+    class Slow:
+        def find_spec(self, name, path=None, target=None):
+            if name != package.name:
+                return None
+            found.set()
+            time.sleep(0.1)
+            return PathFinder.find_spec(name, path)
+
+    monkeypatch.setattr(sys, "meta_path", [Slow(), *sys.meta_path])
+    thread = threading.Thread(target=lambda: package.module)
+    thread.start(), found.wait(20)
+    package.hook()
+    thread.join(20)
+    assert package.calls == [1]
 
 
 # ---- with timm itself

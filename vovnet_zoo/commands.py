@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
@@ -98,21 +99,25 @@ def check_place(folder: Path, what: str) -> None:
     The folder need not be there, and is not made. This is called before work that takes long.
     """
     there = next((path for path in (folder, *folder.parents) if os.path.lexists(path)), Path("."))
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        reason = f"{there} is a file" if there.is_file() else f"{there}: {error.strerror}"
-        raise ValueError(f"{what} cannot be written ({reason}); give another place") from error
+    with refusing_place(there, what), tempfile.TemporaryFile(dir=there):
+        pass
 
 
 def make_folder(folder: Path, what: str) -> None:
     """Make a folder in which `what` is to be written; `ValueError` where that cannot be done, see `check_place`."""
     check_place(folder, what)
-    try:
+    with refusing_place(folder, what):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def refusing_place(place: Path, what: str) -> Iterator[None]:
+    """Within this context, an `OSError` is raised as a `ValueError`: `what` cannot be written in `place`."""
+    try:
+        yield
     except OSError as error:
-        raise ValueError(f"{what} cannot be written ({folder}: {error.strerror}); give another place") from error
+        reason = f"{place} is a file" if place.is_file() else f"{place}: {error.strerror}"
+        raise ValueError(f"{what} cannot be written ({reason}); give another place") from error
 
 
 def check_compiler(device: str) -> None:
