@@ -31,7 +31,7 @@ from runtime import StopSignal, environment
 from step_work import CLASSES, SHARES, SIZES, padded_pixels
 from vovnet_zoo.commands import CommandError
 from vovnet_zoo.config import DEFAULT_VARIANT, VARIANTS
-from vovnet_zoo.files import read_json
+from vovnet_zoo.files import cache_folder, read_json
 from vovnet_zoo.planning import Calibration, Measured
 
 log = logging.getLogger("vovnet_zoo")
@@ -100,12 +100,12 @@ def cache_path(config: TrainConfig, device: torch.device) -> Path:
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
     key = [device_name(device), torch.__version__, {**fields, "device": None}]
     digest = hashlib.sha256(json.dumps(key, default=str, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / f"{digest}.json"
+    return plans_folder() / f"{digest}.json"
 
 
-def cache_folder() -> Path:
+def plans_folder() -> Path:
     """Return the folder in which calibrations are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vovnet_zoo" / "plans"
+    return cache_folder() / "plans"
 
 
 def device_name(device: torch.device) -> str:

@@ -17,7 +17,7 @@ import tyro
 
 from presets import PRESETS, TrainConfig, check_config, parse
 from vovnet_zoo.cli import Plan
-from vovnet_zoo.commands import check_compiler, check_place, parse_command
+from vovnet_zoo.commands import check_compiler, check_place, not_compiling, parse_command
 from vovnet_zoo.gpus import GPUS
 
 HERE, DEFAULT_GPU = "here", "h100"
@@ -42,7 +42,7 @@ import numpy as np
 import torch
 
 from build import find_splits
-from calibration import cache_folder, calibrate, device_name, load_calibration
+from calibration import calibrate, device_name, load_calibration, plans_folder
 from fitting import MOST_WORKERS, count_cores, fit_plan
 from runtime import process_group, run_command
 from step_work import count_work
@@ -58,9 +58,9 @@ def main(command: tuple[Plan, TrainConfig, list[str]]) -> list[Row]:
     check_plan(plan, config)
     with process_group(config.device) as (_, _, device):
         if plan.calibrate:
-            check_place(cache_folder(), f"--calibrate: {cache_folder()}")
+            check_place(plans_folder(), f"--calibrate: {plans_folder()}")
         if plan.calibrate and config.compile:
-            check_compiler(device.type)
+            check_compiler(device.type, not_compiling())
         here = find_gpu(device_name(device))
         kind = plan.gpu or (HERE if device.type == "cuda" or plan.calibrate else DEFAULT_GPU)
         gpu = GPUS.get((here or "") if kind == HERE else kind)

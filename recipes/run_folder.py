@@ -23,7 +23,7 @@ from torch import Tensor
 
 from loggers import Loggers
 from presets import NETWORK, TrainConfig, with_defaults
-from runtime import environment, log
+from runtime import environment, log, log_own
 from vovnet_zoo import FCOS
 from vovnet_zoo.classifiers import SOURCES
 from vovnet_zoo.commands import make_folder
@@ -187,7 +187,7 @@ def read_run(path: Path) -> dict:
 def note_skipped(folder: Path, step: int, skipped: list[Skipped]) -> None:
     """Log each image that could not be read, and list it in `skipped.txt`, to which all ranks add."""
     for image in skipped:
-        log.warning("step %d: image %d skipped: %s", step, image.image_id, image.reason)
+        log_own.warning("step %d: image %d skipped: %s", step, image.image_id, image.reason)
     if skipped:
         folder.mkdir(parents=True, exist_ok=True)  # on another machine than rank 0's it may not be there
         with open(folder / "skipped.txt", "a") as file:
@@ -218,7 +218,7 @@ def note_not_finite(
         for part in parts
     ]
     path.write_text(write_json({"losses": losses, "grad_norm": grad_norm, "batch": batch}))
-    log.warning("step %d skipped: losses %s, gradient norm %s; its batch is in %s", step, losses, grad_norm, path)
+    log_own.warning("step %d skipped: losses %s, gradient norm %s; its batch is in %s", step, losses, grad_norm, path)
     return path
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -27,9 +28,11 @@ from torch import Tensor, nn
 
 import vovnet_zoo
 from vovnet_zoo.commands import find_device, make_folder, run_reporting, take_debug
+from vovnet_zoo.data import ImageWarning
 
 T = TypeVar("T")
-log = logging.getLogger("vovnet_zoo")
+log = logging.getLogger("vovnet_zoo")  # of the job: rank 0 writes these lines
+log_own = logging.getLogger("vovnet_zoo.process")  # of this process, such as images that it could not read
 
 # A process waits so long for another. It has to outlast the scoring of all images by rank 0, and a disk that gives no
 # batch (`loading.STUCK_S`), so that the process at fault is the one that reports.
@@ -123,13 +126,7 @@ def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        force=True,
-    )
-    logging.captureWarnings(True)
+    start_log(rank)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if device is not None and device.startswith("cuda:") and local_size > 1:
         raise ValueError(
@@ -154,6 +151,22 @@ def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]
     yield rank, world_size, target
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def start_log(rank: int) -> None:
+    """Let rank 0 write the job's lines and warnings, since all processes would write the same, and each its own."""
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.ERROR,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    log_own.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    if rank > 0:
+        logging.getLogger("py.warnings").setLevel(logging.WARNING)
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("default", ImageWarning)
 
 
 def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:

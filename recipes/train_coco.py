@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from presets import TrainConfig, check_config, doubts, parse
-from vovnet_zoo.commands import check_compiler, parse_command
+from vovnet_zoo.commands import check_compiler, not_compiling, parse_command
 
 PARSE = functools.partial(parse, description=__doc__)
 if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
@@ -81,7 +81,7 @@ def main(config: TrainConfig) -> dict | None:
     check_seeds(config)
     with process_group(config.device) as (rank, world_size, device), StopSignal() as stop:
         if config.compile:
-            check_compiler(device.type)
+            check_compiler(device.type, not_compiling())
         if config.seeds == 1:
             return train_once(config, rank, world_size, device, stop).metrics
         runs = []
@@ -99,7 +99,7 @@ def train_once(config: TrainConfig, rank: int, world_size: int, device: torch.de
             run = set_up(config, rank, world_size, device, stop)
         config = run.config
         log_plan(run)
-        for doubt in doubts(config) if rank == 0 else ():
+        for doubt in doubts(config):
             log.warning("%s", doubt)
         with (
             contextlib.closing(

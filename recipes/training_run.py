@@ -167,8 +167,7 @@ def assemble(saved: dict | None, changed: list[str], *, config: Any, model: nn.M
     progress = Progress(**{"scored": saved["progress"]["step"], **saved["progress"]}) if saved else Progress()
     folder, limits = config.out / "checkpoints", (config.checkpoint_every, config.checkpoint_minutes)
     device = parts["device"]
-    if parts["rank"] == 0:
-        warn_of_slow_precision(device, DTYPES[config.precision], config.winograd)
+    warn_of_slow_precision(device, DTYPES[config.precision], config.winograd)
     run = Run(
         config=config,
         model=model,

@@ -23,6 +23,7 @@ import profile_blocks
 import runtime
 import train_coco
 import train_imagenet
+import vovnet_zoo
 from vovnet_zoo import commands
 
 RECIPES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "recipes").glob("*.py")}
@@ -139,24 +140,41 @@ def test_a_missing_compiler_is_one_line(run, monkeypatch, text, advice):
 
     monkeypatch.setattr(eval_coco, "main", main)
     status, printed = run(eval_coco, "--model", "x", "--data", "x")
+    assert status == 2 and printed.count("\n") == 1 and advice.replace(", name", ", or name") in printed
+    assert "--compile" not in printed
+    status, printed = run(eval_coco, "--model", "x", "--data", "x", "--compile")
     assert status == 2 and printed.count("\n") == 1 and f"{advice}, or omit --compile" in printed
 
 
 @pytest.mark.parametrize(
-    "module, arguments",
+    "module, arguments, without",
     [
-        (train_coco, "finetune --data nosuch --out out --compile"),
-        (train_imagenet, "small --data nosuch --out out --compile"),
-        (eval_coco, "--model nosuch --data nosuch --out out/x.json --compile"),
-        (benchmark, "--out out"),
-        (profile_blocks, "--out out/x.json"),
+        (train_coco, "finetune --data nosuch --out out --compile", ", or omit --compile"),
+        (train_coco, "coco_12e --data nosuch --out out", ", or give --no-compile"),  # the preset compiles
+        (train_imagenet, "small --data nosuch --out out --compile", ", or omit --compile"),
+        (eval_coco, "--model nosuch --data nosuch --out out/x.json --compile", ", or omit --compile"),
+        (benchmark, "--out out", ", or name it in CXX"),
+        (profile_blocks, "--out out/x.json", ", or name it in CXX"),
     ],
 )
-def test_a_compiler_is_looked_for_before_anything_is_read_or_written(run, monkeypatch, tmp_path, module, arguments):
+def test_a_compiler_is_looked_for_before_anything_is_read_or_written(
+    run, monkeypatch, tmp_path, module, arguments, without
+):
+    """The line says how to do without one, in options that the command has."""
     monkeypatch.setenv("CXX", "/nowhere/g++ -v")
     status, printed = run(module, *arguments.split(), "--device", "cpu")
     assert status == 2 and f"{module.__name__}: torch.compile finds no C++ compiler" in printed
-    assert not (tmp_path / "out").exists()
+    assert printed.endswith(f"{without}\n") and not (tmp_path / "out").exists()
+
+
+def test_a_compiler_is_looked_for_in_python(monkeypatch, tiny_detector):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler; .*, name it in CXX, or leave compile=True out$"):
+        vovnet_zoo.predict(tiny_detector, image, compile=True)
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler; .*, or name it in CXX$"):
+        vovnet_zoo.compile_detector(tiny_detector, (64, 64))
+    vovnet_zoo.compile_detector(tiny_detector, (64, 64), backend="eager")
 
 
 def test_where_a_compiler_is_looked_for(monkeypatch):

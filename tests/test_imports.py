@@ -46,7 +46,7 @@ ONLY = {  # rooms that may import even less
     "results": {"arguments", "convert", "draw", "sources"},
     "show_data": {"arguments", "data", "draw"},
     "exported": {"config", "fcos", "results"},
-    "inference": {"arguments", "batching", "config", "data", "exported", "fcos", "nms", "precision", "results"}
+    "inference": {"arguments", "batching", "commands", "config", "data", "exported", "fcos", "nms", "precision", "results"}
     | {"sources", "tiles"},
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},
     "space": {"files", "hub", "version"},

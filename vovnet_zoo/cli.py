@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from . import ledger
-from .commands import check_compiler, check_place, find_device, run_reporting, stop_with_reader, take_debug
+from .commands import check_compiler, check_place, find_device, not_compiling, run_reporting, stop_with_reader, take_debug
 from .config import (
     OVERLAPS,
     SCALES,
@@ -359,7 +359,7 @@ def run_predict(command: Predict) -> None:
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     device = find_device(command.device)
     if command.compile:
-        check_compiler(device.type)
+        check_compiler(device.type, not_compiling())
     model = load_detector(command.model)
     model.to(device)
     options: inference.PredictOptions = dict(

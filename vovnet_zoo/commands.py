@@ -78,19 +78,13 @@ def run_reporting(
         claim: tells whether this process is to print the message, where several have the same error.
     """
     try:
-        call()
+        with reporting_compiler("omit --compile" if "--compile" in sys.argv else ""):
+            call()
     except USER_ERRORS as error:
         fail(command, error, debug, claim)
     except KeyboardInterrupt as error:
         error.args = ("interrupted",)
         fail(command, error, debug, claim, 128 + signal.SIGINT)
-    except RuntimeError as error:
-        device = next((device for device, compiler in COMPILERS.items() if compiler.error in str(error)), None)
-        if device is None:
-            raise
-        missing = CommandError(no_compiler(device))
-        missing.__cause__ = error
-        fail(command, missing, debug, claim)
 
 
 def check_place(folder: Path, what: str) -> None:
@@ -120,10 +114,30 @@ def refusing_place(place: Path, what: str) -> Iterator[None]:
         raise ValueError(f"{what} cannot be written ({reason}); give another place") from error
 
 
-def check_compiler(device: str) -> None:
-    """Raise `CommandError` where torch.compile has no compiler for a type of device, before work that takes long."""
+def check_compiler(device: str, instead: str = "") -> None:
+    """Raise `CommandError` where torch.compile has no compiler for a type of device, before work that takes long.
+
+    `instead` tells how to do without, see `not_compiling`; "" where that cannot be done.
+    """
     if device in COMPILERS and not has_compiler(device):
-        raise CommandError(no_compiler(device))
+        raise CommandError(no_compiler(device, instead))
+
+
+def not_compiling() -> str:
+    """Tell what to type so that a command that has the option `--compile` does not compile; presets can set it too."""
+    return "omit --compile" if "--compile" in sys.argv else "give --no-compile"
+
+
+@contextlib.contextmanager
+def reporting_compiler(instead: str = "") -> Iterator[None]:
+    """Within this context, torch's error where it finds no compiler is raised as a `CommandError` of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        device = next((device for device, compiler in COMPILERS.items() if compiler.error in str(error)), None)
+        if device is None:
+            raise
+        raise CommandError(no_compiler(device, instead)) from error
 
 
 def has_compiler(device: str = "cpu") -> bool:
@@ -135,13 +149,12 @@ def has_compiler(device: str = "cpu") -> bool:
     return any(map(shutil.which, [named.partition(" ")[0]] if named else compiler.names))
 
 
-def no_compiler(device: str) -> str:
+def no_compiler(device: str, instead: str) -> str:
     """Say that a compiler is missing, and what to do."""
     missing = COMPILERS[device]
-    return (
-        f"torch.compile finds no {missing.language} compiler; install one (apt install {missing.package}), name it in "
-        f"{missing.variable}, or omit --compile"
-    )
+    install, name = f"install one (apt install {missing.package})", f"name it in {missing.variable}"
+    ways = f"{install}, {name}, or {instead}" if instead else f"{install}, or {name}"
+    return f"torch.compile finds no {missing.language} compiler; {ways}"
 
 
 def stop_with_reader(call: Callable[[], object]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_choice, check_flag, check_model, check_number
+from .commands import check_compiler, reporting_compiler
 from .config import ThresholdOptions
 from .fcos import FCOS
 from .inference import choose_thresholds, detect, sizes_of
@@ -65,6 +66,7 @@ def compile_detector(
         ValueError: `size` is not of multiples of 32, `dtype` is not one of the three, `winograd=True` cannot be
             followed, the model is in a wrapper, has no class of a name in `score_threshold`, or its weights are not
             float32, or another argument is out of range; from the function: images of another size, dtype or device.
+        RuntimeError: torch.compile finds no compiler; the message says which one, and how to install it.
     """
     check_model("model", model, FCOS)
     height, width = check_size(size)
@@ -82,6 +84,8 @@ def compile_detector(
     how = compile_options(mode, backend)
     thresholds = choose_thresholds(model, options)
     device = next(model.parameters()).device
+    if backend == "inductor" and device.type == "cpu":  # on a GPU, graphs that were compiled before need no compiler
+        check_compiler("cpu")
     winograd = decide_winograd(winograd, device, dtype)
     warn_of_slow_precision(device, dtype, winograd)
     fast = fast_copy(model, winograd)
@@ -101,7 +105,7 @@ def compile_detector(
             graphs[count] = torch.compile(with_own_code(graph), fullgraph=True, dynamic=False, **how)
             whole[count] = torch.tensor([[height, width]] * count, device=device)
         sizes = whole[count] if sizes is None else sizes_of(count, sizes, device)
-        with torch.no_grad(), weights_as_constants(device) if is_new else contextlib.nullcontext():
+        with torch.no_grad(), reporting_compiler(), weights_as_constants(device) if is_new else contextlib.nullcontext():
             return graphs[count](images, sizes)
 
     return run

@@ -101,6 +101,11 @@ def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def cache_folder() -> Path:
+    """Return the folder for what is kept between processes, and made anew if it is lost. It need not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vovnet_zoo"
+
+
 def hash_file(path: Path, algorithm: str = "sha256") -> str:
     """Compute the hexadecimal digest of a file."""
     with open(path, "rb") as file:

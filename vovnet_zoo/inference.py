@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from .arguments import check_choice, check_flag, check_kind, check_model, check_number, check_options
 from .batching import group_alike, read_ahead
+from .commands import check_compiler, reporting_compiler
 from .config import SCALES, TILES, DetectorConfig, Precision, ThresholdOptions, Thresholds
 from .data import normalize, resize_image, resize_size
 from .exported import ExportedDetector
@@ -28,6 +29,7 @@ from .tiles import OVERLAP, Window, merge, windows
 
 T = TypeVar("T")
 Network = Callable[[FCOS, Tensor, Tensor], Predictions]
+WITHOUT_COMPILER = "leave compile=True out"
 
 
 class PredictOptions(ThresholdOptions, total=False):
@@ -119,6 +121,7 @@ def predict(
     Raises:
         ValueError: an image cannot be read, or has an unusable type or shape; the model is in a wrapper, or has no
             class of a name in `score_threshold`; or another argument is none of the values above.
+        RuntimeError: torch.compile finds no compiler; the message says which one, and how to install it.
     """
     if not isinstance(model, ExportedDetector):
         check_model("model", model, FCOS)
@@ -135,7 +138,10 @@ def predict(
         thresholds = model.choose_thresholds(options, precision, compile)
     else:
         thresholds = choose_thresholds(model, options)
-        warn_of_slow_precision(next(model.parameters()).device, DTYPES[precision])
+        device = next(model.parameters()).device
+        warn_of_slow_precision(device, DTYPES[precision])
+        if compile and device.type == "cpu":  # on a GPU, graphs that were compiled before need no compiler
+            check_compiler("cpu", WITHOUT_COMPILER)
     network = functools.partial(compiled_network() if compile else run_autocast, precision=precision)
     detector = functools.partial(_detect, model, thresholds=thresholds, network=network, batch_size=batch_size)
     detector = functools.partial(detector, workers=workers)
@@ -414,7 +420,8 @@ def compiled_network(backend: str = "inductor") -> Callable[..., Predictions]:
     def run(model: FCOS, images: Tensor, sizes: Tensor, precision: Precision) -> Predictions:
         torch._dynamo.maybe_mark_dynamic(images, (0, 2, 3))
         torch._dynamo.maybe_mark_dynamic(sizes, 0)
-        return graph(model, images, sizes, precision)
+        with reporting_compiler(WITHOUT_COMPILER):
+            return graph(model, images, sizes, precision)
 
     return run
 

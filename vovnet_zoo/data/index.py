@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..files import read_bytes, staged
+from ..files import cache_folder, read_bytes, staged
 from .annotations import (
     NUMBERS,
     Annotations,
@@ -126,7 +126,7 @@ def open_index(path: str | Path | Annotations) -> Index:
     path = Path(path)
     if not path.is_file() or path.stat().st_size < KEPT_BYTES:
         return make_index(read_bytes(path, "annotation file"), path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vovnet_zoo" / "annotations"
+    cache = cache_folder() / "annotations"
     note = cache / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]}.json"
     with contextlib.ExitStack() as stack:
         try:

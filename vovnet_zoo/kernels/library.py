@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from ..files import cache_folder
+
 log = logging.getLogger("vovnet_zoo")
 
 SOURCES = [Path(__file__).with_name("winograd.cpp")]
@@ -59,7 +61,7 @@ def load() -> str:
 
 def _built() -> Path:
     """The library's file, from the cache or built now. `RuntimeError` or `OSError` say why there is none."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vovnet_zoo"
+    cache = cache_folder()
     flags = [*FLAGS, *(INSTRUCTION_SETS.get(capability(), []) if platform.machine() in ("x86_64", "AMD64") else [])]
     contents = _digest([source.read_bytes() for source in SOURCES], flags)
     stem = f"kernels-{platform.machine()}-{capability()}-{contents}".lower()
