@@ -85,7 +85,7 @@ from memory import kept_by
 from presets import PUBLISHED
 from runtime import environment, log, process_group, run_command, synchronize
 from step import compiled, compute_losses, find_targets
-from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector
+from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector, words
 from vovnet_zoo.compiled import detect
 from vovnet_zoo.data import normalize
 from vovnet_zoo.export.runtimes import is_exported, load_exported
@@ -535,7 +535,7 @@ def format_head(record: dict) -> list[str]:
     cpu = record["cpu"]
     lines = [
         f"machine: {record['machine']}",
-        f"CPU: {cpu['model']}, PyTorch uses {cpu['capability']} and {cpu['threads']} threads; it has "
+        f"CPU: {cpu['model']}, PyTorch uses {cpu['capability']} and {words.counted(cpu['threads'], 'thread')}; it has "
         f"{', '.join(cpu['features'])}",
     ]
     for precision, peak in record["peak_gflops"].items():

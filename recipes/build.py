@@ -41,6 +41,7 @@ from vovnet_zoo.data.splitting import hold_out
 from vovnet_zoo.detectors import DETECTORS, STARTS, load_detector
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import has_amx, use_winograd
+from vovnet_zoo.words import counted
 
 
 def load_start(config: TrainConfig) -> FCOS | None:
@@ -215,7 +216,8 @@ def check_batch(config: TrainConfig, world_size: int) -> None:
     """Raise `ValueError` where a batch cannot be shared out."""
     if config.batch_size % (world_size * config.accum):
         raise ValueError(
-            f"batch_size {config.batch_size} cannot be shared out over {world_size} processes x {config.accum} parts"
+            f"batch_size {config.batch_size} cannot be shared out over {counted(world_size, 'process')} x "
+            f"{counted(config.accum, 'part')}"
         )
 
 
@@ -280,8 +282,8 @@ def log_start(config: TrainConfig, start: FCOS, class_names: Sequence[str]) -> N
     known = {now for now, _ in known_rows(start, class_names)}
     new = [name for i, name in enumerate(class_names) if i not in known]
     log.info(
-        "starting from %s, which knows %d of the %d classes%s",
-        *(config.init, len(known), len(class_names)),
+        "starting from %s, which knows %d of %s%s",
+        *(config.init, len(known), counted(len(class_names), "class")),
         f"; these are new to it: {', '.join(new[:20])}" if new else "",
     )
 

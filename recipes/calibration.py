@@ -33,6 +33,7 @@ from vovnet_zoo.commands import CommandError
 from vovnet_zoo.config import DEFAULT_VARIANT, VARIANTS
 from vovnet_zoo.files import cache_folder, read_json
 from vovnet_zoo.planning import Calibration, Measured
+from vovnet_zoo.words import counted
 
 log = logging.getLogger("vovnet_zoo")
 HERE = Path(__file__).resolve().parent
@@ -109,7 +110,7 @@ def plans_folder() -> Path:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else counted(os.cpu_count() or 1, "CPU core")
 
 
 # ---- steps ----------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def measure_steps(
     seconds = statistics.fmean(steady(others))
     start_s += sum(first[1:]) - seconds * len(first)  # all steps are counted with the time of a later one
     memory = max(row["peak_memory_gib"] or 0 for row in rows) * 2**30
-    log.info("%d images: %.4f s a step without the wait for data", count, seconds)
+    log.info("%s: %.4f s a step without the wait for data", counted(count, "image"), seconds)
     return Measured(count, padded_pixels(config, count), seconds, memory), start_s
 
 

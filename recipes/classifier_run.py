@@ -27,6 +27,7 @@ from run_folder import FREE, load_checkpoint, refuse_changes
 from runtime import log
 from training_run import Run, assemble
 from vovnet_zoo.classifiers import load_classifier
+from vovnet_zoo.words import counted
 
 
 def set_up(config: ClassifierConfig, rank: int, world_size: int, device: torch.device) -> Run:
@@ -41,7 +42,8 @@ def set_up(config: ClassifierConfig, rank: int, world_size: int, device: torch.d
     val_set = open_split(config, config.val_split, eval_transform(config), world_size)
     check_data(config, train_set, val_set, world_size)
     class_names = class_names_of(train_set)
-    log.info("%d images of %d classes, %d held out", len(train_set), len(class_names), len(val_set))
+    images, classes = counted(len(train_set), "image"), counted(len(class_names), "class")
+    log.info("%s of %s, %d held out", images, classes, len(val_set))
     config = count_steps(config, steps_per_epoch(config, train_set))
     identity = {name: repr(value) for name, value in dataclasses.asdict(config).items() if name not in FREE}
     identity |= {"train": describe_split(train_set), "val": describe_split(val_set)}

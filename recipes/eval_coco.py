@@ -87,6 +87,7 @@ from vovnet_zoo.evaluation.errors import load_hotcoco
 from vovnet_zoo.exported import ExportedDetector
 from vovnet_zoo.hub import CONFIG as MODEL_CONFIG
 from vovnet_zoo.inference import check_views
+from vovnet_zoo.words import counted
 
 RANGES = {"size": Range(*MODEL_RANGES["min_size"][:2]), "workers": Range(0), "batch_size": Range(1)}
 RANGES |= {"tiles": Range(*TILES), "overlap": Range(*OVERLAPS), "scales": Range(*SCALES)}
@@ -124,7 +125,7 @@ def main(config: EvalConfig) -> dict | None:
             print(format_table(metrics))
             if config.out is not None:
                 write_whole(config.out, json.dumps(results).encode())
-                log.info("%d detections in %s", len(results), config.out)
+                log.info("%s in %s", counted(len(results), "detection"), config.out)
             if config.report is not None or config.save_thresholds:
                 report(config, dataset, results)
         return metrics
@@ -200,7 +201,8 @@ def open_dataset(config: EvalConfig, model: FCOS | ExportedDetector) -> CocoData
         log.warning("the model does not know these classes, which have no box: %s", ", ".join(unknown))
         source = changed(source, functools.partial(without_classes, names=unknown))
         dataset = CocoDataset(found.folder, source, known_classes=known)
-    log.info("%s; %d images, %d classes", found.how, len(dataset), len(dataset.class_names))
+    images, classes = counted(len(dataset), "image"), counted(len(dataset.class_names), "class")
+    log.info("%s; %s, %s", found.how, images, classes)
     if not dataset.num_boxes:
         log.warning("%s: no image has a box, so the AP will be -1", dataset.annotation_file)
     return dataset
@@ -234,7 +236,8 @@ def check_classes(model: FCOS | ExportedDetector, dataset: CocoDataset) -> None:
         )
     if names is None and model.config["num_classes"] != len(dataset.class_names):
         raise ValueError(
-            f"the model has {model.config['num_classes']} classes, {dataset.annotation_file} {len(dataset.class_names)}"
+            f"the model has {counted(model.config['num_classes'], 'class')}, {dataset.annotation_file} has "
+            f"{len(dataset.class_names)}"
         )
 
 

@@ -23,6 +23,7 @@ from vovnet_zoo.data import CocoDataset, Source
 from vovnet_zoo.data.index import open_index
 from vovnet_zoo.data.sizes import LEAST_SIZE, Sizes, fit_sizes
 from vovnet_zoo.kernels.winograd import has_amx
+from vovnet_zoo.words import counted
 
 LEAST_BATCH, MOST_BATCH = 4, 16  # 16 is the batch of the published schedules
 MOST_STEPS = {"cpu": 6000, "cuda": 90_000}  # about 3 hours on 2 cores; the published schedule of COCO
@@ -138,7 +139,7 @@ def fit_workers(config: TrainConfig, device: torch.device) -> tuple[TrainConfig,
     cores = count_cores()
     share = cores if device.type == "cuda" else cores // 4
     count = max(1, min(share, MOST_WORKERS.get(device.type, 1)))
-    return dataclasses.replace(config, workers=count), f"data loaded by {count} of {cores} cores"
+    return dataclasses.replace(config, workers=count), f"data loaded by {count} of {counted(cores, 'core')}"
 
 
 def count_cores() -> int:
@@ -164,9 +165,9 @@ def fit_batch(
         memory.give_back()
     else:
         cores = count_cores() * world_size
-        share, reason = math.ceil(batch_for(cores) / parts), f"{cores} cores"
+        share, reason = math.ceil(batch_for(cores) / parts), counted(cores, "core")
     share = int(all_reduce(torch.tensor(share), dist.ReduceOp.MIN))  # the machines may differ
-    return dataclasses.replace(config, batch_size=share * parts), f"{share * parts} images a step ({reason})"
+    return dataclasses.replace(config, batch_size=share * parts), f"{counted(share * parts, 'image')} a step ({reason})"
 
 
 def batch_for(cores: int) -> int:
@@ -203,8 +204,8 @@ def probe_batch(
     free = memory.free / 2**30
     if not best:
         raise ValueError(
-            f"a training step of {count} images of {width}x{height} pixels does not fit into the {free:.1f} GiB of "
-            "memory that are free on the GPU; lower --test-size, or add --precision bf16, --frozen-norm or "
+            f"a training step of {counted(count, 'image')} of {width}x{height} pixels does not fit into the {free:.1f} "
+            "GiB of memory that are free on the GPU; lower --test-size, or add --precision bf16, --frozen-norm or "
             "--grad-checkpointing"
         )
     return best, f"which take {used / 2**30:.1f} GiB of the {free:.1f} GiB that are free on the GPU"
@@ -227,12 +228,13 @@ def fit_steps(config: TrainConfig, num_images: int, device: torch.device, fit: F
         return config, ""
     wanted, most = round(fit.epochs * epoch), MOST_STEPS.get(device.type, MOST_STEPS["cpu"])
     steps = max(fit.least_steps, min(wanted, most))
-    reason = f"{fit.epochs:g} epochs of {num_images} images"
+    images = counted(num_images, "image")
+    reason = f"{counted(fit.epochs, 'epoch', form='g')} of {images}"
     if steps > wanted:
-        reason = f"the fewest that a detector learns in, {steps / epoch:.0f} epochs of {num_images} images"
+        reason = f"the fewest that a detector learns in, {counted(steps / epoch, 'epoch', form='.0f')} of {images}"
     elif steps < wanted:
-        reason = f"the most without --steps, {steps / epoch:.1f} epochs of {num_images} images"
-    return dataclasses.replace(config, steps=steps), f"{steps} steps ({reason})"
+        reason = f"the most without --steps, {steps / epoch:.1f} epochs of {images}"
+    return dataclasses.replace(config, steps=steps), f"{counted(steps, 'step')} ({reason})"
 
 
 def fit_minutes(
@@ -262,8 +264,9 @@ def fit_minutes(
         evals = num_evals(dataclasses.replace(config, steps=steps), len(val_set))
         steps = done + max(1, int((left - evals * eval_s) / step_s))
     steps = int(all_reduce(torch.tensor(steps), dist.ReduceOp.MIN))
-    reason = f"{config.minutes:g} minutes at {step_s:.2f} s a step, and {evals} evaluations of {eval_s:.0f} s"
-    return with_steps(config, steps), f"{steps} steps ({reason})"
+    minutes, scored = counted(config.minutes, "minute", form="g"), counted(evals, "evaluation")
+    reason = f"{minutes} at {step_s:.2f} s a step, and {scored} of {eval_s:.0f} s"
+    return with_steps(config, steps), f"{counted(steps, 'step')} ({reason})"
 
 
 def with_steps(config: TrainConfig, steps: int) -> TrainConfig:

@@ -27,6 +27,7 @@ from loading import Batches
 from runtime import StopSignal
 from training_loop import seed_of
 from vovnet_zoo.data import TrainSampler
+from vovnet_zoo.words import counted
 
 PACKAGES = {"wds/": "webdataset", "hfds/": "datasets"}  # what timm's readers of these need
 Sample = tuple[Tensor, int, int]  # uint8 [3,H,W], label, the seed that it was augmented with
@@ -141,7 +142,7 @@ def describe_split(split: Images | Stream) -> str:
     elif not hasattr(reader, "dataset"):  # of Hugging Face, whose names are not known without reading the images
         labels = reader.targets if hasattr(reader, "targets") else [label for _, label in reader.samples]
         about += [reader.filenames(), [int(label) for label in labels]]
-    words = f"{len(split)} images of {len(class_names_of(split))} classes"
+    words = f"{counted(len(split), 'image')} of {counted(len(class_names_of(split)), 'class')}"
     return f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()} {words}"
 
 
@@ -287,20 +288,22 @@ def check_data(config: ClassifierConfig, train: Images | Stream, val: Images | S
     if config.batch_size % divisor:
         pairs = ", in pairs of images to mix" if config.mixup or config.cutmix else ""
         raise ValueError(
-            f"batch_size={config.batch_size} cannot be shared out over {world_size} processes x {config.accum} "
-            f"parts{pairs}; give a multiple of {divisor}"
+            f"batch_size={config.batch_size} cannot be shared out over {counted(world_size, 'process')} x "
+            f"{counted(config.accum, 'part')}{pairs}; give a multiple of {divisor}"
         )
     if isinstance(train, Stream):
         readers = world_size * max(1, config.workers)
         if (shards := len(train.reader.split_info.filenames)) < readers:
             raise ValueError(
-                f"{config.data}: {config.train_split!r} has {shards} shards, too few for {world_size} processes x "
-                f"{config.workers} workers; lower --workers"
+                f"{config.data}: {config.train_split!r} has {counted(shards, 'shard')}, too few for "
+                f"{counted(world_size, 'process')} x {counted(config.workers, 'worker')}; lower --workers"
             )
         if config.repeats > 1:
             raise ValueError(f"repeats={config.repeats}: a stream (wds/) gives each image once; give --repeats 1")
     if len(train) < config.batch_size and isinstance(train, Stream):
-        raise ValueError(f"{config.data}: {len(train)} images in {config.train_split!r}, fewer than batch_size")
+        raise ValueError(
+            f"{config.data}: {counted(len(train), 'image')} in {config.train_split!r}, fewer than batch_size"
+        )
 
 
 def steps_per_epoch(config: ClassifierConfig, train: Images | Stream) -> float:

@@ -14,6 +14,7 @@ from run_folder import write_whole
 from runtime import log
 from vovnet_zoo.data import CocoDataset
 from vovnet_zoo.files import hash_file
+from vovnet_zoo.words import counted
 
 SAVE_S = 60.0
 
@@ -44,7 +45,9 @@ class ImageNotes:
         same = {name for name, old in self.before.items() if self.notes.get(name, [])[:2] == old[:2]}
         doubtful = [name for name in self.notes if name in self.before and name not in same]
         if doubtful:
-            log.info("comparing the content of %d images, whose size or time stamp has changed", len(doubtful))
+            log.info(
+                "comparing the content of %s, whose size or time stamp has changed", counted(len(doubtful), "image")
+            )
         with ThreadPoolExecutor(8) as pool:
             digests = dict(zip(doubtful, pool.map(content, map(self.places.get, doubtful)), strict=True))
         changed, unknown = [], []
@@ -58,8 +61,8 @@ class ImageNotes:
                 unknown.append(name)
         if unknown:
             log.warning(
-                "%d images have another time stamp, and the run was stopped before it had read their contents: %s",
-                len(unknown),
+                "%s another time stamp, and the run was stopped before it had read all contents: %s",
+                counted(len(unknown), "image has", "images have"),
                 unknown[:3],
             )
         for name, digest in [*digests.items(), *((name, self.before[name][2]) for name in same)]:

@@ -50,6 +50,7 @@ from vovnet_zoo.data import Source
 from vovnet_zoo.data.index import open_index
 from vovnet_zoo.gpus import find_gpu
 from vovnet_zoo.planning import Assumption, Row, Schedule, StepWork, assumptions, check_counts, forecast
+from vovnet_zoo.words import counted
 
 
 def main(command: tuple[Plan, TrainConfig, list[str]]) -> list[Row]:
@@ -165,9 +166,10 @@ def head(preset: str, title: str, work: StepWork, schedule: Schedule) -> list[st
     epochs = schedule.steps * schedule.batch_size / schedule.images
     kind = f"{'compiled' if schedule.compiled else 'eager'}, {schedule.precision}"
     parts = f" in {schedule.accum} parts" if schedule.accum > 1 else ""
+    steps, images = counted(schedule.steps, "step", form=","), counted(schedule.images, "image", form=",")
     return [
-        f"{preset} on {title}: {schedule.steps:,} steps of {schedule.batch_size} images{parts} ({kind}),",
-        f"{epochs:.1f} epochs of {schedule.images:,} images, {schedule.evaluations} evaluations",
+        f"{preset} on {title}: {steps} of {counted(schedule.batch_size, 'image')}{parts} ({kind}),",
+        f"{epochs:.1f} epochs of {images}, {counted(schedule.evaluations, 'evaluation')}",
         f"an image: {work.pixels:,.0f} pixels with its padding, {work.flops / 1e9:,.0f} GFLOP forward and backward",
         f"a step: {work.launches:,} launches of kernels (eager), {work.gradient_bytes / 1e6:.0f} MB of gradients",
         "step = max(launches x time per launch, FLOPs / (peak x efficiency)) + synchronisation + exposed all-reduce",

@@ -14,6 +14,7 @@ from options import Range, check_options
 from vovnet_zoo.config import RANGES as MODEL_RANGES
 from vovnet_zoo.config import VARIANTS, Augmentation, VariantName
 from vovnet_zoo.ledger import DETECTORS
+from vovnet_zoo.words import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,17 +365,18 @@ def doubts(config: TrainConfig) -> list[str]:
     found = []
     if config.schedule == "multistep" and (late := [step for step in config.milestones if step >= config.steps]):
         found.append(
-            f"the run ends after {config.steps} steps, before the milestones {late}, so the learning rate is not "
-            "lowered there; give other --milestones"
+            f"the run ends after {counted(config.steps, 'step')}, before the milestones {late}, so the learning rate "
+            "is not lowered there; give other --milestones"
         )
     if config.minutes is not None and config.steps < 100:
         found.append(
-            f"only {config.steps} steps fit into --minutes {config.minutes:g}; a detector learns little in so few"
+            f"only {counted(config.steps, 'step fits', 'steps fit')} into --minutes {config.minutes:g}; a detector "
+            "learns little in so few"
         )
     if config.warmup_steps >= config.steps:
         found.append(
-            f"the warm-up of {config.warmup_steps} steps does not end in a run of {config.steps} steps; give other "
-            "--warmup-steps"
+            f"the warm-up of {counted(config.warmup_steps, 'step')} does not end in a run of {config.steps}; give "
+            "other --warmup-steps"
         )
     return found
 

@@ -17,6 +17,7 @@ from vovnet_zoo.evaluation.thresholds import any_right
 from vovnet_zoo.fcos import check_thresholds
 from vovnet_zoo.files import read_json, write_whole
 from vovnet_zoo.hub import CONFIG
+from vovnet_zoo.words import counted
 
 
 def report_run(folder: Path, rows: Sequence[dict], train_set: CocoDataset, val_set: CocoDataset) -> None:
@@ -68,7 +69,8 @@ def save_thresholds(folder: Path, analysis: Analysis, dataset: CocoDataset) -> N
     }
     write_whole(folder / CONFIG, json.dumps(config, sort_keys=True, indent=2).encode())
     write_whole(folder / "thresholds.json", json.dumps(about, indent=2).encode())
-    log.info("thresholds of %d classes, with an F1 of %.3f, in %s", len(chosen), about["f1"], folder / CONFIG)
+    number = counted(len(chosen), "class")
+    log.info("thresholds of %s, with an F1 of %.3f, in %s", number, about["f1"], folder / CONFIG)
 
 
 def write_page(

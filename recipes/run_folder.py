@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,28 +47,68 @@ def locked(folder: Path, rank: int = 0, wait: float = 10.0) -> Iterator[None]:
     The operating system releases the lock when the process ends, however it ends; on a network file system that has
     locks, the lock holds between machines too. A run that was killed a moment ago may not have ended yet, so the lock
     is asked for `wait` seconds long. `ValueError` if another process holds it, naming that process, or if the folder
-    cannot be written.
+    cannot be written. Where an error ends a run before it has begun, the folder is left as it was before.
     """
     if rank > 0:
         yield
         return
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     make_folder(folder, f"--out {folder}")
     refuse_foreign(folder)
-    # A lock of lockf belongs to this process alone. One of flock would be shared by data loading workers, which may
-    # outlive it; and opening this file once more in this process and closing it would release the lock.
-    with open(folder / "lock", "a+") as file:
-        deadline = time.monotonic() + wait
-        while not try_lock(file):
-            file.seek(0)
-            other = file.read().strip() or "another process"
-            if time.monotonic() > deadline:
-                raise ValueError(f"{folder} is in use by {other}; wait for its end, or give another --out")
-            log.warning("%s is in use by %s; waiting %.0f s for its end", folder, other, wait)
-            time.sleep(wait / 5)
+    before = {*os.listdir(folder)}
+    with take_lock(folder, wait) as file:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
-        yield
+        try:
+            yield
+        except BaseException:
+            if not (folder / "run.json").exists():
+                remove_prepared(folder, before, missing)
+            raise
+
+
+def take_lock(folder: Path, wait: float) -> IO:
+    """Open and lock the file `lock` in a folder, see `locked`."""
+    deadline = time.monotonic() + wait
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)  # a run that had not begun may have removed it
+        # A lock of lockf belongs to this process alone. One of flock would be shared by data loading workers, which may
+        # outlive it; and opening this file once more in this process and closing it would release the lock.
+        file = open(folder / "lock", "a+")  # noqa: SIM115  (returned)
+        if try_lock(file):
+            if is_open_at(file, folder / "lock"):
+                return file
+            file.close()  # such a run has removed it meanwhile
+            continue
+        file.seek(0)
+        other = file.read().strip() or "another process"
+        file.close()
+        if time.monotonic() > deadline:
+            raise ValueError(f"{folder} is in use by {other}; wait for its end, or give another --out")
+        log.warning("%s is in use by %s; waiting %.0f s for its end", folder, other, wait)
+        time.sleep(wait / 5)
+
+
+def is_open_at(file: IO, path: Path) -> bool:
+    """Tell whether an open file is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+PREPARED = ("lock", "images.json", "split")  # what a run writes before its `run.json`
+
+
+def remove_prepared(folder: Path, before: set[str], missing: list[Path]) -> None:
+    """Remove what a run has written that did not begin, and the folders that it made, the innermost first."""
+    for path in (folder / name for name in PREPARED if name not in before):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in missing:
+        with contextlib.suppress(OSError):  # something else is in it
+            path.rmdir()
 
 
 WRITTEN = ("best", "last", "metrics.jsonl", "report.html", "curves.png", "detections.png")  # in every run folder

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import vovnet_zoo
 from vovnet_zoo.commands import find_device, make_folder, run_reporting, take_debug
 from vovnet_zoo.data import ImageWarning
+from vovnet_zoo.words import counted
 
 T = TypeVar("T")
 log = logging.getLogger("vovnet_zoo")  # of the job: rank 0 writes these lines
@@ -297,7 +298,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "versions": {p.__name__: p.__version__ for p in (torch, torchvision, timm, np, vovnet_zoo)},
         "git": _git_commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}",
+        "machine": f"{platform.machine()}, {counted(os.cpu_count() or 1, 'core')}, {gpu}",
         "cpu": describe_cpu(),
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes)},
     }

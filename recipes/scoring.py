@@ -64,7 +64,7 @@ def score_dataset(
                 rows += detection.to_coco(image_ids[-1], dataset.category_ids)
     results, scored, metrics, stopped = gather_results(rows, image_ids), gather(image_ids), None, 0
     if not scored:
-        raise ValueError(f"{dataset.images_dir}: none of the {len(dataset)} images could be read, nothing to score")
+        raise ValueError(f"{dataset.images_dir}: none of its images ({len(dataset)}) could be read, nothing to score")
     if rank == 0:
         try:
             with stop.at_once() if stop else contextlib.nullcontext():

@@ -43,6 +43,7 @@ from fitting import fit_length, fit_size
 from runtime import process_group, run_command
 from vovnet_zoo.arguments import check_number
 from vovnet_zoo.show_data import check_sheet, show_data
+from vovnet_zoo.words import counted
 
 
 def main(arguments: tuple[ShowData, TrainConfig]) -> None:
@@ -62,8 +63,9 @@ def main(arguments: tuple[ShowData, TrainConfig]) -> None:
         shown = show_data(train_set, itertools.islice(keys, command.count), command.out)
     low, high = config.min_size
     print(
-        f"{command.out}: the first {shown} samples of {len(train_set)} images, as {command.preset} sees them: shorter "
-        f"side {low} to {high} px, longer side at most {config.max_size} px, batches of {config.batch_size}"
+        f"{command.out}: the first {counted(shown, 'sample')} of {counted(len(train_set), 'image')}, as "
+        f"{command.preset} sees them: shorter side {low} to {high} px, longer side at most {config.max_size} px, "
+        f"batches of {config.batch_size}"
     )
     print(*why, sep="\n", end="\n" if why else "")
 

@@ -37,6 +37,7 @@ from training_loop import clip_gradients, log_graphs, log_step, note_score, seed
 from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, save_if_due
 from vovnet_zoo.classifiers import save_classifier
 from vovnet_zoo.data import normalize
+from vovnet_zoo.words import counted
 
 
 def main(config: ClassifierConfig) -> dict | None:
@@ -204,7 +205,8 @@ def save_model(run: Run, folder: Path) -> None:
 def summarize(run: Run) -> None:
     """Print the last evaluation, the speed, and what to do with the model."""
     config, metrics, seconds = run.config, run.progress.metrics, run.progress.train_seconds
-    print(f"top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {len(run.val_set)} held-out images")
+    images = counted(len(run.val_set), "held-out image")
+    print(f"top-1 {metrics['top1']:.4f}, top-5 {metrics['top5']:.4f} on {images}")
     rate = config.steps * config.batch_size / seconds
     peak = peak_memory(run.device)
     memory = f", peak {peak:.2f} GiB" if peak is not None else ""

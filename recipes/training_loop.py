@@ -15,6 +15,7 @@ from run_folder import RunLog, note_not_finite
 from runtime import Stopped, all_reduce, log
 from training_run import Progress, Run, are_finite, put_back
 from vovnet_zoo.commands import CommandError
+from vovnet_zoo.words import counted
 
 LINE_EVERY, LINES = 50, 20  # without a progress bar: a line every 50 steps, or 20 in a short run
 
@@ -55,8 +56,9 @@ def skip_step(run: Run, step: int, parts: list[dict], losses: dict[str, float], 
     path = note_not_finite(run.config.out, step + 1, run.rank, parts, losses, grad_norm)
     too_many = run.progress.not_finite >= run.config.max_not_finite
     if too_many or (step + 1 == run.config.steps and not are_finite(run.averaged)):
+        steps = counted(run.progress.not_finite, "step was", "steps in a row were")
         raise CommandError(
-            f"{run.progress.not_finite} steps in a row were not finite, the last batch is in {path}; "
+            f"{steps} not finite, the last batch is in {path}; "
             "lower --lr, set --clip-grad, or look at the images and boxes named there"
         )
 
@@ -98,7 +100,8 @@ def steps_left(run: Run) -> Iterator[int]:
 def log_plan(run: Run) -> None:
     """Say what is trained, on what, and how long."""
     config, network = run.config, run.model.config
-    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    threads = counted(torch.get_num_threads(), "thread")
+    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else threads
     size = sum(p.numel() for p in run.model.parameters()) / 1e6
     processes = f", {run.world_size} processes" if run.world_size > 1 else ""
     log.info(
@@ -106,10 +109,10 @@ def log_plan(run: Run) -> None:
         *(run.device, name, processes),
     )
     epochs = config.steps * config.batch_size / len(run.train_set)
-    evals = f", scored every {config.eval_every} steps" if config.eval_every else ""
+    evals = f", scored every {counted(config.eval_every, 'step')}" if config.eval_every else ""
     log.info(
-        *("%d steps of %d images (%.3g epochs), learning rate %.3g%s", config.steps, config.batch_size, epochs),
-        *(config.lr, evals),
+        *("%s of %s (%s), learning rate %.3g%s", counted(config.steps, "step"), counted(config.batch_size, "image")),
+        *(counted(epochs, "epoch", form=".3g"), config.lr, evals),
     )
     if run.progress.step >= config.steps or has_stalled(run):
         log.info("nothing is left to train: the run ended after step %d", run.progress.step)
@@ -126,7 +129,7 @@ def share_stale(run: Run) -> None:
     run.progress.stale = int(all_reduce(torch.tensor(run.progress.stale if run.rank == 0 else 0)))
     if has_stalled(run) and run.rank == 0:
         stale, step = run.progress.stale, run.progress.step
-        log.info("the run ends after step %d: %d evaluations in a row gave no better AP", step, stale)
+        log.info("the run ends after step %d: %s in a row gave no better AP", step, counted(stale, "evaluation"))
 
 
 def has_stalled(run: Run) -> bool:
@@ -138,7 +141,8 @@ def stopped(run: Run, bar: tqdm, number: int) -> Stopped:
     """Wait for the last checkpoint, and say that a signal stopped the run; returns what is to be raised."""
     bar.close()
     run.saver.wait()
-    log.warning("stopped by a signal; %d steps are saved, and the same command goes on from there", run.saver.saved)
+    saved = counted(run.saver.saved, "step is", "steps are")
+    log.warning("stopped by a signal; %s saved, and the same command goes on from there", saved)
     return Stopped(128 + number)
 
 
@@ -146,7 +150,8 @@ def log_graphs() -> None:
     """Say how many graphs torch.compile made, and how often it had to break one."""
     counters = torch._dynamo.utils.counters
     breaks = sum(counters["graph_break"].values())
-    log.info("torch.compile made %d graphs, with %d breaks", counters["stats"]["unique_graphs"], breaks)
+    graphs = counted(counters["stats"]["unique_graphs"], "graph")
+    log.info("torch.compile made %s, with %s", graphs, counted(breaks, "break"))
 
 
 def seed_of(*numbers: int) -> int:

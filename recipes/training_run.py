@@ -37,6 +37,7 @@ from vovnet_zoo import FCOSLoss
 from vovnet_zoo.commands import describe
 from vovnet_zoo.data import CocoDataset
 from vovnet_zoo.precision import DTYPES, warn_of_slow_precision
+from vovnet_zoo.words import counted
 
 
 @dataclass
@@ -122,17 +123,18 @@ def set_up(
     changed = refuse_changes(saved["run"], identity, config) if saved else []
     if saved:
         refuse_other_classes(saved["model"], known, train_set.class_names, config)
-    notes = note_images(config, {"train": train_set, "val": val_set}, saved is not None) if rank == 0 else None
     model = build_model(config, train_set.class_names, train_set.category_ids, start, known)
     assert (model.config["plus_one"], model.config["resize"]) == (plus_one, resize)
     prepare_for_training(model, config, device)
     names = train_set.class_names
     log.info(
-        *("%d images to train on, %d to score on, %d classes: %s", len(train_set), len(val_set), len(names)),
+        *("%s to train on, %d to score on, %s: %s", counted(len(train_set), "image"), len(val_set)),
+        counted(len(names), "class"),
         ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else ""),
     )
     if start is not None:
         log_start(config, start, names)
+    notes = note_images(config, {"train": train_set, "val": val_set}, saved is not None) if rank == 0 else None
     return assemble(
         saved,
         changed,
@@ -194,9 +196,10 @@ def refuse_other_classes(weights: dict, known: dict | None, class_names: list[st
     names = known["class_names"] if known else None
     if before != now:
         raise ValueError(
-            f"the checkpoints in {config.out} are of a detector of {before} classes{f' ({names})' if names else ''}, "
-            f"{config.data or config.train} has {now} ({class_names}); a run that goes on keeps its classes: give "
-            f"another --out, with --init {config.out / 'last'} to start from these weights"
+            f"the checkpoints in {config.out} are of a detector of {counted(before, 'class')}"
+            f"{f' ({names})' if names else ''}, {config.data or config.train} has {now} ({class_names}); a run that "
+            f"goes on keeps its classes: give another --out, with --init {config.out / 'last'} to start from these "
+            "weights"
         )
     if names is not None and names != class_names:
         log.warning("the classes were %s and are now %s", names, class_names)
@@ -209,7 +212,8 @@ def note_images(config: TrainConfig, datasets: dict[str, CocoDataset], goes_on: 
     """
     notes = ImageNotes(config.out / "images.json", datasets, goes_on)
     if changed := [name for name in notes.changed() if not was_bad(config.out, notes.places[name])]:
-        what = f"{len(changed)} images are others than when the run began: {', '.join(changed[:5])}"
+        are = counted(len(changed), "image is another", "images are others")
+        what = f"{are} than when the run began: {', '.join(changed[:5])}"
         if not config.allow_changes:
             raise ValueError(f"{what}; put them back, give another --out, or go on all the same with --allow-changes")
         log.warning("going on with changes: %s", what)
@@ -316,7 +320,7 @@ def save_finished(run: Run) -> None:
     except Exception as error:
         log.error("the finished steps could not be saved: %s", describe(error))
     log.error(
-        "stopped by an error after step %d; %d steps are saved, and the same command goes on from there",
+        "stopped by an error after step %d; %s saved, and the same command goes on from there",
         run.progress.step,
-        run.saver.saved,
+        counted(run.saver.saved, "step is", "steps are"),
     )

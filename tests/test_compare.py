@@ -91,7 +91,7 @@ def test_a_class_without_objects_has_no_difference(data, tmp_path):
     found = compare(tmp_path / "instances.json", {"a": rows, "b": worse}, resamples=20)
     assert [x is None for x in found.models[1].class_differences] == [False, True, False]
     assert found.models[1].difference is not None and "-" in format_comparison(found)
-    with pytest.raises(ValueError, match="results has 1 models"):
+    with pytest.raises(ValueError, match="results has 1 model:"):
         compare(tmp_path / "instances.json", {"a": rows})
 
 

@@ -79,6 +79,19 @@ def test_nothing_wrong(root):
     ]
 
 
+def test_one_of_each(root):
+    """A split has one image of one class, and the report has one error."""
+
+    def keep_one(coco):
+        coco |= {key: coco[key][:1] for key in ("images", "annotations", "categories")}
+
+    edit(root, "train", keep_one)
+    file_of(root, "val").unlink()
+    lines = str(check(root)).splitlines()
+    assert any(": train: 1 image, 1 box, 1 class (" in line for line in lines)
+    assert lines[-1].startswith(f"{root}: 1 error, 0 warnings, ")
+
+
 def spoil(root):
     """Spoil many things at once, in both splits."""
 

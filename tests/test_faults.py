@@ -557,9 +557,7 @@ def test_a_replaced_image_is_noticed(config, monkeypatch, split):
     stop_after(config, 2, monkeypatch)
     path = config.data / split / "2.png"
     before = other_pixels(path)
-    with pytest.raises(
-        ValueError, match=f"1 images are others than when the run began: {split}/2.png.*--allow-changes"
-    ):
+    with pytest.raises(ValueError, match=f"1 image is another than when the run began: {split}/2.png.*--allow-changes"):
         train_coco.main(config)
     path.write_bytes(before)
     for image in (config.data / "train").iterdir():
@@ -574,7 +572,7 @@ def test_a_replaced_image_can_be_allowed(config, monkeypatch, capsys):
     stop_after(config, 2, monkeypatch)
     other_pixels(config.data / "train" / "2.png")
     train_coco.main(dataclasses.replace(config, allow_changes=True))
-    assert "going on with changes: 1 images are others" in capsys.readouterr().err
+    assert "going on with changes: 1 image is another" in capsys.readouterr().err
     train_coco.main(config)  # noted anew
 
 

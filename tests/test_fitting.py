@@ -297,7 +297,7 @@ def test_minutes(config, monkeypatch, capsys):
     train_coco.main(dataclasses.replace(config, steps=len(steps)))
     assert [row.get("loss") for row in rows(config.out)] == [row.get("loss") for row in rows(timed.out)]
     printed = capsys.readouterr().err
-    assert "1 minutes at 10.00 s a step" in printed and f"step {len(steps)} of {len(steps)}: loss" in printed
+    assert "1 minute at 10.00 s a step" in printed and f"step {len(steps)} of {len(steps)}: loss" in printed
     epochs = f"({len(steps) / 2:g} epochs)"
     for fact in ("8 images to train on, 3 to score on", "FCOS on test_resnet, 0.", "on cpu", epochs):
         assert fact in printed

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The rooms of the library, which are its modules and its folders, from the ground up.
 # A room may import rooms of the lines before its own only.
 LAYERS = [
+    {"words"},
     {"arguments", "batching", "commands", "config", "convert", "files", "gpus", "import_hook"}
     | {"ledger", "version", "video", "web"},
     {"data", "hub", "kernels", "planning", "precision"},
@@ -31,30 +32,30 @@ LAYERS = [
     {"__init__", "check_data", "cli", "coco_eval"},  # check_data and coco_eval are former paths of moved modules
 ]
 ONLY = {  # rooms that may import even less
-    "data": {"arguments", "config", "files"},
+    "data": {"arguments", "config", "files", "words"},
     "hub": {"arguments", "files", "ledger"},
     "backbone": {"hub"},
-    "planning": {"gpus"},
+    "planning": {"gpus", "words"},
     "precision": {"config"},
     "nms": {"arguments", "kernels"},
-    "fcos": {"arguments", "backbone", "config", "hub"},
+    "fcos": {"arguments", "backbone", "config", "hub", "words"},
     "tiles": {"arguments", "config", "nms"},
-    "weights": {"files", "ledger", "web"},
-    "loss": {"arguments", "config", "fcos"},
-    "sources": {"arguments", "data", "files", "video", "web"},
-    "draw": {"arguments", "sources"},
-    "results": {"arguments", "convert", "draw", "sources"},
+    "weights": {"files", "ledger", "web", "words"},
+    "loss": {"arguments", "config", "fcos", "words"},
+    "sources": {"arguments", "data", "files", "video", "web", "words"},
+    "draw": {"arguments", "sources", "words"},
+    "results": {"arguments", "convert", "draw", "sources", "words"},
     "show_data": {"arguments", "data", "draw"},
     "exported": {"config", "fcos", "results"},
-    "inference": {"arguments", "batching", "commands", "config", "data", "exported", "fcos", "nms", "precision", "results"}
-    | {"sources", "tiles"},
+    "inference": {"arguments", "batching", "commands", "config", "data", "exported", "fcos", "nms", "precision"}
+    | {"results", "sources", "tiles", "words"},
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},
     "space": {"files", "hub", "version"},
-    "demo": {"config", "draw", "exported", "fcos", "inference", "load", "predict_files", "results", "sources"},
+    "demo": {"config", "draw", "exported", "fcos", "inference", "load", "predict_files", "results", "sources", "words"},
     "export": {"arguments", "commands", "compiled", "config", "data", "evaluation", "exported", "fcos", "files"}
-    | {"inference", "results", "sources", "version"},
+    | {"inference", "results", "sources", "version", "words"},
     "load": {"arguments", "detectors", "export", "exported", "fcos"},
-    "evaluation": {"arguments", "data", "fcos", "files", "inference", "results", "version"},
+    "evaluation": {"arguments", "data", "fcos", "files", "inference", "results", "version", "words"},
 }
 
 

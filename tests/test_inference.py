@@ -72,7 +72,7 @@ def test_limits():
     assert 0 < len(found["scores"]) < 100
     torch.testing.assert_close(postprocess(preds, [(128, 160)]), postprocess(preds, sizes), rtol=0, atol=0)
     for wrong in ([(128, 160)] * 2, (128, 160)):
-        with pytest.raises(ValueError, match="image_sizes must be .* each of 1 images"):
+        with pytest.raises(ValueError, match="image_sizes must be .* each of 1 image"):
             postprocess(preds, wrong)
 
 

@@ -171,6 +171,26 @@ def test_two_runs_in_one_folder(tmp_path):
             os.killpg(first.pid, signal.SIGKILL)
 
 
+def test_a_run_that_does_not_begin_leaves_nothing(tiny_coco, tmp_path):
+    """The folder is as before; a run that waited for its lock does not take the removed file for the lock."""
+    out = tmp_path / "runs" / "one"
+    for options, error in (
+        (f"--init {tiny_coco}", "config.json"),
+        ("--val-fraction 0.3 --batch-size 5 --accum 2", "shared"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            train_here(tiny_coco, out, options)
+        assert not out.parent.exists()
+    out.mkdir(parents=True)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not here"), locked(out):
+        raise ValueError("not here")
+    assert os.listdir(out) == ["notes.txt"]
+    with open(out / "lock", "w") as old:
+        os.unlink(old.name)
+        assert not run_folder.is_open_at(old, out / "lock")
+
+
 def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     def lockf(file, how):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -455,7 +455,7 @@ WRONG = {
     "needs the package webdataset: pip install webdataset": "--dataset wds/",
     "needs the package datasets: pip install datasets": "--dataset hfds/imagenet-1k",
     "give wds/ or hfds/NAME": "--dataset tfds/imagenet",
-    "batch_size=5 cannot be shared out over 1 processes x 5 parts, in pairs": "--batch-size 5 --accum 5 --mixup 0.2",
+    "batch_size=5 cannot be shared out over 1 process x 5 parts, in pairs": "--batch-size 5 --accum 5 --mixup 0.2",
     "did you mean vovnet39": "--model vovnet399",
     "has no config.json": "--init nowhere",
 }

@@ -93,7 +93,7 @@ def test_batches_without_boxes_train(tiny_coco, tmp_path):
 def test_wrong_input_is_named(tiny_coco, tmp_path):
     with pytest.raises(ValueError, match="missing: no such folder"):
         run(tiny_coco / "missing", tmp_path / "a")
-    with pytest.raises(ValueError, match="batch_size 3 cannot be shared out over 1 processes x 2 parts"):
+    with pytest.raises(ValueError, match="batch_size 3 cannot be shared out over 1 process x 2 parts"):
         run(tiny_coco, tmp_path / "b", batch_size=3, accum=2)
     (tiny_coco / "train" / "3.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="3.png"):

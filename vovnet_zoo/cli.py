@@ -20,7 +20,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from . import ledger
-from .commands import check_compiler, check_place, find_device, not_compiling, run_reporting, stop_with_reader, take_debug
+from .commands import (
+    check_compiler,
+    check_place,
+    find_device,
+    not_compiling,
+    run_reporting,
+    stop_with_reader,
+    take_debug,
+)
 from .config import (
     OVERLAPS,
     SCALES,
@@ -33,6 +41,7 @@ from .config import (
 )
 from .version import __version__
 from .web import is_url
+from .words import counted
 
 EXPORTED = (".onnx", ".xml", ".pt2")  # the endings of files that `export` writes
 
@@ -477,7 +486,7 @@ def run_convert(command: Convert) -> None:
     left_out = publish.convert_file(command.file, command.out, part=command.part, overwrite=command.overwrite)
     if left_out:
         names = [f"{name:.200}" for name in left_out]
-        print(f"left out {len(names)} tensors beside the backbone:", *names, sep="\n  ")
+        print(f"left out {counted(len(names), 'tensor')} beside the backbone:", *names, sep="\n  ")
     print(f"{command.out}: converted, loaded and run; its card is {command.out / hub.CARD}")
 
 

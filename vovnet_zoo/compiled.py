@@ -105,7 +105,8 @@ def compile_detector(
             graphs[count] = torch.compile(with_own_code(graph), fullgraph=True, dynamic=False, **how)
             whole[count] = torch.tensor([[height, width]] * count, device=device)
         sizes = whole[count] if sizes is None else sizes_of(count, sizes, device)
-        with torch.no_grad(), reporting_compiler(), weights_as_constants(device) if is_new else contextlib.nullcontext():
+        constants = weights_as_constants(device) if is_new else contextlib.nullcontext()
+        with torch.no_grad(), reporting_compiler(), constants:
             return graphs[count](images, sizes)
 
     return run

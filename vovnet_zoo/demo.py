@@ -28,6 +28,8 @@ from vovnet_zoo.predict_files import as_lists
 from vovnet_zoo.results import ImageDetections
 from vovnet_zoo.sources import to_rgb
 
+from .words import counted
+
 SPARE = 10  # times as many detections are kept as are shown, so that a higher threshold brings others in
 ALWAYS = 10  # classes; of more, only those that were found, with a score of SEEN, have a slider that is seen
 SEEN = 0.1
@@ -163,7 +165,7 @@ def show(found: Found | None, thresholds: tuple[float, ...], names: list[str], m
     counts = Counter(names[label] for label in kept["labels"].tolist())
     what = ", ".join(f"{count} {html.escape(name)}" for name, count in counts.most_common()) or "nothing"
     summary = (
-        f"**{len(kept['labels'])} detections** above the thresholds: {what}. "
+        f"**{counted(len(kept['labels']), 'detection')}** above the thresholds: {what}. "
         f"{width} x {height} pixels; detected in {found.seconds:.2f} s, drawn in {drawn:.2f} s."
     )
     content = {
@@ -226,7 +228,8 @@ def check(model: FCOS | ExportedDetector, name: str) -> None:
     names = class_names(model)
     picture, _, _ = show(Found(noise, found, None, 0.0), tuple(first_thresholds(model)), names, name)
     code = Path(inspect.getfile(predict)).parent
-    print(f"{name}: {len(names)} classes, {picture.width} x {picture.height} pixels drawn; the code is in {code}")
+    size = f"{picture.width} x {picture.height}"
+    print(f"{name}: {counted(len(names), 'class')}, {size} pixels drawn; the code is in {code}")
 
 
 def title(model: str) -> str:

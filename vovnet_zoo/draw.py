@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from .arguments import check_kind, check_number, check_tensor, refuse_not_xyxy
 from .sources import ImageLike, to_rgb
+from .words import counted
 
 DISPLAY_SCORE = 0.3  # what people are shown scores at least this, unless they or the model's config say otherwise
 
@@ -67,7 +68,9 @@ def draw_detections(
     if class_names is not None and (isinstance(class_names, str) or not isinstance(class_names, Sequence)):
         raise ValueError(f"class_names={class_names!r}: give a list of names")
     if class_names is not None and len(class_names) < labels_above:
-        raise ValueError(f"class_names has {len(class_names)} names, and there is a label {labels_above - 1}")
+        raise ValueError(
+            f"class_names has {counted(len(class_names), 'name')}, and there is a label {labels_above - 1}"
+        )
     check_number("score_threshold", score_threshold, 0, 1)
     if enlarge is not None:
         check_number("enlarge", enlarge, 1, 100, whole=True)

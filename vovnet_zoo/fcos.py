@@ -34,6 +34,7 @@ from .config import (
     Thresholds,
 )
 from .hub import StrictHubMixin
+from .words import counted
 
 
 class FCOS(
@@ -173,7 +174,7 @@ class FCOS(
 
     def __repr__(self) -> str:
         config, names = self.config, self.class_names or []
-        classes = f"{self.num_classes} classes" + (
+        classes = counted(self.num_classes, "class") + (
             f" ({', '.join(names[:3])}{', ..' * (len(names) > 3)})" if names else ""
         )
         millions = sum(p.numel() for p in self.parameters()) / 1e6

@@ -26,6 +26,7 @@ from .precision import DTYPES, warn_of_slow_precision
 from .results import Detections, ImageDetections
 from .sources import Frame, Source, frames, to_rgb
 from .tiles import OVERLAP, Window, merge, windows
+from .words import counted
 
 T = TypeVar("T")
 Network = Callable[[FCOS, Tensor, Tensor], Predictions]
@@ -532,12 +533,14 @@ def sizes_of(count: int, image_sizes: Tensor | Sequence[tuple[int, int]], device
     try:
         sizes = torch.as_tensor(image_sizes, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"image_sizes must be [B,2], (h, w) of each of {count} images: {error}") from error
+        raise ValueError(f"image_sizes must be [B,2], (h, w) of each of {counted(count, 'image')}: {error}") from error
     on_cpu = sizes.device.type == "cpu" and not torch.compiler.is_compiling()  # elsewhere a look at numbers would wait
     if sizes.shape == (count, 2) and on_cpu and (sizes < 1).any():
         raise ValueError(f"image_sizes must be (h, w) of at least 1 pixel, got {sizes.tolist()}")
     if sizes.shape != (count, 2) or sizes.dtype == torch.bool or sizes.is_complex():
-        raise ValueError(f"image_sizes must be [B,2], (h, w) of each of {count} images, got {list(sizes.shape)}")
+        raise ValueError(
+            f"image_sizes must be [B,2], (h, w) of each of {counted(count, 'image')}, got {list(sizes.shape)}"
+        )
     return sizes
 
 

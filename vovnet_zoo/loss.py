@@ -12,6 +12,7 @@ from torchvision.ops import sigmoid_focal_loss
 from .arguments import are_xyxy, check_choice, check_flag, check_model, check_number, check_tensor, refuse_not_xyxy
 from .config import DEFAULT_VARIANT, DEFAULTS, VARIANTS, LossOptions, Matching, VariantName
 from .fcos import CHOICES, FCOS, Predictions, check_predictions, check_radius
+from .words import counted
 
 
 class FCOSLoss(nn.Module):
@@ -102,7 +103,7 @@ class FCOSLoss(nn.Module):
         check_predictions(preds)
         check_boxes(boxes, labels)
         if len(boxes) != len(preds.logits):
-            raise ValueError(f"boxes are of {len(boxes)} images, preds of {len(preds.logits)}")
+            raise ValueError(f"boxes are of {counted(len(boxes), 'image')}, preds of {len(preds.logits)}")
         check_labels(labels, preds.logits.shape[-1])
         check_corners(boxes, labels)
         targets = self.assign(preds.points, preds.strides, boxes, labels)
@@ -336,7 +337,7 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
     if labels.device.type == "meta":
         return
     right = ((labels >= -1) & (labels < num_classes)).all()
-    message = f"labels must be 0..{num_classes - 1} for {num_classes} classes, and -1 for padding"
+    message = f"labels must be 0..{num_classes - 1} for {counted(num_classes, 'class')}, and -1 for padding"
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         if not right:
             wrong = labels[(labels < -1) | (labels >= num_classes)].unique().tolist()

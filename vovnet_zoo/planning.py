@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .gpus import Gpu
+from .words import counted
 
 GIB = 2**30
 
@@ -194,7 +195,7 @@ def check_counts(schedule: Schedule, counts: Sequence[int]) -> None:
         if schedule.batch_size % (count * schedule.accum):
             parts = f" x --accum {schedule.accum}" if schedule.accum > 1 else ""
             raise ValueError(
-                f"--batch-size {schedule.batch_size} cannot be shared out over {count} GPU{'s' * (count > 1)}{parts}; "
+                f"--batch-size {schedule.batch_size} cannot be shared out over {counted(count, 'GPU')}{parts}; "
                 f"give another {'--accum' if schedule.accum > 1 else '--gpus'} or --batch-size"
             )
 

@@ -34,6 +34,7 @@ from .results import ImageDetections, default_category_ids, to_yolo
 from .sources import Frame, find, video_frames
 from .video import Video, VideoWriter
 from .web import is_url
+from .words import counted
 
 JPEG_QUALITY = 90
 KEPT_BYTES = 256 << 20  # pixels that are kept from the network's look at an image until its picture is drawn
@@ -130,17 +131,14 @@ def predict_files(
         finally:
             seconds = time.perf_counter() - began
             whole = counted(len(sources), "source" if videos else "image")
-            of = f"{done} images and frames of {whole}" if videos else f"{done} of {whole}"
+            of = (
+                f"{counted(done, 'image or frame', 'images and frames')} of {whole}" if videos else f"{done} of {whole}"
+            )
             print(
                 f"{of}, {counted(count, 'detection')}, {counted(len(bad), 'image')} could not be used; "
                 f"{seconds:.1f} s, {done / seconds:.1f} images/s; {results.lines.name}"
             )
     return len(bad)
-
-
-def counted(number: int, noun: str) -> str:
-    """Write a number with its noun: "1 detection", "2 detections"."""
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 @contextlib.contextmanager

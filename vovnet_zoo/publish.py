@@ -25,6 +25,7 @@ from .files import free_to_write, hash_file, read_json, read_metadata, staged, w
 from .ledger import BACKBONE_WEIGHTS, DETECTOR_WEIGHTS, Measured, Weights
 from .space import write_space
 from .weights import read_checkpoint, unwrapped
+from .words import counted
 
 SECRET = re.compile("token|password|passwd|secret|credential|api.?key", re.IGNORECASE)  # in the name of an option
 BACKBONE_CARD = ModelCardData(
@@ -133,7 +134,7 @@ def convert_file(file: str | Path, out: str | Path, *, part: str = "all", overwr
         raise ValueError(f"{file}: {error}") from error
     source = {"converted_from": f"{file.name}, {FORMS[converted.form]}, sha256 {hashes[1]}"}
     if converted.left_out:
-        source["left_out"] = f"{len(converted.left_out)} tensors beside the backbone"
+        source["left_out"] = f"{counted(len(converted.left_out), 'tensor')} beside the backbone"
     for name, weights in {**BACKBONE_WEIGHTS, **DETECTOR_WEIGHTS}.items():
         if weights.sha1 == hashes[0] or weights.sha256 == hashes[1]:
             source |= {

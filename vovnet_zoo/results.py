@@ -17,6 +17,7 @@ from .arguments import check_flag, check_kind
 from .convert import COCO_IDS
 from .draw import DISPLAY_SCORE, check_detection, draw_detections
 from .sources import ImageLike, to_rgb
+from .words import counted
 
 
 class ImageDetections(dict[str, Tensor]):
@@ -111,7 +112,7 @@ def to_coco_results(
     for detection in detections:
         check_detection("detections", detection)
     if len(detections) != len(image_ids):
-        raise ValueError(f"{len(detections)} detections for {len(image_ids)} image ids")
+        raise ValueError(f"{counted(len(detections), 'detection')} for {counted(len(image_ids), 'image id')}")
     rows = []
     for detection, image_id in zip(detections, image_ids, strict=True):
         boxes = detection["boxes"].detach().cpu().to(torch.float64, copy=True)
@@ -119,8 +120,8 @@ def to_coco_results(
         labels = detection["labels"].tolist()
         if labels and not 0 <= min(labels) <= max(labels) < len(category_ids):
             raise ValueError(
-                f"image {image_id}: labels {min(labels)}..{max(labels)} do not fit the {len(category_ids)} categories; "
-                "was the model trained on other classes?"
+                f"image {image_id}: labels {min(labels)}..{max(labels)} do not fit "
+                f"{counted(len(category_ids), 'category')}; was the model trained on other classes?"
             )
         rows += [
             {"image_id": int(image_id), "category_id": int(category_ids[label]), "bbox": box, "score": score}

@@ -21,6 +21,7 @@ from .data import FORMATS, pil_to_rgb, read_image
 from .files import read_bytes
 from .video import SUFFIXES, Video
 from .web import is_url, receive
+from .words import counted
 
 ImageLike = str | PathLike | Image.Image | np.ndarray | Tensor
 MAX_LIST_BYTES = 1 << 30  # a longer file is no list of paths
@@ -185,7 +186,9 @@ def _find_files(source: str | PathLike, recursive: bool, urls: bool) -> Iterator
         matches = sorted(Path(x) for x in glob.iglob(str(path), recursive=True))
         found = [x for x in matches if _is_image_file(x, x.parent) or _is_video(x)]
         if not found:
-            raise ValueError(f"{path}: no image matches this pattern ({len(matches)} other files do)")
+            raise ValueError(
+                f"{path}: no image matches this pattern ({counted(len(matches), 'other file does', 'other files do')})"
+            )
         yield from (_place(x, urls) for x in found)
     elif is_camera(path):
         yield Video(f"camera {path}", int(str(path)))

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from .words import counted
+
 SUFFIXES = {
     *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv"),
     ".3gp",
@@ -74,12 +76,12 @@ class Video:
             if not number:
                 raise ValueError("it has no frames")
             if damaged:
-                raise ValueError(f"{damaged} frames are damaged")
+                raise ValueError(counted(damaged, "frame is damaged", "frames are damaged"))
             if length - end > max(2.0, length / 10):
                 raise ValueError(f"it ends after {end:.1f} of {length:.1f} seconds")
         except (av.FFmpegError, OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            where = f"{number} frames are used; " if number else ""
+            where = f"{counted(number, 'frame is used', 'frames are used')}; " if number else ""
             raise ValueError(f"{self.name}: cannot read the video: {where}{reason}") from error
 
     def _open(self, av: ModuleType) -> Any:
@@ -93,7 +95,7 @@ class Video:
         if kind == "dshow":  # Windows gives cameras names only
             cameras = [x.name for x in av.enumerate_input_devices(kind) if "video" in x.media_types]
             if self.camera >= len(cameras):
-                raise ValueError(f"there are {len(cameras)} cameras")
+                raise ValueError(f"this machine has {counted(len(cameras), 'camera')}")
             index = cameras[self.camera]
         return av.open(address.format(index), format=kind)
 

@@ -25,6 +25,7 @@ from .ledger import available as available
 from .ledger import find as find
 from .ledger import instead
 from .web import is_loopback, opener, receive
+from .words import counted
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OSError)
 MAX_BYTES = 8 << 30  # of a checkpoint; the largest that is published has less than 1 GiB, its optimizer included
@@ -175,7 +176,7 @@ def unzip(path: Path, target: Path, source: str) -> None:
             _check_unpacked(path, archive, source)
             members = archive.infolist()
             if len(members) != 1:
-                raise ValueError(f"{source}: a zip of {len(members)} files; expected one checkpoint")
+                raise ValueError(f"{source}: a zip of {counted(len(members), 'file')}; expected one checkpoint")
             name, mode = members[0].orig_filename, members[0].external_attr >> 16
             if re.search(r"[/\\:\0]", name) or name in ("", ".", "..") or stat.S_ISLNK(mode):
                 raise ValueError(f"{source}: the zip's member {name!r} is a path or a link, not a plain file: refused")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..words import counted
 from .annotations import (
     are_fractions,
     entry_problem,
@@ -90,6 +91,7 @@ KINDS = {  # kind: (severity, what to do)
 }
 EXAMPLE = 70  # characters in the table
 CLASSES = 30  # lines of the table of classes
+UNITS = {"images": "image", "boxes": "box", "classes": "class"}
 SEVERITIES = ("error", "warning", "info")
 
 
@@ -228,7 +230,7 @@ class Report:
         sums: Counter[str] = Counter()
         for finding in self.findings:
             sums[finding.severity] += finding.count
-        found = [", ".join(f"{n} {unit}" for unit, n in counts.items()) for counts in self.splits.values()]
+        found = [", ".join(counted(n, UNITS[unit]) for unit, n in counts.items()) for counts in self.splits.values()]
         for (name, how), text in zip(self.recognised.items(), found, strict=True):
             lines.append(f"{_printable(self.root)}: {name}: {text} ({_printable(how)})")
             if sizes := self.sizes[name]:
@@ -237,9 +239,10 @@ class Report:
                     f"  box sides: 10 % are below {small} of the image's, 50 % below {middle}, 90 % below {large}"
                 )
         lines += [f"{_printable(self.root)}: {self.trained}"] if self.trained else []
-        lines.append(
-            f"{_printable(self.root)}: {sums['error']} errors, {sums['warning']} warnings, {sums['info']} notes"
-        )
+        summary = [
+            counted(sums[name], noun) for name, noun in zip(SEVERITIES, ("error", "warning", "note"), strict=True)
+        ]
+        lines.append(f"{_printable(self.root)}: {', '.join(summary)}")
         return "\n".join(lines)
 
     def _class_table(self) -> list[str]:
@@ -255,7 +258,9 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         left_out = len(names) - len(shown)
-        return (lines if names else []) + ([f"... and {left_out} classes with more boxes"] if left_out else [])
+        return (lines if names else []) + (
+            [f"... and {counted(left_out, 'class')} with more boxes"] if left_out else []
+        )
 
 
 # ---- annotations ----------------------------------------------------------------------------------------------------
@@ -341,7 +346,7 @@ def _check_annotations(name: str, found: Split, known: list[str], notes: dict) -
     note("crowd region", crowds)
     if len(crowds) > len(boxes):
         kind = "mostly crowd regions" if len(boxes) else "only crowd regions"
-        note(kind, [f"{file}: {len(crowds)} of {len(annotations)} annotations"])
+        note(kind, [f"{file}: {len(crowds)} of {counted(len(annotations), 'annotation')}"])
     ids = [a.get("id") for a in annotations if isinstance(a, dict)]
     note("repeated annotation id", map(str, repeated(i for i in ids if type(i) in (int, float, str))))
     note("repeated class name", repeated(category["name"] for category in categories))
@@ -358,7 +363,7 @@ def _check_annotations(name: str, found: Split, known: list[str], notes: dict) -
         note("box below one pixel", (f"{names[owners[i]]}: {_xyxy(boxes[i])}" for i in np.flatnonzero(thin)))
     if len(boxes) == len(crowds) == 0:
         kind = "no usable box" if annotations else "no annotations"
-        note(kind, [f"{file}: of {len(annotations)} annotations"])
+        note(kind, [f"{file}: of {counted(len(annotations), 'annotation')}"])
     classes = [(category["id"], category["name"]) for category in categories]
     mentioned = {os.path.normpath(name) for name in map(_file_name, coco["images"]) if name}
     return _Split(name, found, names, sizes, classes, owners, labels, boxes, mentioned)

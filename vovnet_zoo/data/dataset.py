@@ -14,6 +14,7 @@ import torch
 from torchvision import tv_tensors
 
 from ..arguments import check_flag, check_kind, check_path
+from ..words import counted
 from .annotations import Annotations, are_fractions, file_of, idle_categories
 from .images import ImageError, decode_image, read_image_bytes
 from .index import open_index
@@ -116,14 +117,14 @@ class CocoDataset(torch.utils.data.Dataset):
         crowds = index.num_crowds
         if crowds and len(boxes) == 0:
             raise ValueError(
-                f"{annotation_file}: all its {crowds} annotations are crowd regions, which are neither trained on nor "
-                "scored; if they are single objects, write 'iscrowd': 0"
+                f"{annotation_file}: all its annotations ({crowds}) are crowd regions, which are neither trained on "
+                "nor scored; if they are single objects, write 'iscrowd': 0"
             )
         if crowds > len(boxes):
             logger.warning(
-                "%s: %d annotations are crowd regions, which are neither trained on nor scored, and %d are not; if "
-                "they are single objects, write 'iscrowd': 0",
-                *(annotation_file, crowds, len(boxes)),
+                "%s: most annotations, %d of %d, are crowd regions, which are neither trained on nor scored; if they "
+                "are single objects, write 'iscrowd': 0",
+                *(annotation_file, crowds, crowds + len(boxes)),
             )
         if are_fractions(boxes, self.sizes):
             raise ValueError(f"{annotation_file}: all boxes lie in the first pixel: are they fractions? write pixels")
@@ -237,7 +238,7 @@ def label_problem(target: dict, num_classes: int | None) -> str | None:
     """Say why the labels of a target cannot be trained on; None if they can. Without `num_classes`, any is a class."""
     labels, boxes = torch.as_tensor(target["labels"]), target["boxes"]
     if labels.shape != (len(boxes),):
-        return f"{len(boxes)} boxes have labels of shape {list(labels.shape)}; give one label for each box"
+        return f"the labels of {counted(len(boxes), 'box')} have the shape {list(labels.shape)}; give one for each box"
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         return f"the labels are {labels.dtype}; give whole numbers"
     last = labels.max().item() if num_classes is None and len(labels) else (num_classes or 0) - 1

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..words import counted
 from .annotations import Annotations, Source, digest_of, entries_by_id, file_of, read_annotations
 from .formats.places import Split
 from .inspection import Inspection, image_jobs, inspect_job, run_parallel, usable_cores
@@ -59,8 +60,9 @@ def hold_out(
             partial.write_text(json.dumps({"info": about, **content}))
             partial.rename(path)
         logger.info(
-            "%d of %d images are kept for scoring, see %s and %s; %d images look like others, and stay with them",
-            *(len(chosen), len(images), paths["train"], paths["val"], sum(len(g) for g in groups if len(g) > 1)),
+            "kept for scoring: %d of %s, see %s and %s; %s others, and stay with them",
+            *(len(chosen), counted(len(images), "image"), paths["train"], paths["val"]),
+            counted(sum(len(g) for g in groups if len(g) > 1), "image looks like", "images look like"),
         )
     image = whole.source.read_image if isinstance(whole.source, Annotations) else None
     return {part: (whole.folder, _source(path, image)) for part, path in paths.items()}

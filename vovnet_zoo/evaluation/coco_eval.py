@@ -21,6 +21,7 @@ from ..arguments import check_flag, check_kind, check_number
 from ..data import Annotations, annotation_problem, entries_by_id, file_of, is_crowd, read_annotations
 from ..results import check_ids
 from ..results import to_coco_results as to_coco_results  # its place before there was `results`
+from ..words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def run_engine(
 
     truth = [row for row in coco["annotations"] if not annotation_problem(row, image_index, label_of)]
     if dropped := len(coco["annotations"]) - len(truth):
-        logger.warning("%s: %d unusable annotations left out of the ground truth", name, dropped)
+        logger.warning("%s: %s left out of the ground truth", name, counted(dropped, "unusable annotation"))
     with contextlib.redirect_stdout(io.StringIO()), _without_gc():
         expected = _index(make_index(), truth, [_area(row) for row in truth], image_index, label_of)
         found = _index(make_index(), results, [_box_area(row) for row in results], image_index, label_of)

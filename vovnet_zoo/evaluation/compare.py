@@ -11,6 +11,7 @@ import numpy as np
 from pycocotools.coco import COCO
 
 from ..data import Annotations
+from ..words import counted
 from .bootstrap import Interval, Resampled, ResampledAP, ap_interval, bootstrap_ap, interval
 from .matches import Matches, match
 from .thresholds import Choice, at_thresholds, class_thresholds, is_kept, mistakes
@@ -72,7 +73,7 @@ def compare(
     the interval of a difference is narrower than the intervals of both APs suggest.
     """
     if len(results) < 2:
-        raise ValueError(f"results has {len(results)} models: give two or more to compare")
+        raise ValueError(f"results has {counted(len(results), 'model')}: give two or more to compare")
     found = {name: match(annotations, rows, image_ids=image_ids) for name, rows in results.items()}
     samples = {name: bootstrap_ap(matches, resamples) for name, matches in found.items()}
     first = next(iter(found))

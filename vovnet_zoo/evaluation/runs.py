@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ..data import CocoDataset, Source, changed, difficult_as_crowd, without_classes
 from ..data.layouts import choose_split, choose_whole
 from ..files import read_json
+from ..words import counted
 from .coco_eval import check_rows
 
 DETECTIONS = "best_detections.json"  # of the best model of a run, as COCO results
@@ -69,12 +70,12 @@ def read_run(path: Path) -> Run:
 def _of_thresholds(path: Path) -> str:
     """Describe the annotations by which thresholds were chosen; "" where there are none."""
     chosen = read_json(path) if path.is_file() else {}
-    return f"{chosen['sha256']} {chosen['images']} images of {chosen['file']}" if "sha256" in chosen else ""
+    return f"{chosen['sha256']} {counted(chosen['images'], 'image')} of {chosen['file']}" if "sha256" in chosen else ""
 
 
 def describe_annotations(dataset: CocoDataset) -> str:
     """Write the SHA-256 of a dataset's annotations, and in words what they are."""
-    words = f"{len(dataset)} images and {dataset.num_boxes} boxes of {dataset.annotation_file}"
+    words = f"{counted(len(dataset), 'image')} and {counted(dataset.num_boxes, 'box')} of {dataset.annotation_file}"
     return f"{dataset.annotations_sha256} {words}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..words import counted
 from .registry import Format
 
 
@@ -34,7 +35,7 @@ def rows(chosen: Format, facts: Mapping[str, Any], certificate: Mapping[str, Any
 
 def summary(certificate: Mapping[str, Any]) -> dict[str, str]:
     """Say in words what a certificate holds."""
-    found = {"compared with PyTorch on": f"{certificate['images']} images ({certificate['images_are']})"}
+    found = {"compared with PyTorch on": f"{counted(certificate['images'], 'image')} ({certificate['images_are']})"}
     if "matched" in certificate:
         found |= {
             "detections": f"{certificate['detections']}",
@@ -48,7 +49,7 @@ def summary(certificate: Mapping[str, Any]) -> dict[str, str]:
         found["largest difference"] = ", ".join(f"{key} {value:.1g} of the largest" for key, value in differences)
     if "AP" in certificate:
         low, high = certificate["AP_difference_interval"]
-        found[f"AP on {certificate['data_images']} images"] = (
+        found[f"AP on {counted(certificate['data_images'], 'image')}"] = (
             f"{certificate['AP']:.4f}, in PyTorch {certificate['AP_torch']:.4f}; difference "
             f"{certificate['AP_difference']:+.4f} (95%: {low:+.4f} to {high:+.4f})"
         )
