@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, make_dataclass
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
+
+from vovnet_zoo.commands import check_first
 
 T = TypeVar("T")
 
@@ -29,6 +32,11 @@ def parse_grouped(
         first: the names of the options that stand first.
         sections: the title of each group, by the first of its fields in the dataclass.
     """
+    args = sys.argv[1:] if args is None else args
+    check_first(args, presets, "preset")
+    if args[1:] and args[0] in presets and not args[1].startswith("-"):
+        advice = "give one preset" if args[1] in presets else f"after the preset come options, such as --data {args[1]}"
+        raise ValueError(f"{' '.join(args[:2])}: {advice}")
     kind = type(next(config for _, config in presets.values()))
     hints, docs = get_type_hints(kind), read_docs(kind)
     groups = {

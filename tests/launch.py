@@ -126,7 +126,8 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-HEAVY = {"PIL", "huggingface_hub", "numpy", "safetensors", "timm", "torch", "torchvision"}  # they take most of a second
+HEAVY = {"PIL", "huggingface_hub", "numpy", "safetensors", "torch", "torchvision"}  # they take most of a second
+HEAVY |= {"timm.layers"}  # "timm" is listed also where vovnet_zoo asks whether it is imported
 
 
 def run_light(*line: str) -> tuple[subprocess.CompletedProcess, set[str]]:

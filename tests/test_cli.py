@@ -121,7 +121,9 @@ def test_predict_uses_the_models_score_threshold(run, folder, images, tmp_path):
         ("convert --help", 0, "[-h] FILE FOLDER"),
         ("--version", 0, f"vovnet-zoo {vovnet_zoo.__version__}"),
         ("--tyro-print-completion bash", 0, "vovnet-zoo"),
-        ("predct", 2, "predict"),
+        ("predct", 2, "'predct' is no command (did you mean 'predict'?); give one of predict, check-data, "),
+        ("--vresion", 2, "vovnet-zoo: --vresion: the command comes first, one of predict, check-data, "),
+        ("--tyro-print-completion tcsh", 2, "vovnet-zoo: --tyro-print-completion tcsh: give one of the shells bash, "),
         ("predict x.jpg --model M --uot OUT", 2, "--out"),
         (
             "predict nowhere.jpg --model fcos_vovnet39_fpn --out OUT",

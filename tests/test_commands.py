@@ -23,7 +23,7 @@ import profile_blocks
 import runtime
 import train_coco
 import train_imagenet
-import vovnet_zoo
+import vovnet_zoo.cli
 from vovnet_zoo import commands
 
 RECIPES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "recipes").glob("*.py")}
@@ -122,6 +122,47 @@ def test_a_reader_that_leaves():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows reports a pipe without a reader in another way")
+def test_a_reader_that_leaves_a_help_page():
+    with subprocess.Popen(
+        [sys.executable, "recipes/train_coco.py", "finetune", "--help"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_streams_that_are_closed(monkeypatch, closed):
+    """Python has None for them then."""
+    monkeypatch.setattr(sys, closed, None)
+    monkeypatch.setattr(sys, "argv", ["vovnet-zoo", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        vovnet_zoo.cli.main()
+    assert ended.value.code == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (
+            "finetun --data x",
+            "'finetun' is no preset (did you mean 'finetune'?); give one of quickstart, finetune, ",
+        ),
+        ("nonsense", "'nonsense' is no preset; give one of quickstart, finetune, coco"),
+        ("--data x finetune", "--data: the preset comes first, one of quickstart, "),
+        ("finetune v39_1x", "finetune v39_1x: give one preset"),
+        ("finetune bccd", "finetune bccd: after the preset come options, such as --data bccd"),
+        ("--tyro-print-completion tcsh", "--tyro-print-completion tcsh: give one of the shells bash, zsh, fish"),
+        ("--tyro-write-completion", "--tyro-write-completion: give one of the shells bash, zsh, fish"),
+    ],
+)
+def test_what_comes_first(run, arguments, line):
+    status, printed = run(train_coco, *arguments.split())
+    assert status == 2 and printed.startswith(f"train_coco: {line}") and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -213,12 +213,16 @@ def evaluate(rank, config):
 def test_evaluation_is_shared_out(tiny_coco, tmp_path):
     run(tiny_coco, tmp_path / "run")
     found = []
+    edit = json.loads((tiny_coco / "annotations" / "instances_val.json").read_text())
+    edit["annotations"].append({**edit["annotations"][0], "id": 99, "image_id": 99})  # left out, with a warning
+    (tiny_coco / "annotations" / "instances_val.json").write_text(json.dumps(edit))
     for processes, batch_size in ((1, 1), (4, 1), (2, 16)):  # 3 images: one of four processes has none
         out = tmp_path / f"detections{processes}.json"
         config = eval_coco.EvalConfig(
             model=str(tmp_path / "run" / "last"), data=tiny_coco, out=out, batch_size=batch_size, device="cpu"
         )
-        fork(processes, evaluate, config)
+        printed = fork(processes, evaluate, config)
+        assert printed.count("annotations dropped or changed") == 1  # not once for each process
         found.append(sorted(json.loads(out.read_text()), key=lambda r: (r["image_id"], -r["score"], r["bbox"])))
     assert found[0] == found[1]
     assert_same_detections(*(detections_of(rows) for rows in found[1:]), size=96)

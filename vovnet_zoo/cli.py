@@ -15,18 +15,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 
 from . import ledger
 from .commands import (
     check_compiler,
+    check_completion,
+    check_first,
     check_place,
     find_device,
     not_compiling,
     run_reporting,
-    stop_with_reader,
     take_debug,
 )
 from .config import (
@@ -305,26 +306,39 @@ class Plan:
 def main() -> None:
     """Run the command. An error of the user goes to stderr in one line, and the exit status is 2."""
     arguments, debug = take_debug(sys.argv[1:])
+    run_reporting("vovnet-zoo", lambda: run_command(arguments, debug), debug)
+
+
+COMMANDS: dict[str, type] = {
+    "predict": Predict,
+    "check-data": CheckData,
+    "show-data": ShowData,
+    "convert-data": ConvertData,
+    "convert": Convert,
+    "publish": Publish,
+    "export": Export,
+    "compare": Compare,
+    "demo": Demo,
+    "list": ListModels,
+    "plan": Plan,
+}
+
+
+def run_command(arguments: list[str], debug: bool) -> None:
+    """Parse the arguments, and run the command that comes first."""
     if arguments == ["--version"]:
         print(f"vovnet-zoo {__version__}")
         return
+    check_completion(arguments)
+    check_first(arguments, COMMANDS, "command")
     typed = arguments[1:]
     if arguments[:1] == ["show-data"]:
         arguments = ["show-data", *split_arguments(typed)[0]]
     planning = arguments[:1] == ["plan"]
     options: dict[str, Any] = {"return_unknown_args": True} if planning else {}  # of the preset, which has its own
-    parsed = tyro.cli(
-        Annotated[Predict, tyro.conf.subcommand("predict")]
-        | Annotated[CheckData, tyro.conf.subcommand("check-data")]
-        | Annotated[ShowData, tyro.conf.subcommand("show-data")]
-        | Annotated[ConvertData, tyro.conf.subcommand("convert-data")]
-        | Annotated[Convert, tyro.conf.subcommand("convert")]
-        | Annotated[Publish, tyro.conf.subcommand("publish")]
-        | Annotated[Export, tyro.conf.subcommand("export")]
-        | Annotated[Compare, tyro.conf.subcommand("compare")]
-        | Annotated[Demo, tyro.conf.subcommand("demo")]
-        | Annotated[ListModels, tyro.conf.subcommand("list")]
-        | Annotated[Plan, tyro.conf.subcommand("plan")],
+    kinds: Any = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())]  # noqa: UP007
+    parsed: Any = tyro.cli(
+        kinds,
         prog="vovnet-zoo",
         description="VoVNet backbones and FCOS detectors. --version prints the version, --debug an error's traceback.",
         args=arguments,
@@ -344,7 +358,7 @@ def main() -> None:
         ListModels: run_list,
         Plan: lambda _: run_recipe("plan", typed, debug),
     }
-    run_reporting("vovnet-zoo", lambda: stop_with_reader(lambda: run[type(command)](command)), debug)
+    run[type(command)](command)
 
 
 def run_predict(command: Predict) -> None:

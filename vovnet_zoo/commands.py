@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not wait
     import torch
 
 T = TypeVar("T")
+
+SHELLS = ("bash", "zsh", "fish")  # tyro completes for these without a further package
 
 EXIT_STATUS = 2  # as for a wrong option
 
@@ -57,11 +60,38 @@ def parse_command(parse: Callable[..., T]) -> T:
     Args:
         parse: takes `args`, the list of arguments.
     """
+    open_streams()
     arguments, debug = take_debug(sys.argv[1:])
     try:
-        return parse(args=arguments)
+        check_completion(arguments)
+        with stopping_with_reader():
+            return parse(args=arguments)
     except USER_ERRORS as error:
         fail(Path(sys.argv[0]).stem, error, debug, lambda line: int(os.environ.get("RANK", 0)) == 0)
+
+
+def check_completion(arguments: Sequence[str]) -> None:
+    """Raise `ValueError` where tab completion is asked for, and for a shell that is not one of `SHELLS`."""
+    for option, *rest in (arguments[i : i + 2] for i in range(len(arguments))):
+        if option in ("--tyro-print-completion", "--tyro-write-completion") and not {*rest} & {*SHELLS}:
+            raise ValueError(f"{' '.join([option, *rest])}: give one of the shells {', '.join(SHELLS)}")
+
+
+def check_first(arguments: Sequence[str], names: Collection[str], kind: str) -> None:
+    """Raise `ValueError` where the first argument is a wrong name, or an option that comes too early.
+
+    Args:
+        names: one of them comes first, or an option that stands alone, such as --help.
+        kind: what messages call them, such as "preset".
+    """
+    first = next(iter(arguments), "--help")
+    if first in names or first in ("-h", "--help") or first.startswith("--tyro-"):
+        return
+    choices = f"one of {', '.join(names)}"
+    if first.startswith("-"):
+        raise ValueError(f"{first}: the {kind} comes first, {choices}")
+    near = difflib.get_close_matches(first, names, n=1)
+    raise ValueError(f"{first!r} is no {kind}{f' (did you mean {near[0]!r}?)' if near else ''}; give {choices}")
 
 
 def run_reporting(
@@ -69,22 +99,31 @@ def run_reporting(
 ) -> None:
     """Call a function; an error of the user goes to stderr without its traceback, and the process exits with 2.
 
-    Ctrl-C is one line too, and the process exits with 130, as a shell would say. Errors of other kinds are faults of
-    the program, and keep their traceback.
+    Ctrl-C is one line too, and the process exits with 130, as a shell would say. Where nobody reads what is printed, as
+    in `| head`, the process ends without a word. Errors of other kinds are faults of the program, and keep their
+    traceback.
 
     Args:
         command: the name before the message.
         debug: print the traceback too.
         claim: tells whether this process is to print the message, where several have the same error.
     """
+    open_streams()
     try:
-        with reporting_compiler("omit --compile" if "--compile" in sys.argv else ""):
+        with reporting_compiler("omit --compile" if "--compile" in sys.argv else ""), stopping_with_reader():
             call()
     except USER_ERRORS as error:
         fail(command, error, debug, claim)
     except KeyboardInterrupt as error:
         error.args = ("interrupted",)
         fail(command, error, debug, claim, 128 + signal.SIGINT)
+
+
+def open_streams() -> None:
+    """Where stdout or stderr was closed before the start, as by `>&-`, let what is printed there go nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (as long as the process)
 
 
 def check_place(folder: Path, what: str) -> None:
@@ -157,11 +196,14 @@ def no_compiler(device: str, instead: str) -> str:
     return f"torch.compile finds no {missing.language} compiler; {ways}"
 
 
-def stop_with_reader(call: Callable[[], object]) -> None:
-    """Call a function that prints; end the process without a word if nobody reads its output, as in `| head`."""
+@contextlib.contextmanager
+def stopping_with_reader() -> Iterator[None]:
+    """Within this context, the process ends without a word if nobody reads what it prints, as in `| head`."""
     try:
-        call()
-        sys.stdout.flush()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
         try:
             print(flush=True)
