@@ -173,8 +173,8 @@ def find_splits(
             barrier()
     for x in found:
         log.info("%s", x.how)
-        if x.doubt:
-            log.warning("%s", x.doubt)
+        for text in x.warnings:
+            log.warning("%s", text)
     if config.difficult_as_crowd:
         places = {split: (folder, changed(source, difficult_as_crowd)) for split, (folder, source) in places.items()}
     if config.drop_empty_classes and (empty := classes_without_boxes(*places["train"])):

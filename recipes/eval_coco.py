@@ -192,8 +192,8 @@ def open_dataset(config: EvalConfig, model: FCOS | ExportedDetector) -> CocoData
     """Open the images to score, without the classes that the model does not know and that have no box."""
     split = config.split if config.val is None else "val"
     found = choose_split(config.data, split, config.val, config.val_images, OTHER_SPLIT)
-    if found.doubt:
-        log.warning("%s", found.doubt)
+    for text in found.warnings:
+        log.warning("%s", text)
     source = changed(found.source, difficult_as_crowd) if config.difficult_as_crowd else found.source
     known = model.config["class_names"] or ()
     dataset = CocoDataset(found.folder, source, known_classes=known)

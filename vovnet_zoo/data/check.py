@@ -64,6 +64,7 @@ KINDS = {  # kind: (severity, what to do)
     "size unlike the JSON": ("error", "correct the JSON's size and boxes, or the file"),
     "mostly crowd regions": ("warning", "write 'iscrowd': 0 for single objects"),
     "test in place of val": ("warning", "add a val split; it chooses the best model"),
+    "left out": ("warning", "put its image there (HEIC: convert it), or remove it"),
     "empty box": ("warning", "correct or remove it; training drops it"),
     "box outside the image": ("warning", "correct or remove it; training drops it"),
     "box clipped to the image": ("warning", "correct it; are these corners? write width and height"),
@@ -294,6 +295,8 @@ def _find(
         return None
     if found.doubt:
         notes[name, "test in place of val"].append(found.doubt)
+    if found.left_out:
+        notes[name, "left out"] += found.left_out
     return found
 
 

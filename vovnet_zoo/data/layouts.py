@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -35,8 +36,8 @@ def find_split(root: str | Path, split: str) -> tuple[Path, Source]:
         ValueError: there is no such split or more than one; the message lists the files that are there.
     """
     found = locate(root, split)
-    if found.doubt:
-        logger.warning("%s: %s", root, found.doubt)
+    for text in found.warnings:
+        logger.warning("%s: %s", root, text)
     return found.folder, found.source
 
 
@@ -50,7 +51,7 @@ def locate(root: str | Path, split: str, instead: str = "") -> Split:
         raise ValueError(f"{root}: several '{split}' splits, remove or rename all but one: {pairs}")
     if split == "val" and len(tests := candidates(root, "test")) == 1:
         doubt = "there is no 'val' split, so 'test' takes its place; the scores of a model chosen by them are too high"
-        return Split(tests[0].folder, tests[0].source, tests[0].how, doubt)
+        return dataclasses.replace(tests[0], doubt=doubt)
     broken = _broken(root, split_word(split) or split)
     raise ValueError(broken or f"{root}: no '{split}' split; {advice(root, split, instead)}")
 

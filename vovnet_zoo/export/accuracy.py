@@ -41,8 +41,8 @@ def open_dataset(data: str | os.PathLike, model: FCOS) -> CocoDataset:
         ValueError: there is no such split, or it has other classes than the model, or no box.
     """
     found = locate(Path(data), "val", "give a dataset that has one")
-    if found.doubt:
-        log.warning("%s: %s", data, found.doubt)
+    for text in found.warnings:
+        log.warning("%s: %s", data, text)
     names = model.config["class_names"]
     dataset = CocoDataset(found.folder, found.source, known_classes=names or ())
     if len(dataset.class_names) != model.num_classes or names not in (None, dataset.class_names):

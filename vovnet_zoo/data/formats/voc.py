@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 import math
 import os
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +16,7 @@ from typing import NamedTuple
 
 from ..annotations import Annotations
 from .coco import coco_content
-from .places import Split, folders_below, images_below, is_image, split_word, text_lines
+from .places import Split, common_end, folders_below, images_below, is_image, split_word, text_lines
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -28,37 +31,29 @@ def find_voc(root: Path) -> dict[str, list[Split]]:
     files = [path for path in near if path.suffix.lower() == ".xml" and _is_voc(path)]
     if not files:
         return {}
-    images: dict[str, list[Path]] = {}
-    for path in images_below(root):
-        images.setdefault(path.stem, []).append(path)
-    pairs = {path: image for path in files if (image := _image_of(path, images.get(path.stem, [])))}
+    pairs = pair(files, images_below(root))
     if not pairs:
         example = files[0]
         raise ValueError(f"{example} is Pascal VOC, but there is no image {example.stem}.* below {root}; put it there")
     with ThreadPoolExecutor(8) as pool:
         objects = [x for xs in pool.map(read_objects, pairs) for x in xs]
     names = sorted({x.name for x in objects})
-    from_one = not any(min(x.corners) < 1 for x in objects)
+    from_one, counted = count_of(objects)
 
-    groups: dict[str, list[Path]] = {}
-    lists = [path for place in ("ImageSets/*.txt", "ImageSets/Main/*.txt") for path in sorted(root.rglob(place))]
-    for word, path in {split_word(path.stem, whole=True): path for path in lists}.items():
-        if word:
-            lines = text_lines(path, "list of images")  # "photo", "photo.jpg" or "photo 1"; names may have spaces
-            stems = {
-                x.removesuffix(Path(x).suffix) if is_image(x) else x for line in lines for x in (line, line.split()[0])
-            }
-            groups[word] = [xml for xml in pairs if xml.stem in stems]
-            if lines and not groups[word]:
-                raise ValueError(f"{path}: none of its images ({lines[0]}, ...) has an XML file in {root}")
+    groups = _listed(root, files)
     if not groups:
-        for xml in pairs:
+        for xml in files:
             folders = reversed(xml.relative_to(root).parts[:-1])
             groups.setdefault(next((word for name in folders if (word := split_word(name))), ""), []).append(xml)
     first = next(iter(pairs)).relative_to(root)
-    counted = "counted from 1, as VOC does" if from_one else "counted from 0, since one of them is below 1"
     how = f"{first}, ...: this is Pascal VOC, with pixels {counted}"
-    return {word: [_split(root, xmls, pairs, names, from_one, how)] for word, xmls in groups.items() if xmls}
+    found = {}
+    for word, xmls in groups.items():
+        if used := [xml for xml in xmls if xml in pairs]:
+            lost = [f"{xml}: there is no image {xml.stem}.* that can be read" for xml in xmls if xml not in pairs]
+            split = _split(root, used, pairs, names, from_one, how)
+            found[word] = [dataclasses.replace(split, left_out=tuple(lost))]
+    return found
 
 
 def _is_voc(path: Path) -> bool:
@@ -68,16 +63,85 @@ def _is_voc(path: Path) -> bool:
             head = file.read(4096)
     except OSError:
         return False
-    return not head.strip() or b"<annotation" in head
+    return not head.strip() or re.search(rb"<annotation[\s>]", head) is not None
 
 
-def _image_of(xml: Path, images: list[Path]) -> Path | None:
-    """Choose among images of an XML file's stem: beside it, else in a folder of the same parent, else any."""
-    for near in (xml.parent, xml.parent.parent):
-        for image in images:
-            if image.parent == near or image.parent.parent == near:
-                return image
-    return images[0] if images else None
+def pair(files: Sequence[Path], images: Sequence[Path]) -> dict[Path, Path]:
+    """Map XML files to the images of their stems. A file whose image is not there is left out.
+
+    Where several folders have images of that stem, the folders decide that have most in common with the folder of the
+    XML file, at the beginning and at the end of their paths: images/train/a.jpg belongs to annotations/train/a.xml.
+    """
+    by_stem: dict[str, list[Path]] = {}
+    for image in images:
+        by_stem.setdefault(image.stem, []).append(image)
+    ranked = [
+        (_agreement(xml.parent, image.parent), xml, image)
+        for xml in files
+        for image in _likely(xml, by_stem.get(xml.stem, []))
+    ]
+    found: dict[Path, Path] = {}
+    taken = set()
+    for _, xml, image in sorted(ranked, key=lambda entry: -entry[0]):
+        if xml not in found and image not in taken:
+            found[xml] = image
+            taken.add(image)
+    return {xml: found[xml] for xml in files if xml in found}
+
+
+def _likely(xml: Path, images: list[Path]) -> list[Path]:
+    """Take, of many images of a stem, those in a folder of the name of the XML file's folder, if there are any."""
+    return [image for image in images if image.parent.name == xml.parent.name] or images if len(images) > 1 else images
+
+
+def _agreement(a: Path, b: Path) -> int:
+    """Count the parts of two folders' paths that agree at the beginning and at the end."""
+    if a == b:
+        return 2 * len(a.parts)
+    start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a.parts, b.parts, strict=False)))
+    return start + common_end(a.parts, b.parts)
+
+
+def count_of(objects: Sequence[VocObject]) -> tuple[bool, str]:
+    """Tell whether boxes' corners are numbers of pixels that begin with 1, and say why."""
+    if any(min(x.corners) < 1 for x in objects):
+        return False, "counted from 0, since one of them is below 1"
+    if sum(x.decimal for x in objects) * 2 > len(objects):  # as CVAT writes them; a pixel's number is a whole one
+        return False, "counted from 0, since they are written with a decimal point"
+    return True, "counted from 1, as VOC does"
+
+
+def _listed(root: Path, files: list[Path]) -> dict[str, list[Path]]:
+    """Read which XML files belong to which split from the lists in ImageSets and ImageSets/Main.
+
+    A list of trainval stands for a list of train, where there is neither this nor a list of val.
+    """
+    lists = [path for place in ("ImageSets/*.txt", "ImageSets/Main/*.txt") for path in sorted(root.rglob(place))]
+    by_word: dict[str, list[Path]] = {}
+    for path in lists:
+        word = "trainval" if path.stem.lower() == "trainval" else split_word(path.stem, whole=True)
+        by_word.setdefault(word, []).append(path)
+    whole = by_word.pop("trainval", [])
+    if whole and not by_word.keys() & {"train", "val"}:
+        by_word["train"] = whole
+    groups = {}
+    for word, paths in by_word.items():
+        if not word:
+            continue
+        lines = [x for path in paths for x in text_lines(path, "list of images")]
+        # "photo", "photo.jpg" or "photo 1"; names may have spaces, and folders before them
+        texts = [x for line in lines for x in (line, line.split()[0])]
+        entries = {x.removesuffix(Path(x).suffix) if is_image(x) else x for x in texts}
+        groups[word] = [xml for xml in files if not entries.isdisjoint(_tails(xml.relative_to(root)))]
+        if lines and not groups[word]:
+            raise ValueError(f"{paths[0]}: none of its images ({lines[0]}, ...) has an XML file in {root}")
+    return groups
+
+
+def _tails(xml: Path) -> list[str]:
+    """List the ways to name an XML file by the last parts of its path, without its ending."""
+    parts = xml.with_suffix("").parts
+    return ["/".join(parts[i:]) for i in range(len(parts))]
 
 
 def _split(root: Path, xmls: list[Path], pairs: dict[Path, Path], names: list[str], from_one: bool, how: str) -> Split:
@@ -92,6 +156,7 @@ class VocObject(NamedTuple):
     name: str
     corners: tuple[float, ...]  # xmin, ymin, xmax, ymax as they are written; NaN where one is missing
     difficult: int
+    decimal: bool  # whether a corner is written with a decimal point
 
 
 def read_objects(path: Path) -> list[VocObject]:
@@ -105,6 +170,7 @@ def read_objects(path: Path) -> list[VocObject]:
             (node.findtext("name") or "").strip() or "?",
             tuple(_number(node.findtext(f"bndbox/{key}")) for key in CORNERS),
             int((node.findtext("difficult") or "").strip() == "1"),
+            any("." in (node.findtext(f"bndbox/{key}") or "") for key in CORNERS),
         )
         for node in tree.iter("object")
     ]
