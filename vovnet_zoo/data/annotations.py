@@ -44,8 +44,9 @@ def read_annotations(path: str | Path | Annotations) -> dict:
     """Read the content of a COCO JSON file, or of annotations of another format that stand for one.
 
     Polygons of a file are left out, so a `segmentation` is an empty list or a run-length encoding. An annotation
-    without a `bbox` gets the box around its segmentation. Ids of images or categories that are texts become numbers:
-    the number that all texts are (VIA writes the `image_id` of its boxes so), or their position.
+    without a `bbox` gets the box around its segmentation. Ids of images or categories that are texts or decimals become
+    integers: the number that each is (VIA writes the `image_id` of its boxes so), or the position of a text. A class
+    whose name is a number has its digits as name.
 
     Raises:
         ValueError: the file is not JSON, or lacks images, annotations or categories; the message names the file.
@@ -75,25 +76,37 @@ def parse_annotations(data: bytes, path: str | Path, replace: Callable[[dict], A
     for key, reference in (("images", "image_id"), ("categories", "category_id")):
         numbers = _numbers_of([entry.get("id") if isinstance(entry, dict) else None for entry in coco[key]])
         if numbers:
-            coco[key] = [entry | {"id": numbers[entry["id"]]} for entry in coco[key]]
+            coco[key] = [e | {"id": numbers.get(e.get("id"), e["id"])} if _has_id(e) else e for e in coco[key]]
         for i in places:
             if isinstance(text := rows[i].get(reference), str):
                 number = numbers.get(text, int(text) if _is_number(text) else text)
                 rows[i] = rows[i] | {reference: number}
+    coco["categories"] = [
+        c | {"name": str(c["name"])} if isinstance(c, dict) and type(c.get("name")) is int else c
+        for c in coco["categories"]
+    ]
     return coco
 
 
-def _numbers_of(ids: list) -> dict[str, int]:
-    """Map ids that are all texts to numbers: the numbers that all of them are, or their positions; {} for others."""
-    if not all(isinstance(text, str) for text in ids):
-        return {}
-    if all(map(_is_number, ids)):
-        return {text: int(text) for text in ids}
-    return {text: i for i, text in enumerate(dict.fromkeys(ids), start=1)}
+def _numbers_of(ids: list) -> dict[Any, int]:
+    """Map the ids that are texts or decimals to integers: to the numbers that they are.
+
+    Ids that are all texts, and not all numbers, become their positions. An id that is missing from the result stays.
+    """
+    if all(isinstance(text, str) for text in ids) and not all(map(_is_number, ids)):
+        return {text: i for i, text in enumerate(dict.fromkeys(ids), start=1)}
+    return {x: int(x) for x in ids if type(x) in (str, float) and _is_number(x)}
 
 
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 19
+def _has_id(entry: Any) -> bool:
+    return isinstance(entry, dict) and type(entry.get("id")) in (str, int, float)
+
+
+def _is_number(x: str | float) -> bool:
+    """Tell whether an id stands for an integer, as "12" and 12.0 do."""
+    if isinstance(x, str):
+        return x.isascii() and x.isdigit() and len(x) < 19
+    return x.is_integer() and abs(x) < 2**53
 
 
 def _lacks_box(row: dict) -> bool:

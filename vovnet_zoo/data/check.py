@@ -39,7 +39,7 @@ from .transforms import resize_size
 # error: the training stops; warning: the training runs, but maybe not as the user meant; info: good to know
 KINDS = {  # kind: (severity, what to do)
     "no dataset": ("error", "see there for the layouts that are known"),
-    "annotation file": ("error", "write it again as COCO JSON"),
+    "annotation file": ("error", "correct it; the whole message is below"),
     "category entry": ("error", "give every category an integer 'id' and a 'name'"),
     "image entry": ("error", "give every image 'id', 'file_name', 'width', 'height'"),
     "repeated category id": ("error", "number the categories differently"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 from .annotations import Annotations, changed, difficult_as_crowd, image_problem, read_annotations
 from .formats.places import Split
 from .images import open_image
-from .layouts import candidates
+from .layouts import candidates, locate, unsplit
+
+logger = logging.getLogger(__name__)
 
 
 def convert_data(source: str | Path, target: str | Path, *, difficult_is_crowd: bool = False) -> dict[str, Path]:
@@ -23,20 +26,23 @@ def convert_data(source: str | Path, target: str | Path, *, difficult_is_crowd: 
         The annotation file of each split.
 
     Raises:
-        ValueError: no split is found in `source`, `target` is there already, or an image has a name outside its folder.
+        ValueError: no split is found in `source`, or several of one name; `target` is there already; or an image has a
+            name outside its folder.
     """
     root, out = Path(source), Path(target)
     if out.exists():
         raise ValueError(f"{out} is there already; give the name of a new folder")
-    splits = {word: found for word in ("train", "val", "test") if len(found := candidates(root, word)) == 1}
-    if not splits and len(whole := candidates(root, "")) == 1:
+    splits = {word: locate(root, word) for word in ("train", "val", "test") if candidates(root, word)}
+    if not splits and (whole := unsplit(root)):
         splits = {"train": whole}
     if not splits:
         raise ValueError(f"{root}: no annotations of COCO, YOLO, Pascal VOC or Hugging Face are found there")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "annotations").mkdir(parents=True)
-    for word, (split,) in splits.items():
+    for word, split in splits.items():
+        for text in split.warnings:
+            logger.warning("%s", text)
         (partial / word).mkdir()
         content = write_images(split, partial / word, difficult_is_crowd)
         (partial / "annotations" / f"instances_{word}.json").write_text(json.dumps(content))

@@ -30,6 +30,8 @@ def find_tables(root: Path) -> dict[str, list[Split]]:
             groups.setdefault(split_word(folder.name) if folder != root else "", []).append(folder)
     if not groups:
         for path in sorted(path for folder in (root, *folders_below(root, 2)) for path in folder.glob("*.parquet")):
+            if path.name == "metadata.parquet":  # of an imagefolder, without images
+                continue
             word = split_word(path.stem.split("-")[0]) or (split_word(path.parent.name) if path.parent != root else "")
             groups.setdefault(word, []).append(path)
     tables = {word: tuple(paths) for word, paths in groups.items()}
@@ -57,6 +59,11 @@ def open_table(paths: Sequence[Path]) -> Any:
         table = datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
     if _image_column(table) is None:
         raise ValueError(f"{paths[0]}: none of its columns holds images: {', '.join(table.column_names)}")
+    if column(_object_features(table), BOX_COLUMNS) is None:
+        raise ValueError(
+            f"{paths[0]}: none of its columns holds boxes: {', '.join(table.column_names)}; rename it to 'objects', "
+            "which has 'bbox' and 'category'"
+        )
     return table.cast_column(_image_column(table), datasets.Image(decode=False))
 
 
@@ -92,18 +99,26 @@ def _names(tables: dict[str, tuple[Path, ...]]) -> list[str]:
     opened = [open_table(paths) for paths in tables.values()]
     if own := _own_names(opened[0]):
         return own
-    return class_names([row for table in opened for row in table.remove_columns([_image_column(table)])])
+    return class_names(
+        [row for table in opened for row in table.remove_columns([_image_column(table)])],
+        next(iter(tables.values()))[0],
+    )
 
 
 def _own_names(table: Any) -> list[str]:
     """Return the names of a column of numbered classes; [] where classes are texts, or numbers without names."""
+    feature = column(_object_features(table), CLASS_COLUMNS)
+    feature = feature[0] if isinstance(feature, list) else feature
+    return list(getattr(getattr(feature, "feature", feature), "names", None) or [])
+
+
+def _object_features(table: Any) -> dict:
+    """Return the features of the columns of objects: those under `objects`, or of the table itself."""
     features: Any = table.features.get("objects", table.features)
     features = getattr(features, "feature", features)
     if isinstance(features, list):
         features = features[0]
-    feature = column(features, CLASS_COLUMNS) if isinstance(features, dict) else None
-    feature = feature[0] if isinstance(feature, list) else feature
-    return list(getattr(getattr(feature, "feature", feature), "names", None) or [])
+    return features if isinstance(features, dict) else {}
 
 
 def _named(row: dict, names: list[str]) -> dict:
@@ -119,7 +134,9 @@ def _named(row: dict, names: list[str]) -> dict:
 
 
 def _image_column(table: Any) -> str | None:
+    """Return the name of the column of images, which are an `Image`, or bytes and path as pandas writes them."""
     for name in ("image", *table.column_names):
-        if name in table.column_names and type(table.features[name]).__name__ == "Image":
+        feature = table.features.get(name)
+        if type(feature).__name__ == "Image" or (isinstance(feature, dict) and feature.keys() == {"bytes", "path"}):
             return name
     return None

@@ -26,7 +26,7 @@ def find_imagefolder(root: Path) -> dict[str, list[Split]]:
     files = [path for folder in (root, *folders_below(root, 2)) for path in sorted(folder.glob("metadata.jsonl"))]
     tables = {path: read_lines(path) for path in files}
     tables = {path: rows for path, rows in tables.items() if any(objects_of_row(row) is not None for row in rows)}
-    names = class_names([row for rows in tables.values() for row in rows])
+    names = class_names([row for rows in tables.values() for row in rows], next(iter(tables), root))
     found: dict[str, list[Split]] = {}
     for path, rows in tables.items():
         for word in sorted({word_of(path, row, root) for row in rows}):
@@ -86,9 +86,11 @@ def column(objects: dict, names: Sequence[str]) -> Any:
     return next((objects[name] for name in names if objects.get(name) is not None), None)
 
 
-def class_names(rows: list[dict]) -> list[str]:
-    """Collect the names of the classes: sorted, numbers as numbers."""
+def class_names(rows: list[dict], path: Path) -> list[str]:
+    """Collect the names of the classes: sorted, numbers as numbers. `ValueError` names `path`, where none has one."""
     found = {x for row in rows for x in (column(objects_of_row(row) or {}, CLASS_COLUMNS) or [])}
+    if not found and any(column(objects_of_row(row) or {}, BOX_COLUMNS) for row in rows):
+        raise ValueError(f"{path}: its boxes have no classes; write them beside 'bbox', as 'category'")
     numbers = sorted(x for x in found if isinstance(x, int))
     return [str(x) for x in [*numbers, *sorted(str(x) for x in found if not isinstance(x, int))]]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..parse import parse_json
 from .places import folders_below
+from .yolo import labels_without_images
 
 FILES = 20  # JSON files that are looked into
 MOST_BYTES = 50_000_000  # of such a file
@@ -19,12 +20,14 @@ def name_format(root: Path) -> str:
     """Name the format of annotations below `root` that are not read, and say what to do; "" where none is known."""
     for path in files_below(root):
         ending = path.suffix.lower()
-        if path.name == "metadata.csv":
-            return f"{path} is a table of images, and boxes do not fit into it; write metadata.jsonl, or {EXPORT}"
+        if path.name in ("metadata.csv", "metadata.parquet"):
+            return f"{path} is a table of images, and boxes are read from metadata.jsonl; write this, or {EXPORT}"
         if ending in (".tfrecord", ".record"):
             return f"{path} is a TFRecord, which is not read; {EXPORT}"
-        if ending == ".csv" and "xmin" in first_line(path):
+        if ending == ".csv" and ("xmin" in first_line(path) or path.name == "_annotations.csv"):
             return f"{path} is a table of boxes (CSV), which is not read; {EXPORT}"
+        if ending == ".xml" and "<annotations>" in head(path):
+            return f"{path} is of CVAT's own format (for images or video), which is not read; {EXPORT}"
     for path in [path for path in files_below(root) if path.suffix.lower() == ".json"][:FILES]:
         try:
             content = parse_json(path.read_bytes()) if path.stat().st_size < MOST_BYTES else None
@@ -32,7 +35,7 @@ def name_format(root: Path) -> str:
             continue
         if tool := tool_of(content):
             return f"{path} is a file of {tool}, which is not read; {EXPORT}"
-    return ""
+    return labels_without_images(root)
 
 
 def tool_of(content: Any) -> str:
@@ -41,19 +44,26 @@ def tool_of(content: Any) -> str:
         keys = content[0].keys()
         if {"image", "annotations"} <= keys:
             return "CreateML"
-        return "Label Studio (its own JSON)" if {"data", "annotations"} <= keys else ""
+        studio = {"data", "annotations"} <= keys or {"annotator", "annotation_id"} & keys  # JSON or JSON-MIN
+        return "Label Studio (its own JSON)" if studio else ""
     if not isinstance(content, dict):
         return ""
     if {"shapes", "imagePath"} <= content.keys():
         return "labelme (labelme2coco makes COCO of them)"
+    if {"classes", "labels"} <= content.keys() or isinstance(content.get("samples"), list):
+        return "FiftyOne (its own JSON)"
     values = list((content.get("_via_img_metadata") or content).values()) if content else []
     return "VIA (its own JSON)" if values and isinstance(values[0], dict) and "regions" in values[0] else ""
 
 
 def first_line(path: Path) -> str:
+    return (head(path).splitlines() or [""])[0].lower()
+
+
+def head(path: Path) -> str:
     try:
         with open(path, errors="replace") as file:
-            return file.readline(1000).lower()
+            return file.read(1000)
     except OSError:
         return ""
 

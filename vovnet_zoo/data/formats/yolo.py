@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def find_yolo(root: Path) -> dict[str, list[Split]]:
         except ValueError as error:  # it may have nothing to do with the dataset
             broken = broken or error
             continue
-        if isinstance(about, dict) and "names" in about and {"train", "val", "valid", "test"} & about.keys():
+        if isinstance(about, dict) and "names" in about and any(_word(key) for key in about):
             return _listed(path, about, root)
     found = _side_by_side(root) or _together(root)
     if broken and not found:
@@ -44,8 +45,12 @@ def find_yolo(root: Path) -> dict[str, list[Split]]:
 
 
 def _read_yaml(path: Path) -> Any:
+    data = read_bytes(path, "YAML file")
     try:
-        return yaml.safe_load(read_bytes(path, "YAML file"))
+        about = yaml.safe_load(data)
+        if isinstance(about, dict) and "names" in about:  # as texts: YAML takes the names no and off for false
+            about["names"] = yaml.load(data, yaml.BaseLoader)["names"]
+        return about
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from error
 
@@ -68,10 +73,7 @@ def _listed(path: Path, about: dict, root: Path) -> dict[str, list[Split]]:
     bases = [path.parent, path.parent / str(about.get("path") or "."), path.parent.parent]
     found: dict[str, list[Split]] = {}
     missing = []
-    for word, keys in (("train", ("train",)), ("val", ("val", "valid")), ("test", ("test",))):
-        places = next((about[key] for key in keys if about.get(key)), None)
-        if places is None:
-            continue
+    for word, places in {_word(key): value for key, value in about.items() if _word(key) and value}.items():
         images = [
             image for place in ([places] if isinstance(places, str) else places) for image in _images(str(place), bases)
         ]
@@ -85,7 +87,16 @@ def _listed(path: Path, about: dict, root: Path) -> dict[str, list[Split]]:
             missing.append(f"{word}: {places}")
     if missing and not found:
         raise ValueError(f"{path}: no images where it says ({'; '.join(missing)}); correct its 'path', or its folders")
+    if missing:
+        lost = tuple(f"{path}: no images are where it says {text}" for text in missing)
+        first = next(iter(found))
+        found[first] = [dataclasses.replace(split, left_out=(*split.left_out, *lost)) for split in found[first]]
     return found
+
+
+def _word(key: Any) -> str:
+    """Return the word of the split of which a key of data.yaml is the name, and "" for other keys."""
+    return split_word(key, whole=True) if isinstance(key, str) else ""
 
 
 def _numbered(names: dict) -> list | None:
@@ -132,7 +143,7 @@ def _tails(place: str, bases: Sequence[Path]) -> list[Path]:
 def _side_by_side(root: Path) -> dict[str, list[Split]]:
     found: dict[str, list[Split]] = {}
     for labels in (path for path in [root, *folders_below(root, 2)] if path.name.lower() == "labels"):
-        beside = labels.with_name("images")
+        beside = labels.with_name(_as_written("images", labels.name))
         if not beside.is_dir() or next(labels.rglob("*.txt"), None) is None:
             continue
         inner = {
@@ -153,8 +164,8 @@ def _together(root: Path) -> dict[str, list[Split]]:
     found: dict[str, list[Split]] = {}
     for folder in [root, *folders_below(root, 2)]:
         images = sorted(path for path in folder.iterdir() if is_image(path))
-        labels = next((file for image in images if os.path.isfile(file := image.with_suffix(".txt"))), None)
-        if labels is None or not LINE.match(next(iter(text_lines(labels, "labels")), "")):
+        labels = next((file for image in images if text_of(file := image.with_suffix(".txt"))), None)
+        if labels is None or not LINE.match(text_of(labels)[0]):
             continue
         word = split_word(folder.name) if folder != root else ""
         how = f"{labels.relative_to(root)}, ... beside the images: this is YOLO"
@@ -165,9 +176,20 @@ def _together(root: Path) -> dict[str, list[Split]]:
 LINE = re.compile(r"\d+(\.0+)?(\s+[-+.\de]+){4,}$")
 
 
+def labels_without_images(root: Path) -> str:
+    """Say that there are label files without images, as Label Studio exports them; "" where there are none."""
+    for labels in [root, *folders_below(root, 2)]:
+        if labels.name.lower() == "labels":
+            for path in sorted(labels.rglob("*.txt")):
+                if LINE.match(next(iter(text_of(path)), "")):
+                    beside = labels.with_name(_as_written("images", labels.name))
+                    return f"{path} is YOLO, but there are no images in {beside}; put them there"
+    return ""
+
+
 def _class_names(folders: Sequence[Path], root: Path) -> list[str]:
     for folder in dict.fromkeys(folders):
-        for name in ("classes.txt", "obj.names", "labels.txt"):
+        for name in ("classes.txt", "obj.names", "labels.txt", "_darknet.labels"):
             if (path := folder / name).is_file() and (names := text_lines(path, "list of classes")):
                 return names
     raise ValueError(
@@ -183,7 +205,22 @@ def _split(file: Path, images: list[Path], names: list[str], how: str, root: Pat
     relative = sorted(dict.fromkeys(os.path.relpath(path, folder).replace(os.sep, "/") for path in paths))
     shown = Path(folder) if folder != os.path.abspath(root) else root
     read = functools.partial(read_yolo, shown, tuple(relative), tuple(names), keypoints)
-    return Split(shown, Annotations(file, read), how)
+    return Split(shown, Annotations(file, read), how, left_out=tuple(_without_image(images)))
+
+
+def _without_image(images: list[Path]) -> Iterator[str]:
+    """Say which label files beside those of some images have no image."""
+    folders: dict[Path, set[Path]] = {}
+    for image in images:
+        folders.setdefault(_label_file(image).parent, set()).add(image.parent)
+    for labels, beside in folders.items():
+        if not labels.is_dir():
+            continue
+        stems = {os.path.splitext(name)[0] for folder in beside for name in os.listdir(folder) if is_image(name)}
+        for name in sorted(os.listdir(labels)):
+            stem, ending = os.path.splitext(name)
+            if ending == ".txt" and stem not in stems and LINE.match(next(iter(text_of(labels / name)), "")):
+                yield f"{labels / name}: there is no image {stem}.* that can be read"
 
 
 def read_yolo(folder: Path, images: Sequence[str], names: Sequence[str], keypoints: bool = False) -> dict:
@@ -195,9 +232,14 @@ def read_yolo(folder: Path, images: Sequence[str], names: Sequence[str], keypoin
     dataset's problems.
 
     Raises:
-        ValueError: a label file cannot be read; no line of all is one of these, then the message shows the first; or
-            classes are counted from 1.
+        ValueError: a label file cannot be read; no image has one; no line of all is one of these, then the message
+            shows the first; or classes are counted from 1.
     """
+    if not any(os.path.isfile(_label_file(folder / name)) for name in images):
+        places = " or ".join(map(str, _label_places(folder / images[0])))
+        raise ValueError(
+            f"{folder / images[0]}: no label file is at {places}, nor for any other of {len(images)} images"
+        )
     coco = coco_content(folder, images, names, lambda name, size: _read_labels(folder / name, size, keypoints))
     if (numbers := {row["category_id"] for row in coco["annotations"]}) and min(numbers) >= 1 and len(names) in numbers:
         raise ValueError(
@@ -247,10 +289,21 @@ def _read_labels(image: Path, size: tuple[int, int], keypoints: bool) -> list[di
 
 
 def _label_file(image: Path) -> Path:
-    """Return the label file of an image: in `labels` instead of the last `images` of its path, or beside it."""
+    """Return the label file of an image: in the folder of labels, if there is one, or beside it."""
+    places = _label_places(image)
+    return places[0] if places[0].parent.is_dir() else places[-1]
+
+
+def _label_places(image: Path) -> list[Path]:
+    """List where the label file of an image may be: in `labels` instead of the last `images` of its path, or beside."""
     parts = list(image.parts)
     for i in range(len(parts) - 2, -1, -1):
         if parts[i].lower() == "images":
-            path = Path(*parts[:i], "labels", *parts[i + 1 :]).with_suffix(".txt")
-            return path if path.parent.is_dir() else image.with_suffix(".txt")
-    return image.with_suffix(".txt")
+            moved = Path(*parts[:i], _as_written("labels", parts[i]), *parts[i + 1 :])
+            return [moved.with_suffix(".txt"), image.with_suffix(".txt")]
+    return [image.with_suffix(".txt")]
+
+
+def _as_written(name: str, other: str) -> str:
+    """Write a folder's name with the capitals that the folder beside it has: Images and Labels, IMAGES and LABELS."""
+    return name.upper() if other.isupper() else name.capitalize() if other[0].isupper() else name
