@@ -35,7 +35,7 @@ def create_optimizer(model: FCOS, config: TrainConfig) -> torch.optim.Optimizer:
         undecayed = is_bias or (parameter.ndim <= 1 and not config.decay_norms)
         lr_factor = config.bias_lr_factor if is_bias else 1.0
         if config.layer_decay is not None and name.startswith("backbone."):
-            lr_factor *= config.layer_decay ** depth[name.split(".")[1]]
+            lr_factor *= config.layer_decay ** depth[name.removeprefix("backbone.")]
         groups.setdefault((0.0 if undecayed else config.weight_decay, lr_factor), []).append(parameter)
     optimizer = create_optimizer_v2(
         [{"params": p, "weight_decay": decay, "lr_factor": factor} for (decay, factor), p in groups.items()],
@@ -145,9 +145,35 @@ def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def depth_below_top(backbone: nn.Module) -> dict[str, int]:
-    """Return how far each part of a timm feature extractor is below the head: 1 for the last part."""
-    parts = [name for name, _ in backbone.named_children()]
-    return {name: len(parts) - i for i, name in enumerate(parts)}
+    """Return how far each parameter of a timm feature extractor is below the head: 1 in the last part.
+
+    A part has weights of a convolution or of a linear layer; a norm belongs to the part before it.
+    """
+    depths, depth = {}, 0
+    for prefix, part in reversed(parts_of(backbone)):
+        parameters = dict(part.named_parameters(prefix))
+        is_norm = all(p.ndim <= 1 for p in parameters.values())
+        depths |= dict.fromkeys(parameters, depth + 1)
+        depth += not is_norm
+    return depths
+
+
+def parts_of(backbone: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List the parts of a timm feature extractor by name, the first one first: its children.
+
+    EfficientNets and their like have nearly all weights in one child; its children, the stages, take its place.
+    """
+    whole, parts = number_of_weights(backbone), []
+    for name, child in backbone.named_children():
+        if isinstance(child, nn.Sequential) and number_of_weights(child) > 0.9 * whole:
+            parts += [(f"{name}.{place}", stage) for place, stage in child.named_children()]
+        else:
+            parts.append((name, child))
+    return parts
+
+
+def number_of_weights(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:

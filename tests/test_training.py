@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from launch import fork, losses, rows, train, train_forked, train_here
 from near import assert_same_detections
@@ -15,7 +16,7 @@ import eval_coco
 import step as step_module
 import train_coco
 from build import build_model, known_rows, load_start
-from optim import create_optimizer, lr_factor, set_lr
+from optim import create_optimizer, depth_below_top, lr_factor, set_lr
 from presets import PRESETS, TrainConfig
 from run_folder import list_checkpoints, load_checkpoint, refuse_changes
 from training_run import set_up
@@ -204,6 +205,24 @@ def test_layer_decay():
     assert factors[id(model.backbone.layer4[0].conv1.weight)] == 0.5
     assert factors[id(model.backbone.layer3[0].conv1.weight)] == 0.25
     assert factors[id(model.head.cls_logits.weight)] == 1
+
+
+@pytest.mark.parametrize(
+    "backbone, depths",
+    [
+        ("resnet18", {"conv1": 5, "bn1": 5, "layer1": 4, "layer4": 1}),  # act1 and maxpool have no weights to train
+        ("vgg11", {"features_0": 8, "features_3": 7, "features_18": 1}),
+        ("efficientnet_lite0", {"conv_stem": 8, "bn1": 8, "blocks.0": 7, "blocks.6": 1}),
+        ("vovnet27_slim", {"stem_0": 7, "stem_1": 6, "stem_2": 5, "stages_0": 4, "stages_3": 1}),
+    ],
+)
+def test_layer_decay_counts_parts_with_weights(backbone, depths):
+    with torch.device("meta"):
+        body = timm.create_model(backbone, features_only=True)
+    found = depth_below_top(body)
+    assert found.keys() == {name for name, _ in body.named_parameters()}
+    for part, depth in depths.items():
+        assert {d for name, d in found.items() if name.startswith(f"{part}.")} == {depth}
 
 
 def evaluate(rank, config):
