@@ -73,6 +73,16 @@ def test_every_object_is_found_once_and_whole(seed, global_view):
     assert torch.equal(found["labels"], labels[distance.argmin(1)])
 
 
+def test_published_boxes_are_joined_as_their_edges_are():
+    """A box of the published convention ends a pixel before its edge, so in a small window it does not look cut."""
+    boxes, labels, scores = draw_boxes(0, 20, 300, 500, 24)
+    places, more = windows(300, 500, 60, 0.2), torch.tensor([0, 0, 1, 1])
+    views = [look(boxes.round(), labels, scores, place, 0.1) for place in places]
+    published = [{**view, "boxes": view["boxes"] - more} for view in views]
+    wanted, found = merge(views, places, (300, 500), 0.6), merge(published, places, (300, 500), 0.6, plus_one=True)
+    assert torch.equal(found["boxes"] + more, wanted["boxes"]) and len(wanted["boxes"]) == 20
+
+
 def test_an_object_larger_than_a_window_comes_from_the_whole_view():
     boxes, labels = torch.tensor([[50.0, 80, 1500, 900]], dtype=torch.float64), torch.tensor([1])
     places = [*windows(1000, 1600, 320, 0.2), Window(0, 0, 1600, 1000)]

@@ -83,11 +83,12 @@ def merge(
         `boxes` [N,4] xyxy in pixels of the image, `scores` [N], `labels` [N], best score first.
     """
     height, width = image_size
+    more = torch.tensor([0, 0, 1, 1], dtype=torch.float64) * plus_one  # from the published boxes to their edges
     whole: list[dict[str, Tensor]] = []
     cut: list[dict[str, Tensor]] = []
     strip, near = _smallest_strip(places, image_size), NEAR * max(places[0].width, places[0].height)
     for detections, place in zip(found, places, strict=True):
-        boxes = detections["boxes"].double() + torch.tensor([place.x, place.y]).repeat(2)
+        boxes = detections["boxes"].double() + torch.tensor([place.x, place.y]).repeat(2) + more
         ends = torch.tensor([place.x > 0, place.y > 0, place.x + place.width < width, place.y + place.height < height])
         sides = ends & ((boxes - place.corners()).abs() < near)  # [N,4]
         used = torch.ones(len(boxes), dtype=torch.bool)
@@ -105,7 +106,7 @@ def merge(
     boxes, scores, labels = (
         torch.cat([part[key] for part in (*whole, joined)]) for key in ("boxes", "scores", "labels")
     )
-    keep = class_nms(boxes, scores, labels, nms_threshold, max(1, len(boxes)), plus_one)
+    keep = class_nms(boxes - more, scores, labels, nms_threshold, max(1, len(boxes)), plus_one)
     boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
     alone = torch.ones(len(left["labels"]), dtype=torch.bool)
     for i, (box, score, label) in enumerate(zip(left["boxes"], left["scores"], left["labels"], strict=True)):
@@ -117,8 +118,8 @@ def merge(
             scores[best] = score
     boxes = torch.cat([boxes, left["boxes"][alone]])
     scores, labels = torch.cat([scores, left["scores"][alone]]), torch.cat([labels, left["labels"][alone]])
-    keep = class_nms(boxes, scores, labels, nms_threshold, max(1, len(boxes)), plus_one)
-    return {"boxes": boxes[keep].to(found[0]["boxes"].dtype), "scores": scores[keep], "labels": labels[keep]}
+    keep = class_nms(boxes - more, scores, labels, nms_threshold, max(1, len(boxes)), plus_one)
+    return {"boxes": (boxes - more)[keep].to(found[0]["boxes"].dtype), "scores": scores[keep], "labels": labels[keep]}
 
 
 def _smallest_strip(places: Sequence[Window], image_size: tuple[int, int]) -> float:
