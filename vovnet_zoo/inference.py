@@ -389,8 +389,11 @@ def detect_batch(
         for item, row in zip(items, packed.clone(), strict=True):
             row = row[row[:, 5] >= 0]
             (h, w), (height, width) = item.size, item.original
+            boxes = row[:, :4] * torch.tensor([width / w, height / h]).repeat(2)
+            if not config["plus_one"]:  # the published code does not clip once more
+                boxes = boxes.minimum(torch.tensor([width, height] * 2))  # rounding can carry them past the edge
             tensors = {
-                "boxes": row[:, :4] * torch.tensor([width / w, height / h]).repeat(2),
+                "boxes": boxes,
                 "scores": row[:, 4].clone(),
                 "labels": row[:, 5].long(),
             }
