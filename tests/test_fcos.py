@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from vovnet_zoo import FCOS, FCOSLoss, Predictions, create_detector, detectors
+from vovnet_zoo.backbone import backbone_maps, create_backbone
 from vovnet_zoo.config import VARIANTS, DetectorConfig, DetectorOptions
 from vovnet_zoo.fcos import ExtraLevels, make_points
 
@@ -178,6 +179,18 @@ def test_grad_checkpointing_changes_nothing(backbone):
     assert sum(kept[1]) < 0.75 * sum(kept[0])
     with pytest.raises(ValueError, match="frozen_norm=True"):
         create_detector("fcos", backbone=backbone, num_classes=3, channels=64).set_grad_checkpointing()
+
+
+def test_backbone_of_narrow_images_is_float32_on_a_cpu():
+    """The last stage makes a map 1 wide of one 2 wide, of which oneDNN does not write all in bfloat16."""
+    body, images = create_backbone("resnet10t").eval(), torch.randn(2, 3, 320, 64)
+    for width, dtype in ((32, torch.float32), (64, torch.bfloat16)):
+        with torch.no_grad():
+            wanted = backbone_maps(body, images[..., :width])
+            with torch.autocast("cpu", torch.bfloat16):
+                maps = backbone_maps(body, images[..., :width].bfloat16().float())
+        assert all(x.dtype == dtype for x in maps)
+        assert all((x.float() - y).norm() < 0.05 * y.norm() for x, y in zip(maps, wanted, strict=True))
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (2, 2), (5, 1), (12, 2), (12, 3), (24, 4)])

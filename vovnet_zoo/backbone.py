@@ -77,8 +77,17 @@ def _features(name: str, pretrained: bool, **options: Any) -> Backbone:
 
 
 def backbone_maps(body: Backbone, images: Tensor) -> list[Tensor]:
-    """Run a feature extractor on images [B,3,H,W], and return its deepest map [B,C,h,w] at each of `STRIDES`."""
-    reductions, maps = body.feature_info.reduction(), body(images)
+    """Run a feature extractor on images [B,3,H,W], and return its deepest map [B,C,h,w] at each of `STRIDES`.
+
+    Images 32 pixels wide are computed in float32 on a CPU, also under autocast, since there oneDNN does not write the
+    whole result of a bfloat16 convolution with stride 2 that makes a map 1 wide of one 2 wide (see `ExtraLevels`).
+    """
+    reductions = body.feature_info.reduction()
+    if images.device.type == "cpu" and torch.is_autocast_enabled("cpu") and images.shape[-1] < 64:
+        with torch.autocast("cpu", enabled=False):
+            maps = body(images.to(next(body.parameters()).dtype))
+    else:
+        maps = body(images)
     maps = [maps[len(reductions) - 1 - reductions[::-1].index(stride)] for stride in STRIDES]
     if getattr(body, "output_fmt", Format.NCHW) == Format.NHWC:
         maps = [x.permute(0, 3, 1, 2) for x in maps]
