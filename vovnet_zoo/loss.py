@@ -337,7 +337,7 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
     if labels.device.type == "meta":
         return
     right = ((labels >= -1) & (labels < num_classes)).all()
-    message = f"labels must be 0..{num_classes - 1} for {counted(num_classes, 'class')}, and -1 for padding"
+    message = f"labels must be 0..{num_classes - 1}, and -1 for padding"  # torch 2.11 traces this, with a variable
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         if not right:
             wrong = labels[(labels < -1) | (labels >= num_classes)].unique().tolist()
