@@ -159,6 +159,23 @@ def test_unusable_ground_truth_is_left_out(write, caplog):
     assert "instances.json: 7 unusable annotations" in caplog.text
 
 
+@pytest.mark.parametrize("engine", ["pycocotools", "faster"])
+def test_annotations_made_with_numpy_count(write, engine):
+    """pycocotools takes them, so they must not be left out."""
+    if engine == "faster":
+        pytest.importorskip("faster_coco_eval", reason="the engine needs the package faster-coco-eval")
+    coco, open_coco = make_coco(), COCO()
+    results = ground_truth_results(coco)[:2]
+    wanted = coco_eval.coco_metrics(write(coco), results)
+    for row, kind in zip(coco["annotations"], (list, tuple, np.array), strict=True):
+        row |= {"image_id": np.int64(row["image_id"]), "bbox": kind(np.array(row["bbox"], dtype=np.float32))}
+    coco["categories"] = [row | {"id": np.int32(row["id"])} for row in coco["categories"]]
+    open_coco.dataset = coco
+    found = coco_eval.coco_metrics(open_coco, results, engine=engine)
+    assert found.pop("per_class") == pytest.approx(wanted.pop("per_class")) and found == pytest.approx(wanted)
+    assert isinstance(coco["annotations"][2]["bbox"], np.ndarray)
+
+
 def test_wrong_results(write):
     coco = make_coco()
     file, good = write(coco), ground_truth_results(coco)

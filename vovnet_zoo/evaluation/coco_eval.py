@@ -85,7 +85,7 @@ def run_engine(
     if image_ids is not None:
         check_ids("image_ids", image_ids)
     if isinstance(annotations, COCO):
-        name, coco = "the COCO object", annotations.dataset
+        name, coco = "the COCO object", _without_numpy(annotations.dataset)
     else:
         name, coco = str(file_of(annotations)), read_annotations(annotations)
     class_names = _class_names(entries_by_id(coco["categories"], "categories", "name", name))
@@ -248,6 +248,16 @@ def _index(
     }
     index.createIndex()
     return index
+
+
+def _without_numpy(value: Any) -> Any:
+    """Return annotations made in memory as a JSON file has them: Python's numbers for NumPy's, and lists for arrays and
+    tuples. Segmentations are left out."""
+    if isinstance(value, dict):
+        return {key: _without_numpy(x) for key, x in value.items() if key != "segmentation"}
+    if isinstance(value, list | tuple):
+        return [_without_numpy(x) for x in value]
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 @contextlib.contextmanager
