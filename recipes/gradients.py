@@ -19,7 +19,8 @@ class GradientSum:
             if part is parts[-1]:
                 gradients.start()  # this backward pass completes the gradients: send them as they arrive
             loss(part).backward()
-        gradients.finish()
+        counts = gradients.finish()
+        losses = gradients.check(torch.cat([losses, *counts]).tolist())
 
     Without a process group nothing is done. torch's DistributedDataParallel would not do, for three reasons:
 
@@ -58,40 +59,48 @@ class GradientSum:
     def _send(self) -> None:
         """Start the reduction of the next bucket: its gradients, and for each parameter a 1 if it has a gradient."""
         parameters = list(self.buckets[len(self._messages)].values())
-        has_gradient = parameters[0].new_tensor([p.grad is not None for p in parameters])
+        first, flags = parameters[0], [p.grad is not None for p in parameters]
+        # from pinned memory, since a GPU would have to be waited for otherwise
+        has_gradient = torch.tensor(flags, dtype=first.dtype, pin_memory=first.is_cuda)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([*(g.flatten() for g in gradients), has_gradient])
+        flat = torch.cat([*(g.flatten() for g in gradients), has_gradient.to(first.device, non_blocking=True)])
         self._messages.append((flat, dist.all_reduce(flat, async_op=True)))
 
-    def finish(self) -> None:
-        """Wait until each parameter's gradient is the sum over all processes.
+    def finish(self) -> list[Tensor]:
+        """Make each parameter's gradient the sum over all processes. A parameter that no process has a gradient of keeps
+        none.
 
-        A parameter that no process has a gradient of keeps none. `RuntimeError`, in all processes, where some
-        processes have one and others do not.
+        Returns how many processes have a gradient of each parameter, for `check`. They are not looked at here: a GPU
+        has to be waited for then, so that they are best read with all else that is read in a step.
         """
         while len(self._messages) < len(self.buckets):  # what `start` did not send: a process may lack a gradient
             self._send()
         messages, self._messages, self._waiting = self._messages, [], None
-        flags = []
+        counts = []
         for bucket, (flat, message) in zip(self.buckets, messages, strict=True):
             message.wait()
             *sums, has_gradient = flat.split([*(p.numel() for p in bucket.values()), len(bucket)])
             for parameter, total in zip(bucket.values(), sums, strict=True):
                 if parameter.grad is not None:
                     parameter.grad.copy_(total.view_as(parameter))
-            flags.append(has_gradient)
-        if flags:  # they are read last and all at once, since a GPU has to be waited for
-            self._check(torch.cat(flags).tolist())
+            counts.append(has_gradient)
+        return counts
 
-    def _check(self, counts: list[float]) -> None:
-        """Raise `RuntimeError` where a number of processes with a gradient is neither 0 nor that of all processes."""
-        world_size = dist.get_world_size()
+    def check(self, numbers: list[float]) -> list[float]:
+        """Return numbers without the counts at their end, which `finish` returned.
+
+        `RuntimeError`, in all processes, where some processes have a gradient of a parameter and others do not.
+        """
         names = [name for bucket in self.buckets for name in bucket]
-        if partly := [f"{n} ({c:.0f})" for n, c in zip(names, counts, strict=True) if 0 < c < world_size]:
+        rest = len(numbers) - len(names)
+        world_size = dist.get_world_size() if names else 1
+        counts = zip(names, numbers[rest:], strict=True)
+        if partly := [f"{name} ({count:.0f})" for name, count in counts if 0 < count < world_size]:
             raise RuntimeError(
                 f"only some of the {world_size} processes have a gradient of {', '.join(partly)}; "
                 "every process must use the same parameters in a step"
             )
+        return numbers[:rest]
 
 
 def split_into_buckets(model: nn.Module, bucket_bytes: int) -> list[dict[str, nn.Parameter]]:

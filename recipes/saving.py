@@ -104,9 +104,12 @@ class BackgroundSaver:
 
     def _start(self, function: Callable, argument: Any) -> None:
         """Call `function(argument)` in a thread. Its error is kept, and raised where the training can end."""
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
         def run() -> None:
             try:
+                if gpu is not None:  # a thread begins with the first GPU, whose memory may be full
+                    torch.cuda.set_device(gpu)
                 function(argument)
             except Exception as error:
                 self._error = error

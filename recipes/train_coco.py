@@ -155,13 +155,14 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
 
         # One gradient everywhere: gradients are summed over the processes, and so are the losses for the log. The batch
         # norms' statistics are averaged, so that every process has the model that rank 0 saves.
-        run.gradients.finish()
+        counts = run.gradients.finish()
         average([x for x, _ in run.statistics])
 
         # One update of the weights, unless a loss or the gradient is not finite: such a step changes nothing. A GPU is
         # waited for once a step, when losses and norm are read.
         lr = set_lr(run.optimizer, config, step)
-        *totals, grad_norm = torch.cat([all_reduce(totals), clip_gradients(run)[None]]).tolist()
+        numbers = torch.cat([all_reduce(totals), clip_gradients(run)[None], *counts])
+        *totals, grad_norm = run.gradients.check(numbers.tolist())
         losses = dict(zip(losses, totals, strict=True))
         update(run, step, parts, losses, grad_norm)
 

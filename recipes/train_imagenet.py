@@ -99,10 +99,11 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
             total += loss.detach()
 
         # One gradient everywhere, and the batch norms' statistics are averaged: every process has the same model.
-        run.gradients.finish()
+        counts = run.gradients.finish()
         average([x for x, _ in run.statistics])
         lr = set_lr(run.optimizer, config, step)
-        total, grad_norm = torch.cat([all_reduce(total), clip_gradients(run)[None]]).tolist()
+        numbers = torch.cat([all_reduce(total), clip_gradients(run)[None], *counts])
+        total, grad_norm = run.gradients.check(numbers.tolist())
         losses = {"loss": total}
         update(run, step, parts, losses, grad_norm)
         seconds = time.perf_counter() - began
@@ -138,7 +139,8 @@ def compute_loss(
 
 def compute_logits(model: nn.Module, images: Tensor, cfg: dict, precision: str) -> Tensor:
     """Compute the logits [B,K] of images, uint8 [B,3,H,W]."""
-    sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
+    height, width = images.shape[-2:]
+    sizes = torch.stack([torch.full((len(images),), side, device=images.device) for side in (height, width)], dim=1)
     images = normalize(images, sizes, cfg["mean"], cfg["std"]).contiguous(memory_format=torch.channels_last)
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.autocast(images.device.type, dtype, enabled=precision != "float32"):
@@ -188,7 +190,7 @@ def score(run: Run, stop: StopSignal) -> dict[str, float]:
             images, labels = (batch[name].to(run.device, non_blocking=True) for name in ("images", "labels"))
             logits = compute_logits(model, images, cfg, run.config.precision)
             right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            counts += torch.stack([right[:, 0].sum(), right.sum(), torch.tensor(len(labels), device=run.device)])
+            counts += torch.stack([right[:, 0].sum(), right.sum(), torch.full((), len(labels), device=run.device)])
     model.train(training)
     top1, top5, count = all_reduce(counts).tolist()
     return {"top1": top1 / count, "top5": top5 / count}

@@ -8,6 +8,7 @@ import samples
 import torch
 from torch._dynamo.utils import counters
 
+import vovnet_zoo.compiled
 from step import compile_parts, compile_step, compute_losses, find_targets
 from vovnet_zoo import FCOSLoss, compile_detector, create_detector, postprocess, predict
 from vovnet_zoo.compiled import Detections
@@ -337,6 +338,17 @@ def test_any_number_of_batches(tiny_detector):
         images = images_and_sizes(count, (32, 32))[0]
         found, again = run(images), run(images, [(32, 32)] * count)
         assert torch.equal(found.boxes, again.boxes) and len(found.boxes) == count
+
+
+def test_a_first_call_that_fails_is_still_the_first(tiny_detector, monkeypatch):
+    """Weights become constants of a graph in its first call that ends well."""
+    calls, real = [], vovnet_zoo.compiled.weights_as_constants
+    monkeypatch.setattr(vovnet_zoo.compiled, "weights_as_constants", lambda device: (calls.append(0), real(device))[1])
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    run, images = compile_detector(tiny_detector, (32, 32), backend="eager"), images_and_sizes(2, (32, 32))[0]
+    with pytest.raises(ValueError, match="image_sizes"):
+        run(images, [(32, 32)])
+    assert [len(calls) for _ in range(3) if run(images)] == [1, 1, 1]
 
 
 def test_sizes_that_are_not_given_are_made_once(tiny_detector, monkeypatch):

@@ -18,10 +18,14 @@ from step_work import count_work
 # Count from one batch to the next, after the number of steps in the variable STEPS.
 COUNT = """
 import contextlib, functools, os, sys
-import nullgpu, torch
+import gradients, nullgpu, torch
 import train_coco
 from presets import parse
 
+if "GROUP" in os.environ:
+    group = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", **group)
+    gradients.GradientSum.check = lambda self, numbers: numbers[:4]  # the counts mean nothing here
 stack, next_parts, steps = contextlib.ExitStack(), train_coco.next_parts, int(os.environ["STEPS"])
 sizes, graphs = set(), []
 
@@ -74,9 +78,12 @@ def count_step(launcher: str, data: Path, out: Path, options: str, steps: int = 
     return run_null(launcher, COUNT, *line, STEPS=str(steps), **environment)
 
 
-@pytest.mark.parametrize("variant", ["published", "improved"])
-def test_a_step_waits_for_the_gpu_once(tiny_coco, tmp_path, launcher, variant):
-    assert "waits 1," in count_step(launcher, tiny_coco, tmp_path / "run", f"--variant {variant}")
+@pytest.mark.parametrize(
+    "variant, environment", [("published", {}), ("improved", {}), ("improved", {"GROUP": "of one process"})]
+)
+def test_a_step_waits_for_the_gpu_once(tiny_coco, tmp_path, launcher, variant, environment):
+    printed = count_step(launcher, tiny_coco, tmp_path / "run", f"--variant {variant}", **environment)
+    assert "waits 1," in printed and ("nccl" in printed) == bool(environment), printed
 
 
 def test_a_plan_counts_the_kernels_of_a_step(tiny_coco, tmp_path, launcher):
@@ -139,6 +146,40 @@ print(saver.saved, saver._copy["w"][0].is_pinned(), saver._copy["step"].is_pinne
 """
     printed = run_null(launcher, code, tmp_path / "run").splitlines()
     assert printed == ["waits 0 pageable 0 copies 2"] * 2 + ["2 True False"]
+
+
+def test_the_second_gpu(tmp_path, launcher):
+    """Kernels start on the GPU of their tensors, where another is the current one; a checkpoint's thread has the GPU of
+    the training."""
+    code = """
+import sys
+from pathlib import Path
+import saving, torch
+from triton.runtime import driver
+from vovnet_zoo import create_detector, predict
+from vovnet_zoo.kernels import nms_triton
+from vovnet_zoo.nms import class_nms
+
+gpus = []
+for name in ("rank", "keep"):
+    kernel = getattr(nms_triton, name)
+    def run(*arguments, start=kernel.run, **options):
+        gpus.append((driver.active.get_current_device(), arguments[0].get_device()))
+        return start(*arguments, **options)
+    kernel.run = run
+model = create_detector("fcos", backbone="test_resnet", channels=64, num_convs=1, num_classes=2, min_size=64)
+predict(model.to("cuda:1"), torch.zeros(3, 64, 64, dtype=torch.uint8), workers=0)
+class_nms(*(torch.zeros(3, *shape, device="cuda:1") for shape in ((4,), ())), torch.zeros(3).long().cuda(1), 0.5, 3)
+print(gpus, torch.cuda.current_device())
+
+torch.cuda.set_device(1)
+saver = saving.BackgroundSaver(Path(sys.argv[1]), None, None)
+saving.save_checkpoint = lambda *arguments: print("written beside GPU", torch.cuda.current_device())
+saver.save(1, {"w": torch.zeros(3, device="cuda")})
+saver.wait()
+"""
+    printed = run_null(launcher, code, tmp_path, NULLGPU_DEVICES="2").splitlines()
+    assert printed == [f"{[(1, 1)] * 4} 0", "written beside GPU 1"]
 
 
 def test_memory_of_checkpoints_is_there_before_the_first(tiny_coco, tmp_path, launcher):

@@ -101,13 +101,17 @@ def compile_detector(
 
     def run(images: Tensor, sizes: Tensor | None = None) -> Detections:
         check_images(images, height, width, device)
-        if is_new := (count := len(images)) not in graphs:
-            graphs[count] = torch.compile(with_own_code(graph), fullgraph=True, dynamic=False, **how)
+        count = len(images)
+        if sizes is None and count not in whole:
             whole[count] = torch.tensor([[height, width]] * count, device=device)
         sizes = whole[count] if sizes is None else sizes_of(count, sizes, device)
-        constants = weights_as_constants(device) if is_new else contextlib.nullcontext()
+        known = graphs.get(count)
+        compiled = known or torch.compile(with_own_code(graph), fullgraph=True, dynamic=False, **how)
+        constants = contextlib.nullcontext() if known else weights_as_constants(device)
         with torch.no_grad(), reporting_compiler(), constants:
-            return graphs[count](images, sizes)
+            found = compiled(images, sizes)
+        graphs[count] = compiled  # after its first call, which may be interrupted
+        return found
 
     return run
 

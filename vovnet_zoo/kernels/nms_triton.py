@@ -32,12 +32,13 @@ def nms(
     kept = torch.empty(batch, max_detections, dtype=torch.int64, device=boxes.device)
     if not count or not batch:
         return kept.fill_(-1)
-    scores, order = sort(scores.contiguous())
     limit = boxes.new_full((1,), threshold, dtype=torch.float64)  # as a number it might be rounded to float32
-    keep[(batch,)](
-        boxes.contiguous(), scores, labels.contiguous(), order, kept, limit, count, extent, max_detections, TILE,
-        num_warps=8, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(boxes):  # Triton starts kernels on the current GPU, wherever the tensors are
+        scores, order = sort(scores.contiguous())
+        keep[(batch,)](
+            boxes.contiguous(), scores, labels.contiguous(), order, kept, limit, count, extent, max_detections, TILE,
+            num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
     return kept
 
 
@@ -47,7 +48,7 @@ def sort(scores: Tensor) -> tuple[Tensor, Tensor]:
     if batch * count**2 > MOST_COMPARISONS:
         return torch.where(scores >= 0, scores, -1.0).sort(dim=1, descending=True, stable=True)
     in_order, order = torch.empty_like(scores), torch.empty_like(scores, dtype=torch.int64)
-    rank[(triton.cdiv(count, ROWS), batch)](scores, in_order, order, count, ROWS, BLOCK)
+    rank[(batch, triton.cdiv(count, ROWS))](scores, in_order, order, count, ROWS, BLOCK)
     return in_order, order
 
 
@@ -61,8 +62,8 @@ def rank(
     BLOCK: tl.constexpr,
 ):
     """Count for each score of some rows those that come before it."""
-    first = tl.program_id(1).to(tl.int64) * N
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0).to(tl.int64) * N
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     score = tl.load(scores + first + row, mask=row < N, other=-1.0)
     score = tl.where(score >= 0, score, -1.0)
     counts = tl.zeros((ROWS, BLOCK), tl.int32)
