@@ -67,8 +67,9 @@ class GradientSum:
         self._messages.append((flat, dist.all_reduce(flat, async_op=True)))
 
     def finish(self) -> list[Tensor]:
-        """Make each parameter's gradient the sum over all processes. A parameter that no process has a gradient of keeps
-        none.
+        """Make each parameter's gradient the sum over all processes.
+
+        A parameter that no process has a gradient of keeps none.
 
         Returns how many processes have a gradient of each parameter, for `check`. They are not looked at here: a GPU
         has to be waited for then, so that they are best read with all else that is read in a step.
