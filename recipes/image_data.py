@@ -231,8 +231,12 @@ def train_batches(
     rank: int,
     world_size: int,
     stop: StopSignal | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[list[dict[str, Tensor]]]:
-    """Give, for each step from `start_step` on, this process's share of the batch in `config.accum` parts."""
+    """Give, for each step from `start_step` on, this process's share of the batch in `config.accum` parts.
+
+    They are in pinned memory if they are to be copied to a GPU, `device`.
+    """
     mix = None
     if config.mixup or config.cutmix:
         mix = FastCollateMixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes)
@@ -240,7 +244,7 @@ def train_batches(
         collate_fn=functools.partial(collate_parts, count=config.accum, collate=functools.partial(collate, mix=mix)),
         workers=config.workers,
         stop=stop,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device is not None and device.type == "cuda",
     )
     if isinstance(split, Images):
         sampler = TrainSampler(

@@ -77,7 +77,9 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     compute = compiled(compute_loss) if config.compile else compute_loss
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     num_classes = len(run.model_config["class_names"])
-    batches = train_batches(config, run.train_set, num_classes, progress.step, run.rank, run.world_size, stop)
+    batches = train_batches(
+        config, run.train_set, num_classes, progress.step, run.rank, run.world_size, stop, run.device
+    )
     bar = show_progress(run)
     began = time.perf_counter()
     for step in bar:
