@@ -84,7 +84,7 @@ from benchmark_runtimes import RUNTIMES, Network, compare_outputs, imported_vers
 from memory import kept_by
 from presets import PUBLISHED
 from runtime import environment, log, process_group, run_command, synchronize
-from step import compiled, compute_losses, find_targets
+from step import compile_step, compiled, compute_losses, find_targets
 from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector, words
 from vovnet_zoo.compiled import detect
 from vovnet_zoo.data import normalize
@@ -333,8 +333,10 @@ def training_contestants(
         use_winograd(fast)
     for name, model in {"eager": ours, "eager, checkpointing": sparing, "compiled": fast}.items():
         for precision in precisions:
-            losses = training_losses(model, criterion, images, sizes, boxes, labels, precision)
-            if name == "compiled":
+            on_gpu = name == "compiled" and device.type == "cuda"
+            parts = compile_step(model) if on_gpu else (find_targets, compute_losses)
+            losses = training_losses(model, criterion, images, sizes, boxes, labels, precision, *parts)
+            if name == "compiled" and not on_gpu:
                 losses = compiled(losses, dynamic=False)
             run = with_tf32(precision, step(model, losses, fused=True))
             counted = found[-2 * len(precisions)][4] if name == "compiled" else run
@@ -343,14 +345,22 @@ def training_contestants(
 
 
 def training_losses(
-    model: FCOS, criterion: FCOSLoss, images: Tensor, sizes: Tensor, boxes: Tensor, labels: Tensor, precision: str
+    model: FCOS,
+    criterion: FCOSLoss,
+    images: Tensor,
+    sizes: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    precision: str,
+    find: Callable,
+    compute: Callable,
 ) -> Callable[[], dict[str, Tensor]]:
-    """The recipe's step up to the losses: assignment, network, comparison."""
+    """The recipe's step up to the losses: assignment (`find`), network and comparison (`compute`)."""
 
     def losses() -> dict[str, Tensor]:
-        targets, normalizers = find_targets(model, criterion, boxes, labels, *images.shape[-2:])
+        targets, normalizers = find(model, criterion, boxes, labels, *images.shape[-2:])
         autocast = "bf16" if precision == "bf16" else "float32"
-        return compute_losses(model, criterion, images, sizes, targets, normalizers, autocast)
+        return compute(model, criterion, images, sizes, targets, normalizers, autocast)
 
     return losses
 

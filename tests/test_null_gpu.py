@@ -211,6 +211,35 @@ train_coco.main(parse(sys.argv[1:]))
     assert "step 3 True True" in run_null(launcher, code, *line).splitlines()
 
 
+def test_a_classifier_waits_for_nothing(launcher):
+    code = """
+import nullgpu, timm, torch
+from train_imagenet import compute_logits
+
+model, images = timm.create_model("test_resnet").cuda(), torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device="cuda")
+for _ in range(2):
+    with nullgpu.count() as seen:
+        compute_logits(model, images, model.pretrained_cfg, "bf16")
+print("waits", seen.syncs, seen)
+"""
+    assert "waits 0 " in run_null(launcher, code)
+
+
+def test_the_benchmark_compiles_as_the_recipe_does(launcher):
+    """On a GPU, that is not one graph of the whole network."""
+    code = """
+import benchmark, torch
+from benchmark import BenchmarkConfig, training_contestants
+
+functions = benchmark.find_targets, benchmark.compute_losses
+benchmark.compile_step = lambda model: (print("parts"), functions)[1]
+benchmark.compiled = lambda *arguments, **options: print("one graph")
+config = BenchmarkConfig(model="fcos_vovnet27_slim_fpn", size=(64, 64), others=False)
+training_contestants(config, 1, ("bf16",), torch.device("cuda"))
+"""
+    assert run_null(launcher, code) == "parts\n"
+
+
 @pytest.mark.parametrize("optimizer", ["Muon", "BatchedMuon"])
 def test_kernels_of_muon(launcher, optimizer):
     """Of 8 equal matrices: as many kernels as for one, and a copy of each."""
