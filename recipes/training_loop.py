@@ -73,7 +73,7 @@ def log_step(
     run_log.write(done, **{"loss": loss, **losses}, **values, images_per_s=rate, peak_memory_gib=memory)
     score = f", best {score_name(run)} {run.progress.best:.3f}" if run.progress.scored else ""
     shown = f"loss {loss:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s{score}"
-    bar.set_postfix_str(shown)
+    bar.set_postfix_str(shown, refresh=False)  # tqdm draws it ten times a second at most
     if bar.disable and run.rank == 0 and (done == total or done % min(LINE_EVERY, -(-total // LINES)) == 0):
         left = run.progress.train_seconds / done * (total - done)
         text = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min"

@@ -1,14 +1,19 @@
 """Trackers get a run's numbers, without a network, and none of them can end a run."""
 
 import dataclasses
+import io
 import os
 import struct
+from types import SimpleNamespace
 
 import pytest
+import torch
 from launch import tiny_config
+from tqdm import tqdm
 
 import loggers
 import train_coco
+import training_loop
 from loggers import LOGGERS, Logger, Loggers, check_loggers
 from run_folder import RunLog
 from vovnet_zoo.files import read_json
@@ -133,3 +138,14 @@ def test_a_logger_that_is_not_installed_is_refused_at_once(tmp_path, monkeypatch
     with pytest.raises(ValueError, match="--loggers mlflow: not installed; pip install mlflow-skinny"):
         train_coco.main(config)
     check_loggers([])
+
+
+def test_the_bar_is_not_drawn_in_every_step():
+    """A thousand steps take far less than the tenth of a second after which tqdm draws the bar again."""
+    progress = SimpleNamespace(scored=0, train_seconds=1.0)
+    config = SimpleNamespace(batch_size=1, steps=1000)
+    run = SimpleNamespace(config=config, progress=progress, device=torch.device("cpu"), rank=0)
+    log, terminal = SimpleNamespace(write=lambda *values, **named: None), io.StringIO()
+    for step in (bar := tqdm(range(1000), file=terminal)):
+        training_loop.log_step(run, log, bar, step, {"loss": step / 1000}, 1.0, lr=0.1)
+    assert terminal.getvalue().count("\r") < 200 and "loss 0.999" in terminal.getvalue()
