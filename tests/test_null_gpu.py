@@ -112,8 +112,10 @@ import nullgpu
 import scoring
 from vovnet_zoo import create_detector
 from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.results import ImageDetections
 
 scoring.evaluate = lambda *arguments, **options: {}
+ImageDetections.to_coco = lambda *arguments: []  # the boxes are whatever the memory holds, and would be refused
 model = create_detector("fcos", backbone="test_resnet", channels=64, num_convs=1, num_classes=2, min_size=64).cuda()
 dataset = CocoDataset(*find_split(sys.argv[1], "val"))
 for _ in range(2):
