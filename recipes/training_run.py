@@ -291,7 +291,9 @@ def state_of(run: Run) -> dict:
 
 def batch_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Return the buffers of all batch norms, each with a copy of its value."""
-    return [(x, x.clone()) for m in model.modules() if isinstance(m, nn.BatchNorm2d) for x in m.buffers()]
+    return [
+        (x, x.clone()) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for x in m.buffers()
+    ]
 
 
 def put_back(run: Run) -> None:

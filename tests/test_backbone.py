@@ -47,13 +47,32 @@ def test_any_backbone_trains(backbone):
         ("vit_tiny_patch16_224", "strides"),
         ("inception_v3", "turns a 96x160 image into maps"),
         ("maxvit_tiny_tf_224", "images of any size"),
-        ("coat_lite_tiny", "cannot extract feature maps"),
+        ("coat_lite_tiny", "cannot extract feature maps|images of one size only"),
+        ("halonet26t", "images of any size, as FCOS needs: AssertionError"),
+        ("timm/resnet18", "backbone='hf-hub:timm/resnet18'. takes a repository"),
         ("resnet1888", "did you mean"),
     ],
 )
 def test_unusable_backbone_says_why(backbone, reason):
     with pytest.raises(ValueError, match=reason):
         create_detector("fcos", backbone=backbone, num_classes=3)
+
+
+@pytest.mark.parametrize("backbone", ["hrnet_w18_small", "twins_pcpvt_small"])
+def test_a_backbone_without_checkpointing_says_so(backbone):
+    with torch.device("meta"):
+        model = create_detector("fcos", backbone=backbone, num_classes=3, channels=64, num_convs=1, frozen_norm=True)
+    model.set_grad_checkpointing(False)
+    with pytest.raises(ValueError, match=f"no gradient checkpointing for the feature maps of '{backbone}'"):
+        model.set_grad_checkpointing()
+    assert not model.head.grad_checkpointing
+
+
+def test_norms_that_stay_trainable_are_not_called_frozen():
+    """timm fixes batch norms of two dimensions; NextViT has others too."""
+    options = dict(backbone="nextvit_small", num_classes=3, channels=64, num_convs=1)
+    with torch.device("meta"), pytest.raises(ValueError, match="frozen_norm=True: backbone 'nextvit_small'"):
+        create_detector("fcos", frozen_norm=True, **options)
 
 
 MEAN = {"ese_vovnet57b.ra4_e3600_r256_in1k": [0.5, 0.5, 0.5]}

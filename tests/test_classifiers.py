@@ -66,10 +66,34 @@ def test_a_detector_starts_from_a_repository(hub_on_loopback, tmp_path):
     repo = Repo(private=False, branches={"main": "1" * 40})
     repo.commits.append(("1" * 40, files, {hub.WEIGHTS}))
     hub_on_loopback.repos["someone/net"] = repo
-    for source in (dict(pretrained_backbone="hf-hub:someone/net"), dict(backbone="hf-hub:someone/net")):
+    for source in (dict(pretrained_backbone="hf-hub:someone/net"), dict(backbone="hf_hub:someone/net")):
         detector = create_detector("fcos", **source, **SMALL)
         assert detector.config["backbone"] == "test_resnet" and "someone" not in json.dumps(detector.config)
         assert torch.equal(detector.backbone.state_dict()["conv1.0.weight"], net.state_dict()["conv1.0.weight"])
+
+
+CATAVGMAX = {"global_pool": "catavgmax"}
+
+
+@pytest.mark.parametrize(
+    "name, given",
+    [
+        ("vovnet27_slim", CATAVGMAX),
+        ("vovnetv2_19_slim_dw", CATAVGMAX),
+        ("test_resnet", CATAVGMAX),
+        ("test_vit", {"img_size": [96, 96]}),
+    ],
+)
+def test_a_folder_that_timm_saved(name, given, tmp_path):
+    """timm 1.0.31 writes these arguments for every model, and beside those of a published backbone."""
+    net = save(name, tmp_path / "net", **given)
+    config = json.loads((tmp_path / "net" / hub.CONFIG).read_text())
+    usual = {"num_classes": 7, "in_chans": 3, **given}
+    for architecture, args in ((name, usual), (config["architecture"], {**config.get("model_args", {}), **usual})):
+        saved = {**config, "architecture": architecture, "model_args": args}
+        (tmp_path / "net" / hub.CONFIG).write_text(json.dumps(saved))
+        loaded, known_as, _ = load_classifier(tmp_path / "net")
+        assert same(loaded, net) and known_as == name
 
 
 def test_a_classifier_with_fixed_norms_is_whole(tmp_path):
@@ -99,11 +123,18 @@ def test_mistakes(tmp_path):
     for change in (
         dict(architecture="hf-hub:evil/net"),
         dict(model_args={"checkpoint_path": "evil"}),
+        dict(model_args={"in_chans": 1}),
+        dict(model_args={"num_classes": 8}),
+        dict(model_args={"img_size": [9999, 9999]}),
+        dict(model_args=[1]),
         dict(num_classes=-1),
     ):
         (tmp_path / "net" / hub.CONFIG).write_text(json.dumps({**config, **change}))
-        with pytest.raises(ValueError, match="describes no classifier of timm's registry"):
+        with pytest.raises(ValueError, match="describes no classifier of timm"):
             load_classifier(tmp_path / "net")
+    (tmp_path / "net" / hub.CONFIG).write_text(json.dumps({**config, "model_args": {"global_pool": "evil"}}))
+    with pytest.raises(ValueError, match="timm cannot build this test_resnet"):
+        load_classifier(tmp_path / "net")
     (tmp_path / "net" / hub.CONFIG).write_text(json.dumps({**config, "num_classes": 9}))
     with pytest.raises(ValueError, match="shape: fc.weight"):
         load_classifier(tmp_path / "net")

@@ -79,7 +79,9 @@ def test_folder_with_a_file_missing(tiny_detector, tmp_path, name):
         ('{"backbone": "vovnet27_slim"', "not a JSON file"),
         ("[1]", "holds a JSON list"),
         ('{"backbone": "vovnet27_slim"}', "has no .'num_classes'"),
-        ('{"backbone": "vovnet27_slim", "num_classes": 2, "new_thing": 1}', "has no .'new_thing'"),
+        ('{"backbone": "vovnet27_slim", "num_classes": 2, "new_thing": 1}', "has no .'new_thing'.*by a newer"),
+        ('{"model_type": "detr"}', "has no .'backbone', 'num_classes'.: is it the config of a detector of vovnet_zoo"),
+        ('{"architecture": "resnet18", "num_classes": 2}', "it is the config of a classifier"),
         ('{"backbone": "vovnet27_slin", "num_classes": 2}', "did you mean vovnet27_slim"),
     ],
 )
@@ -95,6 +97,44 @@ def test_not_a_folder_nor_a_name(tmp_path):
         vovnet_zoo.FCOS.from_pretrained(tmp_path / "not" / "there")
 
 
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("fcos_resnet50_fpn", "create_detector.'fcos_resnet50_fpn', pretrained=True"),
+        ("fcos_resnet50_fpn.tv_coco", "is a name of the library's table"),
+        ("~/model", "Python does not replace ~"),
+    ],
+)
+def test_a_name_for_another_function(source, message):
+    with pytest.raises(ValueError, match=message):
+        vovnet_zoo.FCOS.from_pretrained(source)
+
+
+def test_what_could_not_be_loaded_is_not_saved(tiny_detector, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="save_directory='~/model': Python does not replace ~"):
+        tiny_detector.save_pretrained("~/model")
+    for save in (tiny_detector.save_pretrained, tiny_detector.push_to_hub):
+        with pytest.raises(ValueError, match="the model's own is saved"):
+            save("a/b", config={"mine": 1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_the_meta_device_cannot_build():
+    """Of timm 1.0.21 and torch 2.11 these are RegNet and EfficientViT; another error is the configuration's."""
+    devices = []
+
+    def build(message="aten::_unique2: attempted to run this operator with Meta tensors"):
+        devices.append(torch.empty(1).device.type)
+        if devices[-1] == "meta":
+            raise ValueError(message)
+        return "built"
+
+    assert hub.build_empty(build) == "built" and devices == ["meta", "cpu"]
+    with pytest.raises(ValueError, match="too many classes"):
+        hub.build_empty(lambda: build("too many classes"))
+
+
 # ---- the Hub
 
 
@@ -104,6 +144,8 @@ def test_publish_and_load_in_a_fresh_process(tiny_detector, hub_on_loopback, tmp
     _, files, lfs = hub_on_loopback.repos[REPO].files("main")
     assert files.keys() == {hub.CONFIG, hub.WEIGHTS, hub.CARD} and lfs == {hub.WEIGHTS}
     assert f'from_pretrained("{REPO}")' in files[hub.CARD].decode()
+    tiny_detector.save_pretrained(tmp_path / "other", push_to_hub=True, repo_id="someone/other", token=TOKEN)
+    assert json.loads(hub_on_loopback.repos["someone/other"].files("main")[1][hub.CONFIG]) == tiny_detector.config
 
     tiny_detector.save_pretrained(tmp_path / "expected")
     code = f"""

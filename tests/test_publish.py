@@ -12,6 +12,7 @@ from launch import run_python
 
 import vovnet_zoo
 from vovnet_zoo import cli, convert, hub, publish
+from vovnet_zoo.classifiers import save_classifier
 from vovnet_zoo.detectors import VARIANT_OF, VARIANTS, coco_class_names
 from vovnet_zoo.files import hash_file, write_safetensors
 
@@ -197,6 +198,16 @@ def test_a_damaged_log_is_no_obstacle(tmp_path):
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(ValueError, match="run.json"):
             publish.training_facts(tmp_path, "best")
+
+
+@pytest.mark.parametrize("num_classes", [0, 7])
+def test_the_card_of_a_v2_backbone_imports_this_package(num_classes, tmp_path):
+    """Only of a body out of a foreign checkpoint it is not known what the input was."""
+    net = timm.create_model("vovnetv2_19_slim_dw", num_classes=num_classes)
+    save_classifier(net, "vovnetv2_19_slim_dw", tmp_path / "net")
+    card = str(publish.checked_card(tmp_path / "net"))
+    assert "import vovnet_zoo" in card and ("does not tell the order" in card) == (num_classes == 0)
+    assert f"image-{'classification' if num_classes else 'feature-extraction'}" in card
 
 
 def test_published_backbone_loads_in_stock_timm(hub_on_loopback, tmp_path):

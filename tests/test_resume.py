@@ -18,6 +18,7 @@ from test_faults import stop_after
 
 import run_folder
 from run_folder import list_checkpoints, load_checkpoint, locked, save_checkpoint
+from training_run import batch_statistics
 from vovnet_zoo import FCOS
 
 # Batch norm live, EMA on, Muon: all that has a state. Samples of several images, until step 12.
@@ -257,3 +258,8 @@ def assert_same(out: Path, other: Path) -> None:
     for name in ("last", "best"):
         ours, theirs = (FCOS.from_pretrained(run / name).state_dict() for run in (out, other))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+
+
+def test_statistics_of_all_batch_norms_can_be_put_back():
+    norms = torch.nn.ModuleList([torch.nn.BatchNorm1d(2), torch.nn.BatchNorm2d(2)])  # NextViT has both
+    assert len(batch_statistics(norms)) == 6

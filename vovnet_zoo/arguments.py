@@ -48,9 +48,12 @@ def check_options(owner: str, options: Iterable[str], known: Iterable[str]) -> N
 
 
 def check_path(name: str, value: Any) -> None:
-    """Raise `ValueError` unless `value` is a path, as text or as a path object."""
+    """Raise `ValueError` unless `value` is a path, as text or as a path object, and no name of a home folder."""
     if not isinstance(value, str | os.PathLike):
         raise ValueError(f"{name}={reprlib.repr(value)}: give a path, not {type(value).__name__}")
+    text = os.fspath(value)
+    if text[:1] == "~" and not os.path.lexists(text.partition("/")[0]):
+        raise ValueError(f"{name}={text!r:.300}: Python does not replace ~ by your folder; os.path.expanduser does")
 
 
 def check_kind(name: str, value: Any, kind: type | tuple[type, ...], wanted: str) -> None:
@@ -59,19 +62,22 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...], wanted: str
         raise ValueError(f"{name} must be {wanted}, got {type(value).__name__}: {reprlib.repr(value)}")
 
 
-def check_tensor(name: str, value: Any, shape: tuple[str | int, ...], kind: str = "floating-point") -> None:
+def check_tensor(
+    name: str, value: Any, shape: tuple[str | int, ...], kind: str = "floating-point", why: str = ""
+) -> None:
     """Raise `ValueError` unless `value` is a tensor of a shape and kind.
 
     Args:
         shape: a whole number is the size of a dimension, a letter stands for any size.
         kind: "floating-point", "whole" (integers, not bool), or "" for any.
+        why: is added to the message, with its own "; ".
     """
     if isinstance(value, Tensor) and value.ndim == len(shape) and has_kind(value, kind):
         if all(isinstance(n, str) or n == size for n, size in zip(shape, value.shape, strict=True)):
             return
     wanted = f"a {kind} tensor [{','.join(map(str, shape))}]" if kind else f"a tensor [{','.join(map(str, shape))}]"
     got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise ValueError(f"{name} must be {wanted}, got {got}")
+    raise ValueError(f"{name} must be {wanted}, got {got}{why}")
 
 
 def are_xyxy(boxes: Tensor) -> Tensor:

@@ -31,8 +31,13 @@ def create_backbone(name: str, pretrained: bool = False, weights: Mapping[str, T
     """
     if ":" in name:  # in timm's terms a folder or a repository, which a detector's config must not depend on
         raise ValueError(
-            f"backbone {name!r} is no name of timm's registry; create_detector('fcos', backbone={name!r}) starts a "
-            "detector from the weights there"
+            f"backbone {name!r} is no name of timm's registry; create_detector('fcos', backbone=) also takes "
+            "'local-dir:FOLDER' and 'hf-hub:organisation/name', and starts a detector from the weights there"
+        )
+    if "/" in name:
+        raise ValueError(
+            f"timm has no model {name!r}, which shall be the backbone; create_detector('fcos', "
+            f"backbone='hf-hub:{name}') takes a repository of the Hub, and 'local-dir:{name}' a folder"
         )
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
@@ -51,7 +56,10 @@ def create_backbone(name: str, pretrained: bool = False, weights: Mapping[str, T
         )
     # timm's window transformers fix the input size unless told otherwise
     if any(getattr(module, "strict_img_size", False) for module in body.modules()):
-        body = _features(name, pretrained, strict_img_size=False, **options)
+        try:
+            body = timm.create_model(name, pretrained, features_only=True, strict_img_size=False, **options)
+        except TypeError as error:  # as for CoaT and Visformer
+            raise ValueError(f"backbone {name!r} takes images of one size only; FCOS needs any size") from error
     return body
 
 
@@ -107,7 +115,8 @@ def probe_channels(body: Backbone, name: str) -> list[int]:
         with torch.no_grad():
             maps = backbone_maps(body.eval(), torch.zeros(1, 3, height, width))
     except Exception as error:
-        raise ValueError(f"backbone {name!r} does not take images of any size, as FCOS needs: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"backbone {name!r} does not take images of any size, as FCOS needs: {reason}") from error
     sizes = [tuple(x.shape[-2:]) for x in maps]
     if sizes != (wanted := [(height // s, width // s) for s in STRIDES]):
         raise ValueError(f"backbone {name!r} turns a {height}x{width} image into maps {sizes}; FCOS needs {wanted}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from .files import read_json, read_safetensors, read_shapes, staged, write_safet
 from .ledger import Weights
 
 TIMM_NAME = "vovnet39a"  # timm's own name of the class that every published V1 backbone is built from
-SOURCES = ("local-dir:", "hf-hub:")  # timm's words for a folder and a Hub repository
+SOURCES = ("local-dir:", "hf-hub:", "hf_hub:")  # timm's words for a folder and a Hub repository, and its old word
+MAX_SIDE = 1024  # of the images of a classifier that is made for one size
 
 
 def save_classifier(
@@ -43,8 +44,7 @@ def save_classifier(
     num_classes: Any = model.num_classes
     names = {"label_names": list(class_names)} if class_names else {}
     config = timm_config(name, num_classes, {**(cfg or {}), **names})
-    with torch.device("meta"):
-        whole = timm.create_model(name, num_classes=num_classes).state_dict()
+    whole = hub.build_empty(lambda: timm.create_model(name, num_classes=num_classes)).state_dict()
     # a batch norm that was fixed in training does not count batches
     counts = {key: torch.tensor(0) for key in whole if key.endswith("num_batches_tracked")}
     weights = {**counts, **model.state_dict()}
@@ -60,13 +60,14 @@ def load_classifier(source: str | Path) -> tuple[nn.Module, str, dict]:
     The files need not be trusted: no code in them runs, and nothing else is downloaded.
 
     Args:
-        source: a folder, also as "local-dir:FOLDER", or "hf-hub:organisation/name".
+        source: a folder, also as "local-dir:FOLDER", or "hf-hub:organisation/name", which `save_classifier`,
+            `vovnet-zoo convert`, or timm's `save_for_hf` or `push_to_hf_hub` wrote, with safetensors.
 
     Raises:
         ValueError: there is no such folder, or its classifier cannot be loaded; the message says why.
         OSError: the Hub cannot be reached, or refuses.
     """
-    text = str(source).removeprefix("local-dir:")
+    text = str(source).removeprefix("local-dir:").replace("hf_hub:", "hf-hub:", 1)
     if text.startswith("hf-hub:"):
         repo_id, _, revision = text.removeprefix("hf-hub:").partition("@")
         config_file = hub.download(repo_id, hub.CONFIG, revision=revision or None)
@@ -93,8 +94,8 @@ def build_for_timm(name: str, state_dict: dict[str, Tensor]) -> tuple[nn.Module,
     """
     num_classes = state_dict["head.fc.bias"].numel() if "head.fc.bias" in state_dict else 0
     args, architecture = vovnet.model_cfgs[name], timm_name(name)
-    with torch.device("meta"):  # the checkpoint may ask for any number of classes
-        skeleton = timm.create_model(architecture, num_classes=num_classes, **args)
+    # the checkpoint may ask for any number of classes
+    skeleton = hub.build_empty(lambda: timm.create_model(architecture, num_classes=num_classes, **args))
     hub.check_fit(skeleton, {key: list(x.shape) for key, x in state_dict.items()}, "the checkpoint")
     model = timm.create_model(architecture, num_classes=num_classes, **args)
     hub.load_strict(model, state_dict, "the checkpoint")
@@ -130,31 +131,57 @@ def timm_config(name: str, num_classes: int, cfg: dict[str, Any] | None = None) 
 
 
 def load_for_timm(folder: Path) -> tuple[nn.Module, str]:
-    """Load the classifier in a folder that `convert_file` or `save_classifier` made, and tell its name in the registry.
+    """Load the classifier in a folder that `load_classifier` takes, and tell its name in the registry.
 
     timm's "local-dir:" loads it too, but in older releases reads no safetensors, and does whatever `model_args` say.
 
     Raises:
-        ValueError: the config is none that `timm_config` makes, or a tensor does not fit.
+        ValueError: the config describes another model than these functions write, or a tensor does not fit.
     """
-    config, weights = read_json(folder / hub.CONFIG, hub.MAX_CONFIG_BYTES), folder / hub.WEIGHTS
-    num_classes, architecture = config.get("num_classes"), config.get("architecture")
-    if type(num_classes) is int and 0 <= num_classes <= 100_000 and isinstance(architecture, str):
-        for name, args in vovnet.model_cfgs.items():
-            if architecture == timm_name(name) and config.get("model_args") == json.loads(json.dumps(args)):
-                return load_built(architecture, weights, num_classes=num_classes, **args), name
-        if "model_args" not in config and timm.is_model(architecture):
-            return load_built(architecture, weights, num_classes=num_classes), architecture
-    raise ValueError(
-        f"{folder / hub.CONFIG} describes no classifier of timm's registry without arguments of its own, and is none "
-        "that `vovnet-zoo convert` or recipes/train_imagenet.py writes; convert the checkpoint, or train, again"
+    file, weights = folder / hub.CONFIG, folder / hub.WEIGHTS
+    config = read_json(file, hub.MAX_CONFIG_BYTES)
+    num_classes, architecture, given = config.get("num_classes"), config.get("architecture"), config.get("model_args")
+    given = given or {}
+    if type(num_classes) is not int or not 0 <= num_classes <= 100_000 or not isinstance(given, dict):
+        raise ValueError(f"{file} describes no classifier of timm: it has num_classes={num_classes!r:.50}; train again")
+    args, rest = common_args(given, num_classes)
+    for name, own in vovnet.model_cfgs.items():
+        if architecture == timm_name(name) and rest == json.loads(json.dumps(own)):
+            return load_built(timm_name(name), weights, num_classes=num_classes, **args, **own), name
+    if not rest and isinstance(architecture, str) and ":" not in architecture and timm.is_model(architecture):
+        return load_built(architecture, weights, num_classes=num_classes, **args), architecture
+    why = (
+        f"its model_args have {', '.join(f'{key}={value!r:.50}' for key, value in rest.items())!s:.300}" if rest else ""
     )
+    raise ValueError(
+        f"{file} describes no classifier of timm's registry with the usual arguments "
+        f"({why or f'its architecture is {architecture!r:.100}'}); convert the checkpoint, or train, again"
+    )
+
+
+def common_args(given: dict[str, Any], num_classes: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split `model_args` into the arguments that timm's `save_for_hf` writes for every model, and the others.
+
+    An argument that a backbone of RGB images cannot have is one of the others.
+    """
+    usual: dict[str, Callable[[Any], bool]] = {
+        "num_classes": lambda x: x == num_classes,
+        "in_chans": lambda x: x == 3,
+        "global_pool": lambda x: isinstance(x, str),
+        "img_size": lambda x: (
+            isinstance(x, list) and len(x) == 2 and all(type(n) is int and 0 < n <= MAX_SIDE for n in x)
+        ),
+    }
+    rest = {key: value for key, value in given.items() if key not in usual or not usual[key](value)}
+    return {key: given[key] for key in ("global_pool", "img_size") if key in given and key not in rest}, rest
 
 
 def load_built(name: str, weights: Path, **args: Any) -> nn.Module:
     """Build a model of timm, and load its weights strictly. A model that does not fit takes no memory."""
-    with torch.device("meta"):
-        skeleton = timm.create_model(name, **args)
+    try:
+        skeleton = hub.build_empty(lambda: timm.create_model(name, **args))
+    except Exception as error:  # timm's models refuse in many ways
+        raise ValueError(f"{weights.parent / hub.CONFIG}: timm cannot build this {name} ({error})") from error
     hub.check_fit(skeleton, read_shapes(weights), str(weights))
     model = timm.create_model(name, **args).eval()
     hub.load_strict(model, read_safetensors(weights), str(weights))

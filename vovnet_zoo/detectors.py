@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from torch import Tensor
 
 from . import hub, vovnet
@@ -105,7 +104,9 @@ def create_detector(
         known = [*DETECTORS, *WEIGHTS] if pretrained else ["fcos", *DETECTORS]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"no detector {name!r}; {hint}There are: {', '.join(sorted(known))}")
+        if Path(name).is_dir() or set("/:") & set(name):
+            hint = "vovnet_zoo.load_detector loads a folder or 'organisation/name'. "
+        raise ValueError(f"no detector {name!r}; {hint}there are: {', '.join(sorted(known))}")
     if pretrained:
         return _load(name, variant, num_classes, kwargs)
 
@@ -153,8 +154,7 @@ def build_converted(converted: Converted, **kwargs: Unpack[DetectorOptions]) -> 
     if of_coco or settings.get("category_ids") == COCO_IDS:
         settings |= {"class_names": coco_class_names(), "category_ids": COCO_IDS}
     settings |= kwargs
-    with torch.device("meta"):  # the checkpoint may ask for any number of classes
-        skeleton = FCOS(**settings)
+    skeleton = hub.build_empty(lambda: FCOS(**settings))  # the checkpoint may ask for any number of classes
     hub.check_fit(skeleton, {key: list(x.shape) for key, x in converted.state_dict.items()}, "the checkpoint")
     model = FCOS(**settings)
     hub.load_strict(model, converted.state_dict, "the checkpoint")

@@ -159,6 +159,11 @@ class FCOS(
         in_channels = probe_channels(body, backbone)
         self.strides = [8, 16, 32, 64, 128]
         self.backbone: Backbone = freeze_batch_norm_2d(body) if frozen_norm else body
+        if frozen_norm and has_batch_norms(self.backbone):
+            raise ValueError(
+                f"frozen_norm=True: backbone {backbone!r} has batch norms other than 2-dimensional ones, which would "
+                "be trained on; leave frozen_norm out, or choose another backbone"
+            )
         self.fpn = FeaturePyramidNetwork(in_channels, channels, extra_blocks=ExtraLevels(channels, channels))
         self.head = FCOSHead(channels, num_classes, num_convs, self.strides, distance, centerness_on, prior)
 
@@ -217,7 +222,8 @@ class FCOS(
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
         """Compute the pyramid's maps P3..P7, [B,C,H/8,W/8] .. [B,C,H/128,W/128] (each size is rounded up)."""
-        check_tensor("images", images, ("B", 3, "H", "W"))
+        hint = "; vovnet_zoo.predict(model, images) takes images of any kind and size"
+        check_tensor("images", images, ("B", 3, "H", "W"), why=hint)
         maps = backbone_maps(self.backbone, images)
         return list(self.fpn(OrderedDict(zip(("c3", "c4", "c5"), maps, strict=True))).values())
 
@@ -243,15 +249,21 @@ class FCOS(
         """Keep only the inputs of the backbone's stages and of the head's towers for the backward pass.
 
         Raises:
-            ValueError: the backbone has batch norms that are trained; they would count every batch twice.
+            ValueError: the backbone has batch norms that are trained, which would count every batch twice, or timm
+                cannot do this for the backbone.
         """
         check_flag("enable", enable)
-        if enable and any(isinstance(module, nn.BatchNorm2d) for module in self.backbone.modules()):
+        if enable and has_batch_norms(self.backbone):
             raise ValueError(
                 "checkpointing runs a stage twice, so its batch norms would count every batch twice; "
                 "use it with frozen_norm=True"
             )
-        self.backbone.set_grad_checkpointing(enable)
+        try:
+            self.backbone.set_grad_checkpointing(enable)
+        except (AssertionError, AttributeError) as error:
+            if enable:
+                name = self.config["backbone"]
+                raise ValueError(f"timm has no gradient checkpointing for the feature maps of {name!r}") from error
         self.head.grad_checkpointing = enable
 
     def forward_head(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -270,6 +282,11 @@ class FCOS(
         for features_of_level in features:
             check_tensor("features", features_of_level, ("B", self.config["channels"], "h", "w"))
         return self.head(features)
+
+
+def has_batch_norms(module: nn.Module) -> bool:
+    """Tell whether a module has batch norms, of any number of dimensions, which are not fixed."""
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 PROBABILITIES = ("candidate_threshold", "score_threshold", "nms_threshold")

@@ -7,9 +7,9 @@ import hashlib
 import inspect
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import huggingface_hub
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from .arguments import check_flag, check_kind, check_path
 from .files import hash_file, read_json, read_safetensors, read_shapes, staged, write_safetensors
 from .ledger import Measured, check_name
+
+T = TypeVar("T")
 
 CONFIG, WEIGHTS, CARD = constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, "README.md"
 KINDS: dict[str, dict[str, Any]] = {"model": {}, "space": {"repo_type": "space", "space_sdk": "gradio"}}
@@ -90,8 +92,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
             weights_file = download(source, WEIGHTS, revision=commit, **options)
         config = {**read_config(config_file, cls, known=model_kwargs), **model_kwargs}
         try:
-            with torch.device("meta"):
-                skeleton: Any = cls(**config)  # a Module too
+            skeleton: Any = build_empty(lambda: cls(**config))  # a Module too
         except ValueError as error:
             raise ValueError(f"{config_file}: {error}") from error
         check_fit(skeleton, read_shapes(weights_file), source=str(weights_file))
@@ -108,9 +109,11 @@ class StrictHubMixin(PyTorchModelHubMixin):
         """Save as the mixin does, but so that every file in `save_directory` is whole at any time.
 
         Raises:
-            ValueError: the weights are not float32, which `from_pretrained` could not load.
+            ValueError: the weights are not float32, or another `config` is given, which `from_pretrained` could not
+                load.
         """
         check_path("save_directory", save_directory)
+        refuse_config(kwargs, self)
         model: Any = self
         if wrong := sorted({str(x.dtype) for x in model.parameters()} - {"torch.float32"}):
             raise ValueError(
@@ -129,10 +132,11 @@ class StrictHubMixin(PyTorchModelHubMixin):
         """Push as the mixin does, with `repo_id` in the example of the card.
 
         Raises:
-            ValueError: `private` is asked for, but the repository is there and public.
+            ValueError: `private` is asked for, but the repository is there and public; or see `save_pretrained`.
             OSError: the Hub cannot be reached, or refuses.
         """
         check_kind("repo_id", repo_id, str, "a text, 'organisation/name'")
+        refuse_config(kwargs, self)
         kwargs["model_card_kwargs"] = {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}
         with connected(repo_id):
             if kwargs.get("private"):
@@ -147,6 +151,12 @@ class StrictHubMixin(PyTorchModelHubMixin):
             "parameters": f"{sum(p.numel() for p in self.parameters()):,}",
         }
         return model_card({**known, **facts}, info.model_card_data)
+
+
+def refuse_config(options: Mapping[str, Any], model: Any) -> None:
+    """Raise `ValueError` if the options of the mixin hold a configuration that is not the model's own."""
+    if options.get("config") not in (None, model._hub_mixin_config):
+        raise ValueError("config: the model's own is saved, with which from_pretrained builds it; leave config out")
 
 
 def find_files(folder: str | Path) -> tuple[Path, Path]:
@@ -176,11 +186,14 @@ def read_config(path: Path, cls: type[StrictHubMixin], known: Collection[str] = 
     """
     config = cls.complete_config(read_json(path, MAX_CONFIG_BYTES))
     parameters = inspect.signature(cls).parameters
-    if unknown := config.keys() - parameters.keys():
-        raise ValueError(f"{path}: {cls.__name__} has no {sorted(unknown)}; was it saved by a newer vovnet_zoo?")
     required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
     if missing := required - config.keys() - set(known):
-        raise ValueError(f"{path} has no {sorted(missing)}: is it the config of a {cls.__name__}?")
+        hint = "is it the config of a detector of vovnet_zoo?"
+        if "architecture" in config:  # timm's word
+            hint = "it is the config of a classifier, which timm.create_model opens, and create_detector(backbone=) too"
+        raise ValueError(f"{path} has no {sorted(missing)}: {hint}")
+    if unknown := config.keys() - parameters.keys():
+        raise ValueError(f"{path}: {cls.__name__} has no {sorted(unknown)}; was it saved by a newer vovnet_zoo?")
     config = {name: value for name, value in config.items() if name not in known}
     backbone = config.get("backbone", "")
     if isinstance(backbone, str) and not re.fullmatch(r"[\w.-]*", backbone):
@@ -220,6 +233,20 @@ def check_fit(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: str
         if own[key] != shapes[key]:
             problems.append(f"shape: {key} is {shapes[key]}, the model has {own[key]}")
     _refuse(model, source, problems)
+
+
+NOT_ON_META = ("with Meta tensors", "unsupported scalarType")  # in errors of torch 2.11 and timm 1.0.21
+
+
+def build_empty(build: Callable[[], T]) -> T:
+    """Build a model whose tensors take no memory, or with memory if it is one of the few that cannot be built so."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (ValueError, RuntimeError) as error:
+        if not any(text in str(error) for text in NOT_ON_META):
+            raise
+    return build()
 
 
 def _refuse(model: nn.Module, source: str, problems: list[str]) -> None:
@@ -414,9 +441,15 @@ print(vovnet_zoo.predict(model, "photo.jpg"))  # boxes (x1, y1, x2, y2) in pixel
 """,
     ("vovnet_zoo", "image-feature-extraction"): """\
 import timm
-import vovnet_zoo  # registers VoVNetV2 with timm
+import vovnet_zoo  # registers VoVNet with timm
 
 model = timm.create_model("hf-hub:{repo_id}", pretrained=True, features_only=True)
+""",
+    ("vovnet_zoo", "image-classification"): """\
+import timm
+import vovnet_zoo  # registers VoVNet with timm
+
+model = timm.create_model("hf-hub:{repo_id}", pretrained=True)
 """,
     ("timm", "image-classification"): """\
 import timm

@@ -353,6 +353,12 @@ def check_name(source: str) -> None:
         ValueError: the message names the part of the path that is missing.
     """
     path = Path(source)
+    if source.split(".")[0] in DETECTORS and not path.exists():
+        raise ValueError(
+            f"{source!r} is a name of the library's table: vovnet_zoo.create_detector({source!r}, pretrained=True)"
+        )
+    if source.startswith("~"):
+        raise ValueError(f"{source!r:.300}: Python does not replace ~ by your folder; os.path.expanduser(path) does")
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source, re.ASCII) and not path.exists():
         return
     if path.exists():

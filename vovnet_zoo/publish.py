@@ -31,11 +31,9 @@ SECRET = re.compile("token|password|passwd|secret|credential|api.?key", re.IGNOR
 BACKBONE_CARD = ModelCardData(
     library_name="timm", pipeline_tag="image-classification", tags=["timm", "vovnet"], license="apache-2.0"
 )
-BACKBONE_V2_CARD = ModelCardData(
-    library_name="vovnet_zoo",
-    pipeline_tag="image-feature-extraction",
-    tags=["timm", "vovnet", "vovnetv2"],
-    license="apache-2.0",
+CLASSIFIER_CARD, BODY_CARD = (
+    ModelCardData(library_name="vovnet_zoo", pipeline_tag=tag, tags=["timm", "vovnet"], license="apache-2.0")
+    for tag in ("image-classification", "image-feature-extraction")
 )
 
 
@@ -204,10 +202,12 @@ def checked_card(folder: str | Path, **facts: object) -> ModelCard:
     }
     if architecture is None:
         return model.generate_model_card(**known)
-    if name in vovnet.v2_cfgs:
+    if architecture in vovnet.model_cfgs:  # timm alone does not know it
         known["architecture"] = f"{name} of vovnet_zoo"
+        if model.num_classes:
+            return hub.model_card(known, CLASSIFIER_CARD)
         known["input"] = "as in the training of the file, which does not tell the order and the scale of its channels"
-        return hub.model_card(known, BACKBONE_V2_CARD)
+        return hub.model_card(known, BODY_CARD)
     known["architecture"] = f"{name}: timm's {architecture} with the model_args of config.json"
     if name == architecture:
         known["architecture"] = f"timm's {name}"
