@@ -119,6 +119,11 @@ def test_mistakes(tmp_path):
     for backbone in ("local-dir:a", "hf-hub:a/b"):  # what FCOS records must be a name
         with pytest.raises(ValueError, match="is no name of timm's registry; create_detector"):
             FCOS(backbone, 2)
+    with pytest.raises(ValueError, match=f"has no config.json: there is one in {tmp_path / 'net'}"):
+        load_classifier(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match="save with safetensors"):
+        load_classifier(tmp_path)
     config = json.loads((tmp_path / "net" / hub.CONFIG).read_text())
     for change in (
         dict(architecture="hf-hub:evil/net"),

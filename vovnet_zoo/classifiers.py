@@ -75,10 +75,11 @@ def load_classifier(source: str | Path) -> tuple[nn.Module, str, dict]:
         folder = config_file.parent
     else:
         folder = Path(text)
-        if missing := [name for name in (hub.CONFIG, hub.WEIGHTS) if not (folder / name).is_file()]:
+        if not folder.is_dir():
             raise ValueError(
-                f"{folder} has no {missing[0]}: give the folder of a saved classifier, or hf-hub:organisation/name"
+                f"{folder} has no {hub.CONFIG}: give the folder of a saved classifier, or hf-hub:organisation/name"
             )
+        hub.find_files(folder)
     model, name = load_for_timm(folder)
     return model, name, read_json(folder / hub.CONFIG, hub.MAX_CONFIG_BYTES).get("pretrained_cfg") or {}
 

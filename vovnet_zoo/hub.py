@@ -173,6 +173,10 @@ def find_files(folder: str | Path) -> tuple[Path, Path]:
                 str(path.parent) for path in folder.glob(f"*/{WEIGHTS}") if (path.parent / CONFIG).is_file()
             )
             hint = f"there is one in {', '.join(inside[:5])}" if inside else "is it the folder of a saved model?"
+            if (folder / "pytorch_model.bin").is_file():
+                hint = (
+                    "pytorch_model.bin may run code, and is not read; save with safetensors (safe_serialization=True)"
+                )
             raise ValueError(f"{folder} has no {file.name}: {hint}")
     return files
 
