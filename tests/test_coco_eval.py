@@ -213,7 +213,7 @@ def test_to_coco_results():
     rows = coco_eval.to_coco_results(detections, [5, 6], [3, 7], plus_one=True)
     assert [row["bbox"] for row in rows] == [[1, 2, 4, 5], [0, 0, 1.5, 201]]
     assert coco_eval.to_coco_results([], [], [3, 7]) == []
-    with pytest.raises(ValueError, match=r"image 5: labels 0\.\.1 do not fit 1 category"):
+    with pytest.raises(ValueError, match=r"image 5: labels 0\.\.1 do not fit the 1 category of category_ids"):
         coco_eval.to_coco_results(detections, [5, 6], [3])
     with pytest.raises(ValueError, match="2 detections for 1"):
         coco_eval.to_coco_results(detections, [5], [3, 7])

@@ -120,8 +120,8 @@ def to_coco_results(
         labels = detection["labels"].tolist()
         if labels and not 0 <= min(labels) <= max(labels) < len(category_ids):
             raise ValueError(
-                f"image {image_id}: labels {min(labels)}..{max(labels)} do not fit "
-                f"{counted(len(category_ids), 'category')}; was the model trained on other classes?"
+                f"image {image_id}: labels {min(labels)}..{max(labels)} do not fit the "
+                f"{counted(len(category_ids), 'category')} of category_ids; was the model trained on other classes?"
             )
         rows += [
             {"image_id": int(image_id), "category_id": int(category_ids[label]), "bbox": box, "score": score}
