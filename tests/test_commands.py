@@ -166,6 +166,18 @@ def test_what_comes_first(run, arguments, line):
     assert status == 2 and printed.startswith(f"train_coco: {line}") and printed.count("\n") == 1
 
 
+def test_the_home_folder(run, monkeypatch):
+    """A shell leaves ~ as it is in quotes, and after `=`; a folder of that name would be made."""
+    monkeypatch.setenv("HOME", "/nowhere/home")
+    typed = ["~", "~/a b", "--out=~/x", "--data", "~/y", "a~", "./~/a", "~other", "--split=~z", "-1"]
+    home = "/nowhere/home"
+    assert commands.expand_home(typed) == [
+        home, f"{home}/a b", f"--out={home}/x", "--data", f"{home}/y", "a~", "./~/a", "~other", "--split=~z", "-1"
+    ]  # fmt: skip
+    status, printed = run(train_coco, "finetune", "--data=~/data", "--out", "~/run", "--device", "cpu")
+    assert status == 2 and home in printed and not os.path.exists("~")
+
+
 @pytest.mark.parametrize(
     "text, advice",
     [

@@ -25,6 +25,7 @@ from .commands import (
     check_completion,
     check_first,
     check_place,
+    expand_home,
     find_device,
     not_compiling,
     run_reporting,
@@ -305,7 +306,7 @@ class Plan:
 
 def main() -> None:
     """Run the command. An error of the user goes to stderr in one line, and the exit status is 2."""
-    arguments, debug = take_debug(sys.argv[1:])
+    arguments, debug = take_debug(expand_home(sys.argv[1:]))
     run_reporting("vovnet-zoo", lambda: run_command(arguments, debug), debug)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -52,6 +53,13 @@ def take_debug(arguments: list[str]) -> tuple[list[str], bool]:
     return [argument for argument in arguments if argument != "--debug"], "--debug" in arguments
 
 
+def expand_home(arguments: Sequence[str]) -> list[str]:
+    """Write the home folder for a ~ that begins an argument or a value, where a shell left it: in quotes, after `=`."""
+    parts = [re.fullmatch(r"(--[\w-]+=)?(~(?:/.*)?)", argument, re.DOTALL) for argument in arguments]
+    pairs = zip(arguments, parts, strict=True)
+    return [(part[1] or "") + os.path.expanduser(part[2]) if part else argument for argument, part in pairs]
+
+
 def parse_command(parse: Callable[..., T]) -> T:
     """Return what `parse` makes of the arguments of the command line, without `--debug`.
 
@@ -61,7 +69,7 @@ def parse_command(parse: Callable[..., T]) -> T:
         parse: takes `args`, the list of arguments.
     """
     open_streams()
-    arguments, debug = take_debug(sys.argv[1:])
+    arguments, debug = take_debug(expand_home(sys.argv[1:]))
     try:
         check_completion(arguments)
         with stopping_with_reader():
