@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from launch import ROOT, command, tiny_config
+from launch import ROOT, command, run_python, tiny_config
 
 import benchmark
 import benchmark_data
@@ -113,6 +113,17 @@ def test_ctrl_c_is_one_line(run, monkeypatch):
     monkeypatch.setattr(eval_coco, "main", main)
     status, printed = run(eval_coco, "--model", "x", "--data", "x")
     assert (status, printed) == (128 + signal.SIGINT, "eval_coco: interrupted\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
+def test_an_interrupt_while_torch_is_imported():
+    """The script sends it to itself, after its arguments and before it imports torch."""
+    code = (
+        "import os, signal, sys; sys.argv = ['recipes/x.py']; from vovnet_zoo.commands import parse_command\n"
+        "parse_command(lambda args: args); os.kill(os.getpid(), signal.SIGINT); import torch; print('imported')"
+    )
+    result = run_python(code)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "x: interrupted\n")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows reports a pipe without a reader in another way")

@@ -63,7 +63,8 @@ def expand_home(arguments: Sequence[str]) -> list[str]:
 def parse_command(parse: Callable[..., T]) -> T:
     """Return what `parse` makes of the arguments of the command line, without `--debug`.
 
-    An error of the user is one line, also where torchrun started several processes.
+    An error of the user is one line, also where torchrun started several processes. So is Ctrl-C from here on, also
+    while the script imports torch, until `run_reporting` takes over.
 
     Args:
         parse: takes `args`, the list of arguments.
@@ -73,9 +74,21 @@ def parse_command(parse: Callable[..., T]) -> T:
     try:
         check_completion(arguments)
         with stopping_with_reader():
-            return parse(args=arguments)
+            parsed = parse(args=arguments)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, end_import)
+        return parsed
+    except KeyboardInterrupt:
+        end_import(signal.SIGINT, None)
     except USER_ERRORS as error:
         fail(Path(sys.argv[0]).stem, error, debug, lambda line: int(os.environ.get("RANK", 0)) == 0)
+
+
+def end_import(number: int, frame: object) -> NoReturn:
+    """End the process at Ctrl-C, without the traceback of an import. Nothing has begun that had to be cleaned up."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        os.write(2, f"{Path(sys.argv[0]).stem}: interrupted\n".encode())
+    os._exit(128 + number)
 
 
 def check_completion(arguments: Sequence[str]) -> None:
@@ -117,6 +130,8 @@ def run_reporting(
         claim: tells whether this process is to print the message, where several have the same error.
     """
     open_streams()
+    if signal.getsignal(signal.SIGINT) is end_import:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with reporting_compiler("omit --compile" if "--compile" in sys.argv else ""), stopping_with_reader():
             call()
