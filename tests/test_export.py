@@ -607,6 +607,8 @@ def test_openvino_is_refused_where_it_crashes(monkeypatch):
 def test_files_that_are_no_exports(exported, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         load_detector(tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"the folder of an exported file; give the file: .*model\.onnx"):
+        load_detector(exported("onnx")[0])
     (tmp_path / "model.onnx").write_bytes((exported("onnx")[0] / "model.onnx").read_bytes()[:-5000])
     with pytest.raises(ValueError, match="ONNX Runtime cannot load it"):
         load_detector(tmp_path / "model.onnx")

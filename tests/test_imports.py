@@ -54,7 +54,7 @@ ONLY = {  # rooms that may import even less
     "demo": {"config", "draw", "exported", "fcos", "inference", "load", "predict_files", "results", "sources", "words"},
     "export": {"arguments", "commands", "compiled", "config", "data", "evaluation", "exported", "fcos", "files"}
     | {"inference", "results", "sources", "version", "words"},
-    "load": {"arguments", "detectors", "export", "exported", "fcos"},
+    "load": {"arguments", "detectors", "export", "exported", "fcos", "hub"},
     "evaluation": {"arguments", "data", "fcos", "files", "inference", "results", "version", "words"},
 }
 

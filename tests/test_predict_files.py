@@ -213,6 +213,16 @@ def test_a_place_that_cannot_be_written(run, detector_folder, tmp_path, options)
     assert errors.startswith(f"vovnet-zoo: {' '.join(options[-2:])} cannot be written (/proc: ")
 
 
+def test_refused_options_leave_no_file(run, detector_folder, tmp_path):  # noqa: F811
+    """The corrected command would be refused else, since its results were there already."""
+    image = draw_images(tmp_path / "in", "x.png")
+    out = tmp_path / "out"
+    command = ["predict", image, "--model", detector_folder, "--out", out, "--scales"]
+    status, _, errors = run(*command, "1", "1")
+    assert status == 2 and "give different numbers" in errors and len(errors.splitlines()) == 1 and not out.exists()
+    assert run(*command, "1")[0] == 0 and (out / "detections.jsonl").exists()
+
+
 MEMORY = """
 import sys
 from pathlib import Path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from . import detectors
+from . import detectors, hub
 from .arguments import check_path
 from .export.runtimes import is_exported, load_exported
 from .exported import ExportedDetector
@@ -28,4 +28,13 @@ def load_detector(source: str | os.PathLike) -> FCOS | ExportedDetector:
     check_path("source", source)
     if is_exported(source) and not Path(source).is_dir():
         return load_exported(source)
+    if files := exported_files(Path(source)):
+        raise ValueError(f"{source} is the folder of an exported file; give the file: {' or '.join(map(str, files))}")
     return detectors.load_detector(str(source))
+
+
+def exported_files(folder: Path) -> list[Path]:
+    """List the exported files in a folder; none where it is the folder of a saved model."""
+    if not folder.is_dir() or (folder / hub.CONFIG).exists():
+        return []
+    return sorted(path for path in folder.iterdir() if is_exported(path))

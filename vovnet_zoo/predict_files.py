@@ -108,12 +108,13 @@ def predict_files(
         started.remove(next(job for job in started if job.frame is frame))
 
     options["on_error"] = report
+    stream = predict(model, jobs(), stream=True, **options)  # refuses options before any file is made
     done, count, began = 0, 0, time.perf_counter()
     with ResultFolder(model, out, pictures, crops, labels, coco) as results:
         try:
             with (
                 remembered_interrupt() as look_for_interrupt,
-                contextlib.closing(predict(model, jobs(), stream=True, **options)) as stream,  # type: ignore[type-var]
+                contextlib.closing(stream),  # type: ignore[type-var]
             ):
                 for found in stream:
                     look_for_interrupt()
