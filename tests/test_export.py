@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ import eval_coco
 import vovnet_zoo
 from vovnet_zoo import create_detector, export_detector, load_detector, predict
 from vovnet_zoo.evaluation.coco_eval import coco_metrics
-from vovnet_zoo.export import accuracy, blame, certificate, cpu, pairs, registry
+from vovnet_zoo.export import accuracy, blame, certificate, cpu, pairs, registry, runtimes
 from vovnet_zoo.export.graph import DetectorGraph, NetworkGraph
 from vovnet_zoo.exported import ExportedDetector
 from vovnet_zoo.inference import choose_thresholds
@@ -677,6 +678,37 @@ def test_views_of_an_image(exported, model):
     detector, (image,) = load_detector(exported("onnx")[0] / "model.onnx"), pictures((90, 200))
     for options in (dict(tiles=96), dict(flip=True, scales=(1.0, 1.5))):
         assert_same(predict(detector, image, **options), predict(model, image, **options))
+
+
+@pytest.mark.skipif(NO_OPENVINO, reason="OpenVINO would crash")
+def test_thin_images_in_openvino(exported, model):
+    """It computes no VoVNet below 64 pixels, so the images are padded to that."""
+    detector = load_detector(exported("openvino")[0] / "model.xml")
+    wide, thin = pictures((64, 96), (8, 96))
+    found = predict(detector, [wide, thin, wide], score_threshold=0.1)
+    item = vovnet_zoo.inference.prepare(vovnet_zoo.sources.Frame("", thin), model.config, least=64)
+    want = certificate.reference(model, item, choose_thresholds(model, dict(score_threshold=0.1)))
+    assert item.pixels.shape[1] == 64 and len(want.scores) == len(found[1]["scores"])
+    torch.testing.assert_close(found[1]["scores"], want.scores, rtol=1e-4, atol=0)
+    assert_same([found[0], *predict(detector, wide)], predict(model, [wide, wide], score_threshold=0.1))
+
+
+def test_openvino_gives_no_result_twice():
+    """With one thread it says nothing where it cannot compute an image, and leaves the outputs of the call before."""
+    counts = SimpleNamespace(data=np.zeros(1, np.int64))
+
+    def infer(inputs):
+        if inputs[0].shape[2] >= 64:
+            counts.data[:] = 5
+        return [counts.data]
+
+    request = SimpleNamespace(infer=infer, get_output_tensor=lambda place: counts)
+    run = runtimes.call_openvino(SimpleNamespace(outputs=[0], create_infer_request=lambda: request))
+    large, small = np.zeros((1, 3, 64, 64)), np.zeros((1, 3, 32, 64))
+    assert run(large)[0].tolist() == run(large)[0].tolist() == [5]
+    with pytest.raises(ValueError, match=r"OpenVINO cannot compute images \[1, 3, 32, 64\]"):
+        run(small)
+    assert run(large)[0].tolist() == [5]
 
 
 def test_videos(exported, model, tmp_path):

@@ -24,6 +24,7 @@ class ExportedDetector(nn.Module):
         size: (H, W) that all images must have; None where it takes any multiples of 32.
         batch: the number of images of each call of `run`; None where it takes any.
         precision: what `export_detector` was asked for.
+        least_side: pixels; `predict` pads smaller images, since the runtime cannot compute them.
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class ExportedDetector(nn.Module):
         batch: int | None,
         precision: str,
         run: Callable[[np.ndarray, np.ndarray], list[np.ndarray]],
+        least_side: int = 32,
     ):
         super().__init__()
         self.source, self.config, self.thresholds = source, config, thresholds
         self.size, self.batch, self.precision, self.run = size, batch, precision, run
+        self.least_side = least_side
 
     @property
     def class_names(self) -> list[str] | None:

@@ -148,9 +148,7 @@ def predict(
     detector = functools.partial(detector, workers=workers)
     found_frames = frames(images, recursive, urls)
     if views == ONE_VIEW:
-        load = functools.partial(
-            prepare, config=model.config.copy(), catch=on_error is not None, fixed=fixed_size(model)
-        )
+        load = functools.partial(prepare, config=model.config.copy(), catch=on_error is not None, **limits_of(model))
         found = detector(found_frames, load, on_error=on_error)
     else:
         ahead = 0 if views.tiles else workers  # windows are for images of which memory holds one at a time
@@ -196,9 +194,9 @@ def _detect(
         model.train(was_training)
 
 
-def fixed_size(model: FCOS | ExportedDetector) -> tuple[int, int] | None:
-    """Return the (H, W) that all images must have; None where each may have its own."""
-    return model.size if isinstance(model, ExportedDetector) else None
+def limits_of(model: FCOS | ExportedDetector) -> dict[str, Any]:
+    """Return the arguments of `prepare` that say how large the images of a model must be."""
+    return {"fixed": model.size, "least": model.least_side} if isinstance(model, ExportedDetector) else {}
 
 
 class Views(NamedTuple):
@@ -261,7 +259,7 @@ def _detect_views(
                 yield Frame(frame.name, functools.partial(_crop, image, place, flip)), scale
 
     with contextlib.closing(
-        detector(looks(), functools.partial(_prepare_look, config=config, fixed=fixed_size(model)))
+        detector(looks(), functools.partial(_prepare_look, config=config, **limits_of(model)))
     ) as stream:  # type: ignore[type-var]
         for first in stream:
             name, size, places = started.popleft()
@@ -290,14 +288,14 @@ def _try_read(frame: Frame, catch: bool) -> tuple[Frame, Tensor | ValueError]:
 
 
 def _prepare_look(
-    look: tuple[Frame, float], config: DetectorConfig, fixed: tuple[int, int] | None
+    look: tuple[Frame, float], config: DetectorConfig, **limits: Any
 ) -> Prepared | tuple[Frame, ValueError]:
     """Prepare a view of an image at a multiple of the size that the network is made for."""
     frame, scale = look
     config = config.copy()
     config["min_size"] = max(1, round(config["min_size"] * scale))
     config["max_size"] = max(1, round(config["max_size"] * scale))
-    return prepare(frame, config, fixed=fixed)
+    return prepare(frame, config, **limits)
 
 
 def _turn_back(found: dict[str, Tensor], width: int, flipped: bool, plus_one: bool) -> dict[str, Tensor]:
@@ -332,11 +330,16 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    frame: Frame, config: DetectorConfig, catch: bool = False, fixed: tuple[int, int] | None = None
+    frame: Frame,
+    config: DetectorConfig,
+    catch: bool = False,
+    fixed: tuple[int, int] | None = None,
+    least: int = 32,
 ) -> Prepared | tuple[Frame, ValueError]:
     """Decode, resize and pad an image; with `catch`, return the error of an image that cannot be used.
 
-    Every image is padded to the (height, width) `fixed`, if it is given, and made smaller where it would not fit.
+    Every image is padded to the (height, width) `fixed`, if it is given, and made smaller where it would not fit;
+    otherwise each side is padded to at least `least`, a multiple of 32.
     """
     try:
         image = read(frame)
@@ -349,7 +352,7 @@ def prepare(
     if fixed and (factor := min(fixed[0] / h, fixed[1] / w)) < 1:
         h, w = max(1, min(fixed[0], int(h * factor))), max(1, min(fixed[1], int(w * factor)))
     resized = resize_image(image.cpu(), (h, w), config["resize"])
-    rows, columns = fixed or padded_size(height, width, config)
+    rows, columns = fixed or (max(least, side) for side in padded_size(height, width, config))
     return Prepared(frame.name, pad(resized, (0, columns - w, 0, rows - h)), (h, w), (height, width))
 
 

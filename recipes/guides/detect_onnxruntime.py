@@ -11,7 +11,8 @@ names = json.loads(session.get_modelmeta().custom_metadata_map["config"])["class
 
 image = np.load(sys.argv[2])  # uint8 [H,W,3], red first
 height, width, _ = image.shape
-padded = np.pad(image, ((0, -height % 32), (0, -width % 32), (0, 0)))
+rows, columns = (max(64, side + -side % 32) for side in (height, width))
+padded = np.pad(image, ((0, rows - height), (0, columns - width), (0, 0)))
 images = np.ascontiguousarray(padded.transpose(2, 0, 1)[None])  # [1,3,H,W]
 
 found = session.run(None, {"images": images, "sizes": np.array([[height, width]])})

@@ -3,6 +3,7 @@
 // export.md has the command that compiles this file. The image is a binary PPM of 8 bits (P6), whole or smaller than
 // the size that the model was exported for.
 
+#include <algorithm>
 #include <cstdio>
 #include <fstream>
 #include <iostream>
@@ -40,7 +41,8 @@ int main(int argc, char** argv) {
 
   auto image = read_ppm(argv[2]);
   int64_t height = image.size(1), width = image.size(2);
-  int64_t rows = (height + 31) / 32 * 32, columns = (width + 31) / 32 * 32;
+  auto padded = [](int64_t side) { return std::max<int64_t>(64, (side + 31) / 32 * 32); };
+  int64_t rows = padded(height), columns = padded(width);
   std::sscanf(facts["size"].c_str(), "[%ld, %ld]", &rows, &columns);  // "null" where any size will do
   auto images = torch::zeros({1, 3, rows, columns}, torch::kUInt8);
   images[0].narrow(1, 0, height).narrow(2, 0, width).copy_(image);

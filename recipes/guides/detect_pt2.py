@@ -11,7 +11,8 @@ names = json.loads(model.get_metadata()["config"])["class_names"]
 
 image = torch.from_numpy(np.load(sys.argv[2])).permute(2, 0, 1)[None]  # uint8 [1,3,H,W], red first
 height, width = image.shape[2:]
-images = torch.nn.functional.pad(image, (0, -width % 32, 0, -height % 32)).contiguous()  # as the file expects
+rows, columns = (max(64, side + -side % 32) for side in (height, width))
+images = torch.nn.functional.pad(image, (0, columns - width, 0, rows - height)).contiguous()  # as the file expects
 
 found = model(images, torch.tensor([[height, width]]))
 boxes, scores, labels, count = (x[0] for x in found)

@@ -109,7 +109,7 @@ def export_detector(
     bounds = BOUNDS[precision] if max_ap_difference is None else replace(BOUNDS[precision], ap=max_ap_difference)
 
     with staged(out) as folder:  # nothing is in `out` unless all below went well
-        compared, drawn = choose_images(model, images, thresholds, size)
+        compared, drawn = choose_images(model, images, thresholds, size, chosen.least_side)
         graph: Graph = NetworkGraph(model).eval() if raw else DetectorGraph(model, thresholds).eval()
         file, exporter = folder / chosen.files[0], chosen.exporter()
         first_precision = "float32" if precision == "int8" else precision
@@ -118,7 +118,7 @@ def export_detector(
         written = Written(chosen, file, graph, program, layers)
         exporter.write_facts(file, facts)
         certificate: dict[str, Any] = {"images_are": "drawn" if drawn else "the user's"}
-        comparison = None if dataset is None else Comparison(model, dataset, thresholds, size)
+        comparison = None if dataset is None else Comparison(model, dataset, thresholds, size, chosen.least_side)
         if precision == "int8":
             assert comparison is not None
             certificate |= importlib.import_module(".int8", __package__).quantize(

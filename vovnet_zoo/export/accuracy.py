@@ -60,6 +60,7 @@ class Comparison:
     dataset: CocoDataset
     thresholds: Thresholds
     size: tuple[int, int] | None  # of all images, where the file has one
+    least_side: int = 32  # pixels; a smaller image is padded
 
     def detect(self, detector: FCOS | ExportedDetector, indices: Iterable[int]) -> list[ImageDetections]:
         """Detect objects in some images of the dataset."""
@@ -73,7 +74,8 @@ class Comparison:
         sample = self.dataset[index]
         assert not isinstance(sample, Skipped)
         image = sample[0].as_subclass(Tensor)
-        item = prepare(Frame(str(self.dataset.image_ids[index]), image), self.model.config, fixed=self.size)
+        frame = Frame(str(self.dataset.image_ids[index]), image)
+        item = prepare(frame, self.model.config, fixed=self.size, least=self.least_side)
         assert isinstance(item, Prepared)
         return item
 

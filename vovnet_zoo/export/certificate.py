@@ -26,7 +26,7 @@ DRAWN, DRAWN_TRIES = 4, 32  # pictures that are compared where the user gives no
 
 
 def choose_images(
-    model: FCOS, images: Source | None, thresholds: Thresholds, size: tuple[int, int] | None
+    model: FCOS, images: Source | None, thresholds: Thresholds, size: tuple[int, int] | None, least_side: int = 32
 ) -> tuple[list[Prepared], bool]:
     """Prepare the images that are compared, and tell whether they were drawn.
 
@@ -36,7 +36,7 @@ def choose_images(
     source = frames(images) if images is not None else map(draw, range(DRAWN_TRIES))
     chosen, found = [], 0
     for frame in source:
-        item = prepare(frame, model.config, fixed=size)
+        item = prepare(frame, model.config, fixed=size, least=least_side)
         assert isinstance(item, Prepared)
         count = len(reference(model, item, thresholds).scores) if images is None else 1
         if count:

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from ..arguments import check_choice
 from ..commands import has_compiler
 from ..config import ExportPrecision
-from .graph import Graph
+from .graph import LEAST_SIDE, Graph
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Format:
     files: tuple[str, ...]  # the first one is what `load_detector` takes
     packages: tuple[str, ...]  # the first one is the runtime, which is all that an exported file needs
     precisions: tuple[str, ...]
+    least_side: int = 32  # pixels; `predict` pads smaller images
     compiled: bool = False  # by a C++ compiler, for the CPU of this machine
     refusal: str = ""  # why nothing can be written in it
 
@@ -60,6 +61,7 @@ FORMATS = {
         ("model.xml", "model.bin"),
         ("openvino", "onnx", "onnxscript"),
         ("float32", "float16", "int8"),
+        least_side=LEAST_SIDE,
     ),
     "pt2": Format("pt2", "AOTInductor", ("model.pt2",), ("torch",), ("float32",), compiled=True),
     "executorch": Format(

@@ -19,6 +19,7 @@ from .registry import FORMATS, need
 
 Arrays = list[np.ndarray]
 Run = Callable[..., Arrays]  # takes the inputs of a `Graph`, and returns its outputs
+UNSET = -1  # no count of detections, and no whole map of a layer, has this value
 KEPT = ("config", "thresholds", "size", "batch", "precision")  # of the metadata, for a detector
 RT_INFO = "vovnet_zoo"  # where an OpenVINO model has its metadata
 PT2_METADATA = "_metadata.json"  # files of a package whose names end so hold texts that both of torch's loaders return
@@ -52,7 +53,8 @@ def load_exported(path: str | os.PathLike) -> ExportedDetector:
     if isinstance(least, list):
         kept["thresholds"]["score_threshold"] = torch.tensor(least)
     size, thresholds = kept["size"] and tuple(kept["size"]), Thresholds(**kept["thresholds"])
-    return ExportedDetector(str(path), kept["config"], thresholds, size, kept["batch"], kept["precision"], run)
+    known = kept["config"], thresholds, size, kept["batch"], kept["precision"]
+    return ExportedDetector(str(path), *known, run, FORMATS[SUFFIXES[path.suffix]].least_side)
 
 
 def open_file(path: Path, tensors: Sequence[str] = ()) -> tuple[Run, dict[str, str]]:
@@ -113,12 +115,25 @@ def compile_openvino(model: Any) -> Run:
 
 
 def call_openvino(compiled: Any) -> Run:
-    """Make a call of a compiled model."""
-    request = compiled.create_infer_request()
+    """Make a call of a compiled model.
+
+    Raises:
+        ValueError: from the call, where OpenVINO cannot compute images of this size. With one thread it says nothing
+            then, and leaves the outputs of the call before.
+    """
+    request, last = compiled.create_infer_request(), len(compiled.outputs) - 1
 
     def run(*inputs: np.ndarray) -> Arrays:
-        found = request.infer(list(inputs))
-        return [np.array(found[i]) for i in range(len(compiled.outputs))]
+        try:
+            found = request.infer(list(inputs))
+            arrays = [np.array(found[i]) for i in range(last + 1)]
+            if (arrays[last] == UNSET).all():  # also where there are no numbers
+                raise RuntimeError("it computed nothing")
+        except RuntimeError as error:
+            reason = (str(error).strip().splitlines() or ["?"])[-1]
+            raise ValueError(f"OpenVINO cannot compute images {list(inputs[0].shape)} ({reason:.200})") from error
+        request.get_output_tensor(last).data.fill(UNSET)
+        return arrays
 
     return run
 
