@@ -114,6 +114,15 @@ def test_page_in_a_browser(served, browser, detector_folder, tmp_path):
     number.send_keys("0.95")
     number.send_keys(Keys.ENTER)
     wait(lambda _: (found() or {}).get("thresholds") == {"cat": 0.95, "dog": 0.95})
+
+    # What is no image is told in words, without the place where the server keeps it, and the sliders stay.
+    (tmp_path / "text.jpg").write_text("no image")
+    wait(lambda _: all_of("button[aria-label='Remove Image']"))[0].click()
+    wait(lambda _: all_of("input[type=file]"))[0].send_keys(str(tmp_path / "text.jpg"))
+    said = wait(lambda _: [x.text for x in all_of(".toast-body") if "not an image" in x.text])[0]
+    assert "text.jpg: not an image of a known format" in said and "/" not in said
+    assert len(all_of("input[type=range]")) == 3 and not [x for x in all_of(".error") if x.is_displayed()]
+    assert found() is None
     for width in (400, 1400):
         size = dict(width=width, height=900, deviceScaleFactor=1, mobile=False)
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

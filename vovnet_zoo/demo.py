@@ -87,6 +87,7 @@ def build_page(model: FCOS | ExportedDetector, name: str) -> Any:
                 )
                 summary = gr.Markdown(elem_id="summary")
                 download = gr.HTML()
+        take_any_file(image)
         tiles = gr.Checkbox(label=f"Look at windows of {side} x {side} pixels too, for small objects in large images")
         every = gr.Slider(0, 1, DISPLAY_SCORE, step=0.01, label="Threshold of all classes", elem_id="every")
         with gr.Accordion("Threshold of each class", open=len(names) <= ALWAYS):
@@ -98,10 +99,11 @@ def build_page(model: FCOS | ExportedDetector, name: str) -> Any:
 
         def look(path: str | None, use_tiles: bool) -> list[Any]:
             """Detect, and show the sliders of what was found."""
+            result = None
             try:
                 result = detect(model, path, side if use_tiles else None) if path else None
-            except ValueError as error:
-                raise gr.Error(str(error)) from error
+            except ValueError as error:  # gr.Error would lie over the sliders
+                gr.Warning(html.escape(str(error).replace(str(path), Path(str(path)).name)))
             return [result, *(gr.update(visible=visible) for visible in seen(result, len(names)))]
 
         def draw(result: Found | None, *thresholds: float) -> tuple[Any, str, str]:
@@ -121,6 +123,15 @@ def build_page(model: FCOS | ExportedDetector, name: str) -> Any:
             **live,
         ).success(**again, **live)
     return page
+
+
+def take_any_file(image: Any) -> None:
+    """Let a `gradio.Image` pass the path of what was uploaded, also of a file that gradio cannot open.
+
+    gradio opens each file itself, and where it cannot it tells the log of the server, and not the user.
+    """
+    opened = image.preprocess
+    image.preprocess = lambda payload: payload.path if payload is not None and payload.path else opened(payload)
 
 
 def detect(model: FCOS | ExportedDetector, path: str, tiles: int | None) -> Found:
