@@ -431,6 +431,11 @@ def test_the_command_prints_the_certificate(run, tampered, model, tiny_coco, tmp
     status, out, err = run("export", tmp_path / "model", "--out", tmp_path / "out", *options)
     assert status == 0 and len(out.splitlines()) == 1, err
     assert "found by both: 100.00%" in out and "AP on 3 images: 0." in out and "(95%: " in out
+    waits = [
+        "tracing and writing model.onnx, which takes a minute or so",
+        "comparing with PyTorch on 3 images, then by AP",
+    ]
+    assert err.splitlines() == waits
 
 
 def test_another_ap_is_refused(exported, model, tiny_coco, tmp_path):

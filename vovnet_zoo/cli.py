@@ -30,6 +30,7 @@ from .commands import (
     not_compiling,
     run_reporting,
     take_debug,
+    told,
 )
 from .config import (
     OVERLAPS,
@@ -258,7 +259,7 @@ class Demo:
     """Serve a page to try a detector in, with images or a camera, until Ctrl-C (extra `demo`)."""
 
     model: Annotated[str, tyro.conf.Positional, named("MODEL")]
-    """Folder of a saved detector, a name on the Hub or of `vovnet-zoo list`, or an exported .onnx or .xml file."""
+    """Folder of a saved detector, a name on the Hub or of `vovnet-zoo list`, or an exported .onnx, .xml or .pt2."""
     device: str | None = None
     """torch device; default: the GPU where there is one."""
     host: str = "127.0.0.1"
@@ -538,20 +539,21 @@ def run_export(command: Export) -> None:
     model = load_detector(command.model)
     assert isinstance(model, FCOS)
     options: ThresholdOptions = {} if command.score is None else {"score_threshold": command.score}
-    made = export_detector(
-        model,
-        command.out,
-        format=command.format,
-        size=command.size,
-        batch=command.batch,
-        precision=command.precision,
-        raw=command.raw,
-        images=command.images,
-        data=command.data,
-        max_ap_difference=command.max_ap_difference,
-        overwrite=command.overwrite,
-        **options,
-    )
+    with told("vovnet_zoo.export"):
+        made = export_detector(
+            model,
+            command.out,
+            format=command.format,
+            size=command.size,
+            batch=command.batch,
+            precision=command.precision,
+            raw=command.raw,
+            images=command.images,
+            data=command.data,
+            max_ap_difference=command.max_ap_difference,
+            overwrite=command.overwrite,
+            **options,
+        )
     words = "; ".join(f"{name}: {value}" for name, value in summary(made).items())
     print(f"{command.out / FORMATS[command.format].files[0]}; {words}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import os
 import re
 import shutil
@@ -257,6 +258,22 @@ def describe(error: BaseException) -> str:
         name, _, message = text.splitlines()[-1].partition(": ")
         text = message or name
     return text or type(error).__name__
+
+
+@contextlib.contextmanager
+def told(name: str) -> Iterator[None]:
+    """Within this context, what a logger tells of its progress goes to stderr."""
+    logger, handler = logging.getLogger(name), logging.StreamHandler()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def find_device(name: str | None, index: int | None = None) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -27,6 +28,8 @@ from .graph import LEAST_SIDE, DetectorGraph, Graph, NetworkGraph, trace
 from .pairs import BOUNDS
 from .registry import FORMATS, Written, choose_format
 from .runtimes import load_exported
+
+log = logging.getLogger(__name__)
 
 CERTIFICATE, CARD = "certificate.json", "README.md"
 
@@ -113,6 +116,9 @@ def export_detector(
         graph: Graph = NetworkGraph(model).eval() if raw else DetectorGraph(model, thresholds).eval()
         file, exporter = folder / chosen.files[0], chosen.exporter()
         first_precision = "float32" if precision == "int8" else precision
+        log.info(
+            "tracing and writing %s, which takes %s", file.name, "minutes" if chosen.compiled else "a minute or so"
+        )
         program = trace(graph, size, batch)
         layers = exporter.write(graph, program, file, first_precision)
         written = Written(chosen, file, graph, program, layers)
@@ -121,9 +127,11 @@ def export_detector(
         comparison = None if dataset is None else Comparison(model, dataset, thresholds, size, chosen.least_side)
         if precision == "int8":
             assert comparison is not None
+            log.info("quantising, which takes minutes, or hours where the AP needs layers in float32")
             certificate |= importlib.import_module(".int8", __package__).quantize(
                 written, compared, comparison, bounds.ap
             )
+        log.info("comparing with PyTorch on %d images%s", len(compared), ", then by AP" if comparison else "")
         if raw:
             certificate |= certify_network(model, written, compared, bounds)
         else:
