@@ -104,5 +104,5 @@ def test_the_command_runs_the_recipe(tiny_coco, tmp_path, monkeypatch, capfd):
             cli.main()
         assert stop.value.code == status
     out, err = capfd.readouterr()
-    assert "a.png: the first 1 samples of 8 images, as finetune sees them: shorter side 57 to 70 px" in out
+    assert "a.png: the first 1 sample of 8 images, as finetune sees them: shorter side 57 to 70 px" in out
     assert "mosaic=3.0" in err and "Traceback" not in err and (tmp_path / "new" / "a.png").is_file()

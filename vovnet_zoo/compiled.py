@@ -84,9 +84,9 @@ def compile_detector(
     how = compile_options(mode, backend)
     thresholds = choose_thresholds(model, options)
     device = next(model.parameters()).device
+    winograd = decide_winograd(winograd, device, dtype)
     if backend == "inductor" and device.type == "cpu":  # on a GPU, graphs that were compiled before need no compiler
         check_compiler("cpu")
-    winograd = decide_winograd(winograd, device, dtype)
     warn_of_slow_precision(device, dtype, winograd)
     fast = fast_copy(model, winograd)
     if device.type == "cuda" and dtype != torch.float32:
