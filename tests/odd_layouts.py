@@ -145,6 +145,19 @@ def marked(root):
     rewrite(root, "*.json", windows)
 
 
+def decimal_ids(root):
+    """Ids have been through a table that keeps them as decimals; one image has a text of digits."""
+
+    def change(content):
+        for row in [*content["images"], *content["categories"]]:
+            row["id"] = float(row["id"])
+        for row in content["annotations"]:
+            row["image_id"] = float(row["image_id"])
+        content["images"][0]["id"] = "1"
+
+    usual(root, change)
+
+
 # ---- YOLO -----------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +220,22 @@ def yolo_cvat(root):
     write(root / "obj.names", "green\nred\n")
 
 
+def yolo_capitals(root):
+    yolo(root)
+    for name in ("images", "labels"):
+        (root / name).rename(root / name.capitalize())
+
+
+def yolo_fiftyone(root):
+    yolo(root, "names: {0: green, 1: red}\npath: /elsewhere\ntrain: ./images/train/\nvalidation: ./images/val/\n")
+
+
+def yolo_darknet(root):
+    for split, pictures in (("train", TRAIN), ("valid", VAL)):
+        save_yolo(root / split, root / split, pictures)
+        write(root / split / "_darknet.labels", "green\nred\n")
+
+
 # ---- Pascal VOC, Hugging Face, links --------------------------------------------------------------------------------
 
 
@@ -225,6 +254,39 @@ def voc_spaces(root):
         save(root / "JPEGImages", pictures)
         save_voc(root / "Annotations", pictures)
         write(root / "ImageSets" / "Main" / f"{split}.txt", "".join(f"{x['name'][:-4]}\n" for x in pictures))
+
+
+def voc_folders(root, lists=False):
+    """Each image lies in a folder of its own, and all have the same name."""
+    for split, pictures in SPLITS:
+        for picture in pictures:
+            inner = f"{split}/{picture['name'][:-4]}"
+            save(root / "images" / inner, [picture | {"name": "0.png"}])
+            save_voc(root / "annotations" / inner, [picture | {"name": "0.png"}])
+        if lists:
+            names = [f"{split}/{picture['name'][:-4]}/0\n" for picture in pictures]
+            write(root / "ImageSets" / "Main" / f"{split}.txt", "".join(names))
+
+
+def voc_listed_folders(root):
+    voc_folders(root, lists=True)
+
+
+def voc_years(root):
+    """Two folders have their own lists, and together they are the dataset."""
+    for part, year in ((slice(0, 4), "VOC2007"), (slice(4, 8), "VOC2012")):
+        save(root / year / "JPEGImages", [*TRAIN[part], *VAL[part]])
+        save_voc(root / year / "Annotations", [*TRAIN[part], *VAL[part]])
+        for split, pictures in SPLITS:
+            names = [f"{picture['name'][:-4]}\n" for picture in pictures[part]]
+            write(root / year / "ImageSets" / "Main" / f"{split}.txt", "".join(names))
+
+
+def voc_trainval(root):
+    layouts.voc(root)
+    (root / "ImageSets" / "Main" / "train.txt").unlink()
+    (root / "ImageSets" / "Main" / "val.txt").rename(root / "ImageSets" / "Main" / "test.txt")
+    write(root / "ImageSets" / "Main" / "trainval.txt", "".join(f"{picture['name'][:-4]}\n" for picture in TRAIN))
 
 
 def voc_upper_case(root):

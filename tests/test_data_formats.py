@@ -1,6 +1,8 @@
 """YOLO, Pascal VOC and Hugging Face data give the arrays of COCO, compared with a second reader too."""
 
+import io
 import json
+import re
 import sys
 
 import layouts
@@ -11,6 +13,7 @@ from PIL import Image
 from vovnet_zoo.data import CocoDataset, changed, difficult_as_crowd, find_split, read_annotations
 from vovnet_zoo.data.check import check_dataset
 from vovnet_zoo.data.formats.huggingface import open_table
+from vovnet_zoo.data.formats.voc import VocObject, count_of, read_objects
 from vovnet_zoo.data.layouts import unsplit
 from vovnet_zoo.evaluation import coco_metrics
 
@@ -85,6 +88,42 @@ def test_yolo_lines(name, tmp_path):
     assert {f.kind for f in report.findings} >= set(problems)
 
 
+def test_yolo_first_text_file_may_be_empty(tmp_path):
+    layouts.save_yolo(tmp_path, tmp_path)
+    layouts.write(tmp_path / "-.txt", "")
+    Image.new("RGB", (8, 8)).save(tmp_path / "-.png")
+    layouts.write(tmp_path / "classes.txt", "green\nred\n")
+    found = unsplit(tmp_path)
+    assert boxes_of(CocoDataset(found.folder, found.source)) == [[[], []], *expected()] and found.left_out == ()
+
+
+@pytest.mark.parametrize("layout", ["yolo", "yolo_roboflow", "voc", "voc_roboflow"])
+def test_annotations_without_image_are_told(layout, tmp_path, caplog):
+    """An image of a format that is not read is as one that is not there."""
+    getattr(layouts, layout)(tmp_path)
+    (image,) = tmp_path.rglob("03.png")
+    image.rename(image.with_suffix(".heic"))
+    next(tmp_path.rglob("04.png")).unlink()
+    assert len(only_train(tmp_path)) == 6
+    assert re.search(r"03\.(txt|xml): there is no image 03\.\* that can be read \(1 more", caplog.text)
+    report = check_dataset(tmp_path, workers=0, progress=False)
+    (finding,) = (x for x in report.findings if x.kind == "left out")
+    assert finding.count == 2 and "there is no image 04.*" in finding.items[1] and report.ok
+
+
+def test_yolo_folder_that_is_not_there_is_told(tmp_path, caplog):
+    layouts.yolo_roboflow(tmp_path)
+    (tmp_path / "valid").rename(tmp_path / "other")
+    assert len(only_train(tmp_path)) == 8
+    assert "data.yaml: no images are where it says val: ../valid/images" in caplog.text
+
+
+def test_yolo_names_are_texts(tmp_path):
+    layouts.yolo(tmp_path)
+    layouts.write(tmp_path / "data.yaml", "train: images/train\nval: images/val\nnames: [no, 012]\n")
+    assert only_train(tmp_path).class_names == ["no", "012"]
+
+
 def test_yolo_keypoints(tmp_path):
     layouts.write(tmp_path / "labels" / "train" / "0.txt", "0 0.5 0.5 0.5 0.5 0.1 0.1 2 0.2 0.2 2 0.3 0.3 1")
     (tmp_path / "images" / "train").mkdir(parents=True)
@@ -145,6 +184,19 @@ def test_voc_half_pixels(tmp_path):
     assert boxes_of(only_train(tmp_path)) == expected(pictures)
 
 
+@pytest.mark.parametrize(
+    ("corners", "decimal", "from_one"),
+    [((1, 2, 9, 9), False, True), ((0, 2, 9, 9), False, False), ((1, 2, 9, 9), True, False)],
+)
+def test_voc_corners_with_a_decimal_point_are_coordinates(corners, decimal, from_one):
+    assert count_of([VocObject("x", corners, 0, decimal)] * 2)[0] is from_one
+
+
+def test_voc_reads_decimal_points(tmp_path):
+    layouts.save_voc(tmp_path, layouts.PICTURES[:1], shift=0.5)
+    assert [x.decimal for x in read_objects(tmp_path / "00.xml")] == [True, True]
+
+
 def test_voc_splits_have_the_classes_of_all(tmp_path):
     """A class that only one split shows has its label in both."""
     few = [p | {"boxes": [b for b in p["boxes"] if b[0] == 1]} for p in layouts.VAL]
@@ -198,6 +250,29 @@ def test_metadata_that_cannot_be_read(tmp_path):
     layouts.write(tmp_path / "train" / "metadata.jsonl", '{"file_name": "a.png"}\n{"file"\n')
     with pytest.raises(ValueError, match="metadata.jsonl: line 2 is no JSON"):
         find_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"objects": [{"bbox": [[1.0, 2.0, 3.0, 4.0]], "category": ["a"]}]}, None),
+        ({"faces": [{"bbox": [[1.0, 2.0, 3.0, 4.0]]}]}, "none of its columns holds boxes: image, faces; rename .*bbox"),
+        ({"objects": [{"bbox": [[1.0, 2.0, 3.0, 4.0]]}]}, "its boxes have no classes; write .*category"),
+    ],
+)
+def test_tables_of_pandas(columns, message, tmp_path):
+    """Images are bytes and paths there, without the mark of `datasets`."""
+    datasets = pytest.importorskip("datasets")
+    data = io.BytesIO()
+    Image.new("RGB", (80, 60)).save(data, "PNG")
+    table = {"image": [{"bytes": data.getvalue(), "path": "0.png"}], **columns}
+    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "train.parquet")
+    if message:
+        with pytest.raises(ValueError, match=f"train.parquet: {message}"):
+            only_train(tmp_path)
+    else:
+        image, target = only_train(tmp_path)[0]
+        assert image.shape == (3, 60, 80) and target["boxes"].tolist() == [[1, 2, 4, 6]]
 
 
 def test_tables_without_the_package(tmp_path, monkeypatch):

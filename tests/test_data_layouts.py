@@ -121,6 +121,16 @@ def test_other_formats_become_coco(name, truth, tmp_path):
         convert_data(tmp_path / "data", tmp_path / "coco")
 
 
+def test_two_files_of_one_split_are_not_left_out(tmp_path):
+    from vovnet_zoo.data.conversion import convert_data
+
+    layouts.files_in_root(tmp_path / "data")
+    layouts.write(tmp_path / "data" / "train_old.json", layouts.coco(layouts.TRAIN))
+    with pytest.raises(ValueError, match="several 'train' splits"):
+        convert_data(tmp_path / "data", tmp_path / "coco")
+    assert not (tmp_path / "coco").exists()
+
+
 def test_archives_get_the_command_that_unpacks_them(tmp_path):
     layouts.zipped(tmp_path / "data")
     for root in (tmp_path / "data", tmp_path / "data" / "set.zip"):

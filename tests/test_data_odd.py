@@ -97,7 +97,30 @@ BAD = {  # name: (layout, what is done to it, message)
     ),
     "labelme": (None, labelme, "00.json is a file of labelme .*which is not read; export"),
     "a table": (None, csv, "_annotations.csv is a table of boxes .*export"),
-    "metadata.csv": (None, lambda root: csv(root, "metadata.csv"), "metadata.csv .*write metadata.jsonl"),
+    "metadata.csv": (None, lambda root: csv(root, "metadata.csv"), "metadata.csv .*read from metadata.jsonl"),
+    "metadata.parquet": (None, lambda root: csv(root, "metadata.parquet"), "metadata.parquet .*from metadata.jsonl"),
+    "a table without head": (None, lambda root: csv(root, head="a.png,1,2,3,4,red\n"), "_annotations.csv is a table"),
+    "CVAT's own": (None, lambda root: csv(root, "annotations.xml", "<?xml?>\n<annotations>\n"), "is of CVAT's own"),
+    "FiftyOne's own": (
+        None,
+        lambda root: csv(root, "labels.json", '{"classes": [], "labels": {}}'),
+        "labels.json is a file of FiftyOne .*export",
+    ),
+    "Label Studio's JSON-MIN": (
+        None,
+        lambda root: csv(root, "export.json", '[{"image": "/data/00.png", "annotator": 1}]'),
+        "export.json is a file of Label Studio",
+    ),
+    "YOLO without images": (
+        None,
+        lambda root: layouts.write(root / "labels" / "0.txt", "0 0.5 0.5 0.5 0.5"),
+        "labels/0.txt is YOLO, but there are no images in .*images; put them there",
+    ),
+    "YOLO without labels": (
+        None,
+        lambda root: odd_layouts.yolo(root) or (root / "labels" / "train").rename(root / "labels" / "x"),
+        "00.png: no label file is at .*labels/train/00.txt or .*images/train/00.txt, nor for any other of 8 images",
+    ),
 }
 
 

@@ -243,7 +243,8 @@ class Report:
         summary = [
             counted(sums[name], noun) for name, noun in zip(SEVERITIES, ("error", "warning", "note"), strict=True)
         ]
-        lines.append(f"{_printable(self.root)}: {', '.join(summary)}")
+        more = "; --json FILE lists each of them" if any(f.count > 1 for f in self.findings) else ""
+        lines.append(f"{_printable(self.root)}: {', '.join(summary)}{more}")
         return "\n".join(lines)
 
     def _class_table(self) -> list[str]:
