@@ -115,6 +115,15 @@ def test_missing_keys_and_absent_classes(write):
     assert coco_eval.coco_metrics(write(coco), [])["per_class"] == {"cat": 0.0, "dog (7)": 0.0, "dog (9)": -1.0}
 
 
+def test_category_that_groups_others_is_no_class(write):
+    coco = make_coco()
+    coco["categories"] = [{"id": 0, "name": "pets"}, *[c | {"supercategory": "pets"} for c in coco["categories"]]]
+    results = ground_truth_results(coco)
+    assert list(coco_eval.coco_metrics(write(coco), results)["per_class"]) == ["cat", "dog", "bird"]
+    results.append(results[0] | {"category_id": 0})
+    assert coco_eval.coco_metrics(write(coco), results)["per_class"]["pets"] == -1
+
+
 def test_crowd_regions_are_neither_missed_nor_wrong(write):
     coco = make_coco()
     coco["annotations"][1]["iscrowd"] = 1

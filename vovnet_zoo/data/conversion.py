@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from .annotations import Annotations, changed, difficult_as_crowd, image_problem, read_annotations
+from .formats.other import name_format
 from .formats.places import Split
 from .images import open_image
 from .layouts import candidates, locate, unsplit
@@ -36,7 +37,8 @@ def convert_data(source: str | Path, target: str | Path, *, difficult_is_crowd: 
     if not splits and (whole := unsplit(root)):
         splits = {"train": whole}
     if not splits:
-        raise ValueError(f"{root}: no annotations of COCO, YOLO, Pascal VOC or Hugging Face are found there")
+        known = name_format(root) or "no annotations of COCO, YOLO, Pascal VOC or Hugging Face are found there"
+        raise ValueError(f"{root}: {known}")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "annotations").mkdir(parents=True)

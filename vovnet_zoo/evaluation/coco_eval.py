@@ -18,7 +18,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..arguments import check_flag, check_kind, check_number
-from ..data import Annotations, annotation_problem, entries_by_id, file_of, is_crowd, read_annotations
+from ..data import (
+    Annotations,
+    annotation_problem,
+    entries_by_id,
+    file_of,
+    idle_categories,
+    is_crowd,
+    read_annotations,
+)
 from ..results import check_ids
 from ..results import to_coco_results as to_coco_results  # its place before there was `results`
 from ..words import counted
@@ -50,7 +58,8 @@ def coco_metrics(
     Returns:
         A dict of `AP` (mean over IoU 0.50:0.95), `AP50`, `AP75`, `APs`, `APm`, `APl` (objects below 32^2, between, and
         above 96^2 square pixels), `AR1`, `AR10`, `AR{max_dets}` (with so many detections per image), `ARs`, `ARm`,
-        `ARl`, and `per_class`, the AP by class name. Values are in 0..1, or -1 where there is no ground truth.
+        `ARl`, and `per_class`, the AP by class name. Values are in 0..1, or -1 where there is no ground truth. A
+        category that is no class (see `idle_categories`) is left out, unless a result names it.
 
     Raises:
         ValueError: a result names an unknown image or category, or has a number that is not finite; the message names
@@ -88,7 +97,9 @@ def run_engine(
         name, coco = "the COCO object", _without_numpy(annotations.dataset)
     else:
         name, coco = str(file_of(annotations)), read_annotations(annotations)
-    class_names = _class_names(entries_by_id(coco["categories"], "categories", "name", name))
+    categories = entries_by_id(coco["categories"], "categories", "name", name)
+    idle = idle_categories(categories, [*coco["annotations"], *results])  # Roboflow's group of all classes is none
+    class_names = _class_names([category for category in categories if category not in idle])
     images = entries_by_id(coco["images"], "images", "file_name", name)
     # engines get positions instead of ids, because "faster" would round ids beyond 2^53
     image_index = {image["id"]: i for i, image in enumerate(images)}

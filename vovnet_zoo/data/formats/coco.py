@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tqdm import tqdm
 
 from ..images import FORMATS, turned_size
 
+WAIT = 3  # seconds without a word; 100,000 images take about half a minute
 UNKNOWN = (1, 1)  # the size of an image that cannot be read; whoever reads it is told so
 
 
@@ -35,7 +37,16 @@ def coco_content(
         return size, objects_of(name, size)
 
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(read, images))
+        told = tqdm(
+            pool.map(read, images),
+            desc="read annotations",
+            total=len(images),
+            unit="image",
+            delay=WAIT,
+            leave=False,
+            disable=None,
+        )
+        found = list(told)
     rows: list[dict] = []
     for image_id, (_, objects) in enumerate(found, start=1):
         rows += [{"id": len(rows) + i, "image_id": image_id, "iscrowd": 0, **o} for i, o in enumerate(objects, start=1)]

@@ -211,8 +211,8 @@ def _split(file: Path, images: list[Path], names: list[str], how: str, root: Pat
 def _without_image(images: list[Path]) -> Iterator[str]:
     """Say which label files beside those of some images have no image."""
     folders: dict[Path, set[Path]] = {}
-    for image in images:
-        folders.setdefault(_label_file(image).parent, set()).add(image.parent)
+    for folder in {image.parent for image in images}:
+        folders.setdefault(_label_file(folder / "0").parent, set()).add(folder)
     for labels, beside in folders.items():
         if not labels.is_dir():
             continue
