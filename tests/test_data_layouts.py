@@ -232,6 +232,9 @@ def test_a_missing_split_names_the_options_of_the_command(tmp_path, tiny_detecto
         assert "--train" not in str(error.value)
     with pytest.raises(ValueError, match="--val-images .*: it goes with --val JSON"):
         eval_coco.check_config(dataclasses.replace(scored, val_images=tmp_path))
+    layouts.yolo_label_studio(tmp_path / "whole")
+    with pytest.raises(ValueError, match="no 'val' split; looked for .*; there is: classes.txt, images, labels"):
+        eval_coco.open_dataset(dataclasses.replace(scored, data=tmp_path / "whole", split="val"), tiny_detector)
     (tmp_path / "annotations" / "instances_val.json").unlink()
     with pytest.raises(ValueError, match="no 'val' split; .*give a dataset that has one; there.*: train;") as error:
         accuracy.open_dataset(tmp_path, tiny_detector)

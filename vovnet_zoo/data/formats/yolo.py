@@ -179,10 +179,10 @@ LINE = re.compile(r"\d+(\.0+)?(\s+[-+.\de]+){4,}$")
 def labels_without_images(root: Path) -> str:
     """Say that there are label files without images, as Label Studio exports them; "" where there are none."""
     for labels in [root, *folders_below(root, 2)]:
-        if labels.name.lower() == "labels":
+        beside = labels.with_name(_as_written("images", labels.name))
+        if labels.name.lower() == "labels" and not images_below(beside):
             for path in sorted(labels.rglob("*.txt")):
                 if LINE.match(next(iter(text_of(path)), "")):
-                    beside = labels.with_name(_as_written("images", labels.name))
                     return f"{path} is YOLO, but there are no images in {beside}; put them there"
     return ""
 
