@@ -185,6 +185,15 @@ def test_annotations_made_with_numpy_count(write, engine):
     assert isinstance(coco["annotations"][2]["bbox"], np.ndarray)
 
 
+@pytest.mark.parametrize("box", [[5, 5, 0, 10], [5000, 5000, 10, 10]])
+def test_boxes_that_cannot_be_found_are_missed(write, box):
+    """pycocotools counts them, and check-data says so."""
+    coco = make_coco()
+    results = ground_truth_results(coco)
+    coco["annotations"] += [a | {"id": 90 + i, "bbox": box, "area": 0} for i, a in enumerate(coco["annotations"])]
+    assert coco_eval.coco_metrics(write(coco), results)["AP"] < 0.6
+
+
 def test_wrong_results(write):
     coco = make_coco()
     file, good = write(coco), ground_truth_results(coco)

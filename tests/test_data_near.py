@@ -1,16 +1,18 @@
 """Near copies are found within a split and across splits, and photos that only resemble each other are not."""
 
 import io
+from collections import defaultdict
 
 import layouts
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
-from vovnet_zoo.data.check import check_dataset
+from vovnet_zoo.data.check import _check_near, check_dataset
 from vovnet_zoo.data.formats.places import Split
 from vovnet_zoo.data.images import read_image
-from vovnet_zoo.data.near import groups_of, near_pairs, same_pairs, thumbnail
+from vovnet_zoo.data.inspection import Inspection
+from vovnet_zoo.data.near import groups_of, joining_pairs, near_pairs, near_rows, same_pairs, thumbnail
 from vovnet_zoo.data.splitting import look_alike
 
 
@@ -119,3 +121,40 @@ def test_photos(shared):
         tensors = [torch.from_numpy(np.array(c.convert("RGB"))).permute(2, 0, 1) for c in copies]
         pairs = near_pairs(np.concatenate([thumbs[list(sample)], np.stack(list(map(thumbnail, tensors)))]))
         assert len(pairs) >= 0.9 * len(sample) and all(j - i == len(sample) for i, j in pairs), name
+
+
+def test_frames_of_fixed_cameras_are_joined_by_few_pairs():
+    """All frames of a camera look the same; 1,000 frames make half a million pairs."""
+    rng = np.random.default_rng(0)
+    cameras = rng.uniform(0, 255, (2, 1, 16, 17)).astype(np.float32)
+    frames = (cameras + rng.normal(0, 1, (2, 1000, 16, 17)).astype(np.float32)).reshape(-1, 16, 17)
+    order = rng.permutation(len(frames))
+    pairs = list(joining_pairs(near_rows(frames[order]), len(frames)))
+    assert len(pairs) == len(frames) - 2
+    groups = groups_of(len(frames), pairs)
+    assert [set(order[group] // 1000) for group in groups] in ([{0}, {1}], [{1}, {0}])
+
+
+def test_joining_pairs_join_what_all_pairs_join():
+    rng = np.random.default_rng(0)
+    for count in (2, 10, 40):
+        near = np.triu(rng.random((count, count)) < 1.2 / count, 1)
+        rows = [(i, np.flatnonzero(near[i])) for i in range(count) if near[i].any()]
+        every = [(i, int(j)) for i, later in rows for j in later]
+        few = list(joining_pairs(rows, count))
+        assert groups_of(count, few) == groups_of(count, every) and len(few) < count
+
+
+def test_report_names_each_copy_once():
+    """Five frames of a fixed camera are four copies, and not ten pairs."""
+    rng = np.random.default_rng(0)
+    frames = rng.uniform(0, 255, (1, 16, 17)) + rng.normal(0, 1, (5, 16, 17))
+    found = {f"{i}.png": Inspection(thumbnail=frame.astype(np.float32)) for i, frame in enumerate(frames)}
+    split_of = {"0.png": "val", "1.png": "train", "2.png": "train", "3.png": "val", "4.png": "train"}
+    notes = defaultdict(list)
+    _check_near(found, split_of, notes)
+    assert notes == {
+        ("train", "near copies"): ["1.png ~ 2.png", "1.png ~ 4.png"],
+        ("val", "near copies"): ["0.png ~ 3.png"],
+        ("", "near copies in train and val"): ["0.png ~ 1.png", "1.png ~ 3.png"],
+    }

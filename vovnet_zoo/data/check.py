@@ -32,7 +32,7 @@ from .images import FORMATS, ImageError, check_size
 from .inspection import Inspection, image_jobs, inspect_job, run_parallel, usable_cores
 from .inspection import inspect_image as inspect_image  # its place before there was `inspection`
 from .layouts import advice, candidates, choose_split, choose_whole
-from .near import COLUMNS, ROWS, near_pairs
+from .near import COLUMNS, ROWS, near_rows
 from .sizes import Sizes, fit_sizes
 from .transforms import resize_size
 
@@ -65,8 +65,8 @@ KINDS = {  # kind: (severity, what to do)
     "mostly crowd regions": ("warning", "write 'iscrowd': 0 for single objects"),
     "test in place of val": ("warning", "add a val split; it chooses the best model"),
     "left out": ("warning", "put its image there (HEIC: convert it), or remove it"),
-    "empty box": ("warning", "correct or remove it; training drops it"),
-    "box outside the image": ("warning", "correct or remove it; training drops it"),
+    "empty box": ("warning", "correct or remove it; training drops it, a score counts it as missed"),
+    "box outside the image": ("warning", "correct or remove it; training drops it, a score counts it as missed"),
     "box clipped to the image": ("warning", "correct it; are these corners? write width and height"),
     "box below one pixel": ("warning", "correct or remove it; are these fractions? write pixels"),
     "box that vanishes": ("warning", "train at a larger size; training drops it"),
@@ -518,13 +518,23 @@ def _check_images(splits: list[_Split], workers: int, progress: bool, notes: dic
 
 
 def _check_near(found: dict[str, Inspection], split_of: dict[str, str], notes: dict) -> None:
-    paths = [path for path in split_of if found[path].thumbnail is not None]
+    """Note each image that is a near copy once in its split, and once if there is one in the other split."""
+    paths = sorted(path for path in split_of if found[path].thumbnail is not None)
     thumbnails = np.array([found[path].thumbnail for path in paths], dtype=np.float32).reshape(-1, ROWS, COLUMNS)
-    for i, j in near_pairs(thumbnails):
-        a, b = sorted((paths[i], paths[j]))
-        if split_of[a] == split_of[b]:
-            notes[split_of[a], "near copies"].append(f"{a} ~ {b}")
-        else:
+    in_val = np.array([split_of[path] == "val" for path in paths], dtype=bool)
+    first = np.full((2, len(paths)), -1)  # of each image, the first near copy in its own and in the other split
+    for i, later in near_rows(thumbnails):
+        same = in_val[later] == in_val[i]
+        for place, copies in ((0, later[same]), (1, later[~same])):
+            fresh = copies[first[place, copies] < 0]
+            first[place, fresh] = i
+        if in_val[i] and first[1, i] < 0 and not same.all():  # the other split is noted by its images in val
+            first[1, i] = later[~same][0]
+    for j, path in enumerate(paths):
+        if first[0, j] >= 0:
+            notes[split_of[path], "near copies"].append(f"{paths[first[0, j]]} ~ {path}")
+        if in_val[j] and first[1, j] >= 0:
+            a, b = sorted((paths[first[1, j]], path))
             notes["", "near copies in train and val"].append(f"{a} ~ {b}")
 
 

@@ -8,7 +8,10 @@ import os
 import shutil
 from pathlib import Path
 
+from tqdm import tqdm
+
 from .annotations import Annotations, changed, difficult_as_crowd, image_problem, read_annotations
+from .formats.coco import WAIT
 from .formats.other import name_format
 from .formats.places import Split
 from .images import open_image
@@ -56,7 +59,8 @@ def write_images(split: Split, folder: Path, difficult_is_crowd: bool) -> dict:
     """Put the images of a split into a folder; returns its annotations with the images' new names."""
     coco = read_annotations(changed(split.source, difficult_as_crowd) if difficult_is_crowd else split.source)
     images, inside = [], isinstance(split.source, Annotations) and split.source.read_image
-    for image in coco["images"]:
+    bar = tqdm(coco["images"], desc="link images", unit="image", delay=WAIT, leave=False, disable=None)
+    for image in bar:
         if problem := image_problem(image):
             raise ValueError(f"{split.folder}: {problem}")
         name = image["file_name"]

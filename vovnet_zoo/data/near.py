@@ -8,7 +8,7 @@ near as `BITS` asks, and copies are at least that near; see tests/test_data_near
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -27,21 +27,40 @@ def thumbnail(image: Tensor) -> np.ndarray:
 
 
 def near_pairs(thumbnails: np.ndarray) -> list[tuple[int, int]]:
-    """List the pairs (i, j), i < j, of images that look the same or mirrored.
+    """List the pairs (i, j), i < j, of images that look the same or mirrored; arguments as of `near_rows`."""
+    return [(i, int(j)) for i, later in near_rows(thumbnails) for j in later]
+
+
+def near_rows(thumbnails: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield for each image that has any the later images that look the same or mirrored: i and int64 [M], ascending.
+
+    The frames of a fixed camera all look the same, so that all pairs at once would not fit into memory.
 
     Args:
         thumbnails: float32 [N, 16, 17], see `thumbnail`.
     """
     bits, cells = _bits(thumbnails), _cells(thumbnails)  # [N, 256], [N, 272]
-    found = set()
-    for turned in (thumbnails, thumbnails[:, :, ::-1]):
-        other_bits, other_cells = _bits(turned), _cells(turned)
-        for start in range(0, len(bits), BLOCK):
-            share = (1 + bits[start : start + BLOCK] @ other_bits[start:].T / bits.shape[1]) / 2  # [BLOCK, N - start]
-            for i, j in np.argwhere(np.triu(share >= BITS, 1)) + start:
-                if cells[i] @ other_cells[j] >= CORRELATION:
-                    found.add((int(i), int(j)))
-    return sorted(found)
+    views = [(_bits(turned), _cells(turned)) for turned in (thumbnails, thumbnails[:, :, ::-1])]
+    for start in range(0, len(bits), BLOCK):
+        block = slice(start, start + BLOCK)
+        near = np.zeros((len(bits[block]), len(bits) - start), dtype=bool)
+        for other_bits, other_cells in views:
+            share = (1 + bits[block] @ other_bits[start:].T / bits.shape[1]) / 2  # [BLOCK, N - start]
+            alike = np.triu(share >= BITS, 1)
+            if alike.any():
+                near |= alike & (cells[block] @ other_cells[start:].T >= CORRELATION)
+        for i in np.flatnonzero(near.any(axis=1)):
+            yield start + int(i), np.flatnonzero(near[i]) + start
+
+
+def joining_pairs(rows: Iterable[tuple[int, np.ndarray]], count: int) -> Iterator[tuple[int, int]]:
+    """Yield, of the pairs in `near_rows`, as many as join the same groups of 0 .. count-1: fewer than `count`."""
+    group = np.arange(count)  # the group of an item is called after one of its items
+    for i, later in rows:
+        for other in np.unique(group[later]):
+            if other != group[i]:
+                yield i, int(other)
+                group[group == other] = group[i]
 
 
 def _bits(thumbnails: np.ndarray) -> np.ndarray:

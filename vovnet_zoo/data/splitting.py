@@ -15,7 +15,7 @@ from ..words import counted
 from .annotations import Annotations, Source, digest_of, entries_by_id, file_of, read_annotations
 from .formats.places import Split
 from .inspection import Inspection, image_jobs, inspect_job, run_parallel, usable_cores
-from .near import COLUMNS, ROWS, groups_of, near_pairs, same_pairs
+from .near import COLUMNS, ROWS, groups_of, joining_pairs, near_rows, same_pairs
 
 logger = logging.getLogger(__name__)
 PARTS = ("train", "val")
@@ -90,7 +90,7 @@ def look_alike(split: Split, names: list[str], workers: int | None = None) -> li
         seen[i] = result
     looks = {i: x.thumbnail for i, x in enumerate(seen) if x is not None and x.thumbnail is not None}
     whole, thumbnails = list(looks), np.array(list(looks.values()), dtype=np.float32).reshape(-1, ROWS, COLUMNS)
-    pairs = [(whole[i], whole[j]) for i, j in near_pairs(thumbnails)]
+    pairs = [(whole[i], whole[j]) for i, j in joining_pairs(near_rows(thumbnails), len(whole))]
     return groups_of(len(jobs), pairs + same_pairs([x.digest if x and x.digest else None for x in seen]))
 
 
