@@ -63,11 +63,16 @@ def folders_below(root: Path, depth: int) -> list[Path]:
             inner = sorted(
                 e.name
                 for e in entries
-                if os.path.isdir(e.path) and not e.name.startswith((".", "__MACOSX")) and not _leads_up(e)
+                if _is_folder(e) and not e.name.startswith((".", "__MACOSX")) and not _leads_up(e)
             )
         for name in inner:
             found += [root / name, *folders_below(root / name, depth - 1)]
     return found
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Tell whether an entry is a folder, or a link to one; only for a link does the disk have to be asked again."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def _leads_up(entry: os.DirEntry) -> bool:

@@ -162,9 +162,15 @@ class VocObject(NamedTuple):
 def read_objects(path: Path) -> list[VocObject]:
     """Read the objects of an XML file. Raises `ValueError` where the file is no XML; the message names it."""
     try:
-        tree = ElementTree.parse(path).getroot()
+        about = os.stat(path)
+        return _read_objects(path, about.st_mtime_ns, about.st_size)
     except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
         raise ValueError(f"{path}: not an XML file ({error}); write it again, or remove it with its image") from error
+
+
+@functools.lru_cache(maxsize=50_000)  # a dataset is looked through several times
+def _read_objects(path: Path, stamp: int, size: int) -> list[VocObject]:
+    tree = ElementTree.parse(path).getroot()
     return [
         VocObject(
             (node.findtext("name") or "").strip() or "?",
