@@ -17,6 +17,5 @@ def counted(number: float, noun: str, plural: str | None = None, form: str = "")
         return f"1 {noun}"
     if plural is None:
         stem = re.sub(r"(?<![aeou])y$", "ie", noun)
-        hissing = stem.endswith(("s", "x", "ch", "sh")) and not stem.endswith("epoch")
-        plural = stem + ("es" if hissing else "s")
+        plural = stem + ("es" if stem.endswith(("s", "x", "sh")) else "s")
     return f"{text} {plural}"
