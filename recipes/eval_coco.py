@@ -15,7 +15,7 @@ from typing import Literal
 import tyro
 
 from options import Range, check_options
-from vovnet_zoo.commands import check_compiler, check_place, not_compiling, parse_command
+from vovnet_zoo.commands import before_compiling, check_place, parse_command
 from vovnet_zoo.config import Precision
 
 
@@ -98,7 +98,7 @@ def main(config: EvalConfig) -> dict | None:
     check_config(config)
     with process_group(config.device) as (rank, world_size, device):
         if config.compile:
-            check_compiler(device.type, not_compiling())
+            before_compiling(device.type, log.info)
         if rank == 0 and config.out is not None:
             check_out(config.out, b"[")  # a place that cannot be written is reported now, not after the last image
         if rank == 0 and config.report is not None:

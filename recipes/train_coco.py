@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from presets import TrainConfig, check_config, doubts, parse
-from vovnet_zoo.commands import check_compiler, not_compiling, parse_command
+from vovnet_zoo.commands import before_compiling, parse_command
 
 PARSE = functools.partial(parse, description=__doc__)
 if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
@@ -82,7 +82,7 @@ def main(config: TrainConfig) -> dict | None:
     check_seeds(config)
     with process_group(config.device) as (rank, world_size, device), StopSignal() as stop:
         if config.compile:
-            check_compiler(device.type, not_compiling())
+            before_compiling(device.type, log.info)
         if config.seeds == 1:
             return train_once(config, rank, world_size, device, stop).metrics
         runs = []

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from grouping import parse_grouped
 from imagenet_presets import FIRST_OPTIONS, PRESETS, SECTIONS, ClassifierConfig, check_config
-from vovnet_zoo.commands import check_compiler, not_compiling, parse_command
+from vovnet_zoo.commands import before_compiling, parse_command
 
 PARSE = functools.partial(parse_grouped, PRESETS, FIRST_OPTIONS, SECTIONS, description=__doc__)
 if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
@@ -46,7 +46,7 @@ def main(config: ClassifierConfig) -> dict | None:
     check_loggers(config.loggers)
     with process_group(config.device) as (rank, world_size, device), StopSignal() as stop:
         if config.compile:
-            check_compiler(device.type, not_compiling())
+            before_compiling(device.type, log.info)
         with locked(config.out, rank):
             return train_once(config, rank, world_size, device, stop)
 

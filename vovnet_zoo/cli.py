@@ -6,6 +6,7 @@ Torch takes seconds to import, so that each command imports what it needs only a
 from __future__ import annotations
 
 import difflib
+import functools
 import glob
 import json
 import signal
@@ -21,13 +22,12 @@ import tyro
 
 from . import ledger
 from .commands import (
-    check_compiler,
+    before_compiling,
     check_completion,
     check_first,
     check_place,
     expand_home,
     find_device,
-    not_compiling,
     run_reporting,
     take_debug,
     told,
@@ -384,7 +384,7 @@ def run_predict(command: Predict) -> None:
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     device = find_device(command.device)
     if command.compile:
-        check_compiler(device.type, not_compiling())
+        before_compiling(device.type, functools.partial(print, file=sys.stderr))
     model = load_detector(command.model)
     model.to(device)
     options: inference.PredictOptions = dict(

@@ -186,6 +186,12 @@ def check_compiler(device: str, instead: str = "") -> None:
         raise CommandError(no_compiler(device, instead))
 
 
+def before_compiling(device: str, tell: Callable[[str], None]) -> None:
+    """Check that a command can compile on a type of device, see `check_compiler`, and tell of the wait that follows."""
+    check_compiler(device, not_compiling())
+    tell("--compile: the first images wait minutes for the compiler, and so may the first of another size")
+
+
 def not_compiling() -> str:
     """Tell what to type so that a command that has the option `--compile` does not compile; presets can set it too."""
     return "omit --compile" if "--compile" in sys.argv else "give --no-compile"
