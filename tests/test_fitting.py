@@ -85,7 +85,7 @@ def test_typed_sizes_win(tiny_coco):
 def test_cores_choose_batch_and_workers(cores, count, batch, workers):
     cores(count)
     config, why = fit_batch(FINETUNE, None, CPU, 1, None)
-    assert config.batch_size == batch and f"{count} cores" in why
+    assert config.batch_size == batch and f"({count} core" in why
     assert fitting.fit_workers(FINETUNE, CPU)[0].workers == workers
     assert fitting.fit_workers(FINETUNE, GPU)[0].workers == min(count, 8)
     assert fit_batch(dataclasses.replace(FINETUNE, accum=3), None, CPU, 2, None)[0].batch_size % 6 == 0
