@@ -25,7 +25,6 @@ import train_coco
 import train_imagenet
 import vovnet_zoo.cli
 from vovnet_zoo import commands
-from vovnet_zoo.words import counted
 
 RECIPES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "recipes").glob("*.py")}
 MODULES = [benchmark, benchmark_data, eval_coco, profile_blocks, train_coco]
@@ -349,8 +348,3 @@ def test_macos_counts_memory_in_bytes(monkeypatch):
     here = memory.peak_memory(torch.device("cpu"))
     monkeypatch.setattr(memory.sys, "platform", "darwin")
     assert memory.peak_memory(torch.device("cpu")) < here / 500
-
-
-def test_numbers_and_their_nouns():
-    found = [counted(*given) for given in ((1, "epoch"), (1.5, "epoch"), (2, "batch"), (2, "box"), (3, "category"))]
-    assert found == ["1 epoch", "1.5 epochs", "2 batches", "2 boxes", "3 categories"]

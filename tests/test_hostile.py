@@ -325,8 +325,8 @@ ANNOTATIONS = {
     # images and categories: an error that names the file and the entry
     "image without id": edit(drop("images", "id"), r"images\[1\] has no integer 'id'", report=None),
     "image without file_name": edit(drop("images", "file_name"), "id 2.* no 'file_name'", report=None),
-    "image id a string": image(r"images\[1\] has no integer 'id'", id="2"),
-    "image id a float": image(r"images\[1\] has no integer 'id'", id=2.0),
+    "image id no number": image(r"images\[1\] has no integer 'id'", id="b"),
+    "image id a fraction": image(r"images\[1\] has no integer 'id'", id=2.5),
     "image id huge": image(r"images\[1\] has no integer 'id'", id=10**30),
     "image id true": image(r"images\[1\] has no integer 'id'", id=True),
     "image id NaN": image(r"images\[1\] has no integer 'id'", id=NAN),
@@ -349,8 +349,8 @@ ANNOTATIONS = {
     "file_name a list": image("no 'file_name'", file_name=["odd.jpg"]),
     "file_name blank": image("no 'file_name'", file_name=" "),
     "category without name": edit(drop("categories", "name"), "id 7.* no 'name'", report=None),
-    "category name a number": edit(lambda c: c["categories"][1].update(name=5), "id 7.* no 'name'", report=None),
-    "category id a string": edit(lambda c: c["categories"][1].update(id="7"), r"s\[1\] has no integer", report=None),
+    "category name a fraction": edit(lambda c: c["categories"][1].update(name=0.5), "id 7.* no 'name'", report=None),
+    "category id a word": edit(lambda c: c["categories"][1].update(id="b"), r"s\[1\] has no integer", report=None),
     "category id twice": edit(lambda c: c["categories"][1].update(id=3), r"more than once: \[3\]", report=None),
     "category null": edit(lambda c: c["categories"].append(None), r"categories\[2\] has no", report=["category entry"]),
     # file names that are only wrong on this disk: an error that names the file, or skipped and counted
@@ -435,6 +435,10 @@ ANNOTATIONS = {
         lambda c: c["images"].append({"id": 5, "file_name": "odd.jpg", "width": 60, "height": 40}),
         report=["repeated file name", BOXLESS],
     ),
+    "image id a string": image(None, (), id="2"),
+    "image id a float": image(None, (), id=2.0),
+    "category id a string": edit(lambda c: c["categories"][1].update(id="7")),
+    "category name a number": edit(lambda c: c["categories"][1].update(name=5), report=["classes differ"]),
     "huge image id": edit(lambda c: (c["images"][1].update(id=2**62), c["annotations"][1].update(image_id=2**62))),
     "keys nobody knows": edit(lambda c: (c.update(extra=[None] * 9), c["images"][0].update(extra={"a": NAN}))),
     "oddities beside the box": edit(

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -337,12 +338,19 @@ def test_a_training_is_measured_and_ended(tmp_path, fake_training):
 
 def test_a_stopped_calibration_leaves_no_training_behind(tmp_path, fake_training, monkeypatch):
     monkeypatch.setattr(calibration, "SECONDS", 1e9)
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
     config = fit_plan(presets.parse(["finetune", "--data", str(tmp_path)]), 300, torch.device("cpu"))
+
+    def stop_it():
+        for _ in range(6000):
+            if fake_training:
+                return os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    stopping = threading.Thread(target=stop_it)
+    stopping.start()
     with pytest.raises(SystemExit):
         calibration.calibrate("finetune", [], config, [4], torch.device("cpu"))
-    timer.join()
+    stopping.join()
     assert len(fake_training) == 1 and fake_training[0].poll() is not None
 
 

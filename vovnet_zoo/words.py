@@ -17,5 +17,6 @@ def counted(number: float, noun: str, plural: str | None = None, form: str = "")
         return f"1 {noun}"
     if plural is None:
         stem = re.sub(r"(?<![aeou])y$", "ie", noun)
-        plural = stem + ("es" if stem.endswith(("s", "x", "sh")) else "s")
+        hissing = stem.endswith(("s", "x", "ch", "sh")) and not stem.endswith("epoch")
+        plural = stem + ("es" if hissing else "s")
     return f"{text} {plural}"
