@@ -27,8 +27,7 @@ from vovnet_zoo.load import load_detector
 from vovnet_zoo.predict_files import as_lists
 from vovnet_zoo.results import ImageDetections
 from vovnet_zoo.sources import to_rgb
-
-from .words import counted
+from vovnet_zoo.words import counted
 
 SPARE = 10  # times as many detections are kept as are shown, so that a higher threshold brings others in
 ALWAYS = 10  # classes; of more, only those that were found, with a score of SEEN, have a slider that is seen
