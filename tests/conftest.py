@@ -40,7 +40,7 @@ def coco_mini() -> Path:
 
 def _shared(name: str) -> Path:
     if not (SHARED / name).is_dir():
-        pytest.skip(f"{name} is not here")
+        pytest.skip(f"needs the shared data folder, {name}")
     return SHARED / name
 
 

@@ -289,7 +289,7 @@ def test_tables_without_the_package(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["yolo_roboflow", "voc_roboflow"])
 def test_a_second_reader_agrees(name, tmp_path):
     """supervision reads the same corners and classes."""
-    supervision = pytest.importorskip("supervision")
+    supervision = pytest.importorskip("supervision", reason="the second reader is the package supervision")
     getattr(layouts, name)(tmp_path)
     folder = tmp_path / "train"
     if name.startswith("yolo"):
