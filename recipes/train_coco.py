@@ -69,7 +69,7 @@ from training_run import (
 from vovnet_zoo.coco_eval import format_table
 from vovnet_zoo.data import Skipped
 from vovnet_zoo.evaluation.runs import DETECTIONS, SKIPPED
-from vovnet_zoo.fcos import has_batch_norms
+from vovnet_zoo.fcos import batch_norms
 
 
 def main(config: TrainConfig) -> dict | None:
@@ -221,7 +221,7 @@ def room_for_norms(model: nn.Module, parts: list[dict[str, Tensor]], height: int
     """
     smallest = min(parts, key=lambda part: len(part["images"]))
     count = len(smallest["images"]) * -(-height // 32) * -(-width // 32)  # values at stride 32
-    if count > 1 or not has_batch_norms(model):
+    if count > 1 or not batch_norms(model):
         return height, width
     if smallest["image_ids"].tolist() == [-1]:  # the blank image of `collate`
         return height + 32, width

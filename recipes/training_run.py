@@ -36,6 +36,7 @@ from trial import Trial
 from vovnet_zoo import FCOSLoss
 from vovnet_zoo.commands import describe
 from vovnet_zoo.data import CocoDataset
+from vovnet_zoo.fcos import batch_norms
 from vovnet_zoo.precision import DTYPES, warn_of_slow_precision
 from vovnet_zoo.words import counted
 
@@ -291,9 +292,7 @@ def state_of(run: Run) -> dict:
 
 def batch_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """Return the buffers of all batch norms, each with a copy of its value."""
-    return [
-        (x, x.clone()) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for x in m.buffers()
-    ]
+    return [(x, x.clone()) for norm in batch_norms(model) for x in norm.buffers()]
 
 
 def put_back(run: Run) -> None:

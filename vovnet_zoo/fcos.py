@@ -159,7 +159,7 @@ class FCOS(
         in_channels = probe_channels(body, backbone)
         self.strides = [8, 16, 32, 64, 128]
         self.backbone: Backbone = freeze_batch_norm_2d(body) if frozen_norm else body
-        if frozen_norm and has_batch_norms(self.backbone):
+        if frozen_norm and batch_norms(self.backbone):
             raise ValueError(
                 f"frozen_norm=True: backbone {backbone!r} has batch norms other than 2-dimensional ones, which would "
                 "be trained on; leave frozen_norm out, or choose another backbone"
@@ -253,7 +253,7 @@ class FCOS(
                 cannot do this for the backbone.
         """
         check_flag("enable", enable)
-        if enable and has_batch_norms(self.backbone):
+        if enable and batch_norms(self.backbone):
             raise ValueError(
                 "checkpointing runs a stage twice, so its batch norms would count every batch twice; "
                 "use it with frozen_norm=True"
@@ -284,9 +284,9 @@ class FCOS(
         return self.head(features)
 
 
-def has_batch_norms(module: nn.Module) -> bool:
-    """Tell whether a module has batch norms, of any number of dimensions, which are not fixed."""
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """List the batch norms in a module that are not fixed, of any number of dimensions."""
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
 
 
 PROBABILITIES = ("candidate_threshold", "score_threshold", "nms_threshold")
