@@ -16,6 +16,7 @@ from vovnet_zoo import FCOS, FCOSLoss, Predictions
 from vovnet_zoo.data import normalize
 from vovnet_zoo.fcos import level_sizes
 from vovnet_zoo.loss import Targets
+from vovnet_zoo.parts import compile_parts
 
 
 def find_targets(
@@ -74,10 +75,9 @@ def compile_step(
 ) -> tuple[Callable[..., tuple[Targets, Tensor]], Callable[..., dict[str, Tensor]]]:
     """Compile `find_targets` and `compute_losses`, and return them.
 
-    On a CPU, each is one graph. On a GPU, the backbone's parts, the FPN and the head's towers are graphs for all sizes,
-    and so is the comparison; the towers' graph serves all levels. One graph of the network, in which sizes are
-    variables, takes many minutes to compile there. `find_targets` is left as it is there: it is little work, and the
-    compiler of torch 2.11 fails on it when sizes are variables.
+    On a CPU, each is one graph. On a GPU, the parts of the network (`vovnet_zoo.parts`) and the comparison are graphs
+    for all sizes. `find_targets` is left as it is there: it is little work, and the compiler of torch 2.11 fails on it
+    when sizes are variables.
     """
     if next(model.parameters()).device.type == "cpu" and backend == "inductor":
         return compiled(find_targets), compiled(compute_losses)
@@ -87,14 +87,6 @@ def compile_step(
     compile_parts(model, backend)
     compare = compiled(FCOSLoss.compare, dynamic=True, backend=backend)
     return find_targets, functools.partial(compute_losses, compare=compare)
-
-
-def compile_parts(model: FCOS, backend: str = "inductor") -> None:
-    """Compile, in place, the parts of a detector that are most of its work, each to one graph for all sizes."""
-    # torch counts the graphs of all modules together
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for part in (*model.backbone.children(), model.fpn, model.head.cls_tower, model.head.box_tower):
-        part.compile(fullgraph=True, dynamic=True, backend=backend)
 
 
 @functools.cache

@@ -42,7 +42,7 @@ from run_folder import (
 from runtime import Stopped, StopSignal, all_reduce, average, gather, log, process_group, run_command
 from scoring import score_dataset
 from seeds import check_seeds, compare_seeds, seed_configs
-from step import compile_parts, compile_step, compute_losses, find_targets
+from step import compile_step, compute_losses, find_targets
 from training_loop import (
     clip_gradients,
     log_graphs,
@@ -70,6 +70,7 @@ from vovnet_zoo.coco_eval import format_table
 from vovnet_zoo.data import Skipped
 from vovnet_zoo.evaluation.runs import DETECTIONS, SKIPPED
 from vovnet_zoo.fcos import batch_norms
+from vovnet_zoo.parts import compile_parts
 
 
 def main(config: TrainConfig) -> dict | None:

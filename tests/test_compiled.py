@@ -9,12 +9,13 @@ import torch
 from torch._dynamo.utils import counters
 
 import vovnet_zoo.compiled
-from step import compile_parts, compile_step, compute_losses, find_targets
+from step import compile_step, compute_losses, find_targets
 from vovnet_zoo import FCOSLoss, compile_detector, create_detector, postprocess, predict
 from vovnet_zoo.compiled import Detections
 from vovnet_zoo.data import normalize
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import use_winograd
+from vovnet_zoo.parts import compile_parts, with_compiled_parts
 
 BACKBONES = ["vovnet39", "vovnetv2_19_slim", "vovnetv2_19_slim_dw", "resnet50"]
 SIZES = [(64, 96), (96, 64), (128, 160)]
@@ -164,6 +165,27 @@ def test_an_evaluation_with_compiled_parts():
         assert len(wanted["scores"]) and all(torch.equal(found[key], wanted[key]) for key in wanted)
     assert compiled.count(torch.nn.functional.group_norm) >= 2, "the towers of the head are not compiled"
     assert not counters["graph_break"]
+
+
+def test_parts_are_compiled_beside_a_model():
+    """`predict(compile=True)` on a GPU computes with the model's present weights, and leaves it uncompiled."""
+    model = busy(create_detector("fcos", backbone="test_resnet", num_classes=4, channels=64, num_convs=1))
+    images = torch.rand(2, 3, 64, 96)
+    torch._dynamo.reset()
+    counters.clear()
+    for change in (lambda: None, lambda: model.head.cls_logits.bias.data.add_(1), lambda: model.train()):
+        change()
+        fast = with_compiled_parts(model, backend="eager")
+        assert all(torch.equal(*pair) for pair in zip(fast(images).logits, model(images).logits, strict=True))
+    assert counters["stats"]["unique_graphs"] >= 10
+    graphs = counters["stats"]["unique_graphs"]
+    model.eval()
+    assert with_compiled_parts(model, backend="eager") is fast and not fast.backbone.training
+    fast(images)
+    model(images)
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+    model.fpn = copy.deepcopy(model.fpn)
+    assert with_compiled_parts(model, backend="eager") is not fast
 
 
 @pytest.mark.gpu

@@ -436,6 +436,20 @@ def test_the_command_prints_the_certificate(run, tampered, model, tiny_coco, tmp
         "comparing with PyTorch on 3 images, then by AP",
     ]
     assert err.splitlines() == waits
+    options += ["--nms-threshold", "0.4", "--overwrite"]  # the file that `tampered` writes has another
+    status, _, err = run("export", tmp_path / "model", "--out", tmp_path / "out", *options)
+    assert status == 2 and "in decoding or NMS" in err
+    status, _, err = run(
+        "predict",
+        tiny_coco / "val",
+        "--model",
+        tmp_path / "out" / "model.onnx",
+        "--out",
+        tmp_path / "x",
+        "--nms-threshold",
+        "0.4",
+    )
+    assert status == 2 and "nms_threshold=0.4" in err
 
 
 def test_another_ap_is_refused(exported, model, tiny_coco, tmp_path):

@@ -226,6 +226,10 @@ class Export:
     """How far the two APs may lie apart; default: 0.001, with float16 0.005, with int8 0.01."""
     score: float | None = None
     """Least score of a detection that the file gives; default: the thresholds in the model's config."""
+    nms_threshold: float | None = None
+    """The file leaves out a box whose IoU with a better box of its class is higher; default: as the config says."""
+    max_detections: int | None = None
+    """Detections per image that the file gives; default: what the model's config says."""
     overwrite: bool = False
     """Write over an earlier export in OUT."""
 
@@ -397,12 +401,7 @@ def run_predict(command: Predict) -> None:
         precision=command.precision,
         compile=command.compile,
     )
-    if command.nms_threshold is not None:
-        options["nms_threshold"] = command.nms_threshold
-    if command.max_detections is not None:
-        options["max_detections"] = command.max_detections
-    if command.score is not None:
-        options["score_threshold"] = command.score
+    set_thresholds(options, command)
     if command.scales:
         options["scales"] = command.scales
     try:
@@ -538,7 +537,8 @@ def run_export(command: Export) -> None:
 
     model = load_detector(command.model)
     assert isinstance(model, FCOS)
-    options: ThresholdOptions = {} if command.score is None else {"score_threshold": command.score}
+    options: ThresholdOptions = {}
+    set_thresholds(options, command)
     with told("vovnet_zoo.export"):
         made = export_detector(
             model,
@@ -556,6 +556,16 @@ def run_export(command: Export) -> None:
         )
     words = "; ".join(f"{name}: {value}" for name, value in summary(made).items())
     print(f"{command.out / FORMATS[command.format].files[0]}; {words}")
+
+
+def set_thresholds(options: ThresholdOptions, command: Predict | Export) -> None:
+    """Put the thresholds that were typed into `options`; the model's config has the others."""
+    if command.score is not None:
+        options["score_threshold"] = command.score
+    if command.nms_threshold is not None:
+        options["nms_threshold"] = command.nms_threshold
+    if command.max_detections is not None:
+        options["max_detections"] = command.max_detections
 
 
 def run_compare(command: Compare) -> None:

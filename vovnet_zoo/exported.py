@@ -100,7 +100,7 @@ class ExportedDetector(nn.Module):
                 right = value <= kept if name == "max_detections" else value == kept
             if not right:
                 values = f"{name}={_shown(value)}: {self.source} was exported with {_shown(kept)}"
-                raise ValueError(f"{values}; export it again by export_detector(..., {name}=...), or leave it out")
+                raise ValueError(f"{values}; export it again with another {name}, or leave it out")
         return wanted
 
 

@@ -22,6 +22,7 @@ from .data import normalize, resize_image, resize_size
 from .exported import ExportedDetector
 from .fcos import FCOS, Predictions, check_predictions, check_ranges, check_thresholds, level_sizes
 from .nms import class_nms, nms_fixed
+from .parts import with_compiled_parts
 from .precision import DTYPES, warn_of_slow_precision
 from .results import Detections, ImageDetections
 from .sources import Frame, Source, frames, to_rgb
@@ -421,10 +422,16 @@ def run_autocast(model: FCOS, images: Tensor, sizes: Tensor, precision: Precisio
 
 @functools.cache
 def compiled_network(backend: str = "inductor") -> Callable[..., Predictions]:
-    """Compile `run_autocast`: one graph serves batches of any size, and one more single images of any size."""
+    """Compile `run_autocast`: one graph serves batches of any size, and one more single images of any size.
+
+    On a GPU it consists of the graphs of `parts`, for the same sizes.
+    """
     graph = torch.compile(run_autocast, fullgraph=True, backend=backend)
 
     def run(model: FCOS, images: Tensor, sizes: Tensor, precision: Precision) -> Predictions:
+        if images.is_cuda:
+            with reporting_compiler(WITHOUT_COMPILER):
+                return run_autocast(with_compiled_parts(model, backend), images, sizes, precision)
         torch._dynamo.maybe_mark_dynamic(images, (0, 2, 3))
         torch._dynamo.maybe_mark_dynamic(sizes, 0)
         with reporting_compiler(WITHOUT_COMPILER):
