@@ -1,5 +1,6 @@
 import copy
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -48,6 +49,20 @@ def _shared(name: str) -> Path:
 def browser():
     """Start a headless browser."""
     yield from start_browser()
+
+
+@pytest.fixture
+def start_method():
+    """Set how Python starts processes: "fork" or "spawn"; None leaves it."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    yield lambda method: method and multiprocessing.set_start_method(method, force=True)
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.fixture
+def forked(start_method):
+    """Worker processes find what a test has replaced. From Python 3.14 on, and on macOS, forking is not the default."""
+    start_method("fork")
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -218,6 +220,20 @@ def test_spawned_processes(root, monkeypatch):
         "concurrent.futures.process.mp.get_context", lambda: multiprocessing.context._concrete_contexts["spawn"]
     )
     assert check(root, workers=1).findings == []
+
+
+def test_a_script_that_each_process_runs_again(tmp_path):
+    """Where Python does not fork, as on macOS, a script without `if __name__ == "__main__":` would start without end."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "multiprocessing.set_start_method('spawn', force=True)\n"
+        "from vovnet_zoo.data.inspection import run_parallel\n"
+        "print(dict(run_parallel(abs, [-1, -2], 1)))\n"
+    )
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and not result.stdout
+    assert "below `if __name__ == '__main__':`" in result.stderr.splitlines()[-1]
 
 
 def deadly(job):

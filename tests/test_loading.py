@@ -51,8 +51,9 @@ def impatient(monkeypatch):
         monkeypatch.setattr(loading, name, seconds)
 
 
-@pytest.mark.parametrize("workers", [0, 3])
-def test_batches_are_those_of_the_dataset(workers):
+@pytest.mark.parametrize(("workers", "method"), [(0, None), (3, "fork"), (1, "spawn")])
+def test_batches_are_those_of_the_dataset(start_method, workers, method):
+    start_method(method)
     for batch_size in (None, 4):
         collate = None if batch_size is None else torch.stack
         found = list(Batches(Numbers(), workers=workers, collate_fn=collate, batch_size=batch_size))
@@ -68,6 +69,7 @@ def test_batches_are_those_of_the_dataset(workers):
         (die, "worker has died or cannot be reached: .*shared memory may be"),
     ],
 )
+@pytest.mark.usefixtures("forked")
 def test_a_batch_that_does_not_come(impatient, trouble, message):
     batches, began = Batches(Numbers(trouble), workers=2, batch_size=None), time.monotonic()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises at any place in this test
@@ -81,6 +83,7 @@ def test_a_batch_that_does_not_come(impatient, trouble, message):
         pass
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_signal_while_a_batch_does_not_come(impatient):
     with StopSignal() as stop:
         batches = Batches(Numbers(hang), workers=2, batch_size=None, stop=stop)
@@ -92,6 +95,7 @@ def test_a_signal_while_a_batch_does_not_come(impatient):
         assert error.value.code == 128 + signal.SIGTERM
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_signal_in_a_training_whose_batch_does_not_come(tiny_coco, tmp_path, monkeypatch):
     """The finished steps are saved, and the same command goes on from there."""
     monkeypatch.setattr(loading, "POLL_S", 0.3)
@@ -120,6 +124,7 @@ def test_a_signal_in_a_training_whose_batch_does_not_come(tiny_coco, tmp_path, m
     assert len(losses(config.out)) == 4
 
 
+@pytest.mark.usefixtures("forked")
 def test_full_shared_memory_is_named(monkeypatch):
     """A stand-in for a small /dev/shm."""
 

@@ -258,6 +258,7 @@ def test_an_option_out_of_range_is_refused_before_anything_starts(tmp_path):
         imagenet_presets.check_config(dataclasses.replace(preset, data=tmp_path))
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_batch_that_is_lost_ends_a_run(folder, tmp_path, monkeypatch):
     """A worker that gives nothing is found out, as in a detector's training, and the finished steps are saved."""
     monkeypatch.setattr(loading, "POLL_S", 0.1)

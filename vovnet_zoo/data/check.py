@@ -135,7 +135,7 @@ def check_dataset(
             for these boxes on this machine, see `fit_sizes`.
 
     The report holds every problem of the data; none of them is raised as an error. An argument that is out of range
-    raises a ValueError.
+    raises a ValueError; a RuntimeError says that no process could be started.
     """
     for name, value, least in (("workers", workers, 0), ("min_size", min_size, 1), ("max_size", max_size, 1)):
         if value is not None and not (isinstance(value, int) and value >= least):

@@ -104,6 +104,7 @@ def run_parallel(function: Callable, jobs: list, workers: int) -> Iterator[tuple
     """Yield (position, `function(job)`) of each job as soon as it is done; None for a job that ends its process.
 
     A process that dies ends its whole pool, so the unfinished jobs of the pool are done again, one by one.
+    `RuntimeError` where no process can be started.
     """
     if workers == 0:
         yield from ((i, function(job)) for i, job in enumerate(jobs))
@@ -133,7 +134,18 @@ def run_parallel(function: Callable, jobs: list, workers: int) -> Iterator[tuple
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, initializer=_prepare_worker)
+    """Start processes, and see that they work. Where Python does not fork, each runs the user's script once more, and
+    ends if that starts processes again."""
+    pool = ProcessPoolExecutor(workers, initializer=_prepare_worker)
+    try:
+        pool.submit(int).result()
+    except (BrokenProcessPool, OSError, EOFError) as error:
+        pool.shutdown(cancel_futures=True)
+        raise RuntimeError(
+            f"no process to decode images could be started ({type(error).__name__}); in a script of your own, call this "
+            "below `if __name__ == '__main__':`, or with workers=0"
+        ) from error
+    return pool
 
 
 def _prepare_worker() -> None:
