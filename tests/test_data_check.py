@@ -223,7 +223,7 @@ def test_spawned_processes(root, monkeypatch):
 
 
 def test_a_script_that_each_process_runs_again(tmp_path):
-    """Where Python does not fork, as on macOS, a script without `if __name__ == "__main__":` would start without end."""
+    """Where Python does not fork (macOS), a script without `if __name__ == '__main__':` starts again and again."""
     script = tmp_path / "script.py"
     script.write_text(
         "import multiprocessing\n"

@@ -142,8 +142,8 @@ def _pool(workers: int) -> ProcessPoolExecutor:
     except (BrokenProcessPool, OSError, EOFError) as error:
         pool.shutdown(cancel_futures=True)
         raise RuntimeError(
-            f"no process to decode images could be started ({type(error).__name__}); in a script of your own, call this "
-            "below `if __name__ == '__main__':`, or with workers=0"
+            f"no process to decode images could be started ({type(error).__name__}); in a script of your own, call "
+            "this below `if __name__ == '__main__':`, or with workers=0"
         ) from error
     return pool
 
