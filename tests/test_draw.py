@@ -21,6 +21,13 @@ def test_draw_detections():
     assert np.asarray(draw_detections(image, truth, enlarge=1))[30, 60:79].any(axis=-1).all()
 
 
+def test_a_box_that_ends_with_the_image_has_four_sides():
+    image, box = torch.zeros(3, 60, 80, dtype=torch.uint8), torch.tensor([[20.0, 15, 80, 60]])
+    drawn = np.asarray(draw_detections(image, {"boxes": box, "labels": torch.tensor([0])}, enlarge=1))
+    coloured = (drawn == class_colour(0)).all(-1)
+    assert all(line.all() for line in (coloured[59, 20:], coloured[15:, 79], coloured[15:, 20]))
+
+
 def test_nothing_to_draw_leaves_the_image():
     image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
     detection = {"boxes": torch.zeros(1, 4), "labels": torch.tensor([0]), "scores": torch.tensor([0.2])}
