@@ -58,7 +58,8 @@ class Video:
                     raise ValueError("it has no picture, only sound")
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"  # several cores decode
-                self.rate = stream.average_rate or DEFAULT_RATE
+                rate = stream.average_rate or DEFAULT_RATE
+                self.rate = Fraction(rate.numerator, rate.denominator)  # PyAV has a class of its own since version 19
                 for packet in container.demux(stream):
                     damaged += packet.is_corrupt
                     try:
