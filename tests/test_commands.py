@@ -176,6 +176,14 @@ def test_what_comes_first(run, arguments, line):
     assert status == 2 and printed.startswith(f"train_coco: {line}") and printed.count("\n") == 1
 
 
+def test_letters_that_stdout_has_not():
+    """On Windows, a file or pipe has cp1252."""
+    code = "from vovnet_zoo.commands import run_reporting; run_reporting('x', lambda: print('猫'))"
+    result = run_python(code, PYTHONIOENCODING="cp1252:strict")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("\\u732b")
+
+
 def test_the_home_folder(run, monkeypatch):
     """A shell leaves ~ as it is in quotes, and after `=`; a folder of that name would be made."""
     monkeypatch.setenv("HOME", "/nowhere/home")

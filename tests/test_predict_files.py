@@ -112,6 +112,18 @@ def test_ids(detector_folder, tmp_path):
     assert default_category_ids(["cat", "dog"], 2) == [1, 2] == default_category_ids(None, 2)
 
 
+def test_a_name_of_a_file_that_is_not_utf8(detector_folder, tmp_path, run):
+    image = draw_images(tmp_path / "in", "x.png") / "x.png"
+    try:
+        image = image.rename(image.with_name(os.fsdecode(b"f\xfcr.png")))
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 only")
+    status, _, err = run("predict", image, "--model", detector_folder, "--out", tmp_path / "out", "--score", "0.01")
+    assert status == 0, err
+    (row,) = lines(tmp_path / "out")
+    assert row["image"] == str(image) and (tmp_path / "out" / row["picture"]).is_file()
+
+
 def test_names_of_classes_that_are_no_names_of_folders():
     names = ["a/b", "A:b", "..", "собака", "犬", "", "x" * 300]
     assert predict_files.folder_names(names) == ["a_b", "A_b_2", "_", "собака", "犬", "__2", "x" * 100]

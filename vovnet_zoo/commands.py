@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
 import logging
 import os
 import re
@@ -144,10 +145,17 @@ def run_reporting(
 
 
 def open_streams() -> None:
-    """Where stdout or stderr was closed before the start, as by `>&-`, let what is printed there go nowhere."""
+    """Let nothing that is printed end the process.
+
+    Where stdout or stderr was closed before the start, as by `>&-`, it goes nowhere. Letters that stdout has not are
+    escaped, as on stderr: a file or pipe on Windows has cp1252, and a name of a file need not be UTF-8.
+    """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (as long as the process)
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def check_place(folder: Path, what: str) -> None:

@@ -286,7 +286,8 @@ class ResultFolder:
             row["image_id"] = job.image_id
             rows = [json.dumps(row) for row in found.to_coco(job.image_id, self.category_ids)]
             self.rows.append(",\n".join(rows).encode(), between=b",\n")
-        self.lines.append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        # what is no letter in the name of a file becomes \udc.., which JSON reads as the same name
+        self.lines.append(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
 
     def draw(self, job: Job, found: ImageDetections, pixels: Tensor) -> str:
         """Write the picture of an image, or of a frame into its video; returns the file's name."""
