@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import vovnet_zoo.compiled
 from step import compile_step, compute_losses, find_targets
-from vovnet_zoo import FCOSLoss, compile_detector, create_detector, postprocess, predict
+from vovnet_zoo import FCOSLoss, compile_detector, create_detector, inference, postprocess, predict
 from vovnet_zoo.compiled import Detections
 from vovnet_zoo.data import normalize
 from vovnet_zoo.kernels.osa import fuse_for_training
@@ -349,6 +349,20 @@ def test_any_number_of_graphs(tiny_detector):
     for i in range(1, 5):
         found = compile_detector(tiny_detector, (32, 32 * i), backend="eager")(images_and_sizes(1, (32, 32 * i))[0])
         assert found.boxes.shape[0] == 1
+
+
+@torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=2)
+def test_any_number_of_models(monkeypatch):
+    """`predict(compile=True)` too, on a CPU and on a GPU."""
+    torch._dynamo.reset()
+    whole = inference.compiled_network.__wrapped__("eager")
+    monkeypatch.setattr(inference, "compiled_network", lambda: whole)
+    images = images_and_sizes(1, (64, 96))[0]
+    for channels in (64, 96, 128):
+        kwargs = dict(num_classes=4, channels=channels, num_convs=1, min_size=64, max_size=128)
+        model = create_detector("fcos", backbone="test_resnet", **kwargs).eval()
+        assert len(predict(model, list(images), compile=True)) == 1
+        with_compiled_parts(model, "eager")(images.float())
 
 
 @torch._dynamo.config.patch(recompile_limit=2)

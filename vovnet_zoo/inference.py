@@ -22,7 +22,7 @@ from .data import normalize, resize_image, resize_size
 from .exported import ExportedDetector
 from .fcos import FCOS, Predictions, check_predictions, check_ranges, check_thresholds, level_sizes
 from .nms import class_nms, nms_fixed
-from .parts import with_compiled_parts
+from .parts import allow_many_graphs, with_compiled_parts
 from .precision import DTYPES, warn_of_slow_precision
 from .results import Detections, ImageDetections
 from .sources import Frame, Source, frames, to_rgb
@@ -432,6 +432,7 @@ def compiled_network(backend: str = "inductor") -> Callable[..., Predictions]:
         if images.is_cuda:
             with reporting_compiler(WITHOUT_COMPILER):
                 return run_autocast(with_compiled_parts(model, backend), images, sizes, precision)
+        allow_many_graphs()
         torch._dynamo.maybe_mark_dynamic(images, (0, 2, 3))
         torch._dynamo.maybe_mark_dynamic(sizes, 0)
         with reporting_compiler(WITHOUT_COMPILER):

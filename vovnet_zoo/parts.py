@@ -16,6 +16,7 @@ from torch import nn
 from .fcos import FCOS
 
 M = TypeVar("M", bound=nn.Module)
+MANY = 4096
 # Of a detector and a backend: the detector with compiled parts, and the parts that these were made of
 Known = dict[str, tuple[FCOS, list[nn.Module]]]
 _known: weakref.WeakKeyDictionary[FCOS, Known] = weakref.WeakKeyDictionary()
@@ -23,10 +24,20 @@ _known: weakref.WeakKeyDictionary[FCOS, Known] = weakref.WeakKeyDictionary()
 
 def compile_parts(model: FCOS, backend: str = "inductor") -> None:
     """Compile the parts of `model` in place, when they are first used."""
-    # torch counts the graphs of all modules together
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    allow_many_graphs()
     for part in parts_of(model):
         part.compile(fullgraph=True, dynamic=True, backend=backend)
+
+
+def allow_many_graphs() -> None:
+    """Let torch compile the same code for any number of models, sizes and precisions.
+
+    It counts the graphs of all models of a process together, and its limit of 8 is an error where there must be one
+    graph.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, MANY)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, MANY)
 
 
 def with_compiled_parts(model: FCOS, backend: str = "inductor") -> FCOS:
