@@ -112,6 +112,7 @@ def remove_prepared(folder: Path, before: set[str], missing: list[Path]) -> None
 
 
 WRITTEN = ("best", "last", "metrics.jsonl", "report.html", "curves.png", "detections.png")  # in every run folder
+NAMES: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files need not be UTF-8
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -231,21 +232,21 @@ def note_skipped(folder: Path, step: int, skipped: list[Skipped]) -> None:
         log_own.warning("step %d: image %d skipped: %s", step, image.image_id, image.reason)
     if skipped:
         folder.mkdir(parents=True, exist_ok=True)  # on another machine than rank 0's it may not be there
-        with open(folder / "skipped.txt", "a", encoding="utf-8") as file:
+        with open(folder / "skipped.txt", "a", **NAMES) as file:
             file.writelines(f"step {step}, image {image.image_id}: {image.reason}\n" for image in skipped)
 
 
 def note_bad_image(folder: Path, step: int, error: Exception) -> None:
     """List the image that stopped a run in `skipped.txt`, so that the run goes on when the image is repaired."""
     if isinstance(error, ImageError):
-        with open(folder / "skipped.txt", "a", encoding="utf-8") as file:
+        with open(folder / "skipped.txt", "a", **NAMES) as file:
             file.write(f"stopped after step {step}: {str(error).splitlines()[-1]}\n")
 
 
 def was_bad(folder: Path, image: Path) -> bool:
     """Say whether `skipped.txt` names an image."""
     path = folder / "skipped.txt"
-    return path.is_file() and f" {image}: " in path.read_text("utf-8", errors="replace")
+    return path.is_file() and f" {image}: " in path.read_text(**NAMES)
 
 
 def note_not_finite(

@@ -22,8 +22,8 @@ def test_draw_detections():
 
 
 def test_a_box_that_ends_with_the_image_has_four_sides():
-    image, box = torch.zeros(3, 60, 80, dtype=torch.uint8), torch.tensor([[20.0, 15, 80, 60]])
-    drawn = np.asarray(draw_detections(image, {"boxes": box, "labels": torch.tensor([0])}, enlarge=1))
+    image, boxes = torch.zeros(3, 60, 80, dtype=torch.uint8), torch.tensor([[20.0, 15, 80, 60], [80, 60, 80, 60]])
+    drawn = np.asarray(draw_detections(image, {"boxes": boxes, "labels": torch.tensor([0, 0])}, enlarge=1))
     coloured = (drawn == class_colour(0)).all(-1)
     assert all(line.all() for line in (coloured[59, 20:], coloured[15:, 79], coloured[15:, 20]))
 

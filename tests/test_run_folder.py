@@ -17,9 +17,9 @@ import run_folder
 import train_coco
 from pictures import draw_comparison, draw_curves
 from presets import TrainConfig
-from run_folder import RunLog, list_checkpoints, load_checkpoint, longer, note_not_finite, save_checkpoint
+from run_folder import RunLog, list_checkpoints, load_checkpoint, longer, note_not_finite, save_checkpoint, was_bad
 from vovnet_zoo import FCOS, create_detector
-from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.data import CocoDataset, ImageError, Skipped, find_split
 from vovnet_zoo.draw import draw_detections
 
 
@@ -273,3 +273,13 @@ def test_longer_names_folders_as_a_shell_wants_them(config):
     text = "the same command with --init 'my runs/a/best' --out 'my runs/a-longer' and without --pretrained-backbone"
     assert longer(config) == f"{text} and without --backbone"
     assert longer(dataclasses.replace(config, backbone="resnet18")) == text
+
+
+@pytest.mark.parametrize("name", ["写真.png", os.fsdecode(b"f\xfcr.png")], ids=["utf8", "other"])
+def test_any_name_of_a_bad_image_is_written_down(tmp_path, monkeypatch, name):
+    """Whatever the locale's encoding; on Linux, the name of a file need not be UTF-8."""
+    monkeypatch.setattr(run_folder.log_own, "disabled", True)  # xdist cannot send such a name
+    run_folder.note_skipped(tmp_path, 1, [Skipped(7, f"a/{name}: damaged")])
+    assert not was_bad(tmp_path, Path("b") / name)
+    run_folder.note_bad_image(tmp_path, 2, ImageError(f"image 7: cannot be read\n b/{name}: damaged"))
+    assert was_bad(tmp_path, Path("b") / name) and was_bad(tmp_path, Path("a") / name)

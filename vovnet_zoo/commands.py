@@ -145,10 +145,10 @@ def run_reporting(
 
 
 def open_streams() -> None:
-    """Let nothing that is printed end the process.
+    """Make stdout and stderr take all that is printed.
 
-    Where stdout or stderr was closed before the start, as by `>&-`, it goes nowhere. Letters that stdout has not are
-    escaped, as on stderr: a file or pipe on Windows has cp1252, and a name of a file need not be UTF-8.
+    What is printed to a stream that was closed before the start, as by `>&-`, goes nowhere. Letters that stdout cannot
+    encode are escaped, as on stderr: a file or pipe on Windows has cp1252, and a name of a file need not be UTF-8.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

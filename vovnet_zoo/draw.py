@@ -94,7 +94,8 @@ def draw_detections(
     canvas, size = ImageDraw.Draw(picture), max(10, side / 45)
     # as torchvision's draw_bounding_boxes does, but that copies the image several times, and it may have 100 megapixels
     for (x1, y1, x2, y2), colour in zip(boxes.to(torch.int64).tolist(), colours, strict=True):
-        box = x1, y1, x2 - (x2 == picture.width), y2 - (y2 == picture.height)  # the edge is beside the last pixel
+        # the edge of the image is beside its last pixel
+        box = x1, y1, x2 - (x1 < x2 == picture.width), y2 - (y1 < y2 == picture.height)
         canvas.rectangle(box, outline=colour, width=max(1, round(side / 250)))
     fonts = [_font(_font_of(text), size) for text in texts]
     margin = max(1, round(size / 10))

@@ -426,13 +426,13 @@ def compiled_network(backend: str = "inductor") -> Callable[..., Predictions]:
 
     On a GPU it consists of the graphs of `parts`, for the same sizes.
     """
+    allow_many_graphs()
     graph = torch.compile(run_autocast, fullgraph=True, backend=backend)
 
     def run(model: FCOS, images: Tensor, sizes: Tensor, precision: Precision) -> Predictions:
-        if images.is_cuda:
+        if images.device.type != "cpu":
             with reporting_compiler(WITHOUT_COMPILER):
                 return run_autocast(with_compiled_parts(model, backend), images, sizes, precision)
-        allow_many_graphs()
         torch._dynamo.maybe_mark_dynamic(images, (0, 2, 3))
         torch._dynamo.maybe_mark_dynamic(sizes, 0)
         with reporting_compiler(WITHOUT_COMPILER):

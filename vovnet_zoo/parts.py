@@ -16,7 +16,7 @@ from torch import nn
 from .fcos import FCOS
 
 M = TypeVar("M", bound=nn.Module)
-MANY = 4096
+MANY = 4096  # graphs
 # Of a detector and a backend: the detector with compiled parts, and the parts that these were made of
 Known = dict[str, tuple[FCOS, list[nn.Module]]]
 _known: weakref.WeakKeyDictionary[FCOS, Known] = weakref.WeakKeyDictionary()

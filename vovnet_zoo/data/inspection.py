@@ -134,8 +134,10 @@ def run_parallel(function: Callable, jobs: list, workers: int) -> Iterator[tuple
 
 
 def _pool(workers: int) -> ProcessPoolExecutor:
-    """Start processes, and see that they work. Where Python does not fork, each runs the user's script once more, and
-    ends if that starts processes again."""
+    """Make a pool of processes, and see that one can start.
+
+    Where Python does not fork, a process runs the user's script once more, and dies if that starts processes again.
+    """
     pool = ProcessPoolExecutor(workers, initializer=_prepare_worker)
     try:
         pool.submit(int).result()
