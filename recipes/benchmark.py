@@ -90,6 +90,7 @@ from vovnet_zoo.compiled import detect
 from vovnet_zoo.data import normalize
 from vovnet_zoo.export.runtimes import is_exported, load_exported
 from vovnet_zoo.fcos import backbone_maps
+from vovnet_zoo.fused import use_gpu_kernels
 from vovnet_zoo.inference import Thresholds
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import use_winograd
@@ -327,6 +328,7 @@ def training_contestants(
     ours.to(device, memory_format=torch.channels_last).train()
     criterion = FCOSLoss()
     fuse_for_training(ours)
+    use_gpu_kernels(ours, device)
     sparing, fast = copy.deepcopy(ours), copy.deepcopy(ours)
     sparing.set_grad_checkpointing()
     if device.type == "cpu":

@@ -39,6 +39,7 @@ from vovnet_zoo.data import (
 from vovnet_zoo.data.layouts import choose_split, choose_whole
 from vovnet_zoo.data.splitting import hold_out
 from vovnet_zoo.detectors import DETECTORS, STARTS, load_detector
+from vovnet_zoo.fused import use_gpu_kernels
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import has_amx, use_winograd
 from vovnet_zoo.words import counted
@@ -302,6 +303,7 @@ def prepare_blocks(model: nn.Module, config: Any, device: torch.device) -> None:
     """Move any model to the device, and put the faster blocks in that fit it; only rounding changes."""
     model.to(device, memory_format=torch.channels_last).train()
     fuse_for_training(model)
+    use_gpu_kernels(model, device)
     if config.winograd and device.type == "cpu" and config.precision != "fp16":
         if config.precision == "float32" or not has_amx():
             use_winograd(model)

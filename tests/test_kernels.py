@@ -102,10 +102,11 @@ def test_each_instruction_set_has_a_library_of_its_own(tmp_path, monkeypatch):
 
 def test_availability():
     found = kernels.available()
-    assert set(found) == {"winograd", "nms_triton"}
+    assert set(found) == {"winograd", "nms_triton", "training_triton"}
     assert bool(found["winograd"]) == found["winograd"].usable and found["winograd"].reason
     if not torch.cuda.is_available():
-        assert not found["nms_triton"] and found["nms_triton"].reason == "torch finds no CUDA device"
+        for name in ("nms_triton", "training_triton"):
+            assert not found[name] and found[name].reason == "torch finds no CUDA device"
 
 
 def test_what_is_demanded_and_cannot_be():

@@ -120,7 +120,7 @@ IN_THE_INTERPRETER = """
 import torch
 from test_nms import draw
 from vovnet_zoo.kernels import nms_triton
-from vovnet_zoo.nms import _class_nms_cuda, _nms_fixed_cuda, class_nms, nms_fixed
+from vovnet_zoo.nms import _class_nms_cuda, class_nms, nms_fixed
 generator = torch.Generator().manual_seed(2)
 sizes = {"spread": (1, 200, 100), "crowded": (2, 70, 12), "grid": (1, 70, 70), "edge": (1, 70, 70)}
 for kind, (batch, count, most) in [*sizes.items(), ("spread", (0, 5, 3)), ("spread", (2, 0, 3)), ("spread", (1, 1, 3))]:
@@ -128,7 +128,7 @@ for kind, (batch, count, most) in [*sizes.items(), ("spread", (0, 5, 3)), ("spre
     nms_triton.MOST_COMPARISONS = 0 if kind == "crowded" else 2**28
     for plus_one, threshold in ((False, 0.6), (True, 0.5)):
         wanted = nms_fixed(boxes, scores, labels, threshold, most, plus_one)
-        got = _nms_fixed_cuda(boxes, scores, labels, threshold, most, plus_one)
+        got = nms_triton.nms(boxes, scores, labels, threshold, most, plus_one)
         assert torch.equal(got, wanted), (kind, got, wanted)
 for kind in ("spread", "grid"):
     boxes, scores, labels = draw(generator, kind, 1, 70)

@@ -440,18 +440,22 @@ class FCOSHead(nn.Module):
         nn.init.constant_(self.cls_logits.get_parameter("bias"), -math.log((1 - prior) / prior))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        cls, reg, ctr = [], [], []
-        for x, stride, scale in zip(features, self.strides, self.scales.unbind(), strict=True):
-            cls_features, box_features = self.run_tower(self.cls_tower, x), self.run_tower(self.box_tower, x)
-            cls.append(self.cls_logits(cls_features))
-            ctr.append(self.centerness(box_features if self.centerness_on == "box" else cls_features))
-            raw = self.box_distances(box_features)
-            raw = scale * raw.to(torch.promote_types(raw.dtype, torch.float32))  # pixels need more than bf16's 8 bits
-            reg.append(F.relu(raw) * stride if self.distance == "relu" else raw.exp())
+        recompute = self.grad_checkpointing and self.training
+        cls_maps, box_maps = (x.forward_levels(features, recompute) for x in (self.cls_tower, self.box_tower))
+        cls, raw, ctr = self.outputs(cls_maps, box_maps)
+        reg = []
+        for x, stride, scale in zip(raw, self.strides, self.scales.unbind(), strict=True):
+            x = scale * x.to(torch.promote_types(x.dtype, torch.float32))  # pixels need more than bf16's 8 bits
+            reg.append(F.relu(x) * stride if self.distance == "relu" else x.exp())
         return cls, reg, ctr
 
-    def run_tower(self, tower: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(tower, x, use_reentrant=False) if self.grad_checkpointing and self.training else tower(x)
+    def outputs(
+        self, cls_maps: Sequence[Tensor], box_maps: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Apply the last convolutions to the towers' maps: class logits, raw distances and centerness logits."""
+        centered = box_maps if self.centerness_on == "box" else cls_maps
+        cls, raw = [self.cls_logits(x) for x in cls_maps], [self.box_distances(x) for x in box_maps]
+        return cls, raw, [self.centerness(x) for x in centered]
 
 
 class Tower(nn.Sequential):
@@ -468,6 +472,10 @@ class Tower(nn.Sequential):
         for layer in self:
             x = layer(x)
         return x
+
+    def forward_levels(self, maps: Sequence[Tensor], recompute: bool) -> Sequence[Tensor]:
+        """Run on the maps [B,C,h,w] of all levels; `recompute` keeps only them for the backward pass."""
+        return [checkpoint(self, x, use_reentrant=False) if recompute else self(x) for x in maps]
 
 
 class Predictions(NamedTuple):

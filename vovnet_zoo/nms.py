@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 from torchvision.ops import nms
 
 from .arguments import check_flag, check_number, check_tensor
+from .kernels import has_triton
 
 
 def class_nms(
@@ -30,7 +29,7 @@ def class_nms(
     check_tensor("labels", labels, (len(boxes),), "whole")
     check_limits(threshold, max_detections, plus_one)
     limits = threshold, max_detections, plus_one
-    if boxes.device.type == "cuda" and boxes.dtype != torch.float64 and _has_triton():
+    if boxes.device.type == "cuda" and boxes.dtype != torch.float64 and has_triton(boxes.device):
         return _class_nms_cuda(boxes, scores, labels, *limits)
     # Apple's GPUs have no float64, and on Nvidia's torchvision rounds the threshold to float32.
     if boxes.device.type in ("mps", "cuda"):
@@ -112,7 +111,7 @@ def _(boxes, scores, labels, threshold, max_detections, plus_one):
 def _nms_fixed_cuda(
     boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool
 ) -> Tensor:
-    if not _has_triton():
+    if not has_triton(boxes.device):
         return _nms_each(boxes, scores, labels, threshold, max_detections, plus_one)
     from .kernels.nms_triton import nms
 
@@ -129,9 +128,3 @@ def _class_nms_cuda(
     equal = torch.zeros_like(order, dtype=torch.float32)  # the kernel leaves out scores below 0, and these may be
     keep = nms(boxes[order].float()[None], equal[None], labels[order][None], threshold, most, plus_one)[0]
     return order[keep[keep >= 0]]
-
-
-@functools.cache
-def _has_triton() -> bool:
-    """Tell whether the kernel for GPUs can be used; Triton comes with torch's CUDA builds for Linux."""
-    return importlib.util.find_spec("triton") is not None

@@ -1,7 +1,7 @@
 """The parts of a detector that are compiled on a GPU: those of the backbone, the FPN, and the two towers of the head.
 
-They are most of its work. Each is one graph for all sizes; one graph of the whole network, in which sizes are
-variables, takes many minutes to compile there.
+They are most of its work. Towers with kernels of their own (`fused.py`) are left as they are. Each part is one graph
+for all sizes; one graph of the whole network, in which sizes are variables, takes many minutes to compile there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .fcos import FCOS
+from .fused import FusedTower
 
 M = TypeVar("M", bound=nn.Module)
 MANY = 4096  # graphs
@@ -57,7 +58,8 @@ def with_compiled_parts(model: FCOS, backend: str = "inductor") -> FCOS:
 
 
 def parts_of(model: FCOS) -> list[nn.Module]:
-    return [*model.backbone.children(), model.fpn, model.head.cls_tower, model.head.box_tower]
+    towers = [x for x in (model.head.cls_tower, model.head.box_tower) if not isinstance(x, FusedTower)]
+    return [*model.backbone.children(), model.fpn, *towers]
 
 
 def copy_of_parts(model: FCOS) -> FCOS:

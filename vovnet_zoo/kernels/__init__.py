@@ -1,13 +1,17 @@
 """Kernels that compute what torch computes, faster. Each is optional: `available` says which can be used here.
 
 winograd.cpp, winograd.py: 3x3 convolutions on a CPU. osa.py: blocks of VoVNets. freeze.py: a model for inference.
-nms_triton.py: non-maximum suppression on a GPU. tensor_cores.py: channels that suit a GPU.
+On a GPU: nms_triton.py: non-maximum suppression. group_norm_triton.py, max_pool_triton.py, osa_triton.py and
+upsample_triton.py: parts of a training step. tensor_cores.py: channels that suit it.
 README.md says how to add one.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
 
 import torch
@@ -30,14 +34,30 @@ def available() -> dict[str, Availability]:
     """Which kernels can be used on this machine, and why the others cannot.
 
     "winograd" (3x3 convolutions and VoVNet blocks on a CPU) is built by this call if it was never built here, which
-    takes some seconds; "nms_triton" needs a CUDA device and Triton.
+    takes some seconds; "nms_triton" and "training_triton" (parts of a training step) need a CUDA device and Triton.
     """
     reason = library.load()
     winograd = Availability(not reason, reason or f"built for {library.capability()}")
-    if not torch.cuda.is_available():
-        nms = Availability(False, "torch finds no CUDA device")
-    elif importlib.util.find_spec("triton") is None:
-        nms = Availability(False, "the package triton is not installed")
+    if torch.cuda.is_available():
+        reason = why_no_triton(torch.device("cuda"))
+        triton = Availability(not reason, reason or f"compiled by Triton for {torch.cuda.get_device_name()}")
     else:
-        nms = Availability(True, f"compiled by Triton for {torch.cuda.get_device_name()}")
-    return {"winograd": winograd, "nms_triton": nms}
+        triton = Availability(False, "torch finds no CUDA device")
+    return {"winograd": winograd, **dict.fromkeys(("nms_triton", "training_triton"), triton)}
+
+
+def has_triton(device: torch.device) -> bool:
+    """Tell whether kernels for a GPU can be used on this device; Triton comes with torch's CUDA builds for Linux."""
+    return device.type == "cuda" and not why_no_triton(device)
+
+
+@functools.cache
+def why_no_triton(device: torch.device) -> str:
+    """Say why Triton cannot compile for a CUDA device; empty if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than what Triton compiles for"
+    if not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
+        return "Triton needs a C compiler, and there is none; install gcc"
+    return ""

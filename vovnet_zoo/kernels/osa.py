@@ -7,6 +7,7 @@ On a CPU with Winograd convolutions nothing is concatenated: each layer writes t
 convolution reads that memory (`aggregate`).
 
 A frozen batch norm multiplies each map and adds to it. `FoldedConvNormAct` multiplies the convolution's weight instead.
+With it, what stands between the convolutions is done on a GPU by kernels of our own (`osa_triton`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.flop_counter import register_flop_formula
 
 from ..arguments import check_kind
+from . import has_triton
 from .convolution import Float32Conv2d, use_fast_gradients
+from .max_pool import FLOATS
 from .surgery import become
 from .winograd import (
     FrozenWinogradConv2d,
@@ -39,6 +42,7 @@ from .winograd import (
 )
 
 ROWS = 4096  # pixels that a CPU multiplies at a time, in float32
+TENSOR_CORES = 8  # of a GPU want a multiple of so many channels
 
 
 def fuse_for_training(model: nn.Module) -> int:
@@ -66,7 +70,18 @@ class FoldedConvNormAct(ConvNormAct):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, shift = self.fold()
+        if x.device.type == "cuda" and self.conv.groups == 1 and (lacking := -x.shape[1] % TENSOR_CORES):
+            x, weight = x.to(dtype_of_products(x)), F.pad(weight, (0, 0, 0, 0, 0, lacking))
+            x = F.pad(x, (0, 0, 0, 0, 0, lacking))
+        if self.has_relu() and on_gpu(x):
+            from .osa_triton import shift_relu
+
+            return shift_relu(self.conv._conv_forward(x, weight, None), shift)
         return self.bn.act(self.bn.drop(self.conv._conv_forward(x, weight, shift)))
+
+    def has_relu(self) -> bool:
+        """Whether a ReLU is all that follows the norm."""
+        return type(self.bn.act) is nn.ReLU and type(self.bn.drop) is nn.Identity
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """The convolution's weight and bias with the norm in them."""
@@ -85,6 +100,9 @@ class FusedOsaBlock(OsaBlock):
         if dtype := self.dtype_of_one_memory(x):
             weights, shifts = zip(*(layer.fold() for layer in [*self.conv_mid, self.conv_concat]), strict=True)
             x, _ = aggregate(x.to(dtype), weights, shifts)
+        elif self.is_simple() and on_gpu(x):
+            layers: list[Any] = [*self.conv_mid, self.conv_concat]
+            x = aggregate_on_gpu(x, layers)
         else:
             maps = [x]
             if self.conv_reduction is not None:
@@ -97,16 +115,16 @@ class FusedOsaBlock(OsaBlock):
 
     def dtype_of_one_memory(self, x: Tensor) -> torch.dtype | None:
         """The dtype of the maps if `aggregate` computes this block, else None."""
-        layers = [self.conv_concat, *self.conv_mid]
-        simple = self.conv_reduction is None and all(
-            isinstance(layer, FoldedConvNormAct)
-            and type(layer.bn.act) is nn.ReLU
-            and type(layer.bn.drop) is nn.Identity
-            for layer in layers
-        )
-        if simple and all(isinstance(layer.conv, WinogradConv2d) for layer in self.conv_mid):
+        if self.is_simple() and all(isinstance(layer.conv, WinogradConv2d) for layer in self.conv_mid):
             return winograd_dtype(x)
         return None
+
+    def is_simple(self) -> bool:
+        """Whether the block consists of convolutions with frozen norms and ReLUs only."""
+        layers = [self.conv_concat, *self.conv_mid]
+        return self.conv_reduction is None and all(
+            isinstance(layer, FoldedConvNormAct) and layer.has_relu() for layer in layers
+        )
 
 
 class FrozenOsaBlock(nn.Module):
@@ -178,6 +196,29 @@ def _after_aggregation(block: OsaBlock, x: Tensor, first: Tensor) -> Tensor:
     if block.drop_path is not None:
         x = block.drop_path(x)
     return x + first if block.residual else x
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the kernels of `osa_triton` take such a map, and no compiler looks for kernels itself."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cuda" and x.dtype in FLOATS and has_triton(x.device)
+
+
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """The dtype in which a convolution of x on a GPU multiplies."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+
+
+def aggregate_on_gpu(x: Tensor, layers: Sequence[FoldedConvNormAct]) -> Tensor:
+    """One-shot aggregation by `osa_triton`: [B,C,H,W] -> [B,O,H,W]; the last of the layers convolves all maps."""
+    from . import osa_triton
+
+    dtype = dtype_of_products(x)
+    weights, shifts = zip(*(layer.fold() for layer in layers), strict=True)
+    geometry = [(c.stride, c.padding, c.dilation, c.groups) for c in (layer.conv for layer in layers)]
+    with torch.autocast("cuda", enabled=False):
+        return osa_triton.aggregate(x.to(dtype), [weight.to(dtype) for weight in weights], shifts, geometry)
 
 
 def convolve_concatenated(maps: list[Tensor], block: ConvNormAct) -> Tensor:
