@@ -124,7 +124,8 @@ def check_max_pool(device: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
         dx = max_pool_triton.max_pool_backward(dy, place, h, w, padding)
         (exact,) = torch.autograd.grad(wanted, x, dy)
-        torch.testing.assert_close(dx, exact, rtol=1e-6 if dtype == torch.float32 else 2e-2, atol=0)
+        error = 1e-6 if dtype == torch.float32 else 2e-2  # gradients of several windows are added up in another order
+        torch.testing.assert_close(dx, exact, rtol=error, atol=error * exact.abs().max().item())
 
 
 def check_aggregation(device: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -134,18 +135,20 @@ def check_aggregation(device: str, dtype: torch.dtype, tolerance: float) -> None
     inputs, middle, outputs, layers = 24, 40, 72, 3
     shapes = [(middle, inputs if i == 0 else middle, 3, 3) for i in range(layers)]
     shapes.append((outputs, inputs + layers * middle, 1, 1))
-    tensors = [torch.randn(2, inputs, 7, 9), *(torch.randn(shape) / 10 for shape in shapes)]
-    tensors = [x.to(device, dtype) for x in tensors]
-    shifts = [torch.randn(len(weight), device=device) for weight in tensors[1:]]
+    tensors = [torch.randn(2, inputs, 7, 9).to(dtype), *(torch.randn(shape) / 10 for shape in shapes)]
+    tensors = [x.to(device) for x in tensors]
+    scales, shifts = ([torch.randn(len(weight), device=device) for weight in tensors[1:]] for _ in range(2))
     geometry = [((1, 1), (1, 1), (1, 1), 1)] * layers + [((1, 1), (0, 0), (1, 1), 1)]
     for needed in ("11111", "01111", "00001", "00100", "10000", "10001"):
         leaves = [x.detach().requires_grad_(need == "1") for x, need in zip(tensors, needed, strict=True)]
         exact = [x.detach().double().requires_grad_(x.requires_grad) for x in leaves]
         maps = [exact[0]]
-        for weight, shift in zip(exact[1:-1], shifts, strict=False):
+        pairs = zip(exact[1:], scales, strict=True)
+        *weights, last = [(weight * scale[:, None, None, None]) for weight, scale in pairs]
+        for weight, shift in zip(weights, shifts, strict=False):
             maps.append(F.relu(F.conv2d(maps[-1], weight, padding=1) + shift[:, None, None]))
-        wanted = F.relu(F.conv2d(torch.cat(maps, 1), exact[-1]) + shifts[-1][:, None, None])
-        found = aggregate(leaves[0], leaves[1:], shifts, geometry)
+        wanted = F.relu(F.conv2d(torch.cat(maps, 1), last) + shifts[-1][:, None, None])
+        found = aggregate(leaves[0], leaves[1:], scales, shifts, geometry)
         compare([found], [wanted], *([x for x in xs if x.requires_grad] for xs in (leaves, exact)), tolerance)
 
 
@@ -232,7 +235,7 @@ def test_kernels_on_a_gpu(dtype):
 def test_a_training_step_on_a_gpu(variant, how):
     """Losses and gradients of a detector are those that torch's operators compute, in float32; two steps of the same
     weights are equal bit by bit."""
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     torch.manual_seed(0)
     options = dict(num_classes=3, channels=64, num_convs=2, variant=variant, frozen_norm=how != "live norms")
     plain = create_detector("fcos", backbone="vovnet27_slim", **options).cuda().train()

@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 LEVELS = 5
-CHUNK, ROWS = 256, 32  # pixels of a program, and those of them that it looks at together
+CHUNK, ROWS = 256, 16  # pixels of a program, and those of them that it looks at together
 PARTS = 16  # chunks that are added up together
 GROUPS = 4  # groups of which one program adds up the chunks
-WARPS = 8
+WARPS = 4
 
 
 def group_norm_relu(

@@ -120,10 +120,12 @@ class FusedOsaBlock(OsaBlock):
         return None
 
     def is_simple(self) -> bool:
-        """Whether the block consists of convolutions with frozen norms and ReLUs only."""
-        layers = [self.conv_concat, *self.conv_mid]
-        return self.conv_reduction is None and all(
-            isinstance(layer, FoldedConvNormAct) and layer.has_relu() for layer in layers
+        """Whether the block consists of convolutions with frozen norms of one epsilon and ReLUs only."""
+        layers: list[Any] = [self.conv_concat, *self.conv_mid]
+        return (
+            self.conv_reduction is None
+            and all(isinstance(layer, FoldedConvNormAct) and layer.has_relu() for layer in layers)
+            and len({layer.bn.eps for layer in layers}) == 1
         )
 
 
@@ -214,11 +216,16 @@ def aggregate_on_gpu(x: Tensor, layers: Sequence[FoldedConvNormAct]) -> Tensor:
     """One-shot aggregation by `osa_triton`: [B,C,H,W] -> [B,O,H,W]; the last of the layers convolves all maps."""
     from . import osa_triton
 
-    dtype = dtype_of_products(x)
-    weights, shifts = zip(*(layer.fold() for layer in layers), strict=True)
-    geometry = [(c.stride, c.padding, c.dilation, c.groups) for c in (layer.conv for layer in layers)]
+    dtype, norms, convs = dtype_of_products(x), [layer.bn for layer in layers], [layer.conv for layer in layers]
+    # as `fold` does, for all layers at once
+    scales = torch._foreach_add([norm.running_var for norm in norms], norms[0].eps)
+    torch._foreach_rsqrt_(scales)
+    torch._foreach_mul_(scales, [norm.weight for norm in norms])
+    shifts = torch._foreach_mul([norm.running_mean for norm in norms], scales)
+    shifts = torch._foreach_sub([norm.bias for norm in norms], shifts)
+    geometry = [(conv.stride, conv.padding, conv.dilation, conv.groups) for conv in convs]
     with torch.autocast("cuda", enabled=False):
-        return osa_triton.aggregate(x.to(dtype), [weight.to(dtype) for weight in weights], shifts, geometry)
+        return osa_triton.aggregate(x.to(dtype), [conv.weight for conv in convs], scales, shifts, geometry)
 
 
 def convolve_concatenated(maps: list[Tensor], block: ConvNormAct) -> Tensor:

@@ -21,18 +21,26 @@ PIXELS, CHANNELS, WARPS = 64, 64, 4  # of a program
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # stride, padding, dilation, groups
 
 
-def aggregate(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor], geometry: Sequence[Geometry]) -> Tensor:
+def aggregate(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    geometry: Sequence[Geometry],
+) -> Tensor:
     """One-shot aggregation: n convolutions with ReLUs, then x and their maps through one more, differentiable once.
 
     Args:
-        x: [B,C,H,W], float32, bfloat16 or float16.
-        weights, shifts: n + 1 of [O,I,kH,kW] in x's dtype, and of [O] in float32 without a gradient.
+        x: [B,C,H,W], float32, bfloat16 or float16, in which the convolutions multiply.
+        weights: n + 1 of [O,I,kH,kW], float32.
+        scales, shifts: n + 1 of [O], float32, without gradients; a weight is multiplied, a convolution's result added
+            to.
         geometry: of each convolution; all keep height and width.
 
     Returns:
         The aggregation [B,O,H,W], channels-last.
     """
-    return _Aggregate.apply(geometry, tuple(shifts), x, *weights)
+    return _Aggregate.apply(geometry, tuple(scales), tuple(shifts), x, *weights)
 
 
 def shift_relu(x: Tensor, shift: Tensor) -> Tensor:
@@ -42,8 +50,9 @@ def shift_relu(x: Tensor, shift: Tensor) -> Tensor:
 
 class _Aggregate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, geometry: Sequence[Geometry], shifts: Sequence[Tensor], x: Tensor, *weights: Tensor):
+    def forward(ctx: Any, geometry: Any, scales: Sequence[Tensor], shifts: Any, x: Tensor, *weights: Tensor):
         x = channels_last(x)
+        weights = tuple(scaled(weight, scale, x.dtype) for weight, scale in zip(weights, scales, strict=True))
         *layers, last = weights
         whole = empty_for(x, last.shape[1])
         copy_part(whole, 0, x)
@@ -54,7 +63,7 @@ class _Aggregate(torch.autograd.Function):
             offset += len(weight)
         y = channels_last(F.conv2d(whole, last, None, *geometry[-1]))
         shift_relu_(y, shifts[-1])
-        ctx.geometry = geometry
+        ctx.geometry, ctx.scales = geometry, scales
         ctx.save_for_backward(y, *maps, *weights)
         return y
 
@@ -64,8 +73,8 @@ class _Aggregate(torch.autograd.Function):
         y, *saved = ctx.saved_tensors
         maps, weights = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         offsets = [0, *itertools.accumulate(x.shape[1] for x in maps)]
-        of_x, of_last = ctx.needs_input_grad[2], ctx.needs_input_grad[-1]
-        of_maps = any(ctx.needs_input_grad[2:-1])
+        of_x, *of_layers, of_last = ctx.needs_input_grad[3:]
+        of_maps = of_x or any(of_layers)
 
         gradient = torch.empty_like(y)
         add_part(gradient, None, 0, channels_last(dy), y)
@@ -75,25 +84,21 @@ class _Aggregate(torch.autograd.Function):
                 copy_part(whole, offset, x)
         else:
             whole = empty_for(y, 1).expand(-1, offsets[-1], -1, -1)  # only its shape is looked at
-        parts, dw = convolution_backward(gradient, whole, weights[-1], ctx.geometry[-1], of_maps, of_last)
+        dweights: list[Tensor | None] = [None] * len(weights)
+        parts, dweights[-1] = convolution_backward(gradient, whole, weights[-1], ctx.geometry[-1], of_maps, of_last)
         del whole
-        dweights = [dw]
-        if not of_maps:
-            return None, None, None, *[None] * (len(weights) - 1), dw
         d: Tensor | None = None
-        for i in reversed(range(len(weights) - 1)):
+        for i in reversed(range(len(of_layers))) if of_maps else ():
             # the map of layer i is read by the next layer, whose gradient d is, and by the last convolution
             gradient = d if d is not None else torch.empty_like(maps[i + 1])
             add_part(gradient, parts, offsets[i + 1], d, maps[i + 1])
-            needed = of_x or any(ctx.needs_input_grad[3 : 3 + i])
-            d, dw = convolution_backward(
-                gradient, maps[i], weights[i], ctx.geometry[i], needed, ctx.needs_input_grad[3 + i]
-            )
-            dweights.append(dw)
-        if of_x:
-            d = d if d is not None else torch.zeros_like(maps[0])
+            of_map = of_x or any(of_layers[:i])
+            d, dweights[i] = convolution_backward(gradient, maps[i], weights[i], ctx.geometry[i], of_map, of_layers[i])
+        if d is not None:
             add_part(d, parts, 0, d, None)
-        return None, None, d, *dweights[::-1]
+        pairs = zip(dweights, ctx.scales, strict=True)
+        dweights = [None if dw is None else scaled(dw, scale, scale.dtype) for dw, scale in pairs]
+        return None, None, None, d, *dweights
 
 
 class _ShiftRelu(torch.autograd.Function):
@@ -113,6 +118,11 @@ class _ShiftRelu(torch.autograd.Function):
         dx = torch.empty_like(y)
         add_part(dx, None, 0, channels_last(dy), y)
         return dx, None
+
+
+def scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply a weight [O,I,kH,kW], or its gradient, by a scale [O], in float32, to be of a dtype; in one kernel."""
+    return torch.mul(weight, scale[:, None, None, None], out=torch.empty_like(weight, dtype=dtype))
 
 
 def channels_last(x: Tensor) -> Tensor:
