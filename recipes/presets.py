@@ -132,6 +132,10 @@ class TrainConfig(Augmentation):
     """On an NVIDIA GPU, float32 convolutions round their inputs to TF32, of 10 bits, as is also torch's default."""
     compile: bool = False
     """Compile network and losses with torch.compile, which fuses kernels, and the network in evaluations too."""
+    cuda_graphs: bool = True
+    """On an NVIDIA GPU, record the kernels of a step once for each size of images, and start them together from then
+    on, which keeps the GPU busy where the host is slow. It needs up to twice the memory; not with
+    --grad-checkpointing."""
     winograd: bool = True
     """On a CPU, compute 3x3 convolutions with a quarter of the multiplications where that gains (kernels/)."""
     grad_checkpointing: bool = False

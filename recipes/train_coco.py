@@ -28,6 +28,7 @@ from build import build_loader
 from loggers import check_loggers
 from memory import peak_memory
 from optim import set_lr
+from recorded import Passes, RecordedPasses
 from reporting import report_run
 from run_folder import (
     RunLog,
@@ -125,7 +126,7 @@ def train_once(config: TrainConfig, rank: int, world_size: int, device: torch.de
 def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     """Do the steps that are left of a run, with the checkpoints and evaluations that are due."""
     config, model, criterion, progress = run.config, run.model, run.criterion, run.progress
-    find, compute = step_functions(run)
+    find, passes = step_functions(run)
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     batches = build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop)
     bar = show_progress(run)
@@ -147,13 +148,11 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         torch.manual_seed(seed_of(config.seed, step, run.rank))
         run.statistics = batch_statistics(model)  # as they are before the step
         totals = torch.zeros(3, device=run.device)
+        passes.begin()
         for part, (targets, _) in zip(parts, assigned, strict=True):
             images = pad_images(part["images"], height, width)
-            losses = compute(model, criterion, images, part["sizes"], targets, normalizers, config.precision)
-            if part is parts[-1]:
-                run.gradients.start()  # each gradient that this backward pass completes is sent at once
-            run.scaler.scale(sum(losses.values())).backward()
-            totals += torch.stack([x.detach() for x in losses.values()])
+            losses = passes(images, part["sizes"], targets, normalizers, last=part is parts[-1])
+            totals += torch.stack(list(losses.values()))
 
         # One gradient everywhere: gradients are summed over the processes, and so are the losses for the log. The batch
         # norms' statistics are averaged, so that every process has the model that rank 0 saves.
@@ -184,13 +183,16 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     run.saver.wait()
 
 
-def step_functions(run: Run) -> tuple[Callable, Callable]:
-    """Return `find_targets` and `compute_losses`, compiled if the configuration says so."""
-    if not run.config.compile:
-        return find_targets, compute_losses
-    if run.ema and run.device.type == "cuda":
-        compile_parts(run.averaged)  # for evaluations, as the model's own parts are
-    return compile_step(run.model)
+def step_functions(run: Run) -> tuple[Callable, Passes]:
+    """Return `find_targets` and the passes of a step, compiled and recorded if the configuration says so."""
+    config, find, compute = run.config, find_targets, compute_losses
+    if config.compile:
+        if run.ema and run.device.type == "cuda":
+            compile_parts(run.averaged)  # for evaluations, as the model's own parts are
+        find, compute = compile_step(run.model)
+    # torch keeps the state of random numbers for what checkpointing computes again, which no graph can do
+    record = config.cuda_graphs and run.device.type == "cuda" and not config.grad_checkpointing
+    return find, RecordedPasses(run, compute) if record else Passes(run, compute)
 
 
 def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[str, Tensor]]:

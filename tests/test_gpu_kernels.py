@@ -8,9 +8,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from launch import TINY
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
 
+import train_coco
+from calibration import read_rows
+from presets import parse
 from step import compile_step, compute_losses, find_targets
 from vovnet_zoo import FCOSLoss, create_detector, fused, kernels
 from vovnet_zoo.fcos import FCOSHead, Tower
@@ -116,7 +121,7 @@ def check_max_pool(device: str, dtype: torch.dtype) -> None:
         (5, 4, 1, True),
     ):
         x = torch.randn(2, 5, h, w, device=device).round().to(dtype)  # with equal values
-        x[0, 0, 1, 1], x[1, 1] = torch.nan, -torch.inf
+        x[0, 0, 1, 1] = torch.nan
         x = x.contiguous(memory_format=CHANNELS_LAST).requires_grad_()
         wanted = F.max_pool2d(x, 3, 2, padding, ceil_mode=ceil_mode)
         dy = torch.randn_like(wanted)
@@ -265,8 +270,25 @@ def test_a_training_step_on_a_gpu(variant, how):
     assert found_gradients.keys() == gradients.keys()
     for name, wanted in gradients.items():
         error = (found_gradients[name] - wanted).norm() / wanted.norm()
-        assert error < (0.05 if how == "live norms" else 1e-3), f"{name}: {error:.1e}"
+        assert error < (0.05 if how == "live norms" else 5e-3), f"{name}: {error:.1e}"  # single ReLUs decide otherwise
     if how in ("eager", "checkpointing"):
         again, again_gradients = step(model, *functions)
         assert all(torch.equal(again[name], x) for name, x in found.items())
         assert all(torch.equal(again_gradients[name], x) for name, x in found_gradients.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", ["", "--accum 2", "--precision bf16 --ema 0.9"])
+def test_recorded_steps_are_the_same_steps(tiny_coco, tmp_path, options):
+    """With CUDA graphs and without, losses and weights of a run are equal bit by bit."""
+    torch.backends.cudnn.deterministic = True
+    line = ["v39_1x", "--data", str(tiny_coco), *TINY.split(), "--workers", "0", "--batch-size", "4", "--steps", "10"]
+    line += ["--no-pretrained-backbone", "--eval-every", "1000", "--backbone", "vovnet27_slim", *options.split()]
+    rows, weights = [], []
+    for how in ("--cuda-graphs", "--no-cuda-graphs"):
+        out = tmp_path / how
+        train_coco.main(parse([*line, "--out", str(out), how]))
+        rows.append([[row["loss"], row["grad_norm"]] for row in read_rows(out / "metrics.jsonl") if "grad_norm" in row])
+        weights.append(load_file(out / "last" / "model.safetensors"))
+    assert len(rows[0]) == 10 and rows[0] == rows[1]
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())

@@ -73,7 +73,7 @@ def run_null(launcher: str, code: str, *arguments, **environment: str) -> str:
 def count_step(launcher: str, data: Path, out: Path, options: str, steps: int = 3, **environment: str) -> str:
     """Train a tiny detector, and count what the step after `steps` steps does."""
     line = ["finetune", "--data", data, "--out", out, *TINY.split(), "--workers", "0", "--batch-size", "4"]
-    line += ["--device", "cuda", "--steps", str(steps + 1), *options.split()]
+    line += ["--device", "cuda", "--no-cuda-graphs", "--steps", str(steps + 1), *options.split()]
     line += ["--checkpoint-minutes", "1000", "--eval-every", "1000"]  # a checkpoint would be counted too
     return run_null(launcher, COUNT, *line, STEPS=str(steps), **environment)
 
@@ -308,3 +308,37 @@ run_command(fail, None)
     )
     assert result.returncode == 1 and result.stderr.count("RuntimeError: the reason") == 1, result.stderr
     assert "cuda:nccl" in result.stdout and "cpu:gloo" in result.stdout
+
+
+def test_a_step_is_one_graph_from_its_second_time_on(tiny_coco, tmp_path, launcher):
+    """Sizes that came before are replayed: a tenth of the launches, one wait, and nothing that a graph cannot hold."""
+    code = """
+import contextlib, os, sys
+import nullgpu, torch, train_coco
+from presets import parse
+
+stack, next_parts, seen = contextlib.ExitStack(), train_coco.next_parts, []
+
+def counted(run, step, batches):
+    stack.close()
+    parts = next_parts(run, step, batches)
+    seen.append(stack.enter_context(nullgpu.count()))
+    return parts
+
+train_coco.next_parts = counted
+train_coco.score_if_due = train_coco.summarize = lambda *rest: None
+train_coco.main(parse(sys.argv[1:]))
+stack.close()
+print(*[f"{x.stats['graph_launches']}:{x.launches}:{x.syncs}" for x in seen])
+print("illegal", sum(x.stats["illegal_in_capture"] for x in seen))
+"""
+    line = ["v39_1x", "--data", tiny_coco, *TINY.split(), "--workers", "0", "--batch-size", "2", "--device", "cuda"]
+    line += ["--checkpoint-minutes", "1000", "--eval-every", "1000", "--no-pretrained-backbone", "--steps", "12"]
+    for options, replays in ("", 1), ("--accum 2", 2), ("--precision fp16", 1):
+        printed = run_null(launcher, code, *line, "--out", tmp_path / f"run{options}", *options.split()).splitlines()
+        steps = [tuple(map(int, step.split(":"))) for step in printed[-2].split()]
+        assert printed[-1] == "illegal 0" and len(steps) == 12 and steps[0][0] == 0, printed
+        replayed = [step for step in steps[1:] if step[0] == replays and step[2] == steps[1][2]]  # nothing recorded
+        assert replayed and all(launches < steps[0][1] / 4 for _, launches, _ in replayed), printed
+    printed = run_null(launcher, code, *line, "--out", tmp_path / "eager", "--no-cuda-graphs")
+    assert all(step.startswith("0:") for step in printed.splitlines()[-2].split())

@@ -1,0 +1,125 @@
+"""`RecordedPasses` records the kernels of a forward and a backward pass as a CUDA graph, once for each size of images.
+
+A host needs tens of milliseconds to start the kernels of a step one after the other, and a GPU may be done sooner. The
+kernels of a graph are started together. They are the same kernels, so the numbers do not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from runtime import log
+from training_run import Run
+from vovnet_zoo.loss import Targets
+from vovnet_zoo.words import counted
+
+MOST = 128  # graphs; each takes some megabytes of the GPU's memory
+# Of the most memory that a step has taken. The graphs share one memory, and steps of other sizes need theirs beside it.
+ROOM = 2.2
+
+
+class Passes:
+    """The forward and the backward pass of one part of a batch, kernel by kernel."""
+
+    def __init__(self, run: Run, compute: Callable[..., dict[str, Tensor]]):
+        self.run, self.compute = run, compute
+
+    def begin(self) -> None:
+        """Begin a step, in which gradients are added up from zero."""
+
+    def __call__(
+        self, images: Tensor, sizes: Tensor, targets: Targets, normalizers: Tensor, last: bool
+    ) -> dict[str, Tensor]:
+        """Add the gradients of a part to those of the parameters, and return its losses; see `step.compute_losses`.
+
+        `last` says that the gradients of the step are complete then, so that they can be sent as they arrive.
+        """
+        if last:
+            self.run.gradients.start()
+        return self.backward(images, sizes, targets, normalizers)
+
+    def backward(self, images: Tensor, sizes: Tensor, targets: Targets, normalizers: Tensor) -> dict[str, Tensor]:
+        run = self.run
+        losses = self.compute(run.model, run.criterion, images, sizes, targets, normalizers, run.config.precision)
+        run.scaler.scale(sum(losses.values())).backward()
+        return {name: x.detach() for name, x in losses.items()}
+
+
+@dataclass
+class Recorded:
+    """A graph reads these inputs and fills these losses."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    losses: dict[str, Tensor]
+
+
+class RecordedPasses(Passes):
+    """Passes that are recorded when a size comes for the second time, and replayed from then on.
+
+    Gradients are always in the same memory, where the graphs add to them. They are sent when all are there.
+    """
+
+    def __init__(self, run: Run, compute: Callable[..., dict[str, Tensor]]):
+        super().__init__(run, compute)
+        self.seen: set[torch.Size] = set()
+        self.graphs: dict[torch.Size, Recorded] = {}
+        self.gradients: dict[torch.nn.Parameter, Tensor] = {}
+        self.attached = False  # the parameters' gradients are those
+        self.pool, self.full = torch.cuda.graph_pool_handle(), False
+
+    def begin(self) -> None:
+        self.attached = bool(self.gradients)
+        if self.attached:
+            torch._foreach_zero_(list(self.gradients.values()))
+        for parameter, gradient in self.gradients.items():
+            parameter.grad = gradient
+
+    def __call__(
+        self, images: Tensor, sizes: Tensor, targets: Targets, normalizers: Tensor, last: bool
+    ) -> dict[str, Tensor]:
+        inputs = (images, sizes, *targets, normalizers)
+        if self.attached and images.shape in self.seen and images.shape not in self.graphs and self.has_room():
+            self.graphs[images.shape] = self.record(inputs)
+        if recorded := self.graphs.get(images.shape):
+            for x, value in zip(recorded.inputs, inputs, strict=True):
+                x.copy_(value)
+            recorded.graph.replay()
+            return recorded.losses
+        self.seen.add(images.shape)
+        losses = self.backward(images, sizes, targets, normalizers)
+        if not self.gradients:
+            trained = [x for group in self.run.optimizer.param_groups for x in group["params"] if x.grad is not None]
+            self.gradients = {x: torch.zeros_like(x) for x in trained}
+        return losses
+
+    def record(self, inputs: tuple[Tensor, ...]) -> Recorded:
+        """Record the passes for inputs of this size, which does not run them."""
+        inputs = tuple(x.clone() for x in inputs)
+        images, sizes, *targets, normalizers = inputs
+        graph = torch.cuda.CUDAGraph()
+        # other threads may allocate pinned memory meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            losses = self.backward(images, sizes, Targets(*targets), normalizers)
+        given = {x for group in self.run.optimizer.param_groups for x in group["params"] if x.grad is not None}
+        assert given == self.gradients.keys(), "another step gave other parameters gradients"
+        return Recorded(graph, inputs, losses)
+
+    def has_room(self) -> bool:
+        """Say whether one more graph can be recorded; once it cannot, no more are."""
+        if self.full:
+            return False
+        torch.cuda.empty_cache()
+        free, needed = torch.cuda.mem_get_info(self.run.device)[0], ROOM * torch.cuda.max_memory_allocated()
+        self.full = free < needed or len(self.graphs) == MOST
+        if self.full:
+            log.info(
+                "%s of images are recorded as CUDA graphs, and no more, since the GPU has %.1f GiB free; other steps "
+                "are started kernel by kernel",
+                *(counted(len(self.graphs), "size"), free / 2**30),
+            )
+        return not self.full
