@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from presets import PRESETS, TrainConfig, check_config, parse
+from presets import PRESETS, TrainConfig, check_config, is_recorded, parse
 from vovnet_zoo.cli import Plan
 from vovnet_zoo.commands import check_compiler, check_place, not_compiling, parse_command
 from vovnet_zoo.gpus import GPUS
@@ -153,6 +153,7 @@ def schedule_of(config: TrainConfig, images: int) -> Schedule:
         workers=config.workers,
         precision=config.precision,
         compiled=config.compile,
+        recorded=is_recorded(config),
         evaluations=-(-config.steps // config.eval_every) if config.eval_every else 1,
         images=images,
     )
@@ -164,7 +165,7 @@ def schedule_of(config: TrainConfig, images: int) -> Schedule:
 def head(preset: str, title: str, work: StepWork, schedule: Schedule) -> list[str]:
     """Say what is planned, and what a step has to do."""
     epochs = schedule.steps * schedule.batch_size / schedule.images
-    kind = f"{'compiled' if schedule.compiled else 'eager'}, {schedule.precision}"
+    kind = f"{'compiled' if schedule.compiled else 'eager'}{', CUDA graphs' * schedule.recorded}, {schedule.precision}"
     parts = f" in {schedule.accum} parts" if schedule.accum > 1 else ""
     steps, images = counted(schedule.steps, "step", form=","), counted(schedule.images, "image", form=",")
     return [

@@ -134,8 +134,8 @@ class TrainConfig(Augmentation):
     """Compile network and losses with torch.compile, which fuses kernels, and the network in evaluations too."""
     cuda_graphs: bool = True
     """On an NVIDIA GPU, record the kernels of a step once for each size of images, and start them together from then
-    on, which keeps the GPU busy where the host is slow. It needs up to twice the memory; not with
-    --grad-checkpointing."""
+    on, so that the GPU does not wait for the host. It takes up to twice the memory, where the GPU has that. Not with
+    --compile or --grad-checkpointing."""
     winograd: bool = True
     """On a CPU, compute 3x3 convolutions with a quarter of the multiplications where that gains (kernels/)."""
     grad_checkpointing: bool = False
@@ -282,6 +282,15 @@ def check_data_options(config: TrainConfig) -> None:
         raise ValueError("--train and --val (or --val-fraction) say where the data are; leave --data out")
     if config.draw_shapes and (config.data is None or config.train or config.val):
         raise ValueError("draw_shapes=True: it draws into --data; leave --train and --val out")
+
+
+def is_recorded(config: TrainConfig) -> bool:
+    """Say whether the steps are recorded as CUDA graphs on a GPU.
+
+    Checkpointing keeps the state of random numbers, which a graph cannot do. Compiled steps were never recorded on a
+    real GPU.
+    """
+    return config.cuda_graphs and not config.grad_checkpointing and not config.compile
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:
@@ -459,7 +468,6 @@ def _coco(epochs: int, model: str, zoom: tuple[float, float]) -> tuple[str, Trai
         warmup_steps=1000,
         ema=0.9998,
         precision="bf16",
-        compile=True,
         eval_every=2 * _COCO_EPOCH,
         **_PRETRAINED,
     )

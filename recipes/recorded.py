@@ -70,7 +70,7 @@ class RecordedPasses(Passes):
         self.graphs: dict[torch.Size, Recorded] = {}
         self.gradients: dict[torch.nn.Parameter, Tensor] = {}
         self.attached = False  # the parameters' gradients are those
-        self.pool, self.full = torch.cuda.graph_pool_handle(), False
+        self.pool, self.full = None, False
 
     def begin(self) -> None:
         self.attached = bool(self.gradients)
@@ -101,6 +101,7 @@ class RecordedPasses(Passes):
         """Record the passes for inputs of this size, which does not run them."""
         inputs = tuple(x.clone() for x in inputs)
         images, sizes, *targets, normalizers = inputs
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # other threads may allocate pinned memory meanwhile
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):

@@ -299,7 +299,7 @@ def draw_pictures(
 
 # These fields of the configuration do not change the result of a run, apart from rounding.
 # `skip_bad_images` is among them, since without it a run ends at the first image that it would change.
-FREE = {"out", "data", "workers", "accum", "device", "compile", "max_not_finite", "allow_changes"}
+FREE = {"out", "data", "workers", "accum", "device", "compile", "cuda_graphs", "max_not_finite", "allow_changes"}
 FREE |= {"skip_bad_images", "checkpoint_every", "checkpoint_minutes", "seeds", "loggers"}
 FREE |= {"epochs", "evals"}  # `steps` and `eval_every` say more
 FREE |= {"train", "train_images", "val", "val_images"}  # the hashes of the annotations say more

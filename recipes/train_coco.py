@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
-from presets import TrainConfig, check_config, doubts, parse
+from presets import TrainConfig, check_config, doubts, is_recorded, parse
 from vovnet_zoo.commands import before_compiling, parse_command
 
 PARSE = functools.partial(parse, description=__doc__)
@@ -190,9 +190,8 @@ def step_functions(run: Run) -> tuple[Callable, Passes]:
         if run.ema and run.device.type == "cuda":
             compile_parts(run.averaged)  # for evaluations, as the model's own parts are
         find, compute = compile_step(run.model)
-    # torch keeps the state of random numbers for what checkpointing computes again, which no graph can do
-    record = config.cuda_graphs and run.device.type == "cuda" and not config.grad_checkpointing
-    return find, RecordedPasses(run, compute) if record else Passes(run, compute)
+    recorded = is_recorded(config) and run.device.type == "cuda"
+    return find, RecordedPasses(run, compute) if recorded else Passes(run, compute)
 
 
 def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[str, Tensor]]:

@@ -184,14 +184,14 @@ def check_upsampling(device: str, dtype: torch.dtype) -> None:
 
 
 def compare(found, wanted, leaves, exact, tolerance: float) -> None:
-    """Hold results and gradients of the leaves against exact ones, relative to the largest value."""
+    """Hold results and gradients of the leaves against exact ones, by the norm of the difference."""
     dys = [torch.randn_like(y) for y in found]
     gradients = torch.autograd.grad(found, leaves, dys)
     wanted = [*wanted, *torch.autograd.grad(wanted, exact, [dy.double() for dy in dys])]
     for a, b in zip([*found, *gradients], wanted, strict=True):
         assert a.shape == b.shape
-        error = (a.double() - b).abs().max().item()
-        assert error <= tolerance * max(1.0, b.abs().max().item()), f"{list(b.shape)}: {error:.1e}"
+        error = ((a.double() - b).norm() / b.norm().clamp(min=1)).item()
+        assert error <= tolerance, f"{list(b.shape)}: {error:.1e}"
 
 
 IN_THE_INTERPRETER = """
@@ -226,10 +226,10 @@ def test_kernels_in_the_interpreter():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kernels_on_a_gpu(dtype):
     torch.backends.cudnn.allow_tf32 = False
-    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[dtype]
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     check_group_norm("cuda", dtype, tolerance)
     check_max_pool("cuda", dtype)
-    check_aggregation("cuda", dtype, 1e-4 if dtype == torch.float32 else tolerance)
+    check_aggregation("cuda", dtype, max(1e-5, 20 * torch.finfo(dtype).eps))  # four layers, each rounded
     check_shift_relu("cuda", dtype)
     check_upsampling("cuda", dtype)
 

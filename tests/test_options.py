@@ -41,6 +41,7 @@ OTHER = dict(  # another value of each field than `tiny_config` has
     val_images="copy", val_fraction=0.25, drop_empty_classes=True, difficult_as_crowd=True, epochs=3.0, minutes=0.05,
     copy_paste=1.0, mosaic=1.0, mixup=1.0, color=0.5, blur=1.0, jpeg=1.0, augment_until=0.5, repeat_rare=1.0,
     evals=1, patience=1, seeds=2, loggers=("wandb",), checkpoint_minutes=3.0, tf32=False,
+    cuda_graphs=False,
 )  # fmt: skip
 NETWORK = {"model", "backbone", "variant", "channels", "num_convs", "pretrained_backbone"}
 # A named model has a backbone of its own; and checkpointing needs frozen norms.
@@ -137,6 +138,8 @@ def effects(config: TrainConfig) -> dict:
         for _ in range(100):
             training_loop.skip_step(run, 0, [], losses, 0.0)
     found["tf32"] = torch.backends.cudnn.allow_tf32
+    on_a_gpu = dataclasses.replace(run, config=dataclasses.replace(config, compile=False), device=torch.device("cuda"))
+    found["passes"] = type(train_coco.step_functions(on_a_gpu)[1])
     found["patience"] = run.progress.not_finite
     if config.compile:
         train_coco.train(dataclasses.replace(run, config=dataclasses.replace(config, steps=0)), None, None)

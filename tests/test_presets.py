@@ -16,7 +16,7 @@ from launch import losses, rows
 
 import build
 import train_coco
-from presets import FINETUNE_PRETRAINED, PRESETS, PUBLISHED, check_config, doubts, parse
+from presets import FINETUNE_PRETRAINED, PRESETS, PUBLISHED, check_config, doubts, is_recorded, parse
 from quickstart_data import CLASSES, make_shapes
 from vovnet_zoo import FCOS, inference, loss, results
 from vovnet_zoo.config import VARIANTS
@@ -99,7 +99,7 @@ def test_coco_presets():
         config = parse([f"coco_{epochs}e", "--data", "x"])
         assert config.steps * config.batch_size == pytest.approx(118_287 * epochs, rel=1e-3)
         assert config.variant == "improved" and config.augment == "jitter_crop" and config.schedule == "cosine"
-        assert config.ema and config.compile and config.precision == "bf16" and config.frozen_norm
+        assert config.ema and is_recorded(config) and config.precision == "bf16" and config.frozen_norm
         assert config.pretrained_backbone and config.model in STARTS
 
 
@@ -191,7 +191,7 @@ def test_presets_with_a_live_backbone_train(preset, tiny_coco, tmp_path, hub_on_
     weights = timm.create_model("ese_vovnet19b_dw").state_dict()
     files = {"model.safetensors": safetensors.torch.save(weights)}
     hub_on_loopback.repos[f"timm/{name}"] = Repo(False, [("1" * 40, files, set(files))], {"main": "1" * 40})
-    typed = [preset, "--data", str(tiny_coco), "--out", str(out), "--pretrained-backbone", "--no-compile", *SMALL_RUN]
+    typed = [preset, "--data", str(tiny_coco), "--out", str(out), "--pretrained-backbone", *SMALL_RUN]
     train_coco.main(parse([*typed, "--warmup-steps", "1", "--checkpoint-every", "2", "--eval-every", "2"]))
     curve = losses(out)
     assert len(curve) == 2 and all(0 < loss < 100 for loss in curve)

@@ -6,8 +6,9 @@
     sync = what the host does while the GPU has nothing to do, since the host waits for the GPU once a step
     exposed = the part of the all-reduce of gradients that the backward pass does not hide
 
-A few images on each GPU are bound by the host: then a step takes as long with one image as with two. A calibration
-replaces host, gpu and sync by measured times. Times are in seconds, memory and files in bytes, a step is one update.
+Where the host starts the kernels one by one, a few images on each GPU are bound by it: then a step takes as long with
+one image as with two. CUDA graphs start most of them together. A calibration replaces host, gpu and sync by measured
+times. Times are in seconds, memory and files in bytes, a step is one update.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Schedule:
     compiled: bool
     evaluations: int
     images: int  # of the training set
+    recorded: bool = False  # as CUDA graphs
 
 
 class Measured(NamedTuple):
@@ -110,15 +112,18 @@ class Row(NamedTuple):
 # the GPU. They were measured on one kind of GPU; on another they are a guess, which a calibration replaces. GPUs whose
 # peak is low for their memory's bandwidth, as a T4 in float32, reach more.
 GUESS = "guess; --calibrate measures it"
-MEASURED = "an H200, RESULTS.md, planner: v39_1x, eager, 16 images; on other GPUs a guess"
+MEASURED = "an H200, RESULTS.md, planner: v39_1x, 2 and 16 images, CUDA graphs; on other GPUs a guess"
 EFFICIENCY = {
-    "float32": Assumption(0.25, "of the peak", MEASURED),
-    "bf16": Assumption(0.20, "of the peak", MEASURED),
-    "fp16": Assumption(0.20, "of the peak", "as bf16"),
+    "float32": Assumption(
+        0.25, "of the peak", "an H200, before it had our own kernels, which make it higher by a part"
+    ),
+    "bf16": Assumption(0.43, "of the peak", MEASURED),
+    "fp16": Assumption(0.43, "of the peak", "as bf16"),
 }
-LAUNCH = Assumption(20e-6, "s per launch", "H200, RESULTS.md, planner: 1,058 launches of an optimizer in 20.4 ms")
-COMPILED_LAUNCHES = Assumption(0.4, "of the eager launches", GUESS)
-SYNC = Assumption(5e-3, "s per step", GUESS)
+LAUNCH = Assumption(30e-6, "s per launch", "an H200, RESULTS.md, planner: v39_1x, 2 images, without CUDA graphs")
+COMPILED_LAUNCHES = Assumption(0.8, "of the eager launches", "counted for v39_1x on a GPU that computes nothing")
+RECORDED_LAUNCHES = Assumption(0.12, "of the eager launches", "counted likewise: what CUDA graphs leave")
+SYNC = Assumption(12e-3, "s per step", MEASURED)
 COMPILED_KEPT = Assumption(0.7, "of the eager activations", "RESULTS.md, memory at 800x1333: 824 of 1195 MiB")
 LINK = Assumption(0.5, "of the link's bandwidth", "guess for messages of 25 MiB; nccl-tests measures it (busbw)")
 BACKWARD = Assumption(2 / 3, "of the GPU's time", "the backward pass has twice the FLOPs of the forward pass")
@@ -215,6 +220,8 @@ def model_of(work: StepWork, schedule: Schedule, gpu: Gpu | None) -> StepModel:
 
 def launched_share(schedule: Schedule) -> Assumption:
     """Say which part of the eager launches the host makes."""
+    if schedule.recorded:
+        return RECORDED_LAUNCHES
     return COMPILED_LAUNCHES if schedule.compiled else Assumption(1.0, "of the eager launches", "not compiled")
 
 
@@ -235,14 +242,14 @@ def measured_model(calibration: Calibration) -> StepModel:
 def exposed_seconds(work: StepWork, schedule: Schedule, count: int, gpu_s: float, gpu: Gpu | None) -> float:
     """Return the time of the all-reduce that no computation hides.
 
-    Eager, gradients are sent while the backward pass still runs, and the last bucket remains. A compiled backward pass
-    hands over all gradients at its end.
+    Gradients are sent while the backward pass still runs, and the last bucket remains. A backward pass that is compiled
+    or a part of a CUDA graph hands over all gradients at its end.
     """
     if count == 1 or gpu is None:
         return 0.0
     bandwidth = gpu.link_gb_s * 1e9 * LINK.value
     whole = ring_seconds(work.gradient_bytes, count, bandwidth)
-    if schedule.compiled:
+    if schedule.compiled or schedule.recorded:
         return whole
     last = ring_seconds(min(LAST_BUCKET.value, work.gradient_bytes), count, bandwidth)
     return max(last, whole - BACKWARD.value * gpu_s)
@@ -260,6 +267,8 @@ def evaluation_seconds(work: StepWork, schedule: Schedule, count: int, model: St
     """Return the time of all evaluations: the network on each GPU's share of the images, then COCO's scores on one."""
     scored = min(SCORED.value, schedule.images / 5)
     host = model.host * work.forward_launches / work.launches / images
+    if schedule.recorded:  # which evaluations are not
+        host = work.forward_launches * LAUNCH.value / images
     gpu = model.gpu_per_pixel * work.pixels * work.forward_flops / work.flops
     return schedule.evaluations * scored * (max(host, gpu) / count + SCORING.value)
 
@@ -300,8 +309,10 @@ def assumptions(schedule: Schedule, gpu: Gpu | None, calibration: Calibration | 
             "resizing": RESIZE,
             "start": START,
         }
+        if schedule.recorded or schedule.compiled:
+            found["launches that are left"] = launched_share(schedule)
         if schedule.compiled:
-            found |= {"compiled launches": launched_share(schedule), "compiled memory": COMPILED_KEPT}
+            found["compiled memory"] = COMPILED_KEPT
     else:
         model, source = measured_model(calibration), f"calibration on {calibration.device}"
         found |= {
