@@ -70,6 +70,7 @@ class RecordedPasses(Passes):
         self.graphs: dict[torch.Size, Recorded] = {}
         self.gradients: dict[torch.nn.Parameter, Tensor] = {}
         self.attached = False  # the parameters' gradients are those
+        self.memory: list[Tensor] = []  # of each input, uint8
         self.pool, self.full = None, False
 
     def begin(self) -> None:
@@ -99,8 +100,7 @@ class RecordedPasses(Passes):
 
     def record(self, inputs: tuple[Tensor, ...]) -> Recorded:
         """Record the passes for inputs of this size, which does not run them."""
-        inputs = tuple(x.clone() for x in inputs)
-        images, sizes, *targets, normalizers = inputs
+        images, sizes, *targets, normalizers = inputs = self.room_for(inputs)
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # other threads may allocate pinned memory meanwhile
@@ -110,6 +110,15 @@ class RecordedPasses(Passes):
         assert given == self.gradients.keys(), "another step gave other parameters gradients"
         return Recorded(graph, inputs, losses)
 
+    def room_for(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return memory for inputs like these, which graphs of other sizes use too."""
+        found = []
+        for i, x in enumerate(inputs):
+            if i == len(self.memory) or self.memory[i].numel() < x.nbytes:
+                self.memory[i : i + 1] = [torch.empty(x.nbytes, dtype=torch.uint8, device=x.device)]
+            found.append(self.memory[i][: x.nbytes].view(x.dtype).view(x.shape))
+        return tuple(found)
+
     def has_room(self) -> bool:
         """Say whether one more graph can be recorded; once it cannot, no more are."""
         if self.full:
@@ -118,9 +127,10 @@ class RecordedPasses(Passes):
         free, needed = torch.cuda.mem_get_info(self.run.device)[0], ROOM * torch.cuda.max_memory_allocated()
         self.full = free < needed or len(self.graphs) == MOST
         if self.full:
+            why = f"the GPU has {free / 2**30:.1f} GiB free" if free < needed else "they are so many"
             log.info(
-                "%s of images are recorded as CUDA graphs, and no more, since the GPU has %.1f GiB free; other steps "
-                "are started kernel by kernel",
-                *(counted(len(self.graphs), "size"), free / 2**30),
+                "steps of %s of images are recorded as CUDA graphs, and no more, since %s; the kernels of others are "
+                "started one by one",
+                *(counted(len(self.graphs), "size"), why),
             )
         return not self.full

@@ -73,6 +73,21 @@ def test_without_a_gpu_nothing_changes(monkeypatch):
     assert all(type(a) is type(b) for a, b in zip(restore(changed).modules(), model.modules(), strict=True))
 
 
+@pytest.mark.parametrize("variant", ["improved", "published"])
+def test_one_convolution_for_centerness_too(variant):
+    """It is that of the boxes or of the classes; outputs are those of two."""
+    head = create_detector(
+        "fcos", backbone="test_resnet", num_classes=5, channels=64, num_convs=1, variant=variant
+    ).head
+    nn.init.normal_(head.centerness.bias)
+    conv = head.box_distances if head.centerness_on == "box" else head.cls_logits
+    assert (variant == "published") == (conv is head.cls_logits)
+    maps = [torch.randn(2, 64, *size) for size in PYRAMID]
+    for map_, found, ctr in zip(maps, *FusedHead.with_centerness(head, conv, maps), strict=True):
+        torch.testing.assert_close(found, conv(map_))
+        torch.testing.assert_close(ctr, head.centerness(map_))
+
+
 def test_why_triton_cannot_be_used(monkeypatch):
     device = torch.device("cuda")
     why = kernels.why_no_triton.__wrapped__
