@@ -250,6 +250,7 @@ def normalize(
     results,  # one memory of five [B,H,W,C], filled
     C: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Normalize the pixels of a chunk, and apply weight, bias and ReLU."""
     chunk, image, batch = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     level, count, first, before = locate(chunk, n0, n1, n2, n3, n4, CHUNK)
     base = image.to(tl.int64) * count * C
@@ -281,6 +282,7 @@ def measure_gradients(
     parts,  # float32 [3,B,chunks,C], filled: sums of dz, of dz times z, of z, with z normalized
     C: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Add up, over the pixels of a chunk, what the gradient needs of each channel; dz is that before the ReLU."""
     chunk, image, batch = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     level, count, first, _ = locate(chunk, n0, n1, n2, n3, n4, CHUNK)
     base = image.to(tl.int64) * count * C
@@ -326,6 +328,7 @@ def combine_gradients(
     CHUNK: tl.constexpr, PARTS: tl.constexpr,
     C: tl.constexpr, GROUPS: tl.constexpr, IN_GROUP: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Compute, for some groups of a level of an image, what its values' gradients have in common."""
     image, level = tl.program_id(0) // 5, tl.program_id(0) % 5
     count, first, chunks = chunks_of(level, n0, n1, n2, n3, n4, CHUNK)
     column = tl.arange(0, GROUPS * WIDTH)
@@ -372,6 +375,7 @@ def go_back(
     results,  # one memory of five [B,H,W,C], filled with the gradients of the maps
     C: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """Compute the gradient of the pixels of a chunk."""
     chunk, image, batch = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     level, count, first, before = locate(chunk, n0, n1, n2, n3, n4, CHUNK)
     base = image.to(tl.int64) * count * C

@@ -56,6 +56,7 @@ def pool(
     h, w, height, width, C, padding: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """Find the maximum of each window, and its place."""
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = (pixel < count)[:, None] & (channel < C)[None, :]
@@ -84,6 +85,7 @@ def unpool(
     h, w, height, width, C, padding: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """Give each pixel the gradients of the windows whose maximum it is."""
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = (pixel < count)[:, None] & (channel < C)[None, :]

@@ -185,6 +185,7 @@ def grid(rows: int, channels: int) -> tuple[int, int]:
 
 @triton.jit(do_not_specialize=["rows"])
 def shift_and_relu(x, shift, whole, rows, C, total, offset, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """See `shift_relu_`; maps are [pixels,channels]."""
     row = (tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = (row < rows)[:, None] & (channel < C)[None, :]
@@ -199,6 +200,7 @@ def shift_and_relu(x, shift, whole, rows, C, total, offset, PIXELS: tl.constexpr
 
 @triton.jit(do_not_specialize=["rows"])
 def copy(x, whole, rows, C, total, offset, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """See `copy_part`."""
     row = (tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = (row < rows)[:, None] & (channel < C)[None, :]
@@ -208,6 +210,7 @@ def copy(x, whole, rows, C, total, offset, PIXELS: tl.constexpr, CHANNELS: tl.co
 
 @triton.jit(do_not_specialize=["rows"])
 def add(out, whole, d, y, rows, C, total, offset, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """See `add_part`."""
     row = (tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = (row < rows)[:, None] & (channel < C)[None, :]

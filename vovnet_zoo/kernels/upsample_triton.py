@@ -37,6 +37,7 @@ def grid(pixels: int, channels: int) -> tuple[int, int]:
 
 @triton.jit(do_not_specialize=["count", "w", "size"])
 def add(x, small, y, count, w, size, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """See `add_upsampled`; size is h * w."""
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = (pixel < count)[:, None] & (channel < C)[None, :]
@@ -50,6 +51,7 @@ def add(x, small, y, count, w, size, C, PIXELS: tl.constexpr, CHANNELS: tl.const
 
 @triton.jit(do_not_specialize=["count", "w"])
 def sum_four(dy, dx, count, w, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """See `sum_fours`; w is the width of dx."""
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = (pixel < count)[:, None] & (channel < C)[None, :]
