@@ -297,8 +297,9 @@ def test_a_training_step_on_a_gpu(variant, how):
 def test_recorded_steps_are_the_same_steps(tiny_coco, tmp_path, options):
     """With CUDA graphs and without, losses and weights of a run are equal bit by bit."""
     torch.backends.cudnn.deterministic = True
-    line = ["v39_1x", "--data", str(tiny_coco), *TINY.split(), "--workers", "0", "--batch-size", "4", "--steps", "10"]
-    line += ["--no-pretrained-backbone", "--eval-every", "1000", "--backbone", "vovnet27_slim", *options.split()]
+    tiny = TINY.replace("test_resnet", "vovnet27_slim").replace("--precision float32", "").split()
+    line = ["v39_1x", "--data", str(tiny_coco), *tiny, "--workers", "0", "--batch-size", "4", "--steps", "10"]
+    line += ["--no-pretrained-backbone", "--eval-every", "1000", *options.split()]
     rows, weights = [], []
     for how in ("--cuda-graphs", "--no-cuda-graphs"):
         out = tmp_path / how

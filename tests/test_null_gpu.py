@@ -332,7 +332,8 @@ stack.close()
 print(*[f"{x.stats['graph_launches']}:{x.launches}:{x.syncs}" for x in seen])
 print("illegal", sum(x.stats["illegal_in_capture"] for x in seen))
 """
-    line = ["v39_1x", "--data", tiny_coco, *TINY.split(), "--workers", "0", "--batch-size", "2", "--device", "cuda"]
+    line = ["v39_1x", "--data", tiny_coco, *TINY.replace("test_resnet", "vovnet27_slim").split(), "--device", "cuda"]
+    line += ["--workers", "0", "--batch-size", "2"]
     line += ["--checkpoint-minutes", "1000", "--eval-every", "1000", "--no-pretrained-backbone", "--steps", "12"]
     for options, replays in ("", 1), ("--accum 2", 2), ("--precision fp16", 1):
         printed = run_null(launcher, code, *line, "--out", tmp_path / f"run{options}", *options.split()).splitlines()

@@ -138,6 +138,12 @@ def chosen(level, x0, x1, x2, x3, x4):
     return x
 
 
+@triton.jit
+def load_pair(values, place, half, inside):
+    """Load from a place of the first and of the second half of a memory."""
+    return tl.load(values + place, mask=inside, other=0.0), tl.load(values + half + place, mask=inside, other=0.0)
+
+
 @triton.jit(do_not_specialize=GEOMETRY)
 def measure(
     x0, x1, x2, x3, x4,  # [B,H,W,C]
@@ -189,6 +195,14 @@ def chunks_of(level, n0, n1, n2, n3, n4, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def channels_of(part, groups, GROUPS: tl.constexpr, IN_GROUP: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the channels of some groups, each group with room for WIDTH of them, and which of these there are."""
+    column = tl.arange(0, GROUPS * WIDTH)
+    group = part * GROUPS + column // WIDTH
+    return group * IN_GROUP + column % WIDTH, (group < groups) & (column % WIDTH < IN_GROUP)
+
+
+@triton.jit
 def of_groups(values, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
     """Add up the channels of each group, and give every channel its group's sum: [GROUPS*WIDTH] -> the same."""
     sums = tl.sum(tl.reshape(values, (GROUPS, WIDTH)), axis=1)
@@ -208,10 +222,7 @@ def combine(
     """Compute, for some groups of a level of an image, how its values are normalized."""
     image, level = tl.program_id(0) // 5, tl.program_id(0) % 5
     count, first, chunks = chunks_of(level, n0, n1, n2, n3, n4, CHUNK)
-    column = tl.arange(0, GROUPS * WIDTH)
-    group = tl.program_id(1) * GROUPS + column // WIDTH
-    inside = (group < groups) & (column % WIDTH < IN_GROUP)
-    channel = group * IN_GROUP + column % WIDTH
+    channel, inside = channels_of(tl.program_id(1), groups, GROUPS, IN_GROUP, WIDTH)
     parts += (image.to(tl.int64) * chunks + first) * C
     other = batch.to(tl.int64) * chunks * C
     level_chunks = tl.cdiv(count, CHUNK)
@@ -258,9 +269,7 @@ def normalize(
     results += before.to(tl.int64) * batch * C + base
     channel = tl.arange(0, BLOCK)
     inside = channel < C
-    factors += (image * 5 + level) * C + channel
-    scale = tl.load(factors, mask=inside, other=0.0)
-    offset = tl.load(factors + batch * 5 * C, mask=inside, other=0.0)
+    scale, offset = load_pair(factors, (image * 5 + level) * C + channel, batch * 5 * C, inside)
     w = tl.load(weight + channel, mask=inside, other=0.0)
     b = tl.load(bias + channel, mask=inside, other=0.0)
     for start in range(0, CHUNK, ROWS):
@@ -290,9 +299,7 @@ def measure_gradients(
     dy = chosen(level, dy0, dy1, dy2, dy3, dy4) + base
     channel = tl.arange(0, BLOCK)
     inside = channel < C
-    factors += (image * 5 + level) * C + channel
-    scale = tl.load(factors, mask=inside, other=0.0)
-    offset = tl.load(factors + batch * 5 * C, mask=inside, other=0.0)
+    scale, offset = load_pair(factors, (image * 5 + level) * C + channel, batch * 5 * C, inside)
     w = tl.load(weight + channel, mask=inside, other=0.0)
     b = tl.load(bias + channel, mask=inside, other=0.0)
     of_gradient = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -331,10 +338,7 @@ def combine_gradients(
     """Compute, for some groups of a level of an image, what its values' gradients have in common."""
     image, level = tl.program_id(0) // 5, tl.program_id(0) % 5
     count, first, chunks = chunks_of(level, n0, n1, n2, n3, n4, CHUNK)
-    column = tl.arange(0, GROUPS * WIDTH)
-    group = tl.program_id(1) * GROUPS + column // WIDTH
-    inside = (group < groups) & (column % WIDTH < IN_GROUP)
-    channel = group * IN_GROUP + column % WIDTH
+    channel, inside = channels_of(tl.program_id(1), groups, GROUPS, IN_GROUP, WIDTH)
     parts += (image.to(tl.int64) * chunks + first) * C
     other = batch.to(tl.int64) * chunks * C
     level_chunks = tl.cdiv(count, CHUNK)
@@ -384,11 +388,9 @@ def go_back(
     results += before.to(tl.int64) * batch * C + base
     channel = tl.arange(0, BLOCK)
     inside = channel < C
-    row_of_level = (image * 5 + level) * C + channel
-    scale = tl.load(factors + row_of_level, mask=inside, other=0.0)
-    offset = tl.load(factors + batch * 5 * C + row_of_level, mask=inside, other=0.0)
-    mean_gradient = tl.load(means + row_of_level, mask=inside, other=0.0)
-    mean_product = tl.load(means + batch * 5 * C + row_of_level, mask=inside, other=0.0)
+    own, half = (image * 5 + level) * C + channel, batch * 5 * C
+    scale, offset = load_pair(factors, own, half, inside)
+    mean_gradient, mean_product = load_pair(means, own, half, inside)
     w = tl.load(weight + channel, mask=inside, other=0.0)
     b = tl.load(bias + channel, mask=inside, other=0.0)
     for start in range(0, CHUNK, ROWS):
