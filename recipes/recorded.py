@@ -43,6 +43,7 @@ class Passes:
         return self.backward(images, sizes, targets, normalizers)
 
     def backward(self, images: Tensor, sizes: Tensor, targets: Targets, normalizers: Tensor) -> dict[str, Tensor]:
+        """Do both passes, one kernel after the other."""
         run = self.run
         losses = self.compute(run.model, run.criterion, images, sizes, targets, normalizers, run.config.precision)
         run.scaler.scale(sum(losses.values())).backward()
