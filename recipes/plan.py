@@ -17,7 +17,7 @@ import tyro
 
 from presets import PRESETS, TrainConfig, check_config, is_recorded, parse
 from vovnet_zoo.cli import Plan
-from vovnet_zoo.commands import check_compiler, check_place, not_compiling, parse_command
+from vovnet_zoo.commands import OMIT_COMPILE, check_compiler, check_place, parse_command
 from vovnet_zoo.gpus import GPUS
 
 HERE, DEFAULT_GPU = "here", "h100"
@@ -61,7 +61,7 @@ def main(command: tuple[Plan, TrainConfig, list[str]]) -> list[Row]:
         if plan.calibrate:
             check_place(plans_folder(), f"--calibrate: {plans_folder()}")
         if plan.calibrate and config.compile:
-            check_compiler(device.type, not_compiling())
+            check_compiler(device.type, OMIT_COMPILE)
         here = find_gpu(device_name(device))
         kind = plan.gpu or (HERE if device.type == "cuda" or plan.calibrate else DEFAULT_GPU)
         gpu = GPUS.get((here or "") if kind == HERE else kind)

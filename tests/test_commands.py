@@ -222,7 +222,6 @@ def test_a_missing_compiler_is_one_line(run, monkeypatch, text, advice):
     "module, arguments, without",
     [
         (train_coco, "finetune --data nosuch --out out --compile", ", or omit --compile"),
-        (train_coco, "coco_12e --data nosuch --out out", ", or give --no-compile"),  # the preset compiles
         (train_imagenet, "small --data nosuch --out out --compile", ", or omit --compile"),
         (eval_coco, "--model nosuch --data nosuch --out out/x.json --compile", ", or omit --compile"),
         (benchmark, "--out out", ", or name it in CXX"),

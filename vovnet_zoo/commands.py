@@ -135,7 +135,7 @@ def run_reporting(
     if signal.getsignal(signal.SIGINT) is end_import:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with reporting_compiler("omit --compile" if "--compile" in sys.argv else ""), stopping_with_reader():
+        with reporting_compiler(OMIT_COMPILE if "--compile" in sys.argv else ""), stopping_with_reader():
             call()
     except USER_ERRORS as error:
         fail(command, error, debug, claim)
@@ -185,10 +185,13 @@ def refusing_place(place: Path, what: str) -> Iterator[None]:
         raise ValueError(f"{what} cannot be written ({reason}); give another place") from error
 
 
+OMIT_COMPILE = "omit --compile"  # of a command that has the option
+
+
 def check_compiler(device: str, instead: str = "") -> None:
     """Raise `CommandError` where torch.compile has no compiler for a type of device, before work that takes long.
 
-    `instead` tells how to do without, see `not_compiling`; "" where that cannot be done.
+    `instead` tells how to do without, see `OMIT_COMPILE`; "" where that cannot be done.
     """
     if device in COMPILERS and not has_compiler(device):
         raise CommandError(no_compiler(device, instead))
@@ -196,13 +199,8 @@ def check_compiler(device: str, instead: str = "") -> None:
 
 def before_compiling(device: str, tell: Callable[[str], None]) -> None:
     """Check that a command can compile on a type of device, see `check_compiler`, and tell of the wait that follows."""
-    check_compiler(device, not_compiling())
+    check_compiler(device, OMIT_COMPILE)
     tell("--compile: the first images wait minutes for the compiler, and so may the first of another size")
-
-
-def not_compiling() -> str:
-    """Tell what to type so that a command that has the option `--compile` does not compile; presets can set it too."""
-    return "omit --compile" if "--compile" in sys.argv else "give --no-compile"
 
 
 @contextlib.contextmanager
