@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gradients import GradientSum
 from runtime import log
-from training_run import Run
 from vovnet_zoo.loss import Targets
 from vovnet_zoo.words import counted
 
@@ -22,10 +23,24 @@ MOST = 128  # graphs; each takes some megabytes of the GPU's memory
 ROOM = 2.2
 
 
+class Trained(Protocol):
+    """What the passes need of a run, or of a trial."""
+
+    config: Any
+    model: Any
+    criterion: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    gradients: GradientSum
+
+
 class Passes:
     """The forward and the backward pass of one part of a batch, kernel by kernel."""
 
-    def __init__(self, run: Run, compute: Callable[..., dict[str, Tensor]]):
+    replayed = False  # the last pass was
+
+    def __init__(self, run: Trained, compute: Callable[..., dict[str, Tensor]]):
         self.run, self.compute = run, compute
 
     def begin(self) -> None:
@@ -65,7 +80,7 @@ class RecordedPasses(Passes):
     Gradients are always in the same memory, where the graphs add to them. They are sent when all are there.
     """
 
-    def __init__(self, run: Run, compute: Callable[..., dict[str, Tensor]]):
+    def __init__(self, run: Trained, compute: Callable[..., dict[str, Tensor]]):
         super().__init__(run, compute)
         self.seen: set[torch.Size] = set()
         self.graphs: dict[torch.Size, Recorded] = {}
@@ -85,6 +100,7 @@ class RecordedPasses(Passes):
         self, images: Tensor, sizes: Tensor, targets: Targets, normalizers: Tensor, last: bool
     ) -> dict[str, Tensor]:
         inputs = (images, sizes, *targets, normalizers)
+        self.replayed = images.shape in self.graphs
         if self.attached and images.shape in self.seen and images.shape not in self.graphs and self.has_room():
             self.graphs[images.shape] = self.record(inputs)
         if recorded := self.graphs.get(images.shape):

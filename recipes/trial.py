@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from average import MovingAverage
 from build import build_loader, build_model, prepare_for_training
+from gradients import GradientSum
 from optim import create_optimizer
-from presets import TrainConfig
+from presets import TrainConfig, is_recorded
+from recorded import Passes, RecordedPasses
 from runtime import StopSignal, synchronize
 from step import compile_step, compute_losses, find_targets
 from vovnet_zoo import FCOS, FCOSLoss, predict
 from vovnet_zoo.config import DetectorConfig
 from vovnet_zoo.data import CocoDataset, Skipped, resize_size
 
+MOST_RECORDED = 300  # steps, to find some whose size came before
 BOXES = 50  # of an image of a `blank_batch`; assigning them takes memory, too
 
 
@@ -49,23 +52,19 @@ class Trial:
         prepare_for_training(self.model, config, device)
         self.criterion, self.optimizer = FCOSLoss.of(self.model), create_optimizer(self.model, config)
         self.ema = MovingAverage(self.model, config.ema) if config.ema else None
-        self.functions = find_targets, compute_losses
-        if config.compile:
-            self.functions = compile_step(self.model)
+        self.find, self.compute = compile_step(self.model) if config.compile else (find_targets, compute_losses)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.gradients = GradientSum(nn.Module())  # of nothing: a trial has one process
+        self.passes = Passes(self, self.compute)
 
     def step(self, parts: list[dict[str, Tensor]]) -> None:
         """Do one step: forward, backward and update, as `train_coco.train` does for one process."""
-        find, compute = self.functions
+        self.passes.begin()
         for part in parts:
             part = {name: x.to(self.device, non_blocking=True) for name, x in part.items() if name != "skipped"}
             height, width = part["images"].shape[-2:]
-            targets, normalizers = find(self.model, self.criterion, part["boxes"], part["labels"], height, width)
-            losses = compute(
-                *(self.model, self.criterion, part["images"], part["sizes"], targets, normalizers),
-                self.config.precision,
-            )
-            self.scaler.scale(sum(losses.values())).backward()
+            targets, normalizers = self.find(self.model, self.criterion, part["boxes"], part["labels"], height, width)
+            self.passes(part["images"], part["sizes"], targets, normalizers, last=False)
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or float("inf"))
         self.scaler.step(self.optimizer)
@@ -77,17 +76,26 @@ class Trial:
     def step_seconds(self, world_size: int, warm: int, count: int, limit: float) -> float:
         """Return the mean time of a step, loading of images included, over `count` steps after `warm` slower ones.
 
-        After `limit` seconds, the steps until then count, at least one of them.
+        After `limit` seconds, the steps until then count, at least one of them. Where steps are recorded, only those
+        count that were replayed, as nearly all of a run are.
         """
-        config = dataclasses.replace(self.config, steps=warm + count)
-        began, times = time.perf_counter(), []
+        recorded = is_recorded(self.config) and self.device.type == "cuda"
+        if recorded:
+            self.passes = RecordedPasses(self, self.compute)
+        config = dataclasses.replace(self.config, steps=MOST_RECORDED if recorded else warm + count)
+        began, times, replays = time.perf_counter(), [], []
         with torch.random.fork_rng(devices=[]):
             for parts in build_loader(config, self.train_set, 0, 0, world_size, self.device, self.stop):
                 self.step(parts)
                 synchronize(self.device)
                 times.append(time.perf_counter())
-                if times[-1] - began > limit and len(times) > 1:
+                if self.passes.replayed and len(times) > 1:
+                    replays.append(times[-1] - times[-2])
+                if (times[-1] - began > limit and len(times) > 1) or len(replays) == count:
                     break
+        self.passes = Passes(self, self.compute)
+        if len(replays) == count:
+            return sum(replays) / count
         warm = min(warm, len(times) - 1)
         return (times[-1] - times[warm - 1]) / (len(times) - warm) if warm else (times[-1] - began) / len(times)
 

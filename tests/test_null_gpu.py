@@ -343,3 +343,27 @@ print("illegal", sum(x.stats["illegal_in_capture"] for x in seen))
         assert replayed and all(launches < steps[0][1] / 4 for _, launches, _ in replayed), printed
     printed = run_null(launcher, code, *line, "--out", tmp_path / "eager", "--no-cuda-graphs")
     assert all(step.startswith("0:") for step in printed.splitlines()[-2].split())
+
+
+def test_minutes_are_planned_by_steps_that_are_replayed(tiny_coco, launcher):
+    code = """
+import dataclasses, sys, torch
+import trial
+from build import build_datasets, find_splits
+
+from presets import parse
+from recorded import RecordedPasses
+
+record, recorded = RecordedPasses.record, []
+RecordedPasses.record = lambda passes, inputs: (recorded.append(inputs[0].shape), record(passes, inputs))[1]
+config, device = parse(sys.argv[1:]), torch.device("cuda")
+train_set, _ = build_datasets(config, find_splits(config, 0), False, "torchvision")
+for options in {}, {"cuda_graphs": False}, {"accum": 2}:
+    found = trial.Trial(dataclasses.replace(config, **options), train_set, None, None, device)
+    seconds = found.step_seconds(1, 2, 10, 60)
+    print(len(recorded) > 0, seconds > 0, type(found.passes) is trial.Passes)
+    recorded.clear()
+"""
+    line = ["v39_1x", "--data", tiny_coco, *TINY.split(), "--workers", "0", "--batch-size", "4", "--device", "cuda"]
+    printed = run_null(launcher, code, *line, "--no-pretrained-backbone").splitlines()
+    assert printed == ["True True True", "False True True", "True True True"]
