@@ -28,6 +28,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import tyro
@@ -81,8 +82,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import detection as peers
 
 from benchmark_runtimes import RUNTIMES, Network, compare_outputs, imported_versions, load_runtimes
+from gradients import GradientSum
 from memory import kept_by
 from presets import PUBLISHED
+from recorded import RecordedPasses
 from runtime import environment, log, process_group, run_command, synchronize
 from step import compile_step, compiled, compute_losses, find_targets
 from vovnet_zoo import FCOS, FCOSLoss, compile_detector, create_detector, words
@@ -112,7 +115,7 @@ class Row:
     slowest: float
     ratio: float  # to the first row of its task and batch
     images_per_s: float
-    memory_mib: float
+    memory_mib: float  # nan for a CUDA graph
     kept_mib: float  # activations that a training step keeps for its backward pass; 0 in inference
     gflop: float  # of the contestant's own model, as direct convolutions and products have them
     of_peak: float  # gflop / seconds, as a part of the faster measured peak in this precision; int8: in float32
@@ -163,7 +166,8 @@ def main(config: BenchmarkConfig) -> list[Row]:
         if "training" in config.what and not published:
             batch = config.train_batch or (16 if gpu else 2)
             rows += compare(training_contestants(config, batch, precisions, device), config, batch, peaks, device)
-        record["rows"] = [asdict(row) for row in rows]
+        facts = [asdict(row) for row in rows]
+        record["rows"] = [{k: None if v != v else v for k, v in fact.items()} for fact in facts]  # JSON has no NaN
 
         print(*format_head(record), *format_parity(record["parity"]), *format_rows(rows), sep="\n")
         if published:
@@ -177,6 +181,7 @@ def main(config: BenchmarkConfig) -> list[Row]:
 
 # ---- contestants: (task, name, precision, call, eager call whose FLOPs are counted) ---------------------------------
 
+RECORDED = "ours, CUDA graph"
 Contestant = tuple[str, str, str, Callable[[], object], Callable[[], object]]
 
 
@@ -343,7 +348,44 @@ def training_contestants(
             run = with_tf32(precision, step(model, losses, fused=True))
             counted = found[-2 * len(precisions)][4] if name == "compiled" else run
             found.append(("training", f"ours, {name}", precision, run, counted))
+    for precision in precisions if device.type == "cuda" else ():
+        run = with_tf32(
+            precision, recorded_step(copy.deepcopy(ours), criterion, images, sizes, boxes, labels, precision)
+        )
+        counted = next(row[4] for row in found if row[1:3] == ("ours, eager", precision))
+        found.append(("training", RECORDED, precision, run, counted))
     return found
+
+
+def recorded_step(
+    model: FCOS,
+    criterion: FCOSLoss,
+    images: Tensor,
+    sizes: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    precision: str,
+) -> Callable[[], None]:
+    """The recipe's step as it is on a GPU by default: forward and backward pass are recorded in the second call."""
+    trained = SimpleNamespace(
+        config=SimpleNamespace(precision="bf16" if precision == "bf16" else "float32"),
+        model=model,
+        criterion=criterion,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, fused=True),
+        scaler=torch.amp.GradScaler(images.device.type, enabled=False),
+        device=images.device,
+        gradients=GradientSum(nn.Module()),
+    )
+    passes = RecordedPasses(trained, compute_losses)
+
+    def run() -> None:
+        targets, normalizers = find_targets(model, criterion, boxes, labels, *images.shape[-2:])
+        passes.begin()
+        passes(images, sizes, targets, normalizers, last=False)
+        trained.optimizer.step()
+        trained.optimizer.zero_grad(set_to_none=True)
+
+    return run
 
 
 def training_losses(
@@ -462,6 +504,7 @@ def compare(
     rows = []
     for (task, name, precision, call, counted), times in zip(contestants, seconds, strict=True):
         median, gflop = statistics.median(times), flops[counted]
+        graph = name == RECORDED  # which has its memory whether it is called or not
         rows.append(
             Row(
                 task,
@@ -473,8 +516,8 @@ def compare(
                 max(times),
                 median / reference,
                 batch / median,
-                memory_of(call, device),
-                kept_by(call),
+                math.nan if graph else memory_of(call, device),
+                math.nan if graph else kept_by(call),
                 gflop,
                 gflop / median / peaks.get(precision, peaks.get("float32", math.nan)),
             )  # fmt: skip
