@@ -348,11 +348,18 @@ def training_contestants(
             run = with_tf32(precision, step(model, losses, fused=True))
             counted = found[-2 * len(precisions)][4] if name == "compiled" else run
             found.append(("training", f"ours, {name}", precision, run, counted))
-    for precision in precisions if device.type == "cuda" else ():
-        run = with_tf32(
-            precision, recorded_step(copy.deepcopy(ours), criterion, images, sizes, boxes, labels, precision)
-        )
-        counted = next(row[4] for row in found if row[1:3] == ("ours, eager", precision))
+    data = images, sizes, boxes, labels
+    return found + (recorded_contestants(ours, criterion, data, precisions, found) if device.type == "cuda" else [])
+
+
+def recorded_contestants(
+    model: FCOS, criterion: FCOSLoss, data: tuple[Tensor, ...], precisions: tuple[str, ...], others: list[Contestant]
+) -> list[Contestant]:
+    """Steps of copies of `model` as CUDA graphs; their FLOPs are those of the eager one among the others."""
+    found = []
+    for precision in precisions:
+        run = with_tf32(precision, recorded_step(copy.deepcopy(model), criterion, *data, precision))
+        (counted,) = [row[4] for row in others if row[1:3] == ("ours, eager", precision)]
         found.append(("training", RECORDED, precision, run, counted))
     return found
 
