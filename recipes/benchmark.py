@@ -358,22 +358,15 @@ def recorded_contestants(
     """Steps of copies of `model` as CUDA graphs; their FLOPs are those of the eager one among the others."""
     found = []
     for precision in precisions:
-        run = with_tf32(precision, recorded_step(copy.deepcopy(model), criterion, *data, precision))
+        run = with_tf32(precision, recorded_step(copy.deepcopy(model), criterion, data, precision))
         (counted,) = [row[4] for row in others if row[1:3] == ("ours, eager", precision)]
         found.append(("training", RECORDED, precision, run, counted))
     return found
 
 
-def recorded_step(
-    model: FCOS,
-    criterion: FCOSLoss,
-    images: Tensor,
-    sizes: Tensor,
-    boxes: Tensor,
-    labels: Tensor,
-    precision: str,
-) -> Callable[[], None]:
+def recorded_step(model: FCOS, criterion: FCOSLoss, data: tuple[Tensor, ...], precision: str) -> Callable[[], None]:
     """The recipe's step as it is on a GPU by default: forward and backward pass are recorded in the second call."""
+    images, sizes, boxes, labels = data
     trained = SimpleNamespace(
         config=SimpleNamespace(precision="bf16" if precision == "bf16" else "float32"),
         model=model,

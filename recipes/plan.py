@@ -72,8 +72,9 @@ def main(command: tuple[Plan, TrainConfig, list[str]]) -> list[Row]:
             )
         if config.workers is None and kind != HERE:
             config = dataclasses.replace(config, workers=MOST_WORKERS["cuda"])  # not by the cores of this machine
-        config, images = fit(plan, config, torch.device("cuda") if gpu else device)
-        schedule = schedule_of(config, images)
+        planned = torch.device("cuda") if gpu else device
+        config, images = fit(plan, config, planned)
+        schedule = schedule_of(config, images, planned.type)
         counts = gpu_counts(plan.gpus, schedule) if gpu else [1]
         check_counts(schedule, counts or [1])
         calibration = load_calibration(config, device) if kind in (HERE, here) else None
@@ -144,8 +145,8 @@ def count_images(config: TrainConfig, source: Source) -> int:
     return len(np.unique(owners))
 
 
-def schedule_of(config: TrainConfig, images: int) -> Schedule:
-    """Collect what a configuration says of the whole training."""
+def schedule_of(config: TrainConfig, images: int, device_type: str) -> Schedule:
+    """Collect what a configuration says of the whole training on a type of device."""
     return Schedule(
         steps=config.steps,
         batch_size=config.batch_size,
@@ -153,7 +154,7 @@ def schedule_of(config: TrainConfig, images: int) -> Schedule:
         workers=config.workers,
         precision=config.precision,
         compiled=config.compile,
-        recorded=is_recorded(config),
+        recorded=is_recorded(config, device_type),
         evaluations=-(-config.steps // config.eval_every) if config.eval_every else 1,
         images=images,
     )

@@ -284,13 +284,13 @@ def check_data_options(config: TrainConfig) -> None:
         raise ValueError("draw_shapes=True: it draws into --data; leave --train and --val out")
 
 
-def is_recorded(config: TrainConfig) -> bool:
-    """Say whether the steps are recorded as CUDA graphs on a GPU.
+def is_recorded(config: TrainConfig, device_type: str) -> bool:
+    """Say whether steps on a type of device are recorded as CUDA graphs.
 
     Checkpointing keeps the state of random numbers, which a graph cannot do. Compiled steps were never recorded on a
     real GPU.
     """
-    return config.cuda_graphs and not config.grad_checkpointing and not config.compile
+    return config.cuda_graphs and device_type == "cuda" and not config.grad_checkpointing and not config.compile
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:

@@ -190,8 +190,7 @@ def step_functions(run: Run) -> tuple[Callable, Passes]:
         if run.ema and run.device.type == "cuda":
             compile_parts(run.averaged)  # for evaluations, as the model's own parts are
         find, compute = compile_step(run.model)
-    recorded = is_recorded(config) and run.device.type == "cuda"
-    return find, RecordedPasses(run, compute) if recorded else Passes(run, compute)
+    return find, (RecordedPasses if is_recorded(config, run.device.type) else Passes)(run, compute)
 
 
 def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[str, Tensor]]:

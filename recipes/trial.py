@@ -79,7 +79,7 @@ class Trial:
         After `limit` seconds, the steps until then count, at least one of them. Where steps are recorded, only those
         count that were replayed, as nearly all of a run are.
         """
-        recorded = is_recorded(self.config) and self.device.type == "cuda"
+        recorded = is_recorded(self.config, self.device.type)
         if recorded:
             self.passes = RecordedPasses(self, self.compute)
         config = dataclasses.replace(self.config, steps=MOST_RECORDED if recorded else warm + count)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -141,3 +142,19 @@ def run_light(*line: str) -> tuple[subprocess.CompletedProcess, set[str]]:
     result.stderr = "".join(line for line in lines if not line.startswith("import time:"))
     assert "tyro" in imported
     return result, imported
+
+
+def run_in_interpreter(code: str) -> None:
+    """Run code that may import tests and recipes, in whose process Triton's interpreter runs kernels on the CPU."""
+    pytest.importorskip("triton")
+    path = os.pathsep.join([str(ROOT / "recipes"), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "tests",
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    if "only 0-dimensional arrays can be converted to Python scalars" in result.stderr:
+        pytest.skip("the interpreter of Triton 3.6 cannot count to a kernel's argument with NumPy 2.4")
+    assert result.returncode == 0, result.stderr

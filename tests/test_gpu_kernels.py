@@ -1,14 +1,12 @@
 """Kernels for a training step on a GPU, against torch's operators: in Triton's interpreter, and on a GPU."""
 
 import copy
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from launch import TINY
+from launch import TINY, run_in_interpreter
 from safetensors.torch import load_file
 from torch import nn
 from torchvision.ops import FeaturePyramidNetwork
@@ -223,18 +221,7 @@ tests.check_upsampling("cpu", torch.float32)
 
 def test_kernels_in_the_interpreter():
     """The GPU's kernels, run by Triton's interpreter on the CPU."""
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    folder = os.path.dirname(__file__)
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [os.path.join(folder, "..", "recipes"), os.environ.get("PYTHONPATH", "")]
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", IN_THE_INTERPRETER], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    if "only 0-dimensional arrays can be converted to Python scalars" in result.stderr:
-        pytest.skip("the interpreter of Triton 3.6 cannot count to a kernel's argument with NumPy 2.4")
-    assert result.returncode == 0, result.stderr
+    run_in_interpreter(IN_THE_INTERPRETER)
 
 
 @pytest.mark.gpu

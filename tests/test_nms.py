@@ -1,9 +1,6 @@
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from launch import run_in_interpreter
 from torchvision.ops import batched_nms
 
 from vovnet_zoo.nms import class_nms, nms_fixed
@@ -141,15 +138,7 @@ for kind in ("spread", "grid"):
 
 def test_triton_kernel_in_its_interpreter():
     """The GPU's kernel, run by Triton's interpreter on the CPU."""
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    here = os.path.dirname(__file__)
-    result = subprocess.run(
-        [sys.executable, "-c", IN_THE_INTERPRETER], cwd=here, env=environment, capture_output=True, text=True
-    )
-    if "only 0-dimensional arrays can be converted to Python scalars" in result.stderr:
-        pytest.skip("the interpreter of Triton 3.6 cannot count to a kernel's argument with NumPy 2.4")
-    assert result.returncode == 0, result.stderr
+    run_in_interpreter(IN_THE_INTERPRETER)
 
 
 @pytest.mark.gpu

@@ -103,8 +103,9 @@ def test_cuda_graphs_leave_few_launches():
     assert faster[8].exposed_s == pytest.approx(ring_seconds(WORK.gradient_bytes, 8, 0.5 * 450e9))
     assert "launches that are left" in assumptions(recorded, GPUS["h100"], None)
     config = presets.parse(["v39_1x"])
-    assert plan.schedule_of(config, 100).recorded
-    assert not plan.schedule_of(dataclasses.replace(config, grad_checkpointing=True), 100).recorded
+    assert plan.schedule_of(config, 100, "cuda").recorded
+    assert not plan.schedule_of(config, 100, "cpu").recorded
+    assert not plan.schedule_of(dataclasses.replace(config, grad_checkpointing=True), 100, "cuda").recorded
     # evaluations are not recorded
     hours = [
         forecast(WORK, dataclasses.replace(x, evaluations=1000), [8], GPUS["h100"])[0] for x in (SCHEDULE, recorded)
@@ -459,7 +460,7 @@ def test_the_forecasts_of_the_guide():
     for preset, gflop, megabytes, times, sensible in rows:
         config = fit_plan(presets.parse([preset]), plan.COCO_IMAGES, torch.device("cuda"))
         work = step_work.count_work(config)
-        schedule = plan.schedule_of(config, plan.COCO_IMAGES)
+        schedule = plan.schedule_of(config, plan.COCO_IMAGES, "cuda")
         seconds = [row.step_s for row in forecast(work, schedule, [1, 2, 4, 8], GPUS["h100"])]
         assert (f"{work.flops / 1e9:,.0f}", f"{work.gradient_bytes / 1e6:.0f}") == (gflop, megabytes)
         assert [x * 1e3 for x in seconds] == pytest.approx([*map(float, re.findall(r"\d+", times))], rel=0.05)

@@ -99,7 +99,7 @@ def test_coco_presets():
         config = parse([f"coco_{epochs}e", "--data", "x"])
         assert config.steps * config.batch_size == pytest.approx(118_287 * epochs, rel=1e-3)
         assert config.variant == "improved" and config.augment == "jitter_crop" and config.schedule == "cosine"
-        assert config.ema and is_recorded(config) and config.precision == "bf16" and config.frozen_norm
+        assert config.ema and is_recorded(config, "cuda") and config.precision == "bf16" and config.frozen_norm
         assert config.pretrained_backbone and config.model in STARTS
 
 

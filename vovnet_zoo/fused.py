@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FeaturePyramidNetwork
 
 from .fcos import FCOSHead, Tower
-from .kernels import has_triton
-from .kernels.max_pool import FLOATS, FusedMaxPool2d
+from .kernels import has_triton, suits_kernels
+from .kernels.max_pool import FusedMaxPool2d
 from .kernels.surgery import become
 from .kernels.tensor_cores import MULTIPLE
 from .kernels.upsample import add_upsampled
@@ -48,7 +48,7 @@ class FusedPyramid(FeaturePyramidNetwork):
         names, maps = list(x), list(x.values())
         sizes = [tuple(y.shape[2:]) for y in maps]
         doubled = all((2 * h, 2 * w) == large for large, (h, w) in itertools.pairwise(sizes))
-        if maps[0].device.type != "cuda" or maps[0].dtype not in FLOATS or not doubled:
+        if not suits_kernels(maps[0]) or not doubled:
             return super().forward(x)
         inner = self.inner_blocks[-1](maps[-1])
         results = [self.layer_blocks[-1](inner)]
@@ -103,7 +103,7 @@ class FusedTower(Tower):
         )
 
     def forward_levels(self, maps: Sequence[Tensor], recompute: bool) -> Sequence[Tensor]:
-        if maps[0].device.type != "cuda" or maps[0].dtype not in FLOATS or torch.compiler.is_compiling():
+        if not suits_kernels(maps[0]) or torch.compiler.is_compiling():
             return super().forward_levels(maps, recompute)
         return checkpoint(self.run, *maps, use_reentrant=False) if recompute else self.run(*maps)
 

@@ -29,7 +29,7 @@ def class_nms(
     check_tensor("labels", labels, (len(boxes),), "whole")
     check_limits(threshold, max_detections, plus_one)
     limits = threshold, max_detections, plus_one
-    if boxes.device.type == "cuda" and boxes.dtype != torch.float64 and has_triton(boxes.device):
+    if boxes.dtype != torch.float64 and has_triton(boxes.device):
         return _class_nms_cuda(boxes, scores, labels, *limits)
     # Apple's GPUs have no float64, and on Nvidia's torchvision rounds the threshold to float32.
     if boxes.device.type in ("mps", "cuda"):

@@ -115,7 +115,7 @@ GUESS = "guess; --calibrate measures it"
 MEASURED = "an H200, RESULTS.md, planner: v39_1x, 2 and 16 images, CUDA graphs; on other GPUs a guess"
 EFFICIENCY = {
     "float32": Assumption(
-        0.25, "of the peak", "an H200, before it had our own kernels, which make it higher by a part"
+        0.25, "of the peak", "an H200, RESULTS.md, planner: measured before our own kernels for a GPU; now higher"
     ),
     "bf16": Assumption(0.43, "of the peak", MEASURED),
     "fp16": Assumption(0.43, "of the peak", "as bf16"),

@@ -51,6 +51,11 @@ def has_triton(device: torch.device) -> bool:
     return device.type == "cuda" and not why_no_triton(device)
 
 
+def suits_kernels(x: torch.Tensor) -> bool:
+    """Whether a map is where and what the kernels of a training step take; their arithmetic is float32."""
+    return x.device.type == "cuda" and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
 @functools.cache
 def why_no_triton(device: torch.device) -> str:
     """Say why Triton cannot compile for a CUDA device; empty if it can."""

@@ -282,6 +282,14 @@ def normalize(
         tl.store(results + place, value.to(results.dtype.element_ty), mask=known)
 
 
+@triton.jit
+def before_relu(x, dy, known, scale, offset, w, b):
+    """Return normalized values of some pixels, and their gradients before the ReLU; 0 is the gradient of no pixel."""
+    value = tl.load(x, mask=known, other=0.0).to(tl.float32) * scale[None, :] + offset[None, :]
+    d = tl.load(dy, mask=known, other=0.0).to(tl.float32)
+    return value, tl.where(value * w[None, :] + b[None, :] <= 0, 0.0, d)
+
+
 @triton.jit(do_not_specialize=GEOMETRY)
 def measure_gradients(
     x0, x1, x2, x3, x4, dy0, dy1, dy2, dy3, dy4,  # [B,H,W,C]
@@ -309,10 +317,8 @@ def measure_gradients(
         row = first + start + tl.arange(0, ROWS)
         known = (row < count)[:, None] & inside[None, :]
         place = row.to(tl.int64)[:, None] * C + channel[None, :]
-        value = tl.load(x + place, mask=known, other=0.0).to(tl.float32) * scale[None, :] + offset[None, :]
-        d = tl.load(dy + place, mask=known, other=0.0).to(tl.float32)
+        value, d = before_relu(x + place, dy + place, known, scale, offset, w, b)
         value = tl.where(known, value, 0.0)
-        d = tl.where(value * w[None, :] + b[None, :] <= 0, 0.0, d)
         of_gradient += d
         of_product += d * value
         of_value += value
@@ -397,8 +403,6 @@ def go_back(
         row = first + start + tl.arange(0, ROWS)
         known = (row < count)[:, None] & inside[None, :]
         place = row.to(tl.int64)[:, None] * C + channel[None, :]
-        value = tl.load(x + place, mask=known, other=0.0).to(tl.float32) * scale[None, :] + offset[None, :]
-        d = tl.load(dy + place, mask=known, other=0.0).to(tl.float32)
-        d = tl.where(value * w[None, :] + b[None, :] <= 0, 0.0, d)
+        value, d = before_relu(x + place, dy + place, known, scale, offset, w, b)
         dx = scale[None, :] * (d * w[None, :] - mean_gradient[None, :] - value * mean_product[None, :])
         tl.store(results + place, dx.to(results.dtype.element_ty), mask=known)

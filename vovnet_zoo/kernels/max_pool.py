@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels, whose arithmetic is float32
+from . import suits_kernels
 
 
 class FusedMaxPool2d(nn.MaxPool2d):
@@ -24,7 +24,7 @@ class FusedMaxPool2d(nn.MaxPool2d):
         return window == ((3, 3), (2, 2)) and both(module.padding) in ((0, 0), (1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cuda" or x.dtype not in FLOATS or not torch.is_grad_enabled():
+        if not suits_kernels(x) or not torch.is_grad_enabled():
             return super().forward(x)
         padding = both(self.padding)[0]
         height, width = (pooled_size(size, padding, int(self.ceil_mode)) for size in x.shape[2:])

@@ -27,10 +27,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.flop_counter import register_flop_formula
 
 from ..arguments import check_kind
-from . import has_triton
+from . import has_triton, suits_kernels
 from .convolution import Float32Conv2d, use_fast_gradients
-from .max_pool import FLOATS
 from .surgery import become
+from .tensor_cores import MULTIPLE
 from .winograd import (
     FrozenWinogradConv2d,
     WinogradConv2d,
@@ -42,7 +42,6 @@ from .winograd import (
 )
 
 ROWS = 4096  # pixels that a CPU multiplies at a time, in float32
-TENSOR_CORES = 8  # of a GPU want a multiple of so many channels
 
 
 def fuse_for_training(model: nn.Module) -> int:
@@ -70,7 +69,7 @@ class FoldedConvNormAct(ConvNormAct):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, shift = self.fold()
-        if x.device.type == "cuda" and self.conv.groups == 1 and (lacking := -x.shape[1] % TENSOR_CORES):
+        if x.device.type == "cuda" and self.conv.groups == 1 and (lacking := -x.shape[1] % MULTIPLE):
             x, weight = x.to(dtype_of_products(x)), F.pad(weight, (0, 0, 0, 0, 0, lacking))
             x = F.pad(x, (0, 0, 0, 0, 0, lacking))
         if self.has_relu() and on_gpu(x):
@@ -204,7 +203,7 @@ def on_gpu(x: Tensor) -> bool:
     """Whether the kernels of `osa_triton` take such a map, and no compiler looks for kernels itself."""
     if torch.compiler.is_compiling():
         return False
-    return x.device.type == "cuda" and x.dtype in FLOATS and has_triton(x.device)
+    return suits_kernels(x) and has_triton(x.device)
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
