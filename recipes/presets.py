@@ -135,7 +135,7 @@ class TrainConfig(Augmentation):
     cuda_graphs: bool = True
     """On an NVIDIA GPU, record the kernels of a step once for each size of images, and start them together from then
     on, so that the GPU does not wait for the host. It takes up to twice the memory, where the GPU has that. Not with
-    --compile or --grad-checkpointing."""
+    --grad-checkpointing, and with --compile only where it is typed."""
     winograd: bool = True
     """On a CPU, compute 3x3 convolutions with a quarter of the multiplications where that gains (kernels/)."""
     grad_checkpointing: bool = False
@@ -287,10 +287,9 @@ def check_data_options(config: TrainConfig) -> None:
 def is_recorded(config: TrainConfig, device_type: str) -> bool:
     """Say whether steps on a type of device are recorded as CUDA graphs.
 
-    Checkpointing keeps the state of random numbers, which a graph cannot do. Compiled steps were never recorded on a
-    real GPU.
+    Checkpointing keeps the state of random numbers, which a graph cannot do.
     """
-    return config.cuda_graphs and device_type == "cuda" and not config.grad_checkpointing and not config.compile
+    return config.cuda_graphs and device_type == "cuda" and not config.grad_checkpointing
 
 
 def with_defaults(config: TrainConfig) -> TrainConfig:
@@ -312,6 +311,10 @@ def parse(args: Sequence[str] | None = None, description: str = "") -> TrainConf
     preset, typed = presets[next(arg for arg in args if arg in presets)][1], typed_options(args)
     if len(lengths := sorted({"steps", "epochs", "minutes"} & typed)) > 1:
         raise ValueError(f"--{lengths[0]} and --{lengths[1]} both say how long the run is; leave out one of the two")
+    if config.compile and "cuda_graphs" not in typed:  # compiled steps were never recorded on a real GPU
+        config = dataclasses.replace(config, cuda_graphs=False)
+    if config.cuda_graphs and config.grad_checkpointing and "cuda_graphs" in typed:
+        raise ValueError("--cuda-graphs: steps with --grad-checkpointing cannot be recorded; leave out one of the two")
     if "eval_every" in typed:
         config = dataclasses.replace(config, evals=config.evals if "evals" in typed else None)
     if {"batch_size", "steps"} & typed and None not in (

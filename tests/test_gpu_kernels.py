@@ -280,7 +280,7 @@ def test_a_training_step_on_a_gpu(variant, how):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", ["", "--accum 2", "--precision bf16 --ema 0.9"])
+@pytest.mark.parametrize("options", ["", "--accum 2", "--precision bf16 --ema 0.9", "--compile"])
 def test_recorded_steps_are_the_same_steps(tiny_coco, tmp_path, options):
     """With CUDA graphs and without, losses and weights of a run are equal bit by bit."""
     torch.backends.cudnn.deterministic = True

@@ -310,7 +310,17 @@ run_command(fail, None)
     assert "cuda:nccl" in result.stdout and "cpu:gloo" in result.stdout
 
 
-def test_a_step_is_one_graph_from_its_second_time_on(tiny_coco, tmp_path, launcher):
+@pytest.mark.parametrize(
+    "options, replays",
+    [
+        ("", 1),
+        ("--accum 2", 2),
+        ("--precision fp16", 1),
+        ("--no-cuda-graphs", 0),
+        pytest.param("--compile --cuda-graphs", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_is_one_graph_from_its_second_time_on(tiny_coco, tmp_path, launcher, options, replays):
     """Sizes that came before are replayed: a tenth of the launches, one wait, and nothing that a graph cannot hold."""
     code = """
 import contextlib, os, sys
@@ -335,14 +345,15 @@ print("illegal", sum(x.stats["illegal_in_capture"] for x in seen))
     line = ["v39_1x", "--data", tiny_coco, *TINY.replace("test_resnet", "vovnet27_slim").split(), "--device", "cuda"]
     line += ["--workers", "0", "--batch-size", "2"]
     line += ["--checkpoint-minutes", "1000", "--eval-every", "1000", "--no-pretrained-backbone", "--steps", "12"]
-    for options, replays in ("", 1), ("--accum 2", 2), ("--precision fp16", 1):
-        printed = run_null(launcher, code, *line, "--out", tmp_path / f"run{options}", *options.split()).splitlines()
-        steps = [tuple(map(int, step.split(":"))) for step in printed[-2].split()]
-        assert printed[-1] == "illegal 0" and len(steps) == 12 and steps[0][0] == 0, printed
-        replayed = [step for step in steps[1:] if step[0] == replays and step[2] == steps[1][2]]  # nothing recorded
-        assert replayed and all(launches < steps[0][1] / 4 for _, launches, _ in replayed), printed
-    printed = run_null(launcher, code, *line, "--out", tmp_path / "eager", "--no-cuda-graphs")
-    assert all(step.startswith("0:") for step in printed.splitlines()[-2].split())
+    printed = run_null(launcher, code, *line, "--out", tmp_path / "run", *options.split()).splitlines()
+    steps = [tuple(map(int, step.split(":"))) for step in printed[-2].split()]
+    assert printed[-1] == "illegal 0" and len(steps) == 12 and steps[0][0] == 0, printed
+    if not replays:
+        assert all(graphs == 0 for graphs, *_ in steps), printed
+        return
+    waits = min(waits for *_, waits in steps[1:])  # those of a step in which nothing is recorded
+    replayed = [step for step in steps[1:] if step[0] == replays and step[2] == waits]
+    assert replayed and waits <= (1 + ("fp16" in options)) and all(n < steps[0][1] / 4 for _, n, _ in replayed), printed
 
 
 def test_minutes_are_planned_by_steps_that_are_replayed(tiny_coco, launcher):

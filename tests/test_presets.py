@@ -103,6 +103,22 @@ def test_coco_presets():
         assert config.pretrained_backbone and config.model in STARTS
 
 
+def test_what_is_recorded():
+    line = ["coco_12e", "--data", "x"]
+    for typed, recorded in (
+        ("", True),
+        ("--no-cuda-graphs", False),
+        ("--compile", False),
+        ("--compile --cuda-graphs", True),
+        ("--grad-checkpointing", False),
+    ):
+        config = parse([*line, *typed.split()])
+        check_config(config)
+        assert is_recorded(config, "cuda") == recorded and not is_recorded(config, "cpu")
+    with pytest.raises(ValueError, match="cannot be recorded"):
+        parse([*line, "--grad-checkpointing", "--cuda-graphs"])
+
+
 def test_rows_of_the_published_comparison():
     assert {name: (row.ap, row.milliseconds) for name, row in PUBLISHED.items()} == {
         "r50_1x": (37.5, 84), "v39_1x": (37.7, 82), "r101_2x": (41.3, 104),
