@@ -181,7 +181,7 @@ def main(config: BenchmarkConfig) -> list[Row]:
 
 # ---- contestants: (task, name, precision, call, eager call whose FLOPs are counted) ---------------------------------
 
-RECORDED = "ours, CUDA graph"
+RECORDED = "ours, CUDA graph", "ours, compiled, CUDA graph"
 Contestant = tuple[str, str, str, Callable[[], object], Callable[[], object]]
 
 
@@ -355,17 +355,25 @@ def training_contestants(
 def recorded_contestants(
     model: FCOS, criterion: FCOSLoss, data: tuple[Tensor, ...], precisions: tuple[str, ...], others: list[Contestant]
 ) -> list[Contestant]:
-    """Steps of copies of `model` as CUDA graphs; their FLOPs are those of the eager one among the others."""
+    """Steps of copies of `model` as CUDA graphs, as the recipe makes them by default and with --compile --cuda-graphs.
+
+    Their FLOPs are those of the eager one among the others.
+    """
     found = []
-    for precision in precisions:
-        run = with_tf32(precision, recorded_step(copy.deepcopy(model), criterion, data, precision))
-        (counted,) = [row[4] for row in others if row[1:3] == ("ours, eager", precision)]
-        found.append(("training", RECORDED, precision, run, counted))
+    for name in RECORDED:
+        for precision in precisions:
+            copied = copy.deepcopy(model)
+            compute = compile_step(copied)[1] if "compiled" in name else compute_losses
+            run = with_tf32(precision, recorded_step(copied, criterion, data, precision, compute))
+            (counted,) = [row[4] for row in others if row[1:3] == ("ours, eager", precision)]
+            found.append(("training", name, precision, run, counted))
     return found
 
 
-def recorded_step(model: FCOS, criterion: FCOSLoss, data: tuple[Tensor, ...], precision: str) -> Callable[[], None]:
-    """The recipe's step as it is on a GPU by default: forward and backward pass are recorded in the second call."""
+def recorded_step(
+    model: FCOS, criterion: FCOSLoss, data: tuple[Tensor, ...], precision: str, compute: Callable
+) -> Callable[[], None]:
+    """A step of the recipe whose forward and backward pass, by `compute`, are recorded in the second call."""
     images, sizes, boxes, labels = data
     trained = SimpleNamespace(
         config=SimpleNamespace(precision="bf16" if precision == "bf16" else "float32"),
@@ -376,7 +384,7 @@ def recorded_step(model: FCOS, criterion: FCOSLoss, data: tuple[Tensor, ...], pr
         device=images.device,
         gradients=GradientSum(nn.Module()),
     )
-    passes = RecordedPasses(trained, compute_losses)
+    passes = RecordedPasses(trained, compute)
 
     def run() -> None:
         targets, normalizers = find_targets(model, criterion, boxes, labels, *images.shape[-2:])
@@ -504,7 +512,7 @@ def compare(
     rows = []
     for (task, name, precision, call, counted), times in zip(contestants, seconds, strict=True):
         median, gflop = statistics.median(times), flops[counted]
-        graph = name == RECORDED  # which has its memory whether it is called or not
+        graph = name in RECORDED  # which has its memory whether it is called or not
         rows.append(
             Row(
                 task,
