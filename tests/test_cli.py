@@ -134,6 +134,7 @@ def test_predict_uses_the_models_score_threshold(run, folder, images, tmp_path):
         ("predict nowhere*.jpg --model fcos_vovnet39_fpn --out OUT", 2, "nowhere*.jpg: no image matches this pattern"),
         ("predict README.md --model fcos_vovnet39_fpn --out LICENSE", 2, "--out LICENSE cannot be written (LICENSE is"),
         ("predict README.md --model LICENSE --out OUT", 2, "'LICENSE' is a file; give the folder of a saved model"),
+        ("predict README.md --model runs/x@ --out OUT", 2, "vovnet-zoo: 'runs/x@' is no folder here"),
         ("predict README.md --model vovnet_zo --out OUT", 2, "vovnet-zoo: 'vovnet_zo' is no folder here"),
         (
             "predict README.md --model fcos_vovnet39_fpn --out OUT",

@@ -119,6 +119,18 @@ def test_pasted_objects(monkeypatch):
     assert boxes_of(sample) == before and seen(sample[0], 3) is None  # the sample itself is as it was
 
 
+def test_pasted_objects_hide_no_more_together():
+    """Of four objects that each cover 0.09 of a box, three find a place in it."""
+    corners = [(0, 0), (50, 0), (0, 50), (50, 50)]
+    other, pasted = make_sample(100, 100, [(x, y, x + 30, y + 30) for x, y in corners]), set()
+    other[1]["labels"][:] = 1
+    for seed in range(40):
+        torch.manual_seed(seed)
+        _, target = paste_objects(make_sample(100, 100, [(0, 0, 100, 100)]), other, 1)
+        pasted.add((target["labels"] == 1).sum().item())
+    assert max(pasted) == 3
+
+
 def test_pasted_objects_bring_what_is_in_them():
     """An object inside another comes along; a class that is not there, or too large, changes nothing."""
     image, target = make_sample(60, 80, [(10, 10, 30, 30), (15, 12, 20, 22), (29, 0, 70, 9)])

@@ -172,8 +172,11 @@ def test_revisions(tiny_detector, hub_on_loopback):
     changed.push_to_hub(REPO, token=TOKEN, branch="v2")
     for revision, expected in [(first, tiny_detector), (None, changed), ("v2", changed), ("main", changed)]:
         assert same(vovnet_zoo.FCOS.from_pretrained(REPO, revision=revision), expected)
+        assert revision is None or same(vovnet_zoo.load_detector(f"{REPO}@{revision}"), expected)
     with pytest.raises(huggingface_hub.errors.RevisionNotFoundError):
         vovnet_zoo.FCOS.from_pretrained(REPO, revision="v3")
+    with pytest.raises(ValueError, match="the name ends with @v2; leave one of them out"):
+        vovnet_zoo.FCOS.from_pretrained(f"{REPO}@v2", revision="main")
 
 
 def test_both_files_are_of_one_commit(tiny_detector, hub_on_loopback, monkeypatch):

@@ -51,7 +51,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
         """Load a model from a folder that `save_pretrained` wrote, or from a Hub repository, in evaluation mode.
 
         Args:
-            pretrained_model_name_or_path: the folder, or "organisation/name".
+            pretrained_model_name_or_path: the folder, "organisation/name", or "organisation/name@revision".
             force_download, token, cache_dir, local_files_only, revision: see `huggingface_hub.hf_hub_download`.
             map_location: the device.
             model_kwargs: arguments of `__init__`, which win over the saved ones.
@@ -84,6 +84,10 @@ class StrictHubMixin(PyTorchModelHubMixin):
             config_file, weights_file = find_files(source)
         else:
             check_name(source)
+            source, _, typed = source.partition("@")
+            if typed and revision not in (None, typed):
+                raise ValueError(f"revision={revision!r}: the name ends with @{typed}; leave one of them out")
+            revision = typed or revision
             options = dict(
                 cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token
             )

@@ -349,6 +349,8 @@ def available(key: str, table: Mapping[str, Weights]) -> bool:
 def check_name(source: str) -> None:
     """Refuse, without asking the Hub, what is no "organisation/name" but the path of a folder that is not there.
 
+    A revision may follow the name: "organisation/name@revision".
+
     Raises:
         ValueError: the message names the part of the path that is missing.
     """
@@ -359,7 +361,7 @@ def check_name(source: str) -> None:
         )
     if source.startswith("~"):
         raise ValueError(f"{source!r:.300}: Python does not replace ~ by your folder; os.path.expanduser(path) does")
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", source, re.ASCII) and not path.exists():
+    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?", source, re.ASCII) and not path.exists():
         return
     if path.exists():
         raise ValueError(

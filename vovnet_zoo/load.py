@@ -16,9 +16,10 @@ def load_detector(source: str | os.PathLike) -> FCOS | ExportedDetector:
     """Load a trained detector, which `predict` takes.
 
     Args:
-        source: a folder that `save_pretrained` wrote, a name on the Hub ("organisation/name"), a name of
-            `list_detectors(pretrained=True)`, or a file that `export_detector` wrote ("model.onnx", "model.xml",
-            "model.pt2"), which its own runtime computes: no torch model is built.
+        source: a folder that `save_pretrained` wrote, a name on the Hub ("organisation/name", or
+            "organisation/name@revision"), a name of `list_detectors(pretrained=True)`, or a file that
+            `export_detector` wrote ("model.onnx", "model.xml", "model.pt2"), which its own runtime computes: no torch
+            model is built.
 
     Raises:
         ValueError: there is no such detector, or its files are damaged.

@@ -23,7 +23,7 @@ from .transforms import photometric, randint, train_transforms
 
 Sample = tuple[tv_tensors.Image, dict]
 
-COVERED = 0.3  # a pasted object covers no more of a box
+COVERED = 0.3  # pasted objects cover no more of a box
 PLACES = 10  # places that are tried for a pasted object
 MOST_PASTED = 4  # objects
 MARGIN = 0.2  # pixels around a pasted object that fade into the image, as a share of the object's longer side
@@ -111,15 +111,16 @@ class MixImages:
 def paste_objects(sample: Sample, other: Sample, label: int) -> Sample:
     """Copy up to four objects of a class from another sample, with all that is in their boxes, to random places.
 
-    A place at which an object would cover more than 0.3 of a box is not taken; an object for which ten random places
-    gave none is left out, and so is an object that is wider or higher than half the image. The pixels around the object
-    fade into the image.
+    A place at which more than 0.3 of a box would be covered, with what earlier objects cover, is not taken; an object
+    for which ten random places gave none is left out, and so is an object that is wider or higher than half the image.
+    The pixels around the object fade into the image.
     """
     image, target = sample[0].as_subclass(Tensor).clone(), sample[1]
     source, (boxes, labels) = other[0].as_subclass(Tensor), plain(other[1])
     chosen = boxes[labels == label]
     chosen = chosen[torch.randperm(len(chosen))[: randint(1, MOST_PASTED)]]
     found, names = plain(target)
+    covered = found.new_zeros(len(found))  # share of each box
     height, width = image.shape[-2:]
     for x1, y1, x2, y2 in torch.cat([chosen[:, :2].floor(), chosen[:, 2:].ceil()], dim=1).long().tolist():
         w, h = x2 - x1, y2 - y1
@@ -127,11 +128,13 @@ def paste_objects(sample: Sample, other: Sample, label: int) -> Sample:
             continue
         for _ in range(PLACES):
             x, y = randint(0, width - w), randint(0, height - h)
-            if (shares_inside(found, (x, y, x + w, y + h)) <= COVERED).all():
+            after = covered + shares_inside(found, (x, y, x + w, y + h))
+            if (after <= COVERED).all():
                 paste(image, source, (x1, y1, x2, y2), (x, y))
                 found = trim_boxes(found, (x, y, x + w, y + h))
                 inside, of_inside = crop_boxes(boxes, labels, (x1, y1, x2, y2), (x, y))
                 found, names = torch.cat([found, inside]), torch.cat([names, of_inside])
+                covered = torch.cat([after, after.new_zeros(len(inside))])
                 break
     return make_sample(image, found, names, target)
 
