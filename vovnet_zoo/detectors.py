@@ -130,7 +130,7 @@ def create_detector(
 
 
 def load_detector(source: str) -> FCOS:
-    """Load a trained detector: from a folder, from the Hub ("organisation/name[@revision]"), or of the table ("name.tag").
+    """Load a trained detector: of a folder, the Hub ("organisation/name[@revision]"), or the table ("name.tag").
 
     Raises:
         ValueError: see `FCOS.from_pretrained` and `create_detector`.
