@@ -103,11 +103,9 @@ class Trial:
         """Return the mean time in which one of `dataset`'s images is scored, from its first `count` images."""
         samples = [dataset[i] for i in range(min(count, len(dataset)))]
         images = [sample[0].as_subclass(Tensor) for sample in samples if not isinstance(sample, Skipped)]
-        self.model.eval()
         began = time.perf_counter()
         predict(self.model, images, score_threshold=0.0, batch_size=batch_size)
         synchronize(self.device)
-        self.model.train()
         return (time.perf_counter() - began) / max(1, len(images))
 
 

@@ -1,7 +1,9 @@
 """Batches of `predict`: the same detections as one image at a time, in order, with few images in memory."""
 
+import itertools
 import threading
 
+import numpy as np
 import pytest
 import torch
 from near import assert_same_detections
@@ -44,6 +46,90 @@ def test_detections_do_not_depend_on_the_batch(model, images, batch_size, worker
     for ours, theirs, image in zip(together, alone, images, strict=True):
         assert len(ours["boxes"]) > 5 and ours.size == tuple(image.shape[-2:]) and ours.source == theirs.source
         assert_same_detections(ours, theirs, size=max(ours.size))
+
+
+def test_an_iterator_may_use_its_memory_again(model, images, tmp_path):
+    """As cameras do, and loops over files that are closed after their turn."""
+    images = [image for image in images if image.shape[1:] == (64, 64)]
+    for number, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
+
+    def arrays():
+        memory = np.empty((64, 64, 3), np.uint8)
+        for image in images:
+            memory[:] = image.permute(1, 2, 0).numpy()
+            yield memory
+
+    def tensors():
+        memory = torch.empty(3, 64, 64, dtype=torch.uint8)
+        for image in images:
+            yield memory.copy_(image)
+
+    def files():
+        for number in range(len(images)):
+            with Image.open(tmp_path / f"{number}.png") as image:
+                yield image
+
+    wanted = predict(model, images, batch_size=3)
+    assert not torch.equal(wanted[0]["scores"], wanted[1]["scores"])
+    for source in arrays, tensors, files:
+        found = list(predict(model, source(), stream=True, batch_size=3))
+        assert all(torch.equal(a["scores"], b["scores"]) for a, b in zip(found, wanted, strict=True)), source
+
+
+def test_threads_of_a_process_keep_their_number(model, images):
+    """`predict` in another thread computes with as many cores as in the first, and so do threads that come after it."""
+    seen, before = [], torch.get_num_threads()
+
+    def in_thread(function):
+        thread = threading.Thread(target=lambda: seen.append(function()))
+        thread.start()
+        thread.join()
+        return seen[-1]
+
+    hook = model.head.register_forward_hook(lambda *rest: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(3)
+    try:
+        for workers in (2, 0):
+            assert len(in_thread(lambda workers=workers: predict(model, images[:2], workers=workers))) == 2
+            assert seen[-3:-1] == [3, 3] and in_thread(torch.get_num_threads) == 3 == torch.get_num_threads()
+    finally:
+        hook.remove()
+        torch.set_num_threads(before)
+
+
+def test_each_part_of_a_model_keeps_its_mode(images):
+    """Also where several streams of one model are open: the last to end puts the modes back."""
+    model = make_confident_detector()
+    wanted = predict(model, images[:6])
+    model.train()
+    model.backbone.eval()
+    modes = [part.training for part in model.modules()]
+    predict(model, images[0])
+    assert [part.training for part in model.modules()] == modes and len(set(modes)) == 2
+    short, long = predict(model, images[:1], stream=True), predict(model, images[:6], stream=True)
+    pairs = list(itertools.zip_longest(short, long))
+    assert all(torch.equal(found["scores"], x["scores"]) for (_, found), x in zip(pairs, wanted, strict=True))
+    assert [part.training for part in model.modules()] == modes
+    started = predict(model, images[:6], stream=True)
+    next(started)
+    assert not model.training
+    started.close()
+    assert [part.training for part in model.modules()] == modes
+
+
+@pytest.mark.parametrize("options", [{}, {"tiles": 48, "flip": True}])
+def test_defaults_of_torch_change_nothing(model, images, options):
+    """A default device of tensors, or a default type, is that of the user's own tensors."""
+    (wanted,) = predict(model, images[4], **options)
+    for default in torch.device("meta"), torch.float64:
+        torch.set_default_dtype(default) if default == torch.float64 else torch.set_default_device(default)
+        try:
+            (found,) = predict(model, images[4], **options)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        assert all(found[key].dtype == x.dtype and torch.equal(found[key], x) for key, x in wanted.items())
 
 
 def test_predict_is_network_and_postprocess(model):

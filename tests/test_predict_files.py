@@ -19,7 +19,7 @@ from PIL import Image
 from samples import draw_video
 
 from vovnet_zoo import FCOS, predict, predict_files, sources
-from vovnet_zoo.results import default_category_ids
+from vovnet_zoo.results import category_ids_of
 from vovnet_zoo.video import Video
 
 
@@ -105,11 +105,38 @@ def test_ids(detector_folder, tmp_path):
     assert (
         predict_files.image_ids(["a/1.jpg", "b/1.jpg"]) is None and predict_files.image_ids(["1.jpg", "a.jpg"]) is None
     )
+
+
+def test_category_ids(detector_folder, tmp_path):
+    """They are the dataset's, so that `eval_coco` and `compare` read the rows; COCO's classes have COCO's ids."""
     from vovnet_zoo.detectors import coco_class_names
 
-    ids = default_category_ids(coco_class_names(), 80)
-    assert (ids[0], ids[11], ids[79], len(ids)) == (1, 13, 90, 80)
-    assert default_category_ids(["cat", "dog"], 2) == [1, 2] == default_category_ids(None, 2)
+    for names in coco_class_names(), tuple(coco_class_names()):
+        ids = category_ids_of({"class_names": names, "num_classes": 80})
+        assert (ids[0], ids[11], ids[79], len(ids)) == (1, 13, 90, 80)
+    for names in ["cat", "dog"], None:
+        assert category_ids_of({"class_names": names, "num_classes": 2, "category_ids": None}) == [1, 2]
+    images = draw_images(tmp_path / "images", "1.jpg", "2.jpg")
+    model, coco = FCOS.from_pretrained(detector_folder, category_ids=[7, 0]), tmp_path / "not" / "yet" / "there.json"
+    predict_files.predict_files(model, [images], tmp_path / "out", pictures="none", coco=coco, score_threshold=0.0)
+    wanted = [[7, 0][label] for line in lines(tmp_path / "out") for label in line["labels"]]
+    assert [row["category_id"] for row in json.loads(coco.read_text())] == wanted and len(wanted) > 4
+
+
+@pytest.mark.parametrize("options, least", [({}, 0.0), ({"tiles": 64}, 0.3), ({"flip": True}, 0.0)])
+def test_what_scores_less_is_not_joined_over_windows(detector_folder, tmp_path, monkeypatch, options, least):
+    """Else `--tiles` would give larger boxes than `predict`. Other options do not change what scores more."""
+    seen = []
+
+    def counted(*arguments, **options):
+        seen.append(options["score_threshold"])
+        return predict(*arguments, **options)
+
+    monkeypatch.setattr(predict_files, "predict", counted)
+    images = draw_images(tmp_path / "images", "1.png", size=(90, 70))
+    model = FCOS.from_pretrained(detector_folder)
+    predict_files.predict_files(model, [images], tmp_path / "out", pictures="none", score_threshold=0.3, **options)
+    assert seen == [least]
 
 
 def test_a_name_of_a_file_that_is_not_utf8(detector_folder, tmp_path, run):

@@ -6,12 +6,14 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Barrier, Lock
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
+STARTING = Lock()  # one pool starts at a time
 
 
 def read_ahead(items: Iterable[T], prepare: Callable[[T], R], workers: int, ahead: int) -> Iterator[R]:
@@ -26,8 +28,7 @@ def read_ahead(items: Iterable[T], prepare: Callable[[T], R], workers: int, ahea
         yield from map(prepare, items)
         return
     items, waiting = iter(items), deque[Future[R]]()
-    # each thread works on an image of its own, so none needs further threads for its tensor operations
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    pool = single_threads(workers)
     try:
         for item in itertools.islice(items, ahead):
             waiting.append(pool.submit(prepare, item))
@@ -38,7 +39,27 @@ def read_ahead(items: Iterable[T], prepare: Callable[[T], R], workers: int, ahea
             yield result
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(torch.get_num_threads())  # the threads' number was also that of threads to come
+
+
+def single_threads(workers: int) -> ThreadPoolExecutor:
+    """Start threads that each use one core for tensor operations, since each works on an image of its own.
+
+    torch sets the number for the thread that asks, and for all threads that use torch for the first time later. So all
+    threads start here at once, and the number is put back.
+    """
+    pool, started = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)), Barrier(workers + 1)
+    with STARTING:
+        count = torch.get_num_threads()
+        try:
+            for _ in range(workers):
+                pool.submit(started.wait)
+            started.wait()
+        except BaseException:  # the machine has no more threads, or Ctrl-C
+            started.abort()
+            raise
+        finally:
+            torch.set_num_threads(count)
+    return pool
 
 
 def group_alike(

@@ -103,7 +103,7 @@ def compile_detector(
         check_images(images, height, width, device)
         count = len(images)
         if sizes is None and count not in whole:
-            whole[count] = torch.tensor([[height, width]] * count, device=device)
+            whole[count] = torch.tensor([height, width], device=device).repeat(count, 1)
         sizes = whole[count] if sizes is None else sizes_of(count, sizes, device)
         known = graphs.get(count)
         compiled = known or torch.compile(with_own_code(graph), fullgraph=True, dynamic=False, **how)

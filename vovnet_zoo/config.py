@@ -22,7 +22,7 @@ ExportFormat = Literal["onnx", "openvino", "pt2", "executorch"]
 ExportPrecision = Literal["float32", "float16", "int8"]  # of the weights in an exported file
 Pictures = Literal["jpg", "png", "none"]  # format of the pictures of detections
 # The least and the most: side of a window in pixels, part of it that two windows share, scale of a view.
-TILES, OVERLAPS, SCALES = (32, 1_000_000), (0, 0.99), (0.1, 10)
+TILES, OVERLAPS, SCALES = (32, 1_000_000), (0, 0.9), (0.1, 10)
 
 # Least and largest whole number; the largest are far beyond use, and keep a damaged file from taking memory.
 RANGES = {

@@ -6,12 +6,13 @@ import contextlib
 import functools
 import itertools
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, Unpack, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .arguments import check_choice, check_flag, check_kind, check_model, check_number, check_options
@@ -32,6 +33,9 @@ from .words import counted
 T = TypeVar("T")
 Network = Callable[[FCOS, Tensor, Tensor], Predictions]
 WITHOUT_COMPILER = "leave compile=True out"
+MODES = threading.Lock()
+# Of each model that is evaluated just now: an item for each of its users, and its parts with their modes before
+_evaluated: dict[nn.Module, tuple[list[None], list[tuple[nn.Module, bool]]]] = {}
 
 
 class PredictOptions(ThresholdOptions, total=False):
@@ -60,6 +64,12 @@ def predict(
 def predict(
     model: FCOS | ExportedDetector, images: Source, *, stream: Literal[True], **options: Unpack[PredictOptions]
 ) -> Iterator[ImageDetections]: ...
+
+
+@overload
+def predict(
+    model: FCOS | ExportedDetector, images: Source, *, stream: bool, **options: Unpack[PredictOptions]
+) -> list[ImageDetections] | Iterator[ImageDetections]: ...
 
 
 def predict(
@@ -93,7 +103,7 @@ def predict(
             (uint8, or floating point in 0..1), or an iterable of these, see `sources.frames`. A video or camera is best
             read with `stream`.
         stream: return an iterator that yields the detections of one image after the other, and keeps few images in
-            memory (about 5 times `batch_size`). The model is in eval mode until the iterator ends or is closed.
+            memory (about 5 times `batch_size`). The model is in eval mode until all its iterators end or are closed.
         recursive: look for images in the folders below a folder too.
         urls: images may come from a server, by their http:// or https:// address.
         tiles: look at windows of this many pixels of the original image on each side, resized as an image would be, and
@@ -169,9 +179,7 @@ def _detect(
     on_error: Callable[[Frame, ValueError], None] | None = None,
 ) -> Iterator[ImageDetections]:
     """Detect objects in one image after the other, which `load` prepares in threads, see `predict`."""
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         done: dict[int, ImageDetections | None] = {}  # by the image's number; None for one that cannot be used
 
         def usable() -> Iterator[tuple[int, Prepared]]:
@@ -191,8 +199,26 @@ def _detect(
                 if (found := done.pop(due)) is not None:
                     yield found
                 due += 1
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Keep a model in evaluation mode, and put each of its parts back into the mode that it was in.
+
+    Of several streams of one model, in one thread or several, the last to end puts them back.
+    """
+    with MODES:
+        users, _ = _evaluated.setdefault(model, ([], [(part, part.training) for part in model.modules()]))
+        users.append(None)
+        model.eval()
+    try:
+        yield
     finally:
-        model.train(was_training)
+        with MODES:
+            users.pop()
+            if not users:
+                for part, was_training in _evaluated.pop(model)[1]:
+                    part.training = was_training
 
 
 def limits_of(model: FCOS | ExportedDetector) -> dict[str, Any]:
@@ -382,7 +408,7 @@ def detect_batch(
     config, device = model.config, next(model.parameters(), torch.empty(0)).device
     with torch.inference_mode():
         images = torch.stack([item.pixels for item in items])  # [B,3,H,W]
-        sizes = torch.tensor([item.size for item in items])
+        sizes = torch.tensor([item.size for item in items], device="cpu")
         if device.type == "cuda":
             images, sizes = images.pin_memory(), sizes.pin_memory()
         images, sizes = images.to(device, non_blocking=True), sizes.to(device, non_blocking=True)
@@ -393,9 +419,9 @@ def detect_batch(
         for item, row in zip(items, packed.clone(), strict=True):
             row = row[row[:, 5] >= 0]
             (h, w), (height, width) = item.size, item.original
-            boxes = row[:, :4] * torch.tensor([width / w, height / h]).repeat(2)
+            boxes = row[:, :4] * row.new_tensor([width / w, height / h]).repeat(2)
             if not config["plus_one"]:  # the published code does not clip once more
-                boxes = boxes.minimum(torch.tensor([width, height] * 2))  # rounding can carry them past the edge
+                boxes = boxes.minimum(row.new_tensor([width, height] * 2))  # rounding can carry them past the edge
             tensors = {
                 "boxes": boxes,
                 "scores": row[:, 4].clone(),
@@ -538,6 +564,12 @@ def choose_thresholds(model: FCOS, options: ThresholdOptions) -> Thresholds:
         scores = check_thresholds(thresholds.score_threshold, names, "score_threshold")
         least = torch.tensor([scores.get(name, rest) for name in names or ()], device=next(model.parameters()).device)
         thresholds = thresholds._replace(score_threshold=least)
+    if isinstance(scores := thresholds.score_threshold, Tensor):
+        if scores.shape not in ((), (config["num_classes"],)):
+            wanted = f"one score, or one for each of {counted(config['num_classes'], 'class')}"
+            raise ValueError(f"score_threshold: give {wanted}, got a tensor of {list(scores.shape)}")
+        if not ((scores >= 0) & (scores <= 1)).all():
+            raise ValueError(f"score_threshold={scores.tolist()}: scores are in 0..1")
     check_ranges(thresholds)
     return thresholds
 

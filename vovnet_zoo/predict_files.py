@@ -30,7 +30,7 @@ from .exported import ExportedDetector
 from .fcos import FCOS
 from .files import free_to_write, write_whole
 from .inference import PredictOptions, predict, read
-from .results import ImageDetections, default_category_ids, to_yolo
+from .results import ImageDetections, category_ids_of, to_yolo
 from .sources import Frame, find, video_frames
 from .video import Video, VideoWriter
 from .web import is_url
@@ -66,7 +66,7 @@ def predict_files(
         labels: write a YOLO label file of each image, `labels/NAME.txt`, and the class names, `classes.txt`.
         coco: file for all detections as COCO result rows. Image ids are the numbers that the images are called by, as
             those of COCO are, if each has such a name, otherwise 1, 2, and so on; they are in `detections.jsonl` too.
-            Category ids are those of COCO if the model has its classes, otherwise 1 to K in the order of the classes.
+            Category ids are those of the dataset that the model was trained on, see `results.category_ids_of`.
         overwrite: write over files that are there already; never over an image that is read, and not into a folder of
             crops or of a video's labels, where old ones would stay among the new.
         options: options of `predict`, but `on_error`. Without `score_threshold`, the thresholds are the model's own,
@@ -92,7 +92,9 @@ def predict_files(
     own = model.config["thresholds"] or model.config["score_threshold"] or DISPLAY_SCORE
     threshold = options.get("score_threshold", own)
     least = model.thresholds.score_threshold if isinstance(model, ExportedDetector) else 0.0  # what can be asked for
-    if not isinstance(threshold, Mapping) and not isinstance(least, Tensor) and least <= threshold:
+    if options.get("tiles") is not None:
+        options["score_threshold"] = threshold  # what scores less would be joined with what is over an edge of windows
+    elif not isinstance(threshold, Mapping) and not isinstance(least, Tensor) and least <= threshold:
         options["score_threshold"] = least  # to tell how far below the threshold the scores are
     started: deque[Job] = deque()
     bad: list[str] = []
@@ -114,7 +116,7 @@ def predict_files(
         try:
             with (
                 remembered_interrupt() as look_for_interrupt,
-                contextlib.closing(stream),  # type: ignore[type-var]
+                contextlib.closing(stream),
             ):
                 for found in stream:
                     look_for_interrupt()
@@ -251,10 +253,12 @@ class ResultFolder:
         self.out, self.pictures, self.crops, self.labels = out, pictures, crops, labels
         class_names = config["class_names"] or [str(label) for label in range(config["num_classes"])]
         self.folders = folder_names(class_names)
-        self.category_ids = default_category_ids(config["class_names"], config["num_classes"])
+        self.category_ids = category_ids_of(config)
         self.video: Video | None = None
         self.writer: VideoWriter | None = None
         out.mkdir(parents=True, exist_ok=True)
+        if coco:
+            coco.parent.mkdir(parents=True, exist_ok=True)
         if labels:
             write_whole(out / "classes.txt", "".join(f"{name}\n" for name in class_names).encode())
         with contextlib.ExitStack() as stack:

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -145,9 +145,16 @@ def to_yolo(detection: Mapping[str, Tensor], size: tuple[int, int], plus_one: bo
     return "".join(f"{label} {' '.join(f'{x:.6f}' for x in row)}\n" for label, row in rows)
 
 
-def default_category_ids(class_names: Sequence[str] | None, num_classes: int) -> list[int]:
-    """Choose the COCO category id of each label: COCO's own for its 80 classes, otherwise 1 to K."""
-    return list(COCO_IDS) if class_names == coco_class_names() else list(range(1, num_classes + 1))
+def category_ids_of(config: Mapping[str, Any]) -> list[int]:
+    """Return the category id of each label of a model with this config.
+
+    They are the ids of the dataset that it was trained on, which its config holds; if it does not, they are COCO's for
+    COCO's 80 classes, and otherwise 1 to K.
+    """
+    if config.get("category_ids"):
+        return list(config["category_ids"])
+    is_coco = list(config["class_names"] or ()) == coco_class_names()
+    return list(COCO_IDS) if is_coco else list(range(1, config["num_classes"] + 1))
 
 
 def coco_class_names() -> list[str]:

@@ -6,7 +6,7 @@ import functools
 import glob
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -47,7 +47,8 @@ def frames(source: Source, recursive: bool = False, urls: bool = False) -> Itera
         source: a path, which is an image file, a folder of images, a pattern such as "photos/*.jpg" (`**` stands for
             any folders), a video file, or a `.txt` file with the path of an image in each line, relative to this file's
             folder; a number as text, such as "0", which is a camera; the http:// or https:// address of an image; an
-            image in memory, see `to_rgb`; a tensor [B,3,H,W] of B images; a `Frame`; or an iterable of these.
+            image in memory, see `to_rgb`; a tensor [B,3,H,W] of B images; a `Frame`; or an iterable of these. An
+            iterator may use the memory of an image again for the next one.
         recursive: look for images in the folders below a folder too.
         urls: addresses may be read, within `MAX_URL_BYTES` and `MAX_URL_SECONDS`.
 
@@ -109,7 +110,7 @@ def to_rgb(image: ImageLike) -> Tensor:
             return pil_to_rgb(image)
         except Exception as error:  # a damaged file raises anything when its pixels are first asked for
             name = getattr(image, "filename", "") or "a PIL image"
-            raise ValueError(f"{name}: cannot use the image: {error or type(error).__name__}") from error
+            raise ValueError(f"{name}: cannot use the image: {str(error) or type(error).__name__}") from error
     if isinstance(image, np.ndarray):
         array = image[..., None] if image.ndim == 2 else image  # [H,W,C]
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3) or array.size == 0:
@@ -156,9 +157,21 @@ def _find(source: Source, recursive: bool, urls: bool, place: str = "images") ->
         yield Frame("", source)
     elif isinstance(source, Iterable) and not isinstance(source, (bytes, bytearray, dict)) and not _is_open(source):
         for number, part in enumerate(source):
-            yield from _find(part, recursive, urls, f"{place}[{number}]")
+            found = _find(part, recursive, urls, f"{place}[{number}]")
+            yield from found if isinstance(source, Collection) else map(_taken, found)
     else:
         raise ValueError(f"{place}: {not_an_image(source)}")
+
+
+def _taken(found: Frame | Video) -> Frame | Video:
+    """Take the pixels that an iterator gave, which may use the same memory, or close the file, for the next image."""
+    if isinstance(found, Video) or not isinstance(found.image, (np.ndarray, Tensor, Image.Image)):
+        return found
+    try:
+        image = to_rgb(found.image)
+    except ValueError:  # it is told at the image's turn
+        return found
+    return found._replace(image=image.clone() if isinstance(found.image, Tensor) else image)
 
 
 def _find_files(source: str | PathLike, recursive: bool, urls: bool) -> Iterator[Frame | Video]:

@@ -39,7 +39,7 @@ def windows(height: int, width: int, size: int, overlap: float = OVERLAP) -> lis
     Args:
         height, width: of the image, in pixels. A window is no larger than the image.
         size: side of a window, in pixels.
-        overlap: part of its side that a window shares with its neighbour, at least; 0 to 0.99. An object smaller than
+        overlap: part of its side that a window shares with its neighbour, at least; 0 to 0.9. An object smaller than
             this strip is whole in some window.
 
     Raises:
@@ -82,6 +82,17 @@ def merge(
     Returns:
         `boxes` [N,4] xyxy in pixels of the image, `scores` [N], `labels` [N], best score first.
     """
+    with torch.device("cpu"):  # where `found` is, whatever device users have made the default
+        return _merge(found, places, image_size, nms_threshold, plus_one)
+
+
+def _merge(
+    found: Sequence[dict[str, Tensor]],
+    places: Sequence[Window],
+    image_size: tuple[int, int],
+    nms_threshold: float,
+    plus_one: bool,
+) -> dict[str, Tensor]:
     height, width = image_size
     more = torch.tensor([0, 0, 1, 1], dtype=torch.float64) * plus_one  # from the published boxes to their edges
     whole: list[dict[str, Tensor]] = []
@@ -150,7 +161,9 @@ def _join(cut: Sequence[dict[str, Tensor]], places: Sequence[Window], near: floa
         return i
 
     corners = torch.stack([place.corners() for place in places])  # [W,4]
-    for a, b in _shared_area(corners, corners).triu(1).nonzero().tolist():  # pairs of windows that share a strip
+    has_cut = torch.tensor([len(part["labels"]) > 0 for part in cut])
+    share = (_shared_area(corners, corners) > 0) & has_cut & has_cut[:, None]
+    for a, b in share.triu(1).nonzero().tolist():  # pairs of windows that share a strip
         strip = torch.cat([corners[a, :2].maximum(corners[b, :2]), corners[a, 2:].minimum(corners[b, 2:])])
         inside_a, inside_b = _clip(cut[a]["boxes"], strip), _clip(cut[b]["boxes"], strip)
         alike = box_iou(inside_a, inside_b).nan_to_num() > SAME  # [Na,Nb]

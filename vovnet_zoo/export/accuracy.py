@@ -21,11 +21,10 @@ from ..evaluation.bootstrap import bootstrap_ap, interval, weighted_ap
 from ..evaluation.matches import Matches, match
 from ..exported import ExportedDetector
 from ..fcos import FCOS
-from ..inference import Prepared, detect_batch, prepare, run_network
+from ..inference import Prepared, detect_batch, evaluating, prepare, run_network
 from ..results import Detections, ImageDetections
 from ..sources import Frame
 from .blame import blame
-from .certificate import evaluating
 from .pairs import Bounds, overlap
 from .pairs import match as match_alike
 from .registry import Written

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ..config import Thresholds
 from ..fcos import FCOS, Predictions
-from ..inference import Prepared, detect, prepare, run_network
+from ..inference import Prepared, detect, evaluating, prepare, run_network
 from ..results import Detections
 from ..sources import Frame, Source, frames
 from .blame import as_batch, blame, inputs_of, relative_difference
@@ -146,17 +145,6 @@ def certify_network(model: FCOS, written: Written, images: Sequence[Prepared], b
         "worst_image": worst[1].name,
         "bounds": asdict(bounds),
     }
-
-
-@contextlib.contextmanager
-def evaluating(model: FCOS) -> Iterator[None]:
-    """Keep a model in evaluation mode, and put it back into its mode at the end."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def reference(model: FCOS, item: Prepared, thresholds: Thresholds) -> Detections:
