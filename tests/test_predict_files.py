@@ -77,8 +77,25 @@ def test_every_format(detector_folder, tmp_path):
     assert sum(1 for _ in out.glob("crops/**/*.png")) == len(coco)
     drawn = list(Video(str(out / "clip.mp4")).read())
     assert len(drawn) == 12 and drawn[0].shape == (288, 384, 3)  # enlarged, so that labels can be read
+    assert [row.get("seconds") for row in rows] == [None, None, *(pytest.approx(i / 10) for i in range(12))]
     plain = next(Video(str(clip)).read()).repeat(6, 0).repeat(6, 1).astype(int)
     assert np.abs(drawn[0] - plain).max() > 100 and (out / "x_2.png").is_file()
+
+
+def test_folders_below_a_folder_stay(detector_folder, tmp_path, capsys):
+    """So that the labels of all images are where YOLO looks for them; where they cannot be, that is said."""
+    draw_images(tmp_path / "in", "x.png", "y.a.png", "x.bmp")
+    draw_images(tmp_path / "in" / "cam 2", "x.png")
+    model, out = FCOS.from_pretrained(detector_folder), tmp_path / "out"
+    options = dict(labels=True, crops=True, recursive=True)
+    assert predict_files.predict_files(model, [tmp_path / "in"], out, **options) == 0
+    names = ["cam 2/x", "x", "x_2", "y.a"]
+    labels = sorted(str(x.relative_to(out / "labels")) for x in (out / "labels").rglob("*.txt"))
+    assert labels == [f"{name}.txt" for name in names]
+    assert [row["picture"] for row in lines(out)] == [f"{name}.jpg" for name in names]
+    assert all((out / f"{name}.jpg").is_file() for name in names) and (out / "crops" / "cat" / "cam 2").is_dir()
+    error = capsys.readouterr().err
+    assert "1 label file has another name" in error and "labels/x_2.txt is for" in error and "x.png" in error
 
 
 def test_an_image_is_decoded_once(detector_folder, tmp_path, monkeypatch):

@@ -45,6 +45,18 @@ def test_files_folders_patterns_and_lists(folder, monkeypatch):
     assert names(odd, folder) == ["[1]*.jpg"]  # a file of this name is no pattern
 
 
+def test_videos_in_a_folder_are_not_left_out_silently(folder, caplog):
+    (folder / "deep" / "clip.MP4").write_bytes(b"")
+    assert names(folder, folder) == ["a.PNG", "b.jpg", "c.webp"] and not caplog.records
+    assert names(folder / "deep", folder) == ["deep/d.jpg"]
+    assert [r.message for r in caplog.records] == [
+        f"{folder / 'deep'}: 1 video is left out; name videos, or give a pattern: '{folder / 'deep'}/*'"
+    ]
+    (folder / "deep" / "d.jpg").unlink()
+    with pytest.raises(ValueError, match="no image in this folder .* 1 video is left out"):
+        names(folder / "deep", folder)
+
+
 @pytest.mark.parametrize(
     "source, message",
     [

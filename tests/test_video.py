@@ -128,3 +128,26 @@ def test_writer(tmp_path, size):
     assert len(read) == 100 and read[0].shape == (height + height % 2, width + width % 2, 3)
     assert all(abs(float(pixels.mean()) - 50 - i) < 3 for i, pixels in enumerate(read))
     assert 30 < len(list(Video(str(tmp_path / "killed.mp4")).read())) < 100
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_times_of_frames(tmp_path, monkeypatch, codec):
+    """Also where the rate varies, as in videos of phones and screens; the first frame is at the start."""
+    monkeypatch.setattr(av, "codecs_available", {codec})
+    times = [0.0, 0.03, 0.1, 1.0, 2.0, 2.03, 5.0]
+    writer = VideoWriter(tmp_path / "out.mp4", Fraction(10))
+    for seconds in [*times, 5.0]:  # the second of two that are shown at once comes a moment later
+        writer.write(np.zeros((48, 64, 3), np.uint8), seconds)
+    writer.close()
+    video = Video(str(tmp_path / "out.mp4"))
+    found = [video.seconds for _ in video.read()]
+    assert found == pytest.approx([*times, 5.0], abs=1e-3) and found[-1] > found[-2]
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert next(container.decode(video=0)).pts == 0
+    writer = VideoWriter(tmp_path / "even.mp4", Fraction(30_000, 1001))
+    for _ in range(4):
+        writer.write(np.zeros((48, 64, 3), np.uint8))
+    writer.close()
+    video = Video(str(tmp_path / "even.mp4"))
+    assert [video.seconds for _ in video.read()] == pytest.approx([i * 1001 / 30_000 for i in range(4)], abs=1e-6)
+    assert float(video.rate) == pytest.approx(30_000 / 1001)

@@ -564,12 +564,12 @@ def choose_thresholds(model: FCOS, options: ThresholdOptions) -> Thresholds:
         scores = check_thresholds(thresholds.score_threshold, names, "score_threshold")
         least = torch.tensor([scores.get(name, rest) for name in names or ()], device=next(model.parameters()).device)
         thresholds = thresholds._replace(score_threshold=least)
-    if isinstance(scores := thresholds.score_threshold, Tensor):
-        if scores.shape not in ((), (config["num_classes"],)):
+    if isinstance(given := thresholds.score_threshold, Tensor):
+        if given.shape not in ((), (config["num_classes"],)):
             wanted = f"one score, or one for each of {counted(config['num_classes'], 'class')}"
-            raise ValueError(f"score_threshold: give {wanted}, got a tensor of {list(scores.shape)}")
-        if not ((scores >= 0) & (scores <= 1)).all():
-            raise ValueError(f"score_threshold={scores.tolist()}: scores are in 0..1")
+            raise ValueError(f"score_threshold: give {wanted}, got a tensor of {list(given.shape)}")
+        if not ((given >= 0) & (given <= 1)).all():
+            raise ValueError(f"score_threshold={given.tolist()}: scores are in 0..1")
     check_ranges(thresholds)
     return thresholds
 

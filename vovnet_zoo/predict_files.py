@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, Unpack
@@ -61,7 +62,8 @@ def predict_files(
     Args:
         images: files, folders, patterns, lists of paths, videos, cameras and addresses, see `sources.frames`.
         out: folder for the results, which is made.
-        pictures: the format of the pictures, or "none", also for videos.
+        pictures: the format of the pictures, or "none", also for videos. What was found in a folder keeps its place
+            below it.
         crops: write each object as a picture, `crops/CLASS/NAME_0.jpg` and so on, in the format of the pictures.
         labels: write a YOLO label file of each image, `labels/NAME.txt`, and the class names, `classes.txt`.
         coco: file for all detections as COCO result rows. Image ids are the numbers that the images are called by, as
@@ -84,10 +86,18 @@ def predict_files(
     if not sources:
         raise ValueError("no images; give files, folders, patterns or .txt lists of paths")
     taken: set[str] = set()
-    names = [unique(stem_of(source.name), taken) for source in sources]
+    folders = [Path(item) for item in images if isinstance(item, (str, PathLike)) and Path(item).is_dir()]
+    wanted = [result_name(source.name, folders) for source in sources]
+    names = [unique(name, taken) for name in wanted]
     videos = [name for source, name in zip(sources, names, strict=True) if isinstance(source, Video)]
     check_targets(out, dict(zip(names, sources, strict=True)), pictures, crops, labels, coco, overwrite)
     ids = image_ids([source.name for source in sources]) if not videos else None
+
+    others = [i for i, name in enumerate(names) if name != wanted[i] and not isinstance(sources[i], Video)]
+    if labels and others:
+        example = f"labels/{names[others[0]]}.txt is for {sources[others[0]].name}"
+        of = counted(len(others), "label file has", "label files have")
+        print(f"vovnet-zoo: {of} another name than the image, since other images have it: {example}", file=sys.stderr)
 
     own = model.config["thresholds"] or model.config["score_threshold"] or DISPLAY_SCORE
     threshold = options.get("score_threshold", own)
@@ -181,6 +191,8 @@ class Job(NamedTuple):
     """Name of the files for it, without suffix; those of a video's frames are in a folder, "clip/000012"."""
     video: Video | None = None
     image_id: int = 0
+    seconds: float | None = None
+    """Time of a video's frame after the first one."""
 
 
 def list_jobs(sources: Sequence[Frame | Video], names: Sequence[str], keep: bool) -> Iterator[Job]:
@@ -192,7 +204,7 @@ def list_jobs(sources: Sequence[Frame | Video], names: Sequence[str], keep: bool
     for source, name in zip(sources, names, strict=True):
         if isinstance(source, Video):
             for number, frame in enumerate(video_frames(source)):
-                yield Job(frame, f"{name}/{number:06d}", source)
+                yield Job(frame, f"{name}/{number:06d}", source, seconds=source.seconds)
         elif callable(source.image) and keep:
             yield Job(source._replace(image=functools.cache(source.image)), name)
         elif keep:
@@ -286,6 +298,8 @@ class ResultFolder:
             target.parent.mkdir(parents=True, exist_ok=True)
             write_whole(target, to_yolo(found, found.size, found.plus_one).encode())
         row: dict[str, object] = {"image": found.source, "picture": picture, **as_lists(found)}
+        if job.seconds is not None:
+            row["seconds"] = round(job.seconds, 6)
         if self.rows is not None:
             row["image_id"] = job.image_id
             rows = [json.dumps(row) for row in found.to_coco(job.image_id, self.category_ids)]
@@ -298,6 +312,7 @@ class ResultFolder:
         picture = found.draw(pixels, score_threshold=0)
         if job.video is None:
             name = f"{job.name}.{self.pictures}"
+            (self.out / name).parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.out / name, self.encode(picture))
             return name
         name = f"{Path(job.name).parent}.mp4"
@@ -305,7 +320,7 @@ class ResultFolder:
             self.end_video()
             self.video, self.writer = job.video, VideoWriter(self.out / name, job.video.rate)
         assert self.writer is not None
-        self.writer.write(np.asarray(picture))
+        self.writer.write(np.asarray(picture), job.seconds)
         return name
 
     def end_video(self) -> None:
@@ -422,6 +437,14 @@ def image_ids(names: Sequence[str]) -> list[int] | None:
 def stem_of(name: str) -> str:
     """Return the name of an image's file, without folder and suffix."""
     return Path(urlparse(name).path).stem[:100] or "image" if is_url(name) else Path(name).stem
+
+
+def result_name(name: str, folders: Sequence[Path]) -> str:
+    """Name the results of an image as its file, in a folder of the same name if it was found below one of `folders`."""
+    for folder in folders:
+        if not is_url(name) and Path(name).is_relative_to(folder):
+            return Path(name).relative_to(folder).with_suffix("").as_posix()
+    return stem_of(name)
 
 
 def as_lists(found: ImageDetections) -> dict[str, list]:

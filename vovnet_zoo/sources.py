@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import glob
 import io
+import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from os import PathLike
@@ -22,6 +23,8 @@ from .files import read_bytes
 from .video import SUFFIXES, Video
 from .web import is_url, receive
 from .words import counted
+
+logger = logging.getLogger(__name__)
 
 ImageLike = str | PathLike | Image.Image | np.ndarray | Tensor
 MAX_LIST_BYTES = 1 << 30  # a longer file is no list of paths
@@ -44,11 +47,11 @@ def frames(source: Source, recursive: bool = False, urls: bool = False) -> Itera
     """Find the images of a source one after the other; only videos are decoded, one frame at a time.
 
     Args:
-        source: a path, which is an image file, a folder of images, a pattern such as "photos/*.jpg" (`**` stands for
-            any folders), a video file, or a `.txt` file with the path of an image in each line, relative to this file's
-            folder; a number as text, such as "0", which is a camera; the http:// or https:// address of an image; an
-            image in memory, see `to_rgb`; a tensor [B,3,H,W] of B images; a `Frame`; or an iterable of these. An
-            iterator may use the memory of an image again for the next one.
+        source: a path, which is an image file, a folder, whose images are taken and not its videos, a pattern such as
+            "photos/*.jpg" (`**` stands for any folders), a video file, or a `.txt` file with the path of an image in
+            each line, relative to this file's folder; a number as text, such as "0", which is a camera; the http:// or
+            https:// address of an image; an image in memory, see `to_rgb`; a tensor [B,3,H,W] of B images; a `Frame`;
+            or an iterable of these. An iterator may use the memory of an image again for the next one.
         recursive: look for images in the folders below a folder too.
         urls: addresses may be read, within `MAX_URL_BYTES` and `MAX_URL_SECONDS`.
 
@@ -181,10 +184,15 @@ def _find_files(source: str | PathLike, recursive: bool, urls: bool) -> Iterator
     if is_url(source):
         yield _place(source, urls)
     elif path.is_dir():
-        found = sorted(x for x in (path.rglob("*") if recursive else path.iterdir()) if _is_image_file(x, path))
+        files = sorted(path.rglob("*") if recursive else path.iterdir())
+        found, videos = [x for x in files if _is_image_file(x, path)], [x for x in files if _is_video(x)]
+        left = f"{counted(len(videos), 'video is', 'videos are')} left out; name videos, or give a pattern: '{path}/*'"
         if not found:
             below = "" if recursive else "; images in the folders below it are found with recursive"
-            raise ValueError(f"{path}: no image in this folder (of {', '.join(FORMATS)}){below}")
+            hint = f"; {left}" if videos else below
+            raise ValueError(f"{path}: no image in this folder (of {', '.join(FORMATS)}){hint}")
+        if videos:
+            logger.warning("%s: %s", path, left)
         yield from (_place(x, urls) for x in found)
     elif path.suffix.lower() == ".txt":
         try:

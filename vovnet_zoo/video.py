@@ -23,6 +23,7 @@ SUFFIXES = {
 }
 # How FFmpeg calls the cameras of a system, and the name that it has for the camera of an index.
 CAMERAS = {"linux": ("v4l2", "/dev/video{}"), "darwin": ("avfoundation", "{}"), "win32": ("dshow", "video={}")}
+TICKS = 60_000  # a second has so many in a video that is written; MPEG-4 knows at most 65,535
 DEFAULT_RATE = Fraction(25)  # frames per second, where a source does not tell its own
 
 
@@ -34,7 +35,8 @@ class Video:
         camera: index of the camera; None is a file.
 
     Attributes:
-        rate: frames per second, known as soon as `read` has given a frame.
+        rate: frames per second, known as soon as `read` has given a frame; the mean, where it varies.
+        seconds: time of the frame that `read` gave last, after the first one.
 
     Raises:
         ImportError: PyAV is not installed.
@@ -42,7 +44,7 @@ class Video:
 
     def __init__(self, name: str, camera: int | None = None):
         load_av()
-        self.name, self.camera, self.rate = name, camera, DEFAULT_RATE
+        self.name, self.camera, self.rate, self.seconds = name, camera, DEFAULT_RATE, 0.0
 
     def read(self) -> Iterator[np.ndarray]:
         """Decode one frame after the other, uint8 [H,W,3] RGB, upright as the video's rotation says.
@@ -51,7 +53,7 @@ class Video:
             ValueError: there is no such file or camera, it is no video, or it is damaged or cut off; the frames that
                 can be decoded have been given before.
         """
-        av, number, damaged, end = load_av(), 0, 0, 0.0
+        av, number, damaged, end, first = load_av(), 0, 0, 0.0, None
         try:
             with self._open(av) as container:
                 if not container.streams.video:
@@ -69,6 +71,11 @@ class Video:
                         continue
                     for frame in decoded:
                         damaged += frame.is_corrupt
+                        if frame.pts is None:
+                            self.seconds += float(1 / self.rate) if number else 0.0
+                        else:
+                            first = frame.pts if first is None else first
+                            self.seconds = float((frame.pts - first) * stream.time_base)
                         yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
                         number += 1
                         start = stream.start_time or 0
@@ -115,24 +122,32 @@ class VideoWriter:
     def __init__(self, path: Path, rate: Fraction):
         av = load_av()
         path.unlink(missing_ok=True)  # a link is replaced, not followed
-        self.av, self.rate = av, rate
+        self.av, self.rate, self.ticks = av, rate, -1
         self.stream: Any = None
         options = {"movflags": "frag_keyframe+empty_moov", "flush_packets": "1"}  # each second is on the disk at once
         self.container = av.open(f"file:{path}", "w", format="mp4", options=options)
 
-    def write(self, picture: np.ndarray) -> None:
-        """Append a frame, uint8 [H,W,3] RGB. All have the size of the first, which they are resized to."""
+    def write(self, picture: np.ndarray, seconds: float | None = None) -> None:
+        """Append a frame, uint8 [H,W,3] RGB, to be shown after `seconds`, or if that is None, by the rate.
+
+        All frames have the size of the first, which they are resized to.
+        """
         height, width = picture.shape[:2]
         picture = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # H.264 wants even sides
         if self.stream is None:
             # builds of FFmpeg without x264 have the older MPEG-4 at least
             codec = "libx264" if "libx264" in self.av.codecs_available else "mpeg4"
-            self.stream = self.container.add_stream(codec, rate=self.rate, options={"preset": "veryfast"})
+            self.stream = self.container.add_stream(codec, rate=self.rate, options={"preset": "veryfast", "bf": "0"})
+            self.stream.time_base = self.stream.codec_context.time_base = Fraction(1, TICKS)
             self.stream.height, self.stream.width = picture.shape[:2]
             self.stream.pix_fmt = "yuv420p"
             self.stream.gop_size = max(1, round(self.rate))  # a second
         frame = self.av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-        self._encode(frame.reformat(self.stream.width, self.stream.height))
+        frame = frame.reformat(self.stream.width, self.stream.height)
+        due = self.ticks + round(TICKS / self.rate) if seconds is None else round(seconds * TICKS)
+        frame.pts = self.ticks = max(due, self.ticks + 1)
+        frame.time_base = Fraction(1, TICKS)
+        self._encode(frame)
 
     def close(self) -> None:
         """Write what is left, and end the file."""
