@@ -16,7 +16,7 @@ from vovnet_zoo import FCOS, FCOSLoss, Predictions
 from vovnet_zoo.data import normalize
 from vovnet_zoo.fcos import level_sizes
 from vovnet_zoo.loss import Targets
-from vovnet_zoo.parts import compile_parts
+from vovnet_zoo.parts import MANY, compile_parts
 
 
 def find_targets(
@@ -102,4 +102,5 @@ def compiled(function: Callable, dynamic: bool | None = None, backend: str = "in
     torch._functorch.config.ban_recompute_materialized_backward = False
     torch._functorch.config.ban_recompute_used_far_apart = False
     torch._functorch.config.ban_recompute_long_fusible_chains = False
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MANY
     return torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)

@@ -15,7 +15,7 @@ from vovnet_zoo.compiled import Detections
 from vovnet_zoo.data import normalize
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import use_winograd
-from vovnet_zoo.parts import compile_parts, with_compiled_parts
+from vovnet_zoo.parts import compile_parts, many_graphs, with_compiled_parts
 
 BACKBONES = ["vovnet39", "vovnetv2_19_slim", "vovnetv2_19_slim_dw", "resnet50"]
 SIZES = [(64, 96), (96, 64), (128, 160)]
@@ -353,7 +353,7 @@ def test_any_number_of_graphs(tiny_detector):
 
 @torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=2)
 def test_any_number_of_models(monkeypatch):
-    """`predict(compile=True)` too, on a CPU and on a GPU."""
+    """`predict(compile=True)` too, on a CPU and on a GPU; a user's own functions keep the limit."""
     torch._dynamo.reset()
     whole = inference.compiled_network.__wrapped__("eager")
     monkeypatch.setattr(inference, "compiled_network", lambda: whole)
@@ -362,7 +362,9 @@ def test_any_number_of_models(monkeypatch):
         kwargs = dict(num_classes=4, channels=channels, num_convs=1, min_size=64, max_size=128)
         model = create_detector("fcos", backbone="test_resnet", **kwargs).eval()
         assert len(predict(model, list(images), compile=True)) == 1
-        with_compiled_parts(model, "eager")(images.float())
+        with many_graphs():
+            with_compiled_parts(model, "eager")(images.float())
+    assert (torch._dynamo.config.recompile_limit, torch._dynamo.config.accumulated_recompile_limit) == (1, 2)
 
 
 @torch._dynamo.config.patch(recompile_limit=2)

@@ -23,7 +23,7 @@ from .data import normalize, resize_image, resize_size
 from .exported import ExportedDetector
 from .fcos import FCOS, Predictions, check_predictions, check_ranges, check_thresholds, level_sizes
 from .nms import class_nms, nms_fixed
-from .parts import allow_many_graphs, with_compiled_parts
+from .parts import many_graphs, with_compiled_parts
 from .precision import DTYPES, warn_of_slow_precision
 from .results import Detections, ImageDetections
 from .sources import Frame, Source, frames, to_rgb
@@ -452,16 +452,15 @@ def compiled_network(backend: str = "inductor") -> Callable[..., Predictions]:
 
     On a GPU it consists of the graphs of `parts`, for the same sizes.
     """
-    allow_many_graphs()
     graph = torch.compile(run_autocast, fullgraph=True, backend=backend)
 
     def run(model: FCOS, images: Tensor, sizes: Tensor, precision: Precision) -> Predictions:
         if images.device.type != "cpu":
-            with reporting_compiler(WITHOUT_COMPILER):
+            with reporting_compiler(WITHOUT_COMPILER), many_graphs():
                 return run_autocast(with_compiled_parts(model, backend), images, sizes, precision)
         torch._dynamo.maybe_mark_dynamic(images, (0, 2, 3))
         torch._dynamo.maybe_mark_dynamic(sizes, 0)
-        with reporting_compiler(WITHOUT_COMPILER):
+        with reporting_compiler(WITHOUT_COMPILER), many_graphs():
             return graph(model, images, sizes, precision)
 
     return run

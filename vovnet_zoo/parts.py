@@ -1,4 +1,4 @@
-"""The parts of a detector that are compiled on a GPU: those of the backbone, the FPN, and the two towers of the head.
+"""On a GPU these parts of a detector are compiled: each child of the backbone, the FPN, and both towers of the head.
 
 They are most of its work. Towers with kernels of their own (`fused.py`) are left as they are. Each part is one graph
 for all sizes; one graph of the whole network, in which sizes are variables, takes many minutes to compile there.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
@@ -24,21 +25,19 @@ _known: weakref.WeakKeyDictionary[FCOS, Known] = weakref.WeakKeyDictionary()
 
 
 def compile_parts(model: FCOS, backend: str = "inductor") -> None:
-    """Compile the parts of `model` in place, when they are first used."""
-    allow_many_graphs()
+    """Compile the parts of `model` in place, when they are first used; where that is not within `many_graphs`, torch's
+    own limit holds."""
     for part in parts_of(model):
         part.compile(fullgraph=True, dynamic=True, backend=backend)
 
 
-def allow_many_graphs() -> None:
-    """Let torch compile the same code for any number of models, sizes and precisions.
+def many_graphs() -> AbstractContextManager:
+    """Within this context, torch compiles the same code for any number of models, sizes and precisions.
 
     It counts the graphs of all models of a process together, and its limit of 8 is an error where there must be one
-    graph.
+    graph. A user's own functions keep the limit.
     """
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, MANY)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, MANY)
+    return torch._dynamo.config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY)
 
 
 def with_compiled_parts(model: FCOS, backend: str = "inductor") -> FCOS:
