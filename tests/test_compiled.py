@@ -376,6 +376,7 @@ def test_any_number_of_batches(tiny_detector):
         images = images_and_sizes(count, (32, 32))[0]
         found, again = run(images), run(images, [(32, 32)] * count)
         assert torch.equal(found.boxes, again.boxes) and len(found.boxes) == count
+    assert [x.shape for x in run(images_and_sizes(1, (32, 32))[0][:0])] == [(0, 100, 4), (0, 100), (0, 100), (0,)]
 
 
 def test_a_first_call_that_fails_is_still_the_first(tiny_detector, monkeypatch):
