@@ -64,6 +64,8 @@ def draw_detections(
             range.
     """
     check_detection("detection", detection, scored=False)
+    if (least := min(detection["labels"].tolist(), default=0)) < 0:
+        raise ValueError(f"detection: labels: there is a label {least}; give labels of 0 or more")
     labels_above = max(detection["labels"].tolist(), default=-1) + 1
     if class_names is not None and (isinstance(class_names, str) or not isinstance(class_names, Sequence)):
         raise ValueError(f"class_names={class_names!r}: give a list of names")
