@@ -16,9 +16,9 @@ from .kernels import has_triton
 def class_nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool = False
 ) -> Tensor:
-    """Indices of boxes [N,4] (xyxy) that no better one of their class overlaps, best first, at most `max_detections`.
+    """Return the indices of the boxes that NMS keeps, best first.
 
-    An IoU above `threshold` suppresses. With `plus_one` (the published convention) a box covers the pixels x1..x2, and
+    Of boxes [N,4] (xyxy), at most `max_detections` are kept, which no better box of their class overlaps. An IoU above `threshold` suppresses. With `plus_one` (the published convention) a box covers the pixels x1..x2, and
     an IoU equal to `threshold` suppresses too. Equal scores: the first wins.
 
     Raises:

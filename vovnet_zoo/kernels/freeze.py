@@ -26,7 +26,7 @@ def freeze(model: nn.Module, winograd: bool) -> nn.Module:
 
 
 def _frozen(module: Any, winograd: bool) -> nn.Module:
-    """What takes the place of `module`."""
+    """Return the module that replaces `module`."""
     if winograd and FrozenOsaBlock.suits(module):
         return FrozenOsaBlock.of(module)
     if can_fold(module):

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 LEVELS = 5
-CHUNK, ROWS = 256, 16  # pixels of a program, and those of them that it looks at together
+CHUNK, ROWS = 256, 16  # pixels that one program handles, and how many of them it loads at a time
 PARTS = 16  # chunks that are added up together
 GROUPS = 4  # groups of which one program adds up the chunks
 WARPS = 4

@@ -1,4 +1,4 @@
-"""The C++ kernels as a library: built once for each kind of CPU, kept in a cache, loaded into torch.
+"""This module builds the C++ kernels once for each kind of CPU, caches the library and loads it.
 
 Nothing here runs when the package is imported. `load` builds if it must, and says why it cannot instead of raising.
 """

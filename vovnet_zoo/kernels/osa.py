@@ -290,7 +290,7 @@ def aggregate(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor]) ->
 def _aggregate_backward(
     dy: Tensor, x: Tensor, maps: Tensor, y: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of x and of `weights`, given that of y."""
+    """Compute the gradients of x and of the weights from the gradient of y."""
     *layers, last = weights
     dx, dmaps = empty_output(x, x.shape[1]), empty_output(x, maps.shape[1])
     of_x, of_maps = last.flatten(1).float().split([x.shape[1], maps.shape[1]], dim=1)
