@@ -123,7 +123,7 @@ class CheckData:
     val_fraction: float | None = None
     """Check a dataset of which the training keeps this share for scoring."""
     min_size: int | None = None
-    """Smallest shorter side in pixels; default: the size that finetune would choose for this dataset on this machine."""
+    """Smallest shorter side in pixels; default: the size that finetune would choose for this dataset and machine."""
     max_size: int | None = None
     """Limit of the longer side in pixels; default: likewise."""
     workers: int | None = None

@@ -78,8 +78,8 @@ def create_detector(
         kwargs: further arguments of `FCOS`, see `DetectorOptions`; they win over the arguments of the variant.
 
     Raises:
-        ValueError: the name or variant is unknown, `pretrained` and `pretrained_backbone` are both given, or weights are
-            not published or do not fit the arguments.
+        ValueError: the name or variant is unknown, `pretrained` and `pretrained_backbone` are both given, or the
+            weights are not published or do not fit the arguments.
         OSError: the weights' server cannot be reached, or refuses.
     """
     if not isinstance(name, str):

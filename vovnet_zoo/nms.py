@@ -18,8 +18,9 @@ def class_nms(
 ) -> Tensor:
     """Return the indices of the boxes that NMS keeps, best first.
 
-    Of boxes [N,4] (xyxy), at most `max_detections` are kept, which no better box of their class overlaps. An IoU above `threshold` suppresses. With `plus_one` (the published convention) a box covers the pixels x1..x2, and
-    an IoU equal to `threshold` suppresses too. Equal scores: the first wins.
+    Of the boxes [N,4] (xyxy) it keeps those that no better box of their class overlaps, at most `max_detections`. An
+    IoU above `threshold` suppresses. With `plus_one` (the published convention) a box covers the pixels x1..x2, and an
+    IoU equal to `threshold` suppresses too. Equal scores: the first wins.
 
     Raises:
         ValueError: a tensor has another shape or kind, or a number is out of range; the message names it.
