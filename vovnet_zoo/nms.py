@@ -1,4 +1,4 @@
-"""Non-maximum suppression: as many boxes as are left (`class_nms`), and a fixed shape for a graph (`nms_fixed`)."""
+"""`class_nms` keeps the best of overlapping boxes, and `nms_fixed` returns them in a fixed shape, for a graph."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def class_nms(
 def nms_fixed(
     boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool = False
 ) -> Tensor:
-    """`class_nms` of B images at once: indices [B,max_detections], best first, then -1.
+    """Do `class_nms` for B images at once: return indices [B,max_detections], best first, then -1.
 
     Its shape depends on no value, so it is one node of a compiled graph, and on a GPU it can be part of a CUDA graph.
 
