@@ -21,7 +21,7 @@ from vovnet_zoo.config import Precision
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The settings of an evaluation."""
+    """An evaluation has these settings."""
 
     model: str
     """Folder, Hub name or name of list_detectors(pretrained=True) of a detector, or model.onnx, .xml or .pt2."""

@@ -38,7 +38,7 @@ def save_classifier(
     Args:
         model: what `timm.create_model(name, num_classes=..)` builds.
         class_names: the names of the classes, in label order; None where unknown.
-        cfg: fields of timm's `pretrained_cfg` that differ from those of `name`, such as `mean`, `std`, `input_size`.
+        cfg: fields of timm's `pretrained_cfg` that differ from `name`'s, such as `mean`, `std`, `input_size`.
         metadata: facts for the model card.
 
     Raises:
@@ -117,7 +117,7 @@ def timm_config(name: str, num_classes: int, cfg: dict[str, Any] | None = None) 
 
     Args:
         name: of the model in timm's registry. One of `vovnet.model_cfgs` is written with its arguments.
-        cfg: fields of `pretrained_cfg` that differ from those of `name`.
+        cfg: fields of `pretrained_cfg` that differ from `name`'s.
     """
     config: dict[str, Any]
     if name in vovnet.model_cfgs:

@@ -183,7 +183,7 @@ def _font_of(text: str) -> str | None:
 
 @functools.cache
 def _fonts() -> list[str]:
-    """List the files of FONTS that this machine has, those of the system and the one that comes with matplotlib."""
+    """List the files of FONTS that this machine has, in the system or in matplotlib."""
     found = []
     for name in FONTS:
         try:

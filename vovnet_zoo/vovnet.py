@@ -53,7 +53,7 @@ model_cfgs = {
 
 
 class VovNetV2(VovNet):
-    """timm's VovNet with effective squeeze-excitation (arXiv 1911.06667, section 3.2) in every block."""
+    """This is timm's VovNet with effective squeeze-excitation (arXiv 1911.06667, section 3.2) in every block."""
 
     def __init__(self, cfg: dict, **kwargs: Any):
         super().__init__(cfg, **kwargs)
