@@ -85,7 +85,7 @@ CATAVGMAX = {"global_pool": "catavgmax"}
     ],
 )
 def test_a_folder_that_timm_saved(name, given, tmp_path):
-    """timm 1.0.31 writes these arguments for every model, and beside those of a published backbone."""
+    """timm 1.0.31 writes these arguments for every model, and beside the arguments of a published backbone."""
     net = save(name, tmp_path / "net", **given)
     config = json.loads((tmp_path / "net" / hub.CONFIG).read_text())
     usual = {"num_classes": 7, "in_chans": 3, **given}

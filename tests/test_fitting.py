@@ -346,7 +346,7 @@ def test_seeds(config, capsys):
     ):
         train_coco.main(dataclasses.replace(config, seed=8))
     assert json.loads((config.out / "seeds.json").read_text()) == found and not (config.out / "seed8").exists()
-    check_seeds(dataclasses.replace(config, seeds=3))  # its results are among those of more seeds
+    check_seeds(dataclasses.replace(config, seeds=3))  # its results are among the results of more seeds
     (config.out / "seeds.json").write_text("[1]")
     with pytest.raises(ValueError, match="no file that this command wrote"):
         train_coco.main(config)

@@ -151,7 +151,7 @@ def test_data_sheets():
 
 
 def test_the_work_is_that_of_a_real_step(tiny_coco, tmp_path):
-    """FLOPs, activations and kernels of fake tensors are those of real ones of the same size."""
+    """FLOPs, activations and kernels of fake tensors are as of real ones of the same size."""
     config = dataclasses.replace(tiny_config(tiny_coco, tmp_path), frozen_norm=True)
     work, (height, width) = step_work.count_work(config), step_work.largest_size(config)
     model = build_model(config, [str(i) for i in range(80)], list(range(80)), None)
