@@ -8,7 +8,7 @@ from torch import nn
 
 
 class MovingAverage(ModelEmaV3):
-    """timm's average with a warm-up, to the bit, but the tensors of both models are listed once.
+    """This is timm's average with a warm-up, to the bit, but the tensors of both models are listed once.
 
     timm's makes two state dicts in each step, which takes a host longer than to start the kernels that average.
     Parameters and buffers have to stay the same tensors, on one device, and float32 where they are floating-point.

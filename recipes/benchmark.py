@@ -1,4 +1,4 @@
-"""Speed and memory beside torchvision's detectors and other runtimes: `python recipes/benchmark.py`, see `--help`.
+"""Measure speed and memory beside torchvision's detectors and other runtimes: `python recipes/benchmark.py --help`.
 
 Everything runs in one process, on the same uint8 images, one call of each contestant after the other, again and again;
 the table has the median of each, its range, and its ratio to torchvision's FCOS on the same backbone in float32.
@@ -104,7 +104,7 @@ DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat1
 
 @dataclass
 class Row:
-    """One line of the table. Memory is the highest of a call above what was there before it."""
+    """This is a line of the table. Memory is the highest of a call, above what was there before it."""
 
     task: str
     name: str
@@ -226,7 +226,7 @@ def inference_contestants(
 def published_contestants(
     config: BenchmarkConfig, batch: int, precisions: tuple[str, ...], device: torch.device
 ) -> list[Contestant]:
-    """The detectors of the 2019 comparison, eager and compiled, on the same images; R-50 comes first."""
+    """List the detectors of the 2019 comparison, eager and compiled, on the same images; R-50 comes first."""
     images = torch.randint(0, 256, (batch, 3, *config.size), dtype=torch.uint8, device=device)
     sizes = torch.tensor([config.size] * batch, device=device)
     found = []
@@ -244,7 +244,7 @@ def published_contestants(
 def runtime_contestants(
     model: FCOS, config: BenchmarkConfig, batch: int
 ) -> tuple[list[Contestant], dict[str, dict[str, float]]]:
-    """The network of `model` is run alone, in float32 on the CPU, by PyTorch and by each of the runtimes.
+    """Let PyTorch and each of the runtimes run the network of `model` alone, in float32 on the CPU.
 
     Returns the contestants, and for each runtime the parity of its outputs: the largest absolute difference from eager
     PyTorch, relative to the largest absolute value. Both are empty where no runtime is installed.
@@ -271,7 +271,7 @@ def runtime_contestants(
 
 
 def exported_contestants(config: BenchmarkConfig, batch: int) -> list[Contestant]:
-    """The files of `--exported` on the same images; FLOPs are those of a model of their configuration.
+    """List the files of `--exported` on the same images; FLOPs are counted in a model of their configuration.
 
     Raises:
         ValueError: a file is none, or was exported for images of another size.
@@ -355,9 +355,10 @@ def training_contestants(
 def recorded_contestants(
     model: FCOS, criterion: FCOSLoss, data: tuple[Tensor, ...], precisions: tuple[str, ...], others: list[Contestant]
 ) -> list[Contestant]:
-    """Steps of copies of `model` as CUDA graphs, as the recipe makes them by default and with --compile --cuda-graphs.
+    """List steps of copies of `model` as CUDA graphs, as the recipe makes them by default, and compiled ones.
 
-    Their FLOPs are those of the eager one among the others.
+    The recipe makes compiled ones with --compile --cuda-graphs. All have as many FLOPs as the eager one among the
+    others.
     """
     found = []
     for name in RECORDED:
@@ -373,7 +374,7 @@ def recorded_contestants(
 def recorded_step(
     model: FCOS, criterion: FCOSLoss, data: tuple[Tensor, ...], precision: str, compute: Callable
 ) -> Callable[[], None]:
-    """A step of the recipe whose forward and backward pass, by `compute`, are recorded in the second call."""
+    """Make a step of the recipe whose forward and backward pass, by `compute`, are recorded in the second call."""
     images, sizes, boxes, labels = data
     trained = SimpleNamespace(
         config=SimpleNamespace(precision="bf16" if precision == "bf16" else "float32"),
@@ -407,7 +408,7 @@ def training_losses(
     find: Callable,
     compute: Callable,
 ) -> Callable[[], dict[str, Tensor]]:
-    """The recipe's step up to the losses: assignment (`find`), network and comparison (`compute`)."""
+    """Do the recipe's step up to the losses: assignment (`find`), network and comparison (`compute`)."""
 
     def losses() -> dict[str, Tensor]:
         targets, normalizers = find(model, criterion, boxes, labels, *images.shape[-2:])
@@ -418,7 +419,7 @@ def training_losses(
 
 
 class Pyramid(nn.Module):
-    """Backbone and FPN of a detector of ours, as torchvision's detectors take them."""
+    """This is backbone and FPN of a detector of ours, as torchvision's detectors take them."""
 
     def __init__(self, model: FCOS):
         super().__init__()
@@ -430,12 +431,12 @@ class Pyramid(nn.Module):
 
 
 def torchvision_fcos(model: FCOS, size: tuple[int, int]) -> nn.Module:
-    """torchvision's FCOS on the backbone and FPN of `model`, with our thresholds."""
+    """Build torchvision's FCOS on the backbone and FPN of `model`, with our thresholds."""
     return peers.FCOS(Pyramid(model), CLASSES + 1, score_thresh=0.05, nms_thresh=0.6, **_torchvision_sizes(size))
 
 
 def torchvision_model(name: str, size: tuple[int, int]) -> nn.Module:
-    """A detector of torchvision's, with random weights."""
+    """Build a detector of torchvision's, with random weights."""
     build = getattr(peers, name)
     return build(weights=None, weights_backbone=None, num_classes=CLASSES + 1, **_torchvision_sizes(size))
 
@@ -458,7 +459,7 @@ def crowd(model: nn.Module) -> nn.Module:
 
 
 def within(precision: str, device: torch.device, call: Callable) -> Callable:
-    """`call` under autocast for bf16, and with or without TF32."""
+    """Put `call` under autocast for bf16, and with or without TF32."""
 
     def run() -> object:
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -468,7 +469,7 @@ def within(precision: str, device: torch.device, call: Callable) -> Callable:
 
 
 def with_tf32(precision: str, call: Callable) -> Callable:
-    """`call` with TF32 in matrix products and convolutions for any precision but float32."""
+    """Let `call` use TF32 in matrix products and convolutions for any precision but float32."""
 
     def run() -> object:
         torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
@@ -534,7 +535,7 @@ def compare(
 
 
 def memory_of(call: Callable, device: torch.device) -> float:
-    """Most memory during a call above that before it, in MiB: allocated on a GPU, resident of the process otherwise."""
+    """Measure how many MiB a call takes at most: allocated memory of a GPU, else resident memory of the process."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -553,7 +554,7 @@ def memory_of(call: Callable, device: torch.device) -> float:
 
 
 def resident(key: str) -> float:
-    """A line of /proc/self/status, in MiB."""
+    """Read a line of /proc/self/status, in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) / 2**10
@@ -561,7 +562,7 @@ def resident(key: str) -> float:
 
 
 def measure_peak(precision: str, device: torch.device) -> dict[str, float]:
-    """PyTorch multiplies large matrices, and convolves 256 channels with 3x3; returns the GFLOP/s of each."""
+    """Multiply large matrices, and convolve 256 channels with 3x3, in PyTorch; returns the GFLOP/s of each."""
     n, side = (8192, 100) if device.type == "cuda" else (2048, 80)
     dtype = DTYPES[precision]
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in "ab")
@@ -594,7 +595,7 @@ def measure_peak(precision: str, device: torch.device) -> dict[str, float]:
 
 
 def format_head(record: dict) -> list[str]:
-    """The table's head names the machine, its CPU and the measured peaks."""
+    """Write the table's head, which names the machine, its CPU and the measured peaks."""
     cpu = record["cpu"]
     lines = [
         f"machine: {record['machine']}",
@@ -608,7 +609,7 @@ def format_head(record: dict) -> list[str]:
 
 
 def format_parity(parity: dict[int, dict[str, dict[str, float]]]) -> list[str]:
-    """A line for each runtime says how far its outputs are from eager PyTorch's."""
+    """Say in a line for each runtime how far its outputs are from eager PyTorch's."""
     lines = []
     for batch, runtimes in parity.items():
         for title, differences in runtimes.items():
@@ -620,7 +621,7 @@ def format_parity(parity: dict[int, dict[str, dict[str, float]]]) -> list[str]:
 
 
 def format_rows(rows: list[Row]) -> list[str]:
-    """The table, for a terminal."""
+    """Write the table, for a terminal."""
     lines = ["task      batch contestant                                   precision       ms (range)           ratio  "
              "images/s      MiB     kept   GFLOP of peak"]  # fmt: skip
     for r in rows:
@@ -633,7 +634,7 @@ def format_rows(rows: list[Row]) -> list[str]:
 
 
 def format_published(rows: list[Row]) -> list[str]:
-    """A table for each batch and precision has published and measured milliseconds, and their ratios to R-50."""
+    """Write a table of published and measured milliseconds, and ratios to R-50, for each batch and precision."""
     lines = []
     for batch, precision in dict.fromkeys((row.batch, row.precision) for row in rows):
         times = {row.name: row.seconds * 1e3 for row in rows if (row.batch, row.precision) == (batch, precision)}
@@ -652,7 +653,7 @@ def format_published(rows: list[Row]) -> list[str]:
 
 
 def draw_rows(rows: list[Row], path: Path) -> None:
-    """The times as bars, one panel for each task and batch."""
+    """Draw the times as bars, one panel for each task and batch."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -30,12 +30,17 @@ class BenchmarkConfig:
     data: Path
     """COCO-format dataset: annotations/instances_{split}*.json beside the image folders."""
     split: str = "train"
+    """The split of --data whose images are loaded."""
     images: int = 128
     """At most this many images with boxes; they should fit into the system's file cache."""
     batch_size: int = 8
+    """Images in a batch."""
     rounds: int = 7
+    """How often each loader reads the images; the median time counts."""
     min_size: int = 800
+    """Shorter side of the images for the network, in pixels."""
     max_size: int = 1333
+    """Limit of the longer side, in pixels."""
     out: Path | None = None
     """Write the numbers there, as JSON."""
 

@@ -21,10 +21,10 @@ from vovnet_zoo.config import Precision
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The settings of an evaluation."""
+    """An evaluation has these settings."""
 
     model: str
-    """Folder, Hub name or name of list_detectors(pretrained=True) of a detector, or model.onnx or model.xml."""
+    """Folder, Hub name or name of list_detectors(pretrained=True) of a detector, or model.onnx, .xml or .pt2."""
     data: Path | None = None
     """Folder of the dataset: COCO, YOLO, Pascal VOC or Hugging Face; see recipes/guides/data.md."""
     split: str = "val"
@@ -168,6 +168,8 @@ def check_config(config: EvalConfig) -> None:
         raise ValueError(f"--val-images {config.val_images}: it goes with --val JSON; with --data, leave it out")
     if config.val is None and config.data is None:
         raise ValueError("give the dataset's folder as --data, or a COCO JSON file as --val")
+    if config.val is not None and config.split != "val":
+        raise ValueError(f"--split {config.split}: it is a split of --data; with --val, leave it out")
     load_engine(config.engine)
     if config.report is not None or config.save_thresholds:
         load_hotcoco()

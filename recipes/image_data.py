@@ -37,7 +37,7 @@ Sample = tuple[Tensor, int, int]  # uint8 [3,H,W], label, the seed that it was a
 
 
 class Images(Dataset):
-    """The images of a split that can be read in any order. A key is an index, or (index, seed) in training."""
+    """These images of a split can be read in any order. A key is an index, or (index, seed) in training."""
 
     def __init__(self, reader, transform: Callable):
         self.reader, self.transform = reader, transform
@@ -59,7 +59,7 @@ class Images(Dataset):
 
 
 class Stream(IterableDataset):
-    """The images of a split that can only be read from its beginning to its end, each worker its own shards.
+    """These images of a split can only be read from the first to the last; each worker reads its own shards.
 
     The order depends on the epoch, the seed, and the numbers of processes and workers.
     """
@@ -151,7 +151,7 @@ def describe_split(split: Images | Stream) -> str:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the generators that transforms draw from, those of Python, NumPy and torch, and put them back at the end."""
+    """Seed the generators that transforms draw from (Python, NumPy and torch), and put them back at the end."""
     before = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)

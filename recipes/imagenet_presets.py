@@ -160,7 +160,7 @@ def check_config(config: ClassifierConfig) -> None:
 
 @dataclass(frozen=True)
 class ScheduledConfig(ClassifierConfig):
-    """The same configuration, with its epochs counted in steps, which are updates of the weights."""
+    """This is the same configuration, with its epochs counted in steps, which are updates of the weights."""
 
     steps: int = 0
     warmup_steps: int = 0
@@ -287,7 +287,7 @@ PRESETS: dict[str, tuple[str, ClassifierConfig]] = {
         ),
     ),
     # The VoVNet authors publish 90 epochs and a step schedule (23.23 % top-1 error with VoVNet-39, 22.27 % with 57).
-    # The other numbers are those of PyTorch's ImageNet example, the usual meaning of such a schedule: SGD with momentum
+    # The other numbers are from PyTorch's ImageNet example, the usual meaning of such a schedule: SGD with momentum
     # 0.9 and weight decay 1e-4 of all weights, learning rate 0.1 for 256 images, divided by 10 every 30 epochs, crops
     # and mirroring. (No bias is decayed here.)
     "authors": (

@@ -35,7 +35,7 @@ class Logger(Protocol):
 
 
 class TensorBoard:
-    """Event files in the folder `tensorboard` of the run."""
+    """This writes event files in the folder `tensorboard` of the run."""
 
     def on_start(self, folder: Path, config: dict[str, Any], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -51,7 +51,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run at Weights & Biases; WANDB_MODE=offline keeps it in the run folder."""
+    """This makes a run at Weights & Biases; WANDB_MODE=offline keeps it in the run folder."""
 
     def on_start(self, folder: Path, config: dict[str, Any], step: int) -> None:
         import wandb
@@ -75,7 +75,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run at the server, or in the database or folder, that MLFLOW_TRACKING_URI names."""
+    """This makes a run at the server, or in the database or folder, that MLFLOW_TRACKING_URI names."""
 
     def on_start(self, folder: Path, config: dict[str, Any], step: int) -> None:
         from mlflow import MlflowClient
@@ -111,7 +111,7 @@ class MLflow:
 
 
 class Trackio:
-    """A run in trackio's local database, or where TRACKIO_SPACE_ID says."""
+    """This makes a run in trackio's local database, or where TRACKIO_SPACE_ID says."""
 
     def on_start(self, folder: Path, config: dict[str, Any], step: int) -> None:
         import trackio

@@ -63,7 +63,7 @@ def load_changed(optimizer: torch.optim.Optimizer, names: list[str], saved: dict
 
 
 class BatchedMuon(timm.optim.Muon):
-    """timm's Muon, but it orthogonalizes all matrices of one shape together, and does all else for all weights at once.
+    """This timm Muon orthogonalizes all matrices of one shape together, and does all else for all weights at once.
 
     A GPU is given 40 % of the kernels, which are so small that starting them takes longest; a CPU is faster, too. A
     matrix has temporary memory for the time that its shape takes.
@@ -75,7 +75,7 @@ class BatchedMuon(timm.optim.Muon):
 
 
 class Float32Muon(BatchedMuon):
-    """The same, but updates are orthogonalized in float32 instead of bfloat16.
+    """This `BatchedMuon` orthogonalizes updates in float32 instead of bfloat16.
 
     timm's function for this takes a dtype, but its optimizer has no way to pass one.
     """

@@ -27,7 +27,7 @@ MOST_GPUS = 8
 
 
 def parse_plan(args: Sequence[str]) -> tuple[Plan, TrainConfig, list[str]]:
-    """Read the options of a plan and those of its preset; also returns the preset's as they were typed."""
+    """Read the options of a plan and of its preset; also returns the options of the preset as they were typed."""
     plan, options = tyro.cli(Plan, args=list(args), description=__doc__, return_unknown_args=True)
     if plan.preset not in PRESETS:
         raise ValueError(f"{plan.preset!r} is no preset; give one of {', '.join(PRESETS)}")
@@ -206,7 +206,7 @@ def loader_advice(rows: list[Row], workers: int, cores: float) -> list[str]:
     """Say how many workers are to be given where a GPU waits for its images, if the machine has the cores for them.
 
     Args:
-        workers: those of each GPU that the rows were computed with.
+        workers: of each GPU, with which the rows were computed.
         cores: of the machine.
     """
     slow = [row for row in rows if row.bound == "loader"]

@@ -1,6 +1,6 @@
 """Measure where a VoVNet backbone spends time and memory in training: `python recipes/profile_blocks.py`.
 
-torch.profiler times timm's blocks with frozen batch norms and those of `kernels.osa`, eager and compiled. The
+torch.profiler times timm's blocks with frozen batch norms and the blocks of `kernels.osa`, eager and compiled. The
 table says how long concatenations, and norms with their ReLUs, take in the forward and in the backward pass, and how
 much memory is kept in between. `--help` lists the options.
 """

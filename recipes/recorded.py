@@ -24,7 +24,7 @@ ROOM = 2.2
 
 
 class Trained(Protocol):
-    """What the passes need of a run, or of a trial."""
+    """The passes need these things of a run, or of a trial."""
 
     config: Any
     model: Any
@@ -36,7 +36,7 @@ class Trained(Protocol):
 
 
 class Passes:
-    """The forward and the backward pass of one part of a batch, kernel by kernel."""
+    """This does the forward and the backward pass of one part of a batch, kernel by kernel."""
 
     replayed = False  # the last pass was
 
@@ -49,7 +49,7 @@ class Passes:
     def __call__(
         self, images: Tensor, sizes: Tensor, targets: Targets, normalizers: Tensor, last: bool
     ) -> dict[str, Tensor]:
-        """Add the gradients of a part to those of the parameters, and return its losses; see `step.compute_losses`.
+        """Add the gradients of a part to the parameters' gradients, and return its losses; see `step.compute_losses`.
 
         `last` says that the gradients of the step are complete then, so that they can be sent as they arrive.
         """
@@ -75,7 +75,7 @@ class Recorded:
 
 
 class RecordedPasses(Passes):
-    """Passes that are recorded when a size comes for the second time, and replayed from then on.
+    """These passes are recorded when a size comes for the second time, and replayed from then on.
 
     Gradients are always in the same memory, where the graphs add to them. They are sent when all are there.
     """

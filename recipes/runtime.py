@@ -289,7 +289,7 @@ def ignore_stop_signals(worker_id: int) -> None:
 
 
 def environment() -> dict:
-    """What else a run depends on: command, versions, commit, machine, and the variables that steer torch."""
+    """Name what else a run depends on: command, versions, commit, machine, and the variables that steer torch."""
     prefixes = ("OMP_", "MKL_", "ATEN_", "ONEDNN_", "TORCH", "PYTORCH_", "CUDA_", "NCCL_", "GLOO_", "WORLD_SIZE")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {

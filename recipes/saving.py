@@ -62,7 +62,7 @@ class BackgroundSaver:
         """Begin to allocate the memory for the copy of `state`, in a thread; `save` allocates what is missing then.
 
         While pinned memory is allocated, other threads may have to wait before they start kernels, so the thread pauses
-        after each tensor. An error is raised as that of a checkpoint is.
+        after each tensor. An error in the thread is raised by the next `wait`, like an error of a checkpoint.
         """
         self.wait()
         self.reserved = True

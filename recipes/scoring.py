@@ -35,7 +35,7 @@ def score_dataset(
 ) -> tuple[list[dict], dict] | tuple[None, None]:
     """Run the detector on a dataset without transforms; returns COCO result rows and `coco_eval.evaluate`'s metrics.
 
-    The images are sorted by size, so that batches are full, and shared out over the processes. `options` are those of
+    The images are sorted by size, so that batches are full, and shared out over the processes. `options` are options of
     `predict`, such as `batch_size` and `tiles`. Rank 0 gathers the results and scores them by `engine`, or if that is
     None by the fastest that is installed; the others return (None, None). `Stopped` is raised, in all processes, a few
     images after one of them received a stop signal.

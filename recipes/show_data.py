@@ -20,7 +20,7 @@ from vovnet_zoo.commands import check_place, parse_command
 
 
 def parse_show(args: Sequence[str]) -> tuple[ShowData, TrainConfig]:
-    """Read the options of the picture, and those of the preset."""
+    """Read the options of the picture and of the preset."""
     own, options = split_arguments(args)
     command = tyro.cli(ShowData, args=own, description=__doc__)
     if command.preset not in PRESETS:

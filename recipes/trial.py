@@ -110,7 +110,7 @@ class Trial:
 
 
 class GpuMemory:
-    """The memory of a GPU, in bytes: what was `free` when this object was made, and the `peak` used since then."""
+    """This knows the memory of a GPU, in bytes: how much was `free` at first, and the `peak` used since then."""
 
     def __init__(self, device: torch.device):
         torch.cuda.empty_cache()

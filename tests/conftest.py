@@ -156,9 +156,11 @@ def hub_on_loopback(monkeypatch, tmp_path):
         }
         for key, value in environment.items():
             monkeypatch.setenv(key, value)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        for key in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+            monkeypatch.delenv(key, raising=False)
         # huggingface_hub has read these when it was imported
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         for module in (constants, huggingface_hub.file_download):  # the latter before huggingface_hub 1.0
             monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)

@@ -200,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def lfs_put(self, oid, query):
         if hashlib.sha256(self.body).hexdigest() != oid:
-            return self.error(400, "", "the content is not that of the oid")
+            return self.error(400, "", "the content has another oid")
         self.server.blobs[oid] = self.body
         self.reply(200)
 

@@ -62,8 +62,8 @@ def fork(processes: int, function: Callable, *arguments) -> str:
 
     A process that torchrun starts needs seconds for that. `function` has a name in its module. The server runs nothing
     else: in a copy of a process that has used autograd's threads, or hotcoco's, these are missing. Returns what the
-    processes printed, and prints it: they inherit the server's standard error, which is that of the test that came
-    first.
+    processes printed, and prints it: they inherit the server's standard error, which is the standard error of the test
+    that came first.
     """
     paths = [str(Path(__file__).parent), str(ROOT / "recipes"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # the server does not get sys.path

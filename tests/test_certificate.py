@@ -67,7 +67,7 @@ def changed(program, change):
 
 
 def change_mean(program):
-    """The red channel's mean is that of another model."""
+    """Give the red channel the mean of another model."""
     (node,) = [n for n in program.graph.nodes if n.target == torch.ops.aten.sub.Tensor and n.args[1] == 255 * MEAN[0]]
     node.args = (node.args[0], 255 * 0.5)
     program.graph_module.recompile()
@@ -151,7 +151,7 @@ def test_a_network_of_nan_is_refused(model, monkeypatch, tmp_path):
 
 
 def test_linear_layers_are_named():
-    """torch.onnx transposes their weights and gives them other names; those of the layers are found again."""
+    """torch.onnx transposes their weights and gives them other names; the layers' names are found again."""
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -85,7 +85,7 @@ CATAVGMAX = {"global_pool": "catavgmax"}
     ],
 )
 def test_a_folder_that_timm_saved(name, given, tmp_path):
-    """timm 1.0.31 writes these arguments for every model, and beside those of a published backbone."""
+    """timm 1.0.31 writes these arguments for every model, and beside the arguments of a published backbone."""
     net = save(name, tmp_path / "net", **given)
     config = json.loads((tmp_path / "net" / hub.CONFIG).read_text())
     usual = {"num_classes": 7, "in_chans": 3, **given}
@@ -114,6 +114,15 @@ def test_mistakes(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             create_detector("fcos", pretrained_backbone=source, **SMALL)
+    for name, message in {
+        "vovnet39": "name='vovnet39': the model is no vovnet39; one has a tensor ",
+        "nowhere": "name='nowhere': timm has no such model",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            save_classifier(timm.create_model("test_resnet", num_classes=7), name, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match="pretrained=True: .* leave pretrained_backbone out"):
+        create_detector("fcos_vovnet39_fpn", pretrained=True, pretrained_backbone=tmp_path / "net")
     with pytest.raises(ValueError, match="give one of them"):
         create_detector("fcos", backbone="local-dir:a", pretrained_backbone="b", **SMALL)
     for backbone in ("local-dir:a", "hf-hub:a/b"):  # what FCOS records must be a name

@@ -142,6 +142,18 @@ def test_predict_uses_the_models_score_threshold(run, folder, images, tmp_path):
             "vovnet-zoo: no weights of 'fcos_vovnet39_fpn' can",
         ),
         ("check-data nowhere", 2, "vovnet-zoo: no such file or folder: nowhere"),
+        (
+            "check-data tests --val-images tests",
+            2,
+            "--val-images tests: it goes with --val JSON; with DATA, leave it out",
+        ),
+        ("check-data tests --train-images tests", 2, "--train-images tests: it goes with --train JSON"),
+        (
+            "list vovnet39 --markdown",
+            2,
+            "vovnet-zoo: --markdown prints the table of all published weights; leave vovnet39",
+        ),
+        ("list --json --markdown", 2, "published weights; leave --json out"),
         ("convert nowhere.pth OUT", 2, "vovnet-zoo: no such file or folder: nowhere.pth"),
         ("publish nowhere someone/model", 2, "vovnet-zoo: no such file or folder: nowhere"),
         ("publish README.md someone/model --run nowhere", 2, "vovnet-zoo: no such file or folder: nowhere"),

@@ -19,7 +19,7 @@ from vovnet_zoo.evaluation.runs import DETECTIONS, SKIPPED, VALIDATED, describe_
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A dataset, the rows of a model, and those of one that misses every fifth box of class 0, all of image 7."""
+    """A dataset, the rows of a model, and the rows of one that misses every fifth box of class 0, all of image 7."""
     folder = tmp_path_factory.mktemp("compare")
     dataset, rows = write_data(folder / "data", images=40, seed=8)
     worse = [row for i, row in enumerate(rows) if row["image_id"] != 7 and (row["category_id"] != 10 or i % 3)]
@@ -67,7 +67,7 @@ def test_difference_is_that_of_both_aps_on_the_same_images(data):
     paired, *apart = (x.high - x.low for x in (second.difference.interval, first.ap, second.ap))
     assert paired < 0.7 * np.hypot(*apart)  # the same images are drawn for both
 
-    # the errors are those of the thresholds, and the image of which the second model knows nothing comes first
+    # the errors are counted at the thresholds, and the image of which the second model knows nothing comes first
     for model, errors in zip(found.models, found.errors(), strict=True):
         objects, choice = model.matches.true_counts.sum(), model.at_thresholds
         right = choice.recall * objects

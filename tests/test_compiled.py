@@ -303,7 +303,7 @@ def test_on_a_gpu(mode, dtype):
 
 @pytest.mark.gpu
 def test_training_on_a_gpu():
-    """bf16 and fp16 under autocast, compiled: losses near those of float32, finite gradients."""
+    """bf16 and fp16 under autocast, compiled: losses near the losses in float32, finite gradients."""
     torch.backends.cudnn.allow_tf32 = False
     model, criterion = create_detector("fcos_vovnet39_fpn", num_classes=4, frozen_norm=True).cuda().train(), FCOSLoss()
     images, sizes = (x.cuda() for x in images_and_sizes(2, (320, 416)))

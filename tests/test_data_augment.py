@@ -92,7 +92,7 @@ def test_mosaic_of_odd_images():
 
 
 def test_pasted_objects(monkeypatch):
-    """Their boxes are exact, and so are the boxes that they partly hide; the pixels around them are those of before."""
+    """Their boxes are exact, and so are the boxes that they partly hide; the pixels around them are as before."""
     monkeypatch.setattr(augment, "MARGIN", 0)
     sample, other, pasted, trimmed = painted(0), painted(1, least=22), 0, 0
     before = boxes_of(sample)
@@ -213,7 +213,7 @@ def same(batch, other):
 
 
 def test_samples_depend_on_their_step_only(tiny_coco, tmp_path):
-    """The same for any number of workers and after a resume; from `augment_until` on, those of a run without."""
+    """Samples are the same for any number of workers and after a resume; from `augment_until` on, as in a plain run."""
     plain_run = dataclasses.replace(tiny_config(tiny_coco, tmp_path / "run"), steps=10)
     config = dataclasses.replace(plain_run, augment="jitter_crop", augment_until=0.7, **EVERYTHING)
     batches = batches_of(config)

@@ -212,8 +212,8 @@ def test_detectors_are_scored_on_any_format(layout, tmp_path, tiny_detector):
     assert (
         eval_coco.main(config) == eval_coco.main(named) == eval_coco.main(dataclasses.replace(named, val_images=None))
     )
-    for wrong in (dict(data=None), dict(val=coco), dict(val_images=tmp_path)):
-        with pytest.raises(ValueError, match="--data|goes with"):
+    for wrong in (dict(data=None), dict(val=coco), dict(val_images=tmp_path), dict(data=None, val=coco, split="test")):
+        with pytest.raises(ValueError, match="--data|goes with|--split test: it is a split of --data"):
             eval_coco.main(dataclasses.replace(config, **wrong))
 
 

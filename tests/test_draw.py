@@ -36,6 +36,14 @@ def test_nothing_to_draw_leaves_the_image():
     assert np.array_equal(np.asarray(draw_detections(image, nothing, enlarge=1)), image.permute(1, 2, 0))
 
 
+def test_a_label_is_a_number_of_a_class():
+    """-1, which stands for a place without a box, would name the last class."""
+    detection = {"boxes": torch.zeros(1, 4), "labels": torch.tensor([-1])}
+    for names in (["cat", "dog"], None):
+        with pytest.raises(ValueError, match="labels: there is a label -1; give labels of 0 or more"):
+            draw_detections(torch.zeros(3, 20, 30, dtype=torch.uint8), detection, names)
+
+
 def test_labels_stay_in_the_picture_and_the_best_is_on_top():
     image, box = torch.zeros(3, 100, 200, dtype=torch.uint8), torch.tensor([[185.0, 40, 199, 90]])
     for label in (0, 1):

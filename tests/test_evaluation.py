@@ -142,7 +142,7 @@ def test_interval_of_a_model_and_of_a_difference(write):
     low, high, _ = interval(a.minus(other))
     assert high - low < 0.8 * np.hypot(*(x.high - x.low for x in (whole, interval(other))))
 
-    # The sets without an image are those of the images that are left out.
+    # Each set without an image belongs to the image that is left out.
     without = np.ones((1, 40), dtype=int) - (np.arange(40) == 7)
     assert a.left_out[7] == weighted_ap(matches, without).overall[0] and len(a.left_out) == 40
 

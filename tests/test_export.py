@@ -267,7 +267,7 @@ def assert_printed(rows, want):
 
 
 def change_mean(graph):
-    """The red channel's mean, for which the exporter made a constant, is that of another model."""
+    """Give the red channel, whose mean the exporter made a constant, the mean of another model."""
     changed = [x for x in graph.initializer if np.allclose(onnx.numpy_helper.to_array(x), 255 * MEAN[0])]
     assert len(changed) == 1
     replace(changed[0], np.array(255 * 0.5, np.float32).reshape(onnx.numpy_helper.to_array(changed[0]).shape))

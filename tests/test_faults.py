@@ -262,7 +262,7 @@ def test_ruined_weights_are_not_saved(config, monkeypatch, steps):
 
 
 def test_a_last_step_that_is_not_finite_ends_a_run_well(config, monkeypatch):
-    """It was skipped, so the weights are those of the step before."""
+    """It was skipped, so the weights are as the step before left them."""
     real = train_coco.update
 
     def update(run, step, parts, losses, grad_norm):

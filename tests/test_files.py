@@ -25,7 +25,7 @@ def test_safetensors_come_back(tmp_path):
 
 @pytest.mark.parametrize("write", [files.write_whole, run_folder.write_whole, files.write_safetensors])
 def test_a_file_for_which_there_is_no_room_is_named(tmp_path, write):
-    """The library of safetensors raises an error of its own, which is no OSError; that of a write names no file."""
+    """The library of safetensors raises an error of its own, which is no OSError; an error of a write names no file."""
     resource = pytest.importorskip("resource", reason="not on Windows")
     path, before = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)
     content = ({"x": torch.zeros(10_000)}, path) if write is files.write_safetensors else (path, bytes(40_000))

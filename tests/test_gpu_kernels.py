@@ -27,7 +27,7 @@ PYRAMID = ((20, 30), (10, 15), (5, 8), (3, 4), (2, 2))
 
 
 def test_the_shape_that_a_compiler_is_told():
-    """`pooled_size` is that of torch, for each map that torch pools."""
+    """`pooled_size` is the size that torch gives, for each map that torch pools."""
     for padding in (0, 1):
         for ceil_mode in (0, 1):
             for size in range(3 - padding, 20):
@@ -73,7 +73,7 @@ def test_without_a_gpu_nothing_changes(monkeypatch):
 
 @pytest.mark.parametrize("variant", ["improved", "published"])
 def test_one_convolution_for_centerness_too(variant):
-    """It is that of the boxes or of the classes; outputs are those of two."""
+    """The convolution of the boxes or of the classes computes it too, and gives what two convolutions give."""
     head = create_detector(
         "fcos", backbone="test_resnet", num_classes=5, channels=64, num_convs=1, variant=variant
     ).head

@@ -94,7 +94,7 @@ def check_overlap(rank: int, world_size: int) -> None:
 
 
 def check_buckets_stay(rank: int, world_size: int) -> None:
-    """The buckets are those of a new model after any number of steps, in whatever order gradients arrive."""
+    """The buckets are as for a new model after any number of steps, in whatever order gradients arrive."""
     model = network()
     total = GradientSum(model, bucket_bytes=3000)
     before = [list(bucket) for bucket in total.buckets]

@@ -105,6 +105,20 @@ def test_network_needs_timm_and_torchvision_ops_only():
             assert top in sys.stdlib_module_names or top in ("torch", "timm") or module.startswith("torchvision.ops")
 
 
+def test_every_module_is_in_the_guide():
+    """Below the name of each folder, the guide lists all modules of this folder, and nothing else."""
+    listed, folder = [], ""
+    guide = (ROOT / "recipes" / "guides" / "code.md").read_text()
+    for line in guide.split("```")[1].strip().splitlines():
+        name = line.split()[0]
+        if line.startswith(" "):
+            listed.append(folder + name)
+        else:
+            folder = name
+    modules = [*(ROOT / "vovnet_zoo").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]
+    assert sorted(listed) == sorted(path.relative_to(ROOT).as_posix() for path in modules)
+
+
 def test_former_paths_of_moved_modules():
     from vovnet_zoo import check_data, coco_eval, data
     from vovnet_zoo.data import check

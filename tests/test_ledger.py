@@ -35,7 +35,8 @@ def test_every_name_has_an_architecture_and_weights():
 def test_a_row_is_complete(key):
     row = WEIGHTS[key]
     assert row.state in ledger.STATES and re.fullmatch(r"\w+\.\w+", key)
-    assert bool(row.url) == (row.state in ("url", "gone")) and not row.url or row.url.startswith("https://")
+    assert bool(row.url) == (row.state in ("url", "gone"))
+    assert not row.url or row.url.startswith("https://")
     assert re.fullmatch("([0-9a-f]{40})?", row.sha1) and re.fullmatch("([0-9a-f]{64})?", row.sha256)
     if row.state == "url":  # what is downloaded must be what was meant
         assert (row.sha1 and row.sha1[:8] in row.url) or (row.sha256 and row.sha256[:8] in row.url)

@@ -351,7 +351,7 @@ print("illegal", sum(x.stats["illegal_in_capture"] for x in seen))
     if not replays:
         assert all(graphs == 0 for graphs, *_ in steps), printed
         return
-    waits = min(waits for *_, waits in steps[1:])  # those of a step in which nothing is recorded
+    waits = min(waits for *_, waits in steps[1:])  # of a step in which nothing is recorded
     replayed = [step for step in steps[1:] if step[0] == replays and step[2] == waits]
     assert replayed and waits <= (1 + ("fp16" in options)) and all(n < steps[0][1] / 4 for _, n, _ in replayed), printed
 

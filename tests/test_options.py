@@ -261,7 +261,7 @@ def test_every_option_of_an_evaluation(tiny_coco, tiny_detector, tmp_path, monke
 
 
 def test_what_was_typed_with_init_counts():
-    """A preset's network steps back for that of --init; what the user types does not."""
+    """A preset's network steps back for the network of --init; what the user types does not."""
     line = ["finetune", "--data", "x", "--init", "y"]
     config = parse(line)
     untouched = dict(model=None, backbone=None, variant=None, channels=None, num_convs=None, pretrained_backbone=False)

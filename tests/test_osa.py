@@ -55,7 +55,7 @@ def relative_error(found, wanted):
 
 BLOCKS = {"vovnet39": 6, "vovnetv2_39": 6, "vovnetv2_19_dw": 4, "vovnet27_slim": 4}
 PRECISIONS = ["float32", "bf16", "bf16 with float32 arithmetic"]
-# A CPU without products of bfloat16 takes seconds for those of the larger networks.
+# A CPU without products of bfloat16 takes seconds for the larger networks in bfloat16.
 CASES = [
     pytest.param(*case, marks=pytest.mark.slow) if case[1] == "bf16" and case[0].endswith("39") else case
     for case in itertools.product(BLOCKS, PRECISIONS)
@@ -180,7 +180,7 @@ def test_one_memory(precision, outputs, tolerance):
 )
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 def test_inference_in_one_memory(name, blocks, dtype, tolerance, monkeypatch):
-    """Where maps are large enough a block is one operator; dtype is that of the maps."""
+    """Where maps are large enough a block is one operator; `dtype` is the dtype of the maps."""
     plain = frozen(name).eval().requires_grad_(False)
     fused = freeze(copy.deepcopy(plain), winograd=True).to(memory_format=torch.channels_last)
     assert sum(type(m) is FrozenOsaBlock for m in fused.modules()) == blocks

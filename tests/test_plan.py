@@ -140,7 +140,7 @@ def test_a_calibration_gives_back_what_was_measured():
 
 def test_data_sheets():
     for gpu in GPUS.values():
-        assert gpu.tflops["float32"] <= gpu.tflops["fp16"] and gpu.source and gpu.memory_gb_s > gpu.link_gb_s
+        assert gpu.tflops["float32"] <= gpu.tflops["fp16"] and gpu.source
     names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA L40S": "l40s", "NVIDIA L4": "l4", "Tesla T4": "t4"}
     names |= {"NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 PCIe": None}
     assert {name: find_gpu(name) for name in names} == names
@@ -151,7 +151,7 @@ def test_data_sheets():
 
 
 def test_the_work_is_that_of_a_real_step(tiny_coco, tmp_path):
-    """FLOPs, activations and kernels of fake tensors are those of real ones of the same size."""
+    """FLOPs, activations and kernels of fake tensors are as of real ones of the same size."""
     config = dataclasses.replace(tiny_config(tiny_coco, tmp_path), frozen_norm=True)
     work, (height, width) = step_work.count_work(config), step_work.largest_size(config)
     model = build_model(config, [str(i) for i in range(80)], list(range(80)), None)

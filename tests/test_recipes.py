@@ -38,7 +38,7 @@ def test_help_takes_no_seconds(name):
 
 @pytest.mark.parametrize("module", [presets, imagenet_presets])
 def test_help_shows_the_options_in_groups(module, capsys, monkeypatch):
-    """What matters most comes first, and no option is missing; values and defaults are those of the presets."""
+    """What matters most comes first, and no option is missing; values and defaults are as in the presets."""
     monkeypatch.setenv("COLUMNS", "100")  # so that groups are below each other
     known = {name: replace(config, data=Path("x")) for name, (_, config) in list(module.PRESETS.items())[:2]}
     parse = functools.partial(parse_grouped, module.PRESETS, module.FIRST_OPTIONS, module.SECTIONS)

@@ -25,7 +25,7 @@ def config(tiny_coco, tmp_path) -> TrainConfig:
 
 
 def test_parts_add_up_to_the_batch():
-    """Losses and gradients of two halves, with the normalizers of both, are those of the whole."""
+    """The losses and gradients of two halves, with the normalizers of both, add up to those that the whole gives."""
     torch.manual_seed(0)
     model = create_detector("fcos", backbone="test_resnet", channels=64, num_convs=1, num_classes=3, frozen_norm=True)
     criterion, model = FCOSLoss(), model.train()

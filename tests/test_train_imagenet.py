@@ -345,7 +345,7 @@ def test_presets_count_their_epochs_and_make_their_optimizers():
 
 
 def test_starting_from_a_classifier(folder, tmp_path):
-    """Its last layer is kept where the number of classes is the same, and mean and std are those of the start."""
+    """Its last layer is kept where the number of classes is the same, and mean and std are taken from the start."""
     torch.manual_seed(5)
     for classes in (3, 7):
         net, start = timm.create_model("test_resnet", num_classes=classes), tmp_path / f"start{classes}"

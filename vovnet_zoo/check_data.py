@@ -1,4 +1,4 @@
-"""The former path of `vovnet_zoo.data.check`."""
+"""This is the former path of `vovnet_zoo.data.check`."""
 
 from .data.check import Finding, Report, check_dataset, inspect_image, main, run_parallel
 

@@ -38,8 +38,11 @@ def save_classifier(
     Args:
         model: what `timm.create_model(name, num_classes=..)` builds.
         class_names: the names of the classes, in label order; None where unknown.
-        cfg: fields of timm's `pretrained_cfg` that differ from those of `name`, such as `mean`, `std`, `input_size`.
+        cfg: fields of timm's `pretrained_cfg` that differ from `name`'s, such as `mean`, `std`, `input_size`.
         metadata: facts for the model card.
+
+    Raises:
+        ValueError: timm has no model `name`, or `model` has tensors of other names.
     """
     num_classes: Any = model.num_classes
     names = {"label_names": list(class_names)} if class_names else {}
@@ -48,7 +51,8 @@ def save_classifier(
     # a batch norm that was fixed in training does not count batches
     counts = {key: torch.tensor(0) for key in whole if key.endswith("num_batches_tracked")}
     weights = {**counts, **model.state_dict()}
-    assert weights.keys() == whole.keys(), f"the model is no {name}"
+    if other := sorted(weights.keys() ^ whole.keys()):
+        raise ValueError(f"name={name!r}: the model is no {name}; one has a tensor {other[0]}, and the other has not")
     with staged(folder, keep=[hub.CARD]) as staging:
         (staging / hub.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_safetensors(weights, staging / hub.WEIGHTS, **metadata)
@@ -113,7 +117,7 @@ def timm_config(name: str, num_classes: int, cfg: dict[str, Any] | None = None) 
 
     Args:
         name: of the model in timm's registry. One of `vovnet.model_cfgs` is written with its arguments.
-        cfg: fields of `pretrained_cfg` that differ from those of `name`.
+        cfg: fields of `pretrained_cfg` that differ from `name`'s.
     """
     config: dict[str, Any]
     if name in vovnet.model_cfgs:
@@ -124,7 +128,8 @@ def timm_config(name: str, num_classes: int, cfg: dict[str, Any] | None = None) 
     else:
         keys = ("mean", "std", "input_size", "interpolation", "crop_pct", "pool_size", "first_conv", "classifier")
         given = timm.get_pretrained_cfg(name)
-        assert given is not None, f"timm has no model {name}"
+        if given is None:
+            raise ValueError(f"name={name!r}: timm has no such model; timm.list_models() names all")
         known = {key: value for key, value in given.to_dict().items() if key in keys}
         config = {"architecture": name}
     known |= {"num_classes": num_classes, **(cfg or {})}

@@ -71,7 +71,7 @@ class Predict:
     nms_threshold: float | None = None
     """Leave out a box whose IoU with a better box of its class is higher; default: what the model's config says."""
     max_detections: int | None = None
-    """Detections per image, at most; default: what the model's config says."""
+    """Detections per image, at most (with --tiles, per window); default: what the model's config says."""
     batch_size: int = 1
     """Images that the network sees together, at most; the detections do not depend on it."""
     precision: Precision = "float32"
@@ -123,9 +123,9 @@ class CheckData:
     val_fraction: float | None = None
     """Check a dataset of which the training keeps this share for scoring."""
     min_size: int | None = None
-    """Smallest shorter side in training, in pixels; default: as the preset finetune chooses it for these boxes here."""
+    """Smallest shorter side in pixels; default: the size that finetune would choose for this dataset and machine."""
     max_size: int | None = None
-    """Limit of the longer side in training, in pixels; default: likewise."""
+    """Limit of the longer side in pixels; default: likewise."""
     workers: int | None = None
     """Processes that decode images; default: one per core."""
     json: Path | None = None
@@ -136,9 +136,9 @@ class CheckData:
 class ShowData:
     """Draw images as a training sees them, augmented and with boxes, side by side into one PNG.
 
-    They are the first of a training, in its order. All options of the training may follow the folder, such as
-    --mosaic 0.5 or --test-size 512; `python recipes/train_coco.py PRESET --help` lists them. The presets are in a clone
-    of the repository."""
+    The sheet shows the first images of the training, in the order of the training. All options of the training may
+    follow the folder, such as --mosaic 0.5 or --test-size 512; `python recipes/train_coco.py PRESET --help` lists them.
+    The presets are in a clone of the repository."""
 
     root: Annotated[Path | None, tyro.conf.Positional, named("[DATA]")] = None
     """The dataset's folder."""
@@ -225,7 +225,7 @@ class Export:
     max_ap_difference: float | None = None
     """How far the two APs may lie apart; default: 0.001, with float16 0.005, with int8 0.01."""
     score: float | None = None
-    """Least score of a detection that the file gives; default: the thresholds in the model's config."""
+    """The exported file leaves out detections that score less; default: the thresholds in the model's config."""
     nms_threshold: float | None = None
     """The file leaves out a box whose IoU with a better box of its class is higher; default: as the config says."""
     max_detections: int | None = None
@@ -283,15 +283,15 @@ class ListModels:
     json: bool = False
     """Print everything that is known of each, as JSON."""
     markdown: bool = False
-    """Print a table in Markdown: the weights that are published."""
+    """Print a table in Markdown: all weights that are published."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """Forecast what the training of a preset takes and costs on 1, 2, 4, 8 GPUs: time, memory, loader, disk, money.
 
-    The preset's own options may follow, such as --batch-size 32; `python recipes/train_coco.py PRESET --help` lists
-    them. The presets are in a clone of the repository."""
+    The preset's own options may follow, such as --data DATA or --batch-size 32; `python recipes/train_coco.py PRESET
+    --help` lists them. The presets are in a clone of the repository."""
 
     preset: Annotated[str, tyro.conf.Positional, named("PRESET")]
     """A preset of recipes/train_coco.py."""
@@ -302,7 +302,7 @@ class Plan:
     price_per_gpu_hour: float | None = None
     """Price of one GPU for one hour, in any currency."""
     images: int | None = None
-    """Training images; default: those of --data, else COCO's 118,287, for the small presets a few hundred."""
+    """Training images; default: as many as --data has, else COCO's 118,287, for the small presets a few hundred."""
     calibrate: bool = False
     """Measure this machine first, about a minute; longer with --compile. Later plans of the preset use the numbers."""
     json: bool = False
@@ -470,6 +470,12 @@ def check_data_files(command: CheckData) -> None:
     """Raise `ValueError` where the options name no data, or contradict each other."""
     if command.root is None and command.train is None:
         raise ValueError("give the dataset's folder, or --train JSON and --val JSON")
+    for split, file, images in (
+        ("train", command.train, command.train_images),
+        ("val", command.val, command.val_images),
+    ):
+        if file is None and images is not None:
+            raise ValueError(f"--{split}-images {images}: it goes with --{split} JSON; with DATA, leave it out")
     if command.val_fraction is not None and command.val is not None:
         raise ValueError("--val-fraction takes the images to score on from the training images; leave out --val")
     if command.val_fraction is not None and not 0 < command.val_fraction < 1:
@@ -613,6 +619,9 @@ def run_demo(command: Demo) -> None:
 
 
 def run_list(command: ListModels) -> None:
+    if command.markdown and (command.names or command.json):
+        other = "--json" if command.json else " ".join(command.names)
+        raise ValueError(f"--markdown prints the table of all published weights; leave {other} out")
     if command.markdown:
         print(ledger.markdown())
         return

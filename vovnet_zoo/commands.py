@@ -262,7 +262,7 @@ def fail(
 
 
 def describe(error: BaseException) -> str:
-    """Write the message of an error, without the traceback that torch adds to those of data loading workers."""
+    """Write the message of an error, without the traceback that torch adds to errors of data loading workers."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     text = str(error).strip()

@@ -63,7 +63,7 @@ def convert(checkpoint: Mapping, archs: Mapping[str, Layout], part: str = "all")
 
     Args:
         checkpoint: a state dict, or a training checkpoint with one under "model" or "state_dict"; names may all begin
-            with "module." or "model.", and those of a VoVNetV2 body with any other prefix.
+            with "module." or "model.", and all names of a VoVNetV2 body with any other prefix.
         archs: the layout of each backbone that may be meant.
         part: "all" converts every tensor; "backbone" takes a VoVNetV2 body and leaves out the tensors beside it, such
             as a detector's other parts.

@@ -36,7 +36,7 @@ FONTS = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monos
 
 
 class Found(NamedTuple):
-    """An image, and all that was found in it, of any score."""
+    """This is an image with all that was found in it, of any score."""
 
     pixels: Tensor  # uint8 [3,H,W]
     detections: ImageDetections
@@ -134,7 +134,7 @@ def take_any_file(image: Any) -> None:
 
 
 def detect(model: FCOS | ExportedDetector, path: str, tiles: int | None) -> Found:
-    """Detect objects in an image file, of any score that the model gives; `tiles` is that of `predict`."""
+    """Detect objects in an image file, of any score that the model gives; `tiles` is as for `predict`."""
     began = time.perf_counter()
     options: dict[str, Any] = {}
     most = None

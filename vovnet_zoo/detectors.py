@@ -62,7 +62,7 @@ def create_detector(
     num_classes: int | None = None,
     **kwargs: Unpack[DetectorOptions],
 ) -> FCOS:
-    """Build a detector.
+    """Build a detector, in train mode; with `pretrained`, in eval mode.
 
     Args:
         name: one of `list_detectors()`, with `pretrained` also "name.tag"; or "fcos" with `backbone=` any timm model
@@ -78,7 +78,8 @@ def create_detector(
         kwargs: further arguments of `FCOS`, see `DetectorOptions`; they win over the arguments of the variant.
 
     Raises:
-        ValueError: the name or variant is unknown, or its weights are not published or do not fit the arguments.
+        ValueError: the name or variant is unknown, `pretrained` and `pretrained_backbone` are both given, or the
+            weights are not published or do not fit the arguments.
         OSError: the weights' server cannot be reached, or refuses.
     """
     if not isinstance(name, str):
@@ -91,6 +92,10 @@ def create_detector(
     if unknown := kwargs.keys() - DetectorOptions.__annotations__.keys():
         known = [*(create_detector.__kwdefaults__ or {}), *DetectorOptions.__annotations__]
         raise ValueError(f"unknown {sorted(unknown)}: create_detector has {', '.join(known)}")
+    if pretrained and pretrained_backbone:
+        raise ValueError(
+            "pretrained=True: the detector's weights include the backbone's; leave pretrained_backbone out"
+        )
     base, _, tag = name.partition(".")
     if base == "fcos" and not tag and not pretrained:
         if "backbone" not in kwargs and isinstance(pretrained_backbone, bool):

@@ -64,6 +64,8 @@ def draw_detections(
             range.
     """
     check_detection("detection", detection, scored=False)
+    if (least := min(detection["labels"].tolist(), default=0)) < 0:
+        raise ValueError(f"detection: labels: there is a label {least}; give labels of 0 or more")
     labels_above = max(detection["labels"].tolist(), default=-1) + 1
     if class_names is not None and (isinstance(class_names, str) or not isinstance(class_names, Sequence)):
         raise ValueError(f"class_names={class_names!r}: give a list of names")
@@ -181,7 +183,7 @@ def _font_of(text: str) -> str | None:
 
 @functools.cache
 def _fonts() -> list[str]:
-    """List the files of FONTS that this machine has, those of the system and the one that comes with matplotlib."""
+    """List the files of FONTS that this machine has, in the system or in matplotlib."""
     found = []
     for name in FONTS:
         try:

@@ -45,12 +45,12 @@ class ExportedDetector(nn.Module):
 
     @property
     def class_names(self) -> list[str] | None:
-        """The K names in label order; None where unknown."""
+        """Return the K names in label order; None where unknown."""
         return self.config["class_names"]
 
     @property
     def num_classes(self) -> int:
-        """The number of foreground classes, K."""
+        """Return the number of foreground classes, K."""
         return self.config["num_classes"]
 
     def forward(self, images: Tensor, sizes: Tensor, thresholds: Thresholds | None = None) -> Detections:

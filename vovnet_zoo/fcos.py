@@ -169,12 +169,12 @@ class FCOS(
 
     @property
     def class_names(self) -> list[str] | None:
-        """The K names in label order; None where unknown."""
+        """Return the K names in label order; None where unknown."""
         return self.config["class_names"]
 
     @property
     def num_classes(self) -> int:
-        """The number of foreground classes, K."""
+        """Return the number of foreground classes, K."""
         return self.config["num_classes"]
 
     def __repr__(self) -> str:
@@ -390,7 +390,7 @@ def check_radius(center_radius: float | None) -> None:
 
 
 class ExtraLevels(LastLevelP6P7):
-    """P6 and P7, as torchvision computes them; right in bfloat16 on a CPU for images up to 128 pixels wide, too.
+    """P6 and P7 are computed as torchvision does; right in bfloat16 on a CPU for images up to 128 pixels wide, too.
 
     oneDNN makes mistakes in a 3x3 convolution with stride 2 of maps that are 1 or 2 wide in bfloat16: with AMX it does
     not write the whole result, with AVX-512 and AMX not the whole gradient of the weight (torch 2.11 and 2.14.1). Such

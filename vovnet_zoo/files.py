@@ -185,7 +185,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Within this context, an `OSError` that names no file, as that of a full disk, is raised with the name `path`."""
+    """Within this context, an `OSError` that names no file, such as of a full disk, is raised with the name `path`."""
     try:
         yield
     except OSError as error:

@@ -40,7 +40,7 @@ def use_gpu_kernels(model: nn.Module, device: torch.device) -> None:
 
 
 class FusedPyramid(FeaturePyramidNetwork):
-    """torchvision's FPN, which doubles a map and adds it to the next one in one kernel."""
+    """This is torchvision's FPN, but it doubles a map and adds it to the next one in one kernel."""
 
     stands_for = FeaturePyramidNetwork
 
@@ -61,7 +61,7 @@ class FusedPyramid(FeaturePyramidNetwork):
 
 
 class FusedHead(FCOSHead):
-    """A head whose centerness is computed by the convolution that has the same input."""
+    """This head computes the centerness by the convolution that has the same input."""
 
     stands_for = FCOSHead
 
@@ -88,13 +88,13 @@ class FusedHead(FCOSHead):
 
 
 class FusedTower(Tower):
-    """A tower that runs on all levels at once: a bias, group norm and ReLU are three kernels forward and three back."""
+    """This tower runs on all levels at once: bias, group norm and ReLU are three kernels forward and three back."""
 
     stands_for = Tower
 
     @staticmethod
     def suits(tower: Tower) -> bool:
-        """Whether the layers are those that the tower was built with."""
+        """Tell whether the tower still has the layers that it was built with."""
         layers = list(tower)
         return (
             all(isinstance(conv, nn.Conv2d) and conv.bias is not None for conv in layers[::3])

@@ -1,4 +1,4 @@
-"""Non-maximum suppression: as many boxes as are left (`class_nms`), and a fixed shape for a graph (`nms_fixed`)."""
+"""`class_nms` keeps the best of overlapping boxes, and `nms_fixed` returns them in a fixed shape, for a graph."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from .kernels import has_triton
 def class_nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool = False
 ) -> Tensor:
-    """Indices of boxes [N,4] (xyxy) that no better one of their class overlaps, best first, at most `max_detections`.
+    """Return the indices of the boxes that NMS keeps, best first.
 
-    An IoU above `threshold` suppresses. With `plus_one` (the published convention) a box covers the pixels x1..x2, and
-    an IoU equal to `threshold` suppresses too. Equal scores: the first wins.
+    Of the boxes [N,4] (xyxy) it keeps those that no better box of their class overlaps, at most `max_detections`. An
+    IoU above `threshold` suppresses. With `plus_one` (the published convention) a box covers the pixels x1..x2, and an
+    IoU equal to `threshold` suppresses too. Equal scores: the first wins.
 
     Raises:
         ValueError: a tensor has another shape or kind, or a number is out of range; the message names it.
@@ -54,7 +55,7 @@ def class_nms(
 def nms_fixed(
     boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool = False
 ) -> Tensor:
-    """`class_nms` of B images at once: indices [B,max_detections], best first, then -1.
+    """Do `class_nms` for B images at once: return indices [B,max_detections], best first, then -1.
 
     Its shape depends on no value, so it is one node of a compiled graph, and on a GPU it can be part of a CUDA graph.
 

@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 class Assumption(NamedTuple):
-    """A number that a forecast rests on, and where it comes from."""
+    """A forecast rests on such a number, which comes from a source."""
 
     value: float
     unit: str
@@ -83,7 +83,7 @@ class Calibration:
 
 
 class StepModel(NamedTuple):
-    """The parts of a step on one GPU, in seconds."""
+    """A step on one GPU has these parts, in seconds."""
 
     host: float
     gpu_per_pixel: float

@@ -41,7 +41,7 @@ def _warn_of_bfloat16() -> None:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether torch multiplies bfloat16 matrices on this CPU with instructions made for it.
+    """Tell whether torch multiplies bfloat16 matrices on this CPU with instructions made for it.
 
     Without them a product of bfloat16 matrices takes tens of times longer than one of float32.
     """

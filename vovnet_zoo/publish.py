@@ -38,7 +38,7 @@ CLASSIFIER_CARD, BODY_CARD = (
 
 
 class PushOptions(TypedDict, total=False):
-    """Further arguments of `push`."""
+    """`push` has these further arguments."""
 
     private: bool
     token: str | None

@@ -54,7 +54,7 @@ def show_data(dataset: CocoDataset, keys: Iterable, out: Path) -> int:
 
 
 def check_sheet(out: Path) -> None:
-    """Raise `ValueError` where a file name is not that of a PNG, or belongs to a file that is no picture of these."""
+    """Raise `ValueError` where a name does not end with .png, or a file is there that show-data did not write."""
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out}: give a name that ends with .png")
     if out.exists() and not is_sheet(out):

@@ -25,7 +25,7 @@ def write_space(folder: Path, source: Path, repo_id: str, license: str | None = 
     """Write a Space: the page `demo.py` as app.py, the model, this package, what it needs, and the card.
 
     The package comes as files, so that the Space runs the code that was checked here. The versions in requirements.txt
-    are those of this machine.
+    are the versions on this machine.
 
     Args:
         folder: an empty folder, or one to make.

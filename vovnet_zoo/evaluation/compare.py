@@ -18,7 +18,7 @@ from .thresholds import Choice, at_thresholds, class_thresholds, is_kept, mistak
 
 
 class Difference(NamedTuple):
-    """The AP of a model minus the AP of the first model, with the interval of this difference."""
+    """This is the AP of a model minus the AP of the first model, with the interval of this difference."""
 
     value: float
     interval: Interval
@@ -44,7 +44,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison of models, of which the first is the one that the others are compared with."""
+    """This is a comparison of models; all others are compared with the first."""
 
     models: list[Compared]
     resamples: int
@@ -67,7 +67,7 @@ def compare(
     image_ids: Sequence[int] | None = None,
     resamples: int = 1000,
 ) -> Comparison:
-    """Compare the result rows of models, by name; the other arguments and the errors are those of `analyse`.
+    """Compare the result rows of models, by name; the other arguments and the errors are as for `analyse`.
 
     The bootstrap draws the same images for all models, so that an image that is hard for all of them does not count:
     the interval of a difference is narrower than the intervals of both APs suggest.

@@ -1,6 +1,6 @@
 """These functions count and weigh a detector's errors, with the package hotcoco: kinds, confusions, calibration.
 
-hotcoco (MIT, needs only numpy) computes what TIDE defines (arXiv 2008.08115), and its AP equals that of pycocotools to
+hotcoco (MIT, needs only numpy) computes what TIDE defines (arXiv 2008.08115), and its AP equals pycocotools' to
 the last bit; tidecv would bring OpenCV, pandas and seaborn.
 """
 
@@ -27,7 +27,7 @@ KINDS = {  # hotcoco's names of the kinds
 
 
 class Kind(NamedTuple):
-    """A kind of error: how often it occurs, and how much AP50 would rise if it never did."""
+    """A kind of error occurs so often, and AP50 would rise by `ap_lost` if it never did."""
 
     errors: int
     ap_lost: float
@@ -59,8 +59,9 @@ def confusion_matrix(matches: Matches, thresholds: Mapping[str, float]) -> np.nd
     """Count which class is taken for which, at an IoU of 0.5, among the detections that `thresholds` keep.
 
     Returns:
-        int64 [K+1,K+1]; rows are the classes of objects, columns those of detections. The last column counts objects
-        that nothing found, the last row detections where no object is. Detections in crowd regions are left out.
+        int64 [K+1,K+1]; rows are the classes of objects, columns the classes of detections. The last column counts
+        objects that nothing found, the last row detections where no object is. Detections in crowd regions are left
+        out.
     """
     chosen = is_kept(matches, thresholds) & matches.det_counts[AT_IOU_50]
     found = _run(matches, chosen).confusion_matrix(iou_thr=0.5)

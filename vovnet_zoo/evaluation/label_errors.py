@@ -20,7 +20,7 @@ class LabelError(NamedTuple):
     kind: Literal["no annotation", "other class", "nothing found"]
     suspicion: float  # 0..1, to be compared within a kind
     image: int  # position in `Matches.images`
-    true: int | None  # position of the object among those of `Matches`
+    true: int | None  # position of the object in `Matches`
     det: int | None  # position of the detection
 
 

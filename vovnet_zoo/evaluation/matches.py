@@ -58,7 +58,7 @@ def match(
     image_ids: Sequence[int] | None = None,
     max_dets: int = 100,
 ) -> Matches:
-    """Match result rows with the objects of an annotation file; arguments and errors are those of `coco_metrics`."""
+    """Match result rows with the objects of an annotation file; arguments and errors are as for `coco_metrics`."""
     scored = run_engine(annotations, results, image_ids=image_ids, max_dets=max_dets)
     run, truth = scored.run, scored.truth
     image_of = {image["id"]: i for i, image in enumerate(scored.images)}

@@ -52,7 +52,7 @@ def read_runs(paths: Sequence[Path]) -> dict[str, Run]:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder, or a COCO results file; the errors are those of `read_runs`."""
+    """Read a run folder, or a COCO results file; the errors are as for `read_runs`."""
     if path.is_file():
         return Run(path, _read_results(path), [], {}, [])
     found = path / DETECTIONS

@@ -33,17 +33,17 @@ class Curve(NamedTuple):
 
     @property
     def precision(self) -> np.ndarray:
-        """The share of kept detections that are right, float [N]."""
+        """Return the share of kept detections that are right, float [N]."""
         return self.right / np.maximum(self.kept, 1)
 
     @property
     def recall(self) -> np.ndarray:
-        """The share of objects that are found, float [N]."""
+        """Return the share of objects that are found, float [N]."""
         return self.right / max(self.objects, 1)
 
     @property
     def f1(self) -> np.ndarray:
-        """The harmonic mean of precision and recall, float [N]."""
+        """Return the harmonic mean of precision and recall, float [N]."""
         return 2 * self.right / np.maximum(self.kept + self.objects, 1)
 
 

@@ -86,13 +86,13 @@ class Comparison:
 
     @cached_property
     def wanted(self) -> list[ImageDetections]:
-        """PyTorch's detections in all images."""
+        """Return PyTorch's detections in all images."""
         with evaluating(self.model):
             return self.detect(self.model, range(len(self.dataset)))
 
     @cached_property
     def ap(self) -> float:
-        """PyTorch's AP."""
+        """Return PyTorch's AP."""
         return self.score(self.wanted).metrics["AP"]
 
     def certify(self, written: Written, bounds: Bounds) -> dict[str, Any]:

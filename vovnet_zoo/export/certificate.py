@@ -1,4 +1,4 @@
-"""The certificate says how far the detections of an exported file are from those of PyTorch."""
+"""The certificate says how far the detections of an exported file are from PyTorch's."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def draw(number: int) -> Frame:
 def certify(
     model: FCOS, thresholds: Thresholds, written: Written, images: Sequence[Prepared], bounds: Bounds
 ) -> dict[str, Any]:
-    """Compare the detections of a file with those of the model on all images, and return what was found.
+    """Compare the detections of a file with the model's on all images, and return what was found.
 
     Where every detection must be found by both, one that only one side has is let pass if rounding decides (a tie).
 
@@ -116,7 +116,7 @@ def certify(
 
 
 def certify_network(model: FCOS, written: Written, images: Sequence[Prepared], bounds: Bounds) -> dict[str, Any]:
-    """Compare the outputs of a network alone with those of the model on all images, and return what was found.
+    """Compare the outputs of a network alone with the model's on all images, and return what was found.
 
     Raises:
         ValueError: a difference is out of bounds; the message names the worst image and the first layer that differs.

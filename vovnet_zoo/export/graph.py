@@ -31,7 +31,7 @@ class DetectorGraph(nn.Module):
         self.thresholds = thresholds._replace(score_threshold=least.cpu()) if isinstance(least, Tensor) else thresholds
 
     def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-        """`images`: uint8 [B,3,H,W]; `sizes`: int64 [B,2]. Returns boxes, scores, labels and count."""
+        """Detect objects in `images` uint8 [B,3,H,W] of `sizes` int64 [B,2]; return boxes, scores, labels and count."""
         return tuple(detect(self.model, images, sizes, self.thresholds))
 
 
@@ -45,7 +45,7 @@ class NetworkGraph(nn.Module):
         self.model = frozen(model)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`images`: float32 [B,3,H,W], normalised. Returns logits [B,P,K], distances [B,P,4] and centerness [B,P]."""
+        """Take normalised images float32 [B,3,H,W]; return logits [B,P,K], distances [B,P,4] and centerness [B,P]."""
         preds = self.model(images)
         return preds.logits, preds.distances, preds.centerness
 

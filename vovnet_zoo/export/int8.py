@@ -1,4 +1,4 @@
-"""int8: NNCF quantises the network of an OpenVINO model, and leaves in float32 what the AP needs.
+"""NNCF quantises the network of an OpenVINO model to int8, and leaves in float32 what the AP needs.
 
 NNCF serves here, not ONNX Runtime's quantisation: it keeps a metric of ours in its bound by itself, corrects biases,
 and OpenVINO computes its int8 convolutions beside float32 ones without conversions by hand.

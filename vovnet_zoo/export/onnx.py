@@ -1,4 +1,4 @@
-"""ONNX: torch.onnx translates the graph, and the NMS becomes ONNX's own NonMaxSuppression."""
+"""torch.onnx translates the graph to ONNX, and the NMS becomes ONNX's own NonMaxSuppression."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from .graph import Graph, find_weight
 
 OPSET = 18
-op: Any = onnxscript.opset18  # its types are those of tensors in a script
+op: Any = onnxscript.opset18  # its type hints are for the tensors of a script, which no checker knows
 LARGE = 1024  # numbers; weights with fewer stay float32, since they take no space
 
 

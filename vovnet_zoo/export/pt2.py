@@ -1,4 +1,4 @@
-"""pt2: AOTInductor compiles the graph to machine code, which torch runs in Python and in C++ without this library."""
+"""AOTInductor compiles the graph to machine code (pt2), which torch runs in Python and C++ without this library."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ SUFFIXES = {Path(chosen.files[0]).suffix: name for name, chosen in FORMATS.items
 
 
 def is_exported(path: str | os.PathLike) -> bool:
-    """Tell by its ending whether a path is that of an exported file."""
+    """Tell by its ending whether a path names an exported file."""
     return Path(path).suffix in SUFFIXES
 
 

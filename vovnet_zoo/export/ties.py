@@ -19,7 +19,7 @@ MORE = 100  # candidates of each level that are looked at beyond the best `topk`
 
 
 class Candidates(NamedTuple):
-    """PyTorch's candidates for the NMS of one image, with those that only rounding may make candidates."""
+    """These are PyTorch's candidates for the NMS of one image, and boxes that only rounding may make candidates."""
 
     boxes: Tensor  # [N,4] xyxy
     scores: Tensor  # [N]

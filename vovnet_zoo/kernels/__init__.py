@@ -1,4 +1,4 @@
-"""Kernels that compute what torch computes, faster. Each is optional: `available` says which can be used here.
+"""These kernels compute what torch computes, faster. Each is optional: `available` says which can be used here.
 
 winograd.cpp, winograd.py: 3x3 convolutions on a CPU. osa.py: blocks of VoVNets. freeze.py: a model for inference.
 On a GPU: nms_triton.py: non-maximum suppression. group_norm_triton.py, max_pool_triton.py, osa_triton.py and
@@ -21,7 +21,7 @@ from . import library
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a kernel can be used here; true as a condition if it can."""
+    """This says whether a kernel can be used here, and is true as a condition if it can."""
 
     usable: bool
     reason: str
@@ -31,7 +31,7 @@ class Availability:
 
 
 def available() -> dict[str, Availability]:
-    """Which kernels can be used on this machine, and why the others cannot.
+    """Say which kernels can be used on this machine, and why the others cannot.
 
     "winograd" (3x3 convolutions and VoVNet blocks on a CPU) is built by this call if it was never built here, which
     takes some seconds; "nms_triton" and "training_triton" (parts of a training step) need a CUDA device and Triton.
@@ -52,7 +52,7 @@ def has_triton(device: torch.device) -> bool:
 
 
 def suits_kernels(x: torch.Tensor) -> bool:
-    """Whether a map is where and what the kernels of a training step take; their arithmetic is float32."""
+    """Tell whether the kernels of a training step take a map of this device and dtype; their arithmetic is float32."""
     return x.device.type == "cuda" and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -1,4 +1,4 @@
-"""Convolutions by torch's operators on a CPU, where these are fast; the weight gradient by matrix products."""
+"""These convolutions use torch's operators on a CPU where these are fast, and else multiply matrices for a gradient."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PIXELS_AT_A_TIME = 2048  # so that what is multiplied stays in the cache
 
 
 class CpuConv2d(nn.Conv2d):
-    """An nn.Conv2d that computes the weight gradient of large maps by matrix products, where that is faster."""
+    """This nn.Conv2d computes the weight gradient of large maps by matrix products, where that is faster."""
 
     stands_for = nn.Conv2d
 
@@ -38,7 +38,7 @@ class CpuConv2d(nn.Conv2d):
 
 
 class Float32Conv2d(CpuConv2d):
-    """A `CpuConv2d` whose arithmetic is float32 on a CPU under autocast too; only its output is rounded.
+    """This `CpuConv2d` computes in float32 on a CPU under autocast too; only its output is rounded.
 
     A CPU without AMX multiplies bfloat16 at half the rate of float32, or slower.
     """
@@ -62,7 +62,7 @@ def use_fast_gradients(model: nn.Module) -> None:
 def weight_gradient_by_products(
     x: Tensor, dy: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """Gradient of the weight of `F.conv2d(x, weight, stride=stride, padding=padding)`.
+    """Compute the gradient of the weight of `F.conv2d(x, weight, stride=stride, padding=padding)`.
 
     For each place of the kernel it is the product of two matrices whose rows are pixels: the outputs' gradients, and
     the inputs that this place meets. The padded input is laid out so that these inputs are one piece of memory: apart

@@ -1,4 +1,4 @@
-"""A model made faster for inference: batch norms folded, weights transformed once, blocks in one memory."""
+"""`freeze` makes a model faster for inference: it folds batch norms, and transforms weights once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def freeze(model: nn.Module, winograd: bool) -> nn.Module:
 
     `model` is in evaluation mode, and no module in it has another class than it was built with (`surgery.restore`).
     timm's convolution blocks lose their batch norms, which torch.compile does for all others. With `winograd`, on a
-    CPU, eligible 3x3 convolutions and VoVNet blocks become those of `winograd.py` and `osa.py`.
+    CPU, eligible 3x3 convolutions become `FrozenWinogradConv2d`, and VoVNet blocks `FrozenOsaBlock`.
     """
     check_kind("model", model, nn.Module, "an nn.Module")
     check_flag("winograd", winograd)
@@ -26,7 +26,7 @@ def freeze(model: nn.Module, winograd: bool) -> nn.Module:
 
 
 def _frozen(module: Any, winograd: bool) -> nn.Module:
-    """What takes the place of `module`."""
+    """Return the module that replaces `module`."""
     if winograd and FrozenOsaBlock.suits(module):
         return FrozenOsaBlock.of(module)
     if can_fold(module):

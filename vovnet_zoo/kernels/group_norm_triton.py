@@ -1,4 +1,4 @@
-"""Group norm and ReLU of the five maps of a pyramid, as Triton kernels. Import it where Triton is.
+"""These Triton kernels compute group norm and ReLU of the five maps of a pyramid. Import this where Triton is.
 
 The maps are channels-last, so a pixel's channels lie side by side. All five go through one kernel at a time, because
 the kernels for the small ones would end before the host has started the next. A map is read twice in the forward pass:
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 LEVELS = 5
-CHUNK, ROWS = 256, 16  # pixels of a program, and those of them that it looks at together
+CHUNK, ROWS = 256, 16  # pixels that one program handles, and how many of them it loads at a time
 PARTS = 16  # chunks that are added up together
 GROUPS = 4  # groups of which one program adds up the chunks
 WARPS = 4
@@ -25,7 +25,7 @@ WARPS = 4
 def group_norm_relu(
     maps: Sequence[Tensor], shift: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> list[Tensor]:
-    """`relu(group_norm(x + shift))` of each of five maps, differentiable once.
+    """Compute `relu(group_norm(x + shift))` of each of five maps, differentiable once.
 
     `shift` is the bias of the convolution that made the maps, which then need not add it.
 

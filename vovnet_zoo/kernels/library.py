@@ -1,4 +1,4 @@
-"""The C++ kernels as a library: built once for each kind of CPU, kept in a cache, loaded into torch.
+"""This module builds the C++ kernels once for each kind of CPU, caches the library and loads it.
 
 Nothing here runs when the package is imported. `load` builds if it must, and says why it cannot instead of raising.
 """
@@ -37,7 +37,7 @@ INSTRUCTION_SETS = {  # what torch means by its capabilities on x86-64; elsewher
 
 
 def capability() -> str:
-    """The instruction set that torch uses here: "AVX512", "AVX2" or "DEFAULT" on x86-64.
+    """Name the instruction set that torch uses here: "AVX512", "AVX2" or "DEFAULT" on x86-64.
 
     The environment variable ATEN_CPU_CAPABILITY (avx2, default) makes torch, and these kernels, use a smaller one.
     """
@@ -60,7 +60,7 @@ def load() -> str:
 
 
 def _built() -> Path:
-    """The library's file, from the cache or built now. `RuntimeError` or `OSError` say why there is none."""
+    """Return the library's file, from the cache or built now; a `RuntimeError` or `OSError` says why there is none."""
     cache = cache_folder()
     flags = [*FLAGS, *(INSTRUCTION_SETS.get(capability(), []) if platform.machine() in ("x86_64", "AMD64") else [])]
     contents = _digest([source.read_bytes() for source in SOURCES], flags)

@@ -1,4 +1,4 @@
-"""Max pooling whose backward pass on a GPU is one kernel (`max_pool_triton`)."""
+"""This max pooling has a backward pass on a GPU that is one kernel (`max_pool_triton`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from . import suits_kernels
 
 
 class FusedMaxPool2d(nn.MaxPool2d):
-    """An `nn.MaxPool2d` of 3x3 pixels with stride 2, which trains faster on a GPU. Made where `suits` says so."""
+    """This `nn.MaxPool2d` of 3x3 pixels with stride 2 trains faster on a GPU. It is for modules that `suits`."""
 
     stands_for = nn.MaxPool2d
 
     @staticmethod
     def suits(module: nn.Module) -> bool:
-        """Whether a module is a max pooling that the kernels can do."""
+        """Tell whether a module is a max pooling that the kernels can do."""
         if type(module) is not nn.MaxPool2d or module.return_indices or both(module.dilation) != (1, 1):
             return False
         window = both(module.kernel_size), both(module.stride)

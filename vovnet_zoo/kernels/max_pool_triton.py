@@ -1,4 +1,4 @@
-"""Max pooling of 3x3 pixels with stride 2 of channels-last maps, as Triton kernels. Import it where Triton is.
+"""These Triton kernels pool channels-last maps, 3x3 pixels with stride 2. Import this where Triton is.
 
 torch's own backward pass adds up in memory, and inductor's looks at each window again; this one reads, for each pixel
 of the input, the at most four windows that it is in.

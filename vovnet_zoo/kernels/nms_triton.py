@@ -1,4 +1,4 @@
-"""Non-maximum suppression as one Triton kernel. Import it where Triton is: torch's CUDA builds bring it."""
+"""`nms` is non-maximum suppression as one Triton kernel. Import this where Triton is: torch's CUDA builds bring it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TILE = 64  # boxes that are compared at a time; so many bits has the word that s
 def nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, max_detections: int, plus_one: bool = False
 ) -> Tensor:
-    """`class_nms` of B images: indices int64 [B,max_detections] of the boxes that are kept, best first, then -1.
+    """Do `class_nms` for B images: return int64 [B,max_detections], the boxes that are kept, best first, then -1.
 
     One program for each image looks at one tile of boxes after the other, the best first, and ends when it has kept
     `max_detections` boxes or no box is left. No decision is made by the host, so that a CUDA graph can hold it.

@@ -1,4 +1,4 @@
-"""VoVNet blocks that compute and keep less than timm's and give the same results, in training and in inference.
+"""These VoVNet blocks compute and keep less than timm's, and give the same results, in training and in inference.
 
 A one-shot aggregation block concatenates its input and the maps of its layers (arXiv 1904.09730, section 3), and
 convolves the concatenation 1x1. The backward pass needs the maps anyway, because each is the input of the next layer;
@@ -47,8 +47,8 @@ ROWS = 4096  # pixels that a CPU multiplies at a time, in float32
 def fuse_for_training(model: nn.Module) -> int:
     """Turn, in place, the blocks of timm's VoVNets in `model` into the ones here; returns how many aggregate.
 
-    Convolutions become those of `convolution.py`. Parameters, state dict and hooks stay as they are; results too, but
-    for rounding. `surgery.restore` undoes it.
+    Convolutions become `CpuConv2d`. Parameters, state dict and hooks stay as they are; results too, but for rounding.
+    `surgery.restore` undoes it.
     """
     check_kind("model", model, nn.Module, "an nn.Module")
     use_fast_gradients(model)
@@ -63,7 +63,7 @@ def fuse_for_training(model: nn.Module) -> int:
 
 
 class FoldedConvNormAct(ConvNormAct):
-    """A convolution, a frozen batch norm and an activation; the norm's factor is in the weight."""
+    """This is a convolution, a frozen batch norm and an activation; the norm's factor is in the weight."""
 
     stands_for = ConvNormAct
 
@@ -79,18 +79,18 @@ class FoldedConvNormAct(ConvNormAct):
         return self.bn.act(self.bn.drop(self.conv._conv_forward(x, weight, shift)))
 
     def has_relu(self) -> bool:
-        """Whether a ReLU is all that follows the norm."""
+        """Tell whether a ReLU is all that follows the norm."""
         return type(self.bn.act) is nn.ReLU and type(self.bn.drop) is nn.Identity
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        """The convolution's weight and bias with the norm in them."""
+        """Return the convolution's weight and bias with the norm in them."""
         norm = self.bn
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         return self.conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
 
 
 class FusedOsaBlock(OsaBlock):
-    """An `OsaBlock` that keeps no concatenation for the backward pass. Made by `fuse_for_training`."""
+    """This `OsaBlock` keeps no concatenation for the backward pass. `fuse_for_training` makes it."""
 
     stands_for = OsaBlock
 
@@ -113,13 +113,13 @@ class FusedOsaBlock(OsaBlock):
         return _after_aggregation(self, x, first)
 
     def dtype_of_one_memory(self, x: Tensor) -> torch.dtype | None:
-        """The dtype of the maps if `aggregate` computes this block, else None."""
+        """Return the dtype of the maps if `aggregate` computes this block, else None."""
         if self.is_simple() and all(isinstance(layer.conv, WinogradConv2d) for layer in self.conv_mid):
             return winograd_dtype(x)
         return None
 
     def is_simple(self) -> bool:
-        """Whether the block consists of convolutions with frozen norms of one epsilon and ReLUs only."""
+        """Tell whether the block consists of convolutions with frozen norms of one epsilon and ReLUs only."""
         layers: list[Any] = [self.conv_concat, *self.conv_mid]
         return (
             self.conv_reduction is None
@@ -129,7 +129,7 @@ class FusedOsaBlock(OsaBlock):
 
 
 class FrozenOsaBlock(nn.Module):
-    """An `OsaBlock` for inference on a CPU, whose layers are Winograd convolutions. Made by `FrozenOsaBlock.of`."""
+    """This `OsaBlock` is for inference on a CPU; its layers are Winograd convolutions. `FrozenOsaBlock.of` makes it."""
 
     def __init__(self, layers: Sequence[FrozenWinogradConv2d], last: nn.Conv2d, attn: nn.Module | None, residual: bool):
         super().__init__()
@@ -140,14 +140,14 @@ class FrozenOsaBlock(nn.Module):
 
     @classmethod
     def of(cls, block: OsaBlock) -> FrozenOsaBlock:
-        """The frozen form of a block that `suits`; batch norms are folded into the weights as they are now."""
+        """Make the frozen form of a block that `suits`; batch norms are folded into the weights as they are now."""
         conv_mid: Any = block.conv_mid
         layers = [FrozenWinogradConv2d(fold(layer), relu=True) for layer in conv_mid]
         return cls(layers, fold(block.conv_concat), block.attn, block.residual)
 
     @staticmethod
     def suits(block: nn.Module) -> bool:
-        """Whether `block` is an OsaBlock without a reduction, of eligible convolutions with batch norms and ReLUs.
+        """Tell whether `block` is an OsaBlock without a reduction, of eligible convolutions with batch norms and ReLUs.
 
         It may have an attention (eSE), which follows the aggregation. A block of depthwise convolutions does not suit.
         """
@@ -178,12 +178,12 @@ class FrozenOsaBlock(nn.Module):
 
 
 def can_fold(block: nn.Module) -> TypeGuard[ConvNormAct]:
-    """Whether `block` is a timm ConvNormAct whose norm is a batch norm with statistics."""
+    """Tell whether `block` is a timm ConvNormAct whose norm is a batch norm with statistics."""
     return isinstance(block, ConvNormAct) and isinstance(block.conv, nn.Conv2d) and hasattr(block.bn, "running_var")
 
 
 def fold(block: ConvNormAct) -> nn.Conv2d:
-    """A convolution with a bias that computes `block.conv`, then `block.bn` in inference without its activation."""
+    """Make a convolution with a bias that computes `block.conv`, then `block.bn` in inference, without activation."""
     conv, bn = copy.deepcopy(block.conv), block.bn
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
@@ -200,19 +200,19 @@ def _after_aggregation(block: OsaBlock, x: Tensor, first: Tensor) -> Tensor:
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether the kernels of `osa_triton` take such a map, and no compiler looks for kernels itself."""
+    """Tell whether the kernels of `osa_triton` take such a map, and no compiler looks for kernels itself."""
     if torch.compiler.is_compiling():
         return False
     return suits_kernels(x) and has_triton(x.device)
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:
-    """The dtype in which a convolution of x on a GPU multiplies."""
+    """Return the dtype in which a convolution of x on a GPU multiplies."""
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
 
 
 def aggregate_on_gpu(x: Tensor, layers: Sequence[FoldedConvNormAct]) -> Tensor:
-    """One-shot aggregation by `osa_triton`: [B,C,H,W] -> [B,O,H,W]; the last of the layers convolves all maps."""
+    """Aggregate x by `osa_triton`: [B,C,H,W] -> [B,O,H,W]; the last of the layers convolves all maps."""
     from . import osa_triton
 
     dtype, norms, convs = dtype_of_products(x), [layer.bn for layer in layers], [layer.conv for layer in layers]
@@ -228,7 +228,7 @@ def aggregate_on_gpu(x: Tensor, layers: Sequence[FoldedConvNormAct]) -> Tensor:
 
 
 def convolve_concatenated(maps: list[Tensor], block: ConvNormAct) -> Tensor:
-    """`block(torch.cat(maps, dim=1))`, its convolution 1x1: n maps [B,C_i,H,W] -> [B,O,H,W]."""
+    """Compute `block(torch.cat(maps, dim=1))`, whose convolution is 1x1: n maps [B,C_i,H,W] -> [B,O,H,W]."""
     weight, shift = block.fold() if isinstance(block, FoldedConvNormAct) else (block.conv.weight, block.conv.bias)
     device = maps[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -246,7 +246,7 @@ def convolve_concatenated(maps: list[Tensor], block: ConvNormAct) -> Tensor:
 
 
 class _ConvolveConcatenated(torch.autograd.Function):
-    """The arithmetic has the dtype of the weight, the maps may have another."""
+    """This computes in the dtype of the weight; the maps may have another dtype."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, *maps: Tensor) -> Tensor:
@@ -269,7 +269,7 @@ class _ConvolveConcatenated(torch.autograd.Function):
 
 @torch.library.custom_op("vovnet_zoo::aggregate", mutates_args=(), device_types="cpu")
 def aggregate(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """One-shot aggregation: n layers of 3x3 convolution and ReLU, then x and their maps through one of 1x1 and ReLU.
+    """Aggregate x: n layers of 3x3 convolution and ReLU, then x and their maps go through one layer of 1x1 and ReLU.
 
     x [B,C,H,W] float32 or bfloat16; weights n of [M,C or M,3,3] and the last [O,C+n*M,1,1]; shifts n of [M] and [O].
     Returns the aggregation [B,O,H,W], and the maps [B,n*M,H,W] for the backward pass, in x's dtype; arithmetic is
@@ -290,7 +290,7 @@ def aggregate(x: Tensor, weights: Sequence[Tensor], shifts: Sequence[Tensor]) ->
 def _aggregate_backward(
     dy: Tensor, x: Tensor, maps: Tensor, y: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of x and of `weights`, given that of y."""
+    """Compute the gradients of x and of the weights from the gradient of y."""
     *layers, last = weights
     dx, dmaps = empty_output(x, x.shape[1]), empty_output(x, maps.shape[1])
     of_x, of_maps = last.flatten(1).float().split([x.shape[1], maps.shape[1]], dim=1)
@@ -356,7 +356,7 @@ def _parts(maps: Tensor, count: int) -> list[Tensor]:
 
 
 def _blocks_of_rows(inputs: list[Tensor], outputs: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """`ROWS` pixels of maps [B,C,H,W] at a time, as float32 matrices [ROWS,C]; `outputs` take what is written there."""
+    """Yield `ROWS` pixels of maps [B,C,H,W] at a time, as float32 [ROWS,C]; `outputs` take what is written there."""
     inputs, outputs = ([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps] for maps in (inputs, outputs))
     copies = [x.new_empty((ROWS, x.shape[1]), dtype=torch.float32) for x in inputs + outputs]
     for i in range(0, len(inputs[0]), ROWS):

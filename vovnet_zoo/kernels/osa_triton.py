@@ -1,4 +1,4 @@
-"""One-shot aggregation blocks on a GPU, whose maps are channels-last. Import it where Triton is.
+"""These Triton kernels compute one-shot aggregation blocks of channels-last maps. Import this where Triton is.
 
 What stands between the convolutions is done in as few passes over memory as possible: a bias and a ReLU are one, and so
 are the sum of a map's two gradients and the ReLU before it. The concatenation is not kept for the backward pass.
@@ -28,7 +28,7 @@ def aggregate(
     shifts: Sequence[Tensor],
     geometry: Sequence[Geometry],
 ) -> Tensor:
-    """One-shot aggregation: n convolutions with ReLUs, then x and their maps through one more, differentiable once.
+    """Aggregate x: n convolutions with ReLUs, then x and their maps go through one more. It is differentiable once.
 
     Args:
         x: [B,C,H,W], float32, bfloat16 or float16, in which the convolutions multiply.
@@ -44,7 +44,7 @@ def aggregate(
 
 
 def shift_relu(x: Tensor, shift: Tensor) -> Tensor:
-    """`relu(x + shift)` of a map [B,C,H,W], in its memory if it is channels-last; `shift` [C] gets no gradient."""
+    """Compute `relu(x + shift)` of a map [B,C,H,W], in place if it is channels-last; `shift` [C] gets no gradient."""
     return _ShiftRelu.apply(x, shift)
 
 
@@ -175,7 +175,7 @@ def add_part(out: Tensor, whole: Tensor | None, offset: int, d: Tensor | None, y
 
 
 def sizes(x: Tensor, whole: Tensor | None) -> tuple[int, int, int]:
-    """Return the pixels of a map, its channels, and those of the concatenation."""
+    """Count the pixels of a map, its channels, and the channels of the concatenation."""
     return x.numel() // max(1, x.shape[1]), x.shape[1], x.shape[1] if whole is None else whole.shape[1]
 
 

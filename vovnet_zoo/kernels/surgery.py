@@ -1,4 +1,4 @@
-"""One way to change how a module computes while it stays the module it is."""
+"""`become` changes how a module computes while it stays the module it is."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class that `module` was built with."""
+    """Return the class that `module` was built with."""
     return getattr(type(module), "stands_for", type(module))

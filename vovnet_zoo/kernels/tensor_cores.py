@@ -28,7 +28,7 @@ def align_channels(model: Any) -> None:
 
 
 class PaddedConv2d(nn.Module):
-    """A convolution without groups, whose input channels are padded by zeros to a multiple of 8."""
+    """This convolution without groups pads its input channels by zeros to a multiple of 8."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
@@ -44,7 +44,7 @@ class PaddedConv2d(nn.Module):
 
 
 class Outputs(nn.Module):
-    """Some output channels of a convolution that several modules share; a compiled graph computes it once."""
+    """This returns some outputs of a convolution that several modules share; a compiled graph computes it once."""
 
     def __init__(self, conv: nn.Conv2d, start: int, stop: int):
         super().__init__()

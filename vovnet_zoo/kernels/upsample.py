@@ -1,4 +1,4 @@
-"""A map doubled in height and width and added to another, in one kernel on a GPU (`upsample_triton`)."""
+"""`add_upsampled` doubles a map and adds it to another, in one kernel on a GPU (`upsample_triton`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @torch.library.custom_op("vovnet_zoo::add_upsampled", mutates_args=(), device_types="cuda")
 def add_upsampled(x: Tensor, small: Tensor) -> Tensor:
-    """`x + F.interpolate(small, scale_factor=2)`: [B,C,2h,2w] and [B,C,h,w] -> [B,C,2h,2w], in x's dtype.
+    """Compute `x + F.interpolate(small, scale_factor=2)`: [B,C,2h,2w], [B,C,h,w] -> [B,C,2h,2w], in x's dtype.
 
     Neighbours in a square of four get the same value (mode "nearest"). Differentiable once.
     """

@@ -1,4 +1,4 @@
-"""Doubling a channels-last map and adding it to another, as Triton kernels. Import it where Triton is."""
+"""These Triton kernels double a channels-last map and add it to another. Import this where Triton is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""3x3 convolutions on a CPU with a quarter of the multiplications: Winograd's F(4x4,3x3) (arXiv 1509.09308).
+"""Winograd's F(4x4,3x3) computes 3x3 convolutions on a CPU with a quarter of the multiplications (arXiv 1509.09308).
 
     use_winograd(model)                               # training and inference: same parameters, same state dict
     FrozenWinogradConv2d(conv, relu=True)             # inference: the weight is transformed once
@@ -33,7 +33,7 @@ TRAINING_TILES, FROZEN_TILES = 36, 9  # from which Winograd gains: with a weight
 
 
 class WinogradConv2d(Float32Conv2d):
-    """A `Float32Conv2d` that computes large enough maps on a CPU by Winograd. Made by `use_winograd`."""
+    """This `Float32Conv2d` computes large enough maps on a CPU by Winograd. `use_winograd` makes it."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = winograd_dtype(x)
@@ -43,7 +43,7 @@ class WinogradConv2d(Float32Conv2d):
 
 
 class FrozenWinogradConv2d(nn.Module):
-    """The convolution `conv`, then ReLU if `relu`, for inference: [B,C,H,W] -> [B,O,H,W] of the same dtype.
+    """This computes `conv`, then ReLU if `relu`, for inference: [B,C,H,W] -> [B,O,H,W] of the same dtype.
 
     Its state dict is empty: the weight is `conv`'s at this moment. `ValueError` for a convolution that Winograd does
     not compute, `RuntimeError` where the kernels cannot be used (`kernels.available()` says so beforehand).
@@ -71,7 +71,7 @@ class FrozenWinogradConv2d(nn.Module):
         return F.relu(x) if self.relu else x
 
     def gains(self, x: Tensor) -> bool:
-        """Whether Winograd computes maps x."""
+        """Tell whether Winograd computes maps x."""
         return _gains(x, FROZEN_TILES)
 
 
@@ -95,7 +95,7 @@ def use_winograd(model: nn.Module) -> int:
 
 
 def why_not() -> str:
-    """Why Winograd does not gain over torch's convolutions on this CPU, or "" if it does."""
+    """Say why Winograd does not gain over torch's convolutions on this CPU, or "" if it does."""
     if reason := _load():
         return reason
     if library.capability() == "DEFAULT" and library.platform.machine() in ("x86_64", "AMD64"):
@@ -104,12 +104,12 @@ def why_not() -> str:
 
 
 def has_amx() -> bool:
-    """Whether torch uses units of this CPU for products of bfloat16 matrices (AMX)."""
+    """Tell whether torch uses units of this CPU for products of bfloat16 matrices (AMX)."""
     return library.capability() == "AVX512" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def is_eligible(conv: nn.Conv2d) -> bool:
-    """Whether Winograd computes this convolution, and it has enough channels to gain."""
+    """Tell whether Winograd computes this convolution, and it has enough channels to gain."""
     check_kind("conv", conv, nn.Conv2d, "an nn.Conv2d")
     wanted = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
     found = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
@@ -117,7 +117,7 @@ def is_eligible(conv: nn.Conv2d) -> bool:
 
 
 def winograd_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype of the maps if Winograd computes a training convolution of `x` under this autocast, else None."""
+    """Return the dtype of the maps if Winograd computes a training convolution of `x` in this autocast, else None."""
     autocast = torch.is_autocast_enabled("cpu")
     if not _gains(x, TRAINING_TILES) or (autocast and torch.get_autocast_dtype("cpu") != torch.bfloat16):
         return None
@@ -125,7 +125,7 @@ def winograd_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _gains(x: Tensor, least: int) -> bool:
-    """Whether Winograd computes maps `x` [B,C,H,W], which have at least `least` tiles of 4x4."""
+    """Tell whether Winograd computes maps `x` [B,C,H,W], which need at least `least` tiles of 4x4."""
     batch, _, height, width = x.shape
     tiles = batch * ((height + 3) // 4) * ((width + 3) // 4)
     return _loaded and x.device.type == "cpu" and x.dtype in DTYPES and tiles >= least
@@ -173,7 +173,7 @@ def _call(name: str, *arguments):
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: bool = False) -> Tensor:
-    """`F.conv2d(x, weight, bias, padding=1)`, or with `transposed` `F.conv_transpose2d` of the same arguments.
+    """Compute `F.conv2d(x, weight, bias, padding=1)`, or with `transposed` `F.conv_transpose2d` of the same arguments.
 
     Differentiable once; x and weight are kept for the backward pass, nothing else.
 
@@ -196,7 +196,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None = None, transposed: b
 def conv3x3_frozen(
     x: Tensor, transformed: Tensor, out_channels: int, bias: Tensor | None = None, relu: bool = False
 ) -> Tensor:
-    """`conv3x3`, then ReLU if `relu`, with a weight gone through `transform_weight`. Not differentiable."""
+    """Do `conv3x3`, then ReLU if `relu`, with a weight that `transform_weight` made. It is not differentiable."""
     check_tensor("transformed", transformed, (36, "O/16", "C", 16))
     check_number("out_channels", out_channels, 1, 16 * transformed.shape[1], whole=True)
     check_flag("relu", relu)
@@ -204,13 +204,13 @@ def conv3x3_frozen(
 
 
 def transform_weight(weight: Tensor) -> Tensor:
-    """[O,C,3,3] -> `G g G'` [36,ceil(O/16),16*ceil(C/16),16] float32, with zeros where O and C do not fill it."""
+    """Turn [O,C,3,3] into `G g G'` float32 [36,ceil(O/16),16*ceil(C/16),16], filled up with zeros."""
     check_tensor("weight", weight, ("O", "C", 3, 3))
     return _call("conv3x3_transform_weight", weight.detach())
 
 
 def weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
-    """Gradient [O,C,3,3] float32 of the weight, given x [B,C,H,W] and the gradient dy [B,O,H,W] of the output."""
+    """Compute the weight's gradient float32 [O,C,3,3] from x [B,C,H,W] and the output's gradient dy [B,O,H,W]."""
     return _call("conv3x3_weight_gradient", x, dy)
 
 
@@ -225,7 +225,7 @@ def convolve_into(
     add: bool = False,
     positive: Tensor | None = None,
 ) -> None:
-    """`conv3x3` to memory y [B,O,H,W], whose dtype is x's; then ReLU if `relu`.
+    """Write `conv3x3`, then ReLU if `relu`, to memory y [B,O,H,W], whose dtype is x's.
 
     The weight may have gone through `transform_weight`. y, x and `positive` may be channels of larger channels_last
     maps. With `add` the result is added to y; where `positive` [B,O,H,W] is not positive, y becomes 0.
