@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from run_folder import write_whole
 from runtime import log
 from vovnet_zoo.data import CocoDataset
-from vovnet_zoo.files import hash_file
+from vovnet_zoo.files import hash_file, write_whole
 from vovnet_zoo.words import counted
 
 SAVE_S = 60.0

@@ -30,7 +30,7 @@ from vovnet_zoo.classifiers import SOURCES
 from vovnet_zoo.commands import make_folder
 from vovnet_zoo.data import CocoDataset, ImageError, Skipped
 from vovnet_zoo.evaluation.runs import TRAINED, VALIDATED, decisive, describe_annotations, read_log, shown
-from vovnet_zoo.files import hash_file, naming
+from vovnet_zoo.files import hash_file, naming, write_whole
 
 try:
     import fcntl
@@ -470,14 +470,6 @@ class HashingWriter:
         if self._error is not None:
             raise self._error
         return self._hash.hexdigest()
-
-
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file so that, whenever the machine stops, it is whole or as it was before."""
-    with naming(path):
-        with synced(path.with_name(path.name + ".partial")) as file:
-            file.write(content)
-        move(Path(file.name), path)
 
 
 @contextlib.contextmanager

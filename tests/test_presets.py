@@ -44,6 +44,8 @@ def test_quickstart_draws_its_data_and_learns(tmp_path, monkeypatch):
 
 
 def test_drawn_data_are_right_and_always_the_same(tmp_path):
+    (tmp_path / "a.partial").mkdir()
+    (tmp_path / "a.partial" / "mine").write_text("mine")
     for name in ("a", "b"):
         SMALL(tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
@@ -54,7 +56,8 @@ def test_drawn_data_are_right_and_always_the_same(tmp_path):
         assert len(dataset) == count and dataset.class_names == list(CLASSES)
         for image, target in dataset:
             assert 1 <= len(target["boxes"]) <= 5 and image.shape == (3, 128, 128)
-    assert not (tmp_path / "a.partial").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.partial", "b"]
+    assert (tmp_path / "a.partial" / "mine").read_text() == "mine"
 
 
 def test_existing_data_are_kept(tmp_path):

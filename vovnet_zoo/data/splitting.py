@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..files import write_whole
 from ..words import counted
 from .annotations import Annotations, Source, digest_of, entries_by_id, file_of, read_annotations
 from .formats.places import Split
@@ -56,9 +57,7 @@ def hold_out(
         folder.mkdir(parents=True, exist_ok=True)
         for part, path in paths.items():
             content = subset(coco, {image["id"] for image in images if (image["id"] in chosen) == (part == "val")})
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({"info": about, **content}))
-            partial.rename(path)
+            write_whole(path, json.dumps({"info": about, **content}).encode())
         logger.info(
             "kept for scoring: %d of %s, see %s and %s; %s others, and stay with them",
             *(len(chosen), counted(len(images), "image"), paths["train"], paths["val"]),
