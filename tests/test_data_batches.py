@@ -90,6 +90,18 @@ def test_collate_and_normalize():
         normalize(batch["images"], batch["sizes"], mean[:2], std)
 
 
+def test_samples_that_are_no_bytes_or_lack_a_key_are_refused():
+    image, target = make_sample(32, 32, [(1, 2, 3, 4)])
+    with pytest.raises(ValueError, match=f"image {target['image_id']}: .*float32 .3, 32, 32.; leave ToDtype and Norm"):
+        collate([(image, target), (image / 255, target)])
+    for wrong in (image[:1], image[0], image.numpy()):
+        with pytest.raises(ValueError, match=r"takes uint8 tensors \[3, H, W\], got"):
+            collate([(wrong, target)])
+    for key in ("boxes", "labels", "image_id", "orig_size"):
+        with pytest.raises(ValueError, match=f"a target has no {key}, only "):
+            collate([(image, {name: value for name, value in target.items() if name != key})])
+
+
 def test_normalize_published(shared):
     from safetensors.torch import load_file
 
