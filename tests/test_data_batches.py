@@ -50,6 +50,7 @@ def test_sampler_arguments():
         {"rank": 2, "world_size": 2},
         {"start_step": -1},
         {"aspect_ratios": []},
+        {"repeats": 0},
     ):
         with pytest.raises(ValueError):
             TrainSampler(**{"aspect_ratios": RATIOS, "batch_size": 8, "num_steps": 1} | arguments)

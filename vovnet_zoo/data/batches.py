@@ -61,6 +61,8 @@ class TrainSampler:
             raise ValueError(f"global batch size {batch_size} is not a multiple of the world size {world_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not within the world size of {world_size}")
+        if repeats < 1:
+            raise ValueError(f"repeats={repeats!r}: give a whole number of 1 or more")
         if start_step < 0 or seed < 0 or num_steps < 0 or (late_from or 0) < 0:
             raise ValueError(
                 f"start_step ({start_step}), num_steps ({num_steps}), seed ({seed}) and late_from ({late_from}) must "
