@@ -16,7 +16,8 @@ from launch import losses, rows
 
 import build
 import train_coco
-from presets import FINETUNE_PRETRAINED, PRESETS, PUBLISHED, check_config, doubts, is_recorded, parse
+from fitting import fit_of, fit_plan
+from presets import FINETUNE_PRETRAINED, FIT_PRETRAINED, PRESETS, PUBLISHED, check_config, doubts, is_recorded, parse
 from quickstart_data import CLASSES, make_shapes
 from vovnet_zoo import FCOS, inference, loss, results
 from vovnet_zoo.config import VARIANTS
@@ -200,6 +201,14 @@ def test_every_preset_has_weights_or_says_what_to_type(name, tmp_path, monkeypat
     build.check_weights(scratch)
     model = build.build_model(scratch, ["a", "b"], [1, 2], None)
     assert not model.config["frozen_norm"] and model.config["num_classes"] == 2
+
+
+@pytest.mark.parametrize("source", ["local-dir:runs/rsb_a3/best", "hf-hub:me/net"])
+def test_a_classifier_of_ones_own_is_trained_on_as_pretrained(source):
+    config = parse(["finetune", "--data", "x", "--model", "fcos", "--backbone", source, "--pretrained-backbone"])
+    build.check_weights(config)
+    assert fit_of(config) == FIT_PRETRAINED and config.optimizer == "adamw" and config.frozen_norm
+    assert fit_plan(config, 205, torch.device("cpu")).lr == FIT_PRETRAINED.lr
 
 
 @pytest.mark.parametrize("preset", ["finetune", "coco_12e"])
