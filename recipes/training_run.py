@@ -213,7 +213,7 @@ def note_images(config: TrainConfig, datasets: dict[str, CocoDataset], goes_on: 
     """
     notes = ImageNotes(config.out / "images.json", datasets, goes_on)
     if changed := [name for name in notes.changed() if not was_bad(config.out, notes.places[name])]:
-        are = counted(len(changed), "image is another", "images are others")
+        are = counted(len(changed), "image file is another", "image files are others")
         what = f"{are} than when the run began: {', '.join(changed[:5])}"
         if not config.allow_changes:
             raise ValueError(f"{what}; put them back, give another --out, or go on all the same with --allow-changes")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +63,13 @@ def hold_out(
             *(len(chosen), counted(len(images), "image"), paths["train"], paths["val"]),
             counted(sum(len(g) for g in groups if len(g) > 1), "image looks like", "images look like"),
         )
-    image = whole.source.read_image if isinstance(whole.source, Annotations) else None
-    return {part: (whole.folder, _source(path, image)) for part, path in paths.items()}
+    return {part: (whole.folder, _source(path, whole.source)) for part, path in paths.items()}
 
 
-def _source(path: Path, read_image: Callable[[str], bytes] | None) -> Source:
-    return path if read_image is None else Annotations(path, functools.partial(read_annotations, path), read_image)
+def _source(path: Path, whole: Source) -> Source:
+    if isinstance(whole, Annotations) and whole.read_image is not None:
+        return dataclasses.replace(whole, file=path, read=functools.partial(read_annotations, path))
+    return path
 
 
 def _told(path: Path) -> dict | None:
