@@ -17,7 +17,17 @@ from launch import losses, rows
 import build
 import train_coco
 from fitting import fit_of, fit_plan
-from presets import FINETUNE_PRETRAINED, FIT_PRETRAINED, PRESETS, PUBLISHED, check_config, doubts, is_recorded, parse
+from presets import (
+    FINETUNE_PRETRAINED,
+    FIT_PRETRAINED,
+    PRESETS,
+    PUBLISHED,
+    TrainConfig,
+    check_config,
+    doubts,
+    is_recorded,
+    parse,
+)
 from quickstart_data import CLASSES, make_shapes
 from vovnet_zoo import FCOS, inference, loss, results
 from vovnet_zoo.config import VARIANTS
@@ -167,6 +177,12 @@ def test_a_cosine_schedule_has_no_milestones_to_scale():
     check_config(config)
     preset = PRESETS["coco_12e"][1]
     assert config.steps == round(preset.steps / 2) and config.lr == pytest.approx(preset.lr * 2**0.5)
+    for options in ([], ["--batch-size", "32"], ["--steps", "1000"]):  # these presets have milestones
+        config = parse(["v57_2x", "--data", "x", "--schedule", "cosine", *options])
+        check_config(config)
+        assert config.schedule == "cosine" and config.milestones == TrainConfig.milestones
+    with pytest.raises(ValueError, match=r"milestones=\(5, 6\): the cosine schedule has none"):
+        check_config(parse(["v57_2x", "--data", "x", "--schedule", "cosine", "--milestones", "5", "6"]))
 
 
 def test_doubtful_schedules_are_named():
