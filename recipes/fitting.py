@@ -43,7 +43,7 @@ def kept(config: TrainConfig, saved: Mapping[str, str]) -> TrainConfig:
     values = {name: saved[name] for name in FITTED if getattr(config, name) is None and name in saved}
     if config.minutes is not None and saved.get("minutes") == repr(config.minutes):
         values |= {name: saved[name] for name in ("steps", "milestones")}
-    if config.evals is not None and "minutes" not in saved:  # of version 0.2 and before, which had no --evals
+    if config.evals is not None and "minutes" not in saved:  # of earlier checkpoints, which knew no --evals
         values["eval_every"], config = saved["eval_every"], dataclasses.replace(config, evals=None)
     return dataclasses.replace(config, **{name: ast.literal_eval(text) for name, text in values.items()})
 

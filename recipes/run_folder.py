@@ -168,7 +168,7 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         rows, before = self.rows(), read_run(folder / "run.json") if start_step else {}
-        if before and "first_step" not in before:  # version 0.2 and before counted from 0
+        if before and "first_step" not in before:  # of earlier checkpoints, whose runs counted from 0
             rows = [{**row, "step": row["step"] + 1} for row in rows]
         starts = [*before.get("starts", []), {"step": start_step, **environment()}]
         data = {name: text for name, text in (identity or {}).items() if name in (TRAINED, VALIDATED)}
@@ -327,7 +327,7 @@ def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainCo
     cannot change while it is trained.
     """
     defaults = {field.name: repr(field.default) for field in dataclasses.fields(config)}
-    defaults["accum"] = asked.get("accum")  # checkpoints of version 0.2 and before do not hold it
+    defaults["accum"] = asked.get("accum")  # earlier checkpoints do not hold it
     free = FREE - asked.keys()
     if saved.get("init") == asked["init"] != repr(None):
         free = free | set(NETWORK) - {"frozen_norm"}  # these were ignored with --init, and checkpoints held them
