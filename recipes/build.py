@@ -16,6 +16,7 @@ from quickstart_data import make_shapes
 from runtime import StopSignal, barrier, log
 from vovnet_zoo import FCOS, create_detector
 from vovnet_zoo.backbone import create_backbone
+from vovnet_zoo.classifiers import SOURCES
 from vovnet_zoo.config import (
     DEFAULT_VARIANT,
     DEFAULTS,
@@ -85,7 +86,7 @@ def check_weights(config: TrainConfig) -> None:
     Raises:
         ValueError: they cannot be had; the message says what to type instead.
     """
-    if not config.pretrained_backbone:
+    if not config.pretrained_backbone or (config.backbone or "").startswith(SOURCES):  # build_model reads a classifier
         return
     config = with_defaults(config)
     name = config.backbone or STARTS.get(config.model) or DETECTORS[config.model]["backbone"]

@@ -43,7 +43,7 @@ def kept(config: TrainConfig, saved: Mapping[str, str]) -> TrainConfig:
     values = {name: saved[name] for name in FITTED if getattr(config, name) is None and name in saved}
     if config.minutes is not None and saved.get("minutes") == repr(config.minutes):
         values |= {name: saved[name] for name in ("steps", "milestones")}
-    if config.evals is not None and "minutes" not in saved:  # of version 0.2 and before, which had no --evals
+    if config.evals is not None and "minutes" not in saved:  # of earlier checkpoints, which knew no --evals
         values["eval_every"], config = saved["eval_every"], dataclasses.replace(config, evals=None)
     return dataclasses.replace(config, **{name: ast.literal_eval(text) for name, text in values.items()})
 
@@ -95,7 +95,7 @@ def fit_schedule(
     config, workers = fit_workers(config, device)
     config, batch = fit_batch(config, train_set, device, world_size, try_out)
     if config.minutes is not None and (saved is None or saved["run"].get("minutes") != repr(config.minutes)):
-        config, length = fit_minutes(config, train_set, val_set, world_size, try_out, began, saved)
+        config, length = fit_minutes(config, val_set, world_size, try_out, began, saved)
     else:
         config, length = fit_steps(config, len(train_set), device, fit)
     config = fit_rest(config, fit, len(val_set))
@@ -239,7 +239,6 @@ def fit_steps(config: TrainConfig, num_images: int, device: torch.device, fit: F
 
 def fit_minutes(
     config: TrainConfig,
-    train_set: CocoDataset,
     val_set: CocoDataset,
     world_size: int,
     try_out: Callable[[TrainConfig], Trial],

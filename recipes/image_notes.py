@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import threading
 import time
@@ -10,17 +11,17 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from run_folder import write_whole
 from runtime import log
 from vovnet_zoo.data import CocoDataset
-from vovnet_zoo.files import hash_file
+from vovnet_zoo.data.annotations import Annotations
+from vovnet_zoo.files import hash_file, write_whole
 from vovnet_zoo.words import counted
 
 SAVE_S = 60.0
 
 
 class ImageNotes:
-    """The notes of a run hold the size, the time stamp and the SHA-256 of every image file.
+    """The notes of a run hold the size, the time stamp and the SHA-256 of every image file, or file of a table.
 
     The start of a run reads sizes and time stamps only; a thread reads the contents while the run trains. A run that
     goes on compares the content of the images whose size or time stamp is another, as it is of all copied files.
@@ -34,7 +35,7 @@ class ImageNotes:
     def __init__(self, path: Path, datasets: Mapping[str, CocoDataset], goes_on: bool):
         self.path, self.places = path, {}
         for split, dataset in datasets.items():
-            self.places |= {f"{split}/{name}": dataset.images_dir / name for name in dataset.file_names.tolist()}
+            self.places |= {f"{split}/{name}": dataset.images_dir / name for name in image_files(dataset)}
         with ThreadPoolExecutor(8) as pool:
             self.notes = dict(zip(self.places, pool.map(size_and_time, self.places.values()), strict=True))
         self.before = read_notes(path) if goes_on else {}
@@ -100,6 +101,14 @@ class ImageNotes:
             write_whole(self.path, json.dumps(self.notes).encode())
         except OSError as error:
             log.warning("%s cannot be written: %s; replaced images would not be noticed", self.path, error.strerror)
+
+
+def image_files(dataset: CocoDataset) -> list[str]:
+    """List the files that hold the images, relative to the folder of the images."""
+    source = dataset.annotations
+    if isinstance(source, Annotations) and source.read_image is not None:
+        return [os.path.relpath(path, dataset.images_dir) for path in source.image_files]
+    return dataset.file_names.tolist()
 
 
 def size_and_time(path: Path) -> list:

@@ -324,6 +324,8 @@ def parse(args: Sequence[str] | None = None, description: str = "") -> TrainConf
         config.steps,
     ):
         config = dataclasses.replace(config, **scale_schedule(config, preset, typed))
+    if config.schedule == "cosine" and "milestones" not in typed:  # the preset's are of another schedule
+        config = dataclasses.replace(config, milestones=TrainConfig.milestones)
     config = without_zoom(config, typed)
     if config.init is None:
         return config

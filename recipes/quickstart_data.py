@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import colorsys
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from vovnet_zoo.files import staged
 
 CLASSES = ("circle", "square", "triangle", "star")
 SUPERSAMPLING = 3  # shapes are drawn larger and reduced, for smooth edges
@@ -24,25 +25,25 @@ def make_shapes(root: Path, num_train: int = 500, num_val: int = 100, size: int 
     """
     if root.exists():
         return root
-    partial = root.with_name(root.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "annotations").mkdir(parents=True)
-    for split, count in (("train", num_train), ("val", num_val)):
-        rng = np.random.default_rng([seed, split == "val"])
-        (partial / split).mkdir()
-        images, annotations = [], []
-        for image_id in range(1, count + 1):
-            picture, objects = draw_image(rng, size)
-            file_name = f"{image_id:06d}.png"
-            picture.save(partial / split / file_name)
-            images.append({"id": image_id, "file_name": file_name, "width": size, "height": size})
-            for label, (x1, y1, x2, y2) in objects:
-                box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
-                annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": label + 1, **box})
-        categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        (partial / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
-    partial.rename(root)
+    with staged(root) as folder:
+        (folder / "annotations").mkdir()
+        for split, count in (("train", num_train), ("val", num_val)):
+            rng = np.random.default_rng([seed, split == "val"])
+            (folder / split).mkdir()
+            images, annotations = [], []
+            for image_id in range(1, count + 1):
+                picture, objects = draw_image(rng, size)
+                file_name = f"{image_id:06d}.png"
+                picture.save(folder / split / file_name)
+                images.append({"id": image_id, "file_name": file_name, "width": size, "height": size})
+                for label, (x1, y1, x2, y2) in objects:
+                    box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
+                    annotations.append(
+                        {"id": len(annotations) + 1, "image_id": image_id, "category_id": label + 1, **box}
+                    )
+            categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+            content = {"images": images, "annotations": annotations, "categories": categories}
+            (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return root
 
 

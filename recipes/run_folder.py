@@ -30,7 +30,7 @@ from vovnet_zoo.classifiers import SOURCES
 from vovnet_zoo.commands import make_folder
 from vovnet_zoo.data import CocoDataset, ImageError, Skipped
 from vovnet_zoo.evaluation.runs import TRAINED, VALIDATED, decisive, describe_annotations, read_log, shown
-from vovnet_zoo.files import hash_file, naming
+from vovnet_zoo.files import hash_file, naming, write_whole
 
 try:
     import fcntl
@@ -168,7 +168,7 @@ class RunLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         rows, before = self.rows(), read_run(folder / "run.json") if start_step else {}
-        if before and "first_step" not in before:  # version 0.2 and before counted from 0
+        if before and "first_step" not in before:  # of earlier checkpoints, whose runs counted from 0
             rows = [{**row, "step": row["step"] + 1} for row in rows]
         starts = [*before.get("starts", []), {"step": start_step, **environment()}]
         data = {name: text for name, text in (identity or {}).items() if name in (TRAINED, VALIDATED)}
@@ -327,7 +327,7 @@ def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainCo
     cannot change while it is trained.
     """
     defaults = {field.name: repr(field.default) for field in dataclasses.fields(config)}
-    defaults["accum"] = asked.get("accum")  # checkpoints of version 0.2 and before do not hold it
+    defaults["accum"] = asked.get("accum")  # earlier checkpoints do not hold it
     free = FREE - asked.keys()
     if saved.get("init") == asked["init"] != repr(None):
         free = free | set(NETWORK) - {"frozen_norm"}  # these were ignored with --init, and checkpoints held them
@@ -470,14 +470,6 @@ class HashingWriter:
         if self._error is not None:
             raise self._error
         return self._hash.hexdigest()
-
-
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file so that, whenever the machine stops, it is whole or as it was before."""
-    with naming(path):
-        with synced(path.with_name(path.name + ".partial")) as file:
-            file.write(content)
-        move(Path(file.name), path)
 
 
 @contextlib.contextmanager

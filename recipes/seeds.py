@@ -7,9 +7,8 @@ import json
 import statistics
 
 from presets import TrainConfig
-from run_folder import write_whole
 from runtime import log
-from vovnet_zoo.files import read_json
+from vovnet_zoo.files import read_json, write_whole
 
 FILE = "seeds.json"
 

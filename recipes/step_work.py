@@ -163,16 +163,16 @@ def padded_pixels(config: TrainConfig, batch_size: int, batches: int = 100) -> f
     rng, total = np.random.default_rng(0), 0
     sizes = draw_sizes(config, batches * batch_size, rng)
     for batch in sizes.reshape(batches, batch_size, 2):
-        total += math.prod(padded(config, batch))
+        total += math.prod(padded(batch))
     return total / batches
 
 
 def largest_size(config: TrainConfig) -> tuple[int, int]:
     """Return height and width of the largest wide image of COCO with its padding."""
-    return padded(config, draw_sizes(config, 1000, np.random.default_rng(0)))
+    return padded(draw_sizes(config, 1000, np.random.default_rng(0)))
 
 
-def padded(config: TrainConfig, sizes: np.ndarray) -> tuple[int, int]:
+def padded(sizes: np.ndarray) -> tuple[int, int]:
     """Return the height and width of a batch of images of these sizes [N,2]."""
     height, width = (-(-sizes.max(0) // MULTIPLE) * MULTIPLE).tolist()
     return height, width

@@ -38,7 +38,6 @@ from run_folder import (
     longer,
     note_bad_image,
     note_skipped,
-    write_whole,
 )
 from runtime import Stopped, StopSignal, all_reduce, average, gather, log, process_group, run_command
 from scoring import score_dataset
@@ -71,6 +70,7 @@ from vovnet_zoo.coco_eval import format_table
 from vovnet_zoo.data import Skipped
 from vovnet_zoo.evaluation.runs import DETECTIONS, SKIPPED
 from vovnet_zoo.fcos import batch_norms
+from vovnet_zoo.files import write_whole
 from vovnet_zoo.parts import compile_parts
 
 

@@ -219,7 +219,8 @@ def summarize(run: Run) -> None:
         log_graphs()
     best = config.out / "best"
     log.info("best model: %s (top-1 %.4f); a detector starts from it with", best, run.progress.best)
-    log.info("python recipes/train_coco.py finetune --model fcos --backbone local-dir:%s --data ROOT", best)
+    start = f"--model fcos --backbone local-dir:{best} --pretrained-backbone"
+    log.info("python recipes/train_coco.py finetune %s --data ROOT", start)
 
 
 if __name__ == "__main__":

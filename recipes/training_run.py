@@ -101,7 +101,7 @@ def set_up(
     """
     torch.backends.cudnn.allow_tf32 = config.tf32
     saved = load_checkpoint(config.out / "checkpoints")
-    known = saved.get("config") if saved else None  # checkpoints of version 0.2 and before do not hold it
+    known = saved.get("config") if saved else None  # earlier checkpoints do not hold it
     config = kept(config, saved["run"]) if saved else config
     if not known:
         check_weights(config)
@@ -166,7 +166,7 @@ def assemble(saved: dict | None, changed: list[str], *, config: Any, model: nn.M
     Args:
         changed: the names of what has changed in the configuration since the checkpoint.
     """
-    # checkpoints of version 0.1 do not say `scored`: they were written after the evaluation of their step
+    # earlier checkpoints do not say `scored`: they were written after the evaluation of their step
     progress = Progress(**{"scored": saved["progress"]["step"], **saved["progress"]}) if saved else Progress()
     folder, limits = config.out / "checkpoints", (config.checkpoint_every, config.checkpoint_minutes)
     device = parts["device"]
@@ -213,7 +213,7 @@ def note_images(config: TrainConfig, datasets: dict[str, CocoDataset], goes_on: 
     """
     notes = ImageNotes(config.out / "images.json", datasets, goes_on)
     if changed := [name for name in notes.changed() if not was_bad(config.out, notes.places[name])]:
-        are = counted(len(changed), "image is another", "images are others")
+        are = counted(len(changed), "image file is another", "image files are others")
         what = f"{are} than when the run began: {', '.join(changed[:5])}"
         if not config.allow_changes:
             raise ValueError(f"{what}; put them back, give another --out, or go on all the same with --allow-changes")

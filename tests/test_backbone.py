@@ -9,6 +9,8 @@ import torch
 from hub_server import Repo
 
 from vovnet_zoo import FCOSLoss, create_detector
+from vovnet_zoo import backbone as backbones
+from vovnet_zoo.backbone import backbone_maps
 from vovnet_zoo.detectors import DETECTORS, STARTS
 from vovnet_zoo.vovnet import v2_cfgs
 
@@ -49,6 +51,7 @@ def test_any_backbone_trains(backbone):
         ("maxvit_tiny_tf_224", "images of any size"),
         ("coat_lite_tiny", "cannot extract feature maps|images of one size only"),
         ("halonet26t", "images of any size, as FCOS needs: AssertionError"),
+        ("mvitv2_tiny", "images of any size, as FCOS needs: index .* is out of bounds"),
         ("timm/resnet18", "backbone='hf-hub:timm/resnet18'. takes a repository"),
         ("resnet1888", "did you mean"),
     ],
@@ -56,6 +59,15 @@ def test_any_backbone_trains(backbone):
 def test_unusable_backbone_says_why(backbone, reason):
     with pytest.raises(ValueError, match=reason):
         create_detector("fcos", backbone=backbone, num_classes=3)
+
+
+@pytest.mark.parametrize("backbone, number", [("vovnet27_slim", 1), ("convnext_atto", 1), ("tiny_vit_5m_224", 2)])
+def test_only_a_backbone_with_tables_runs_a_wide_image(backbone, number, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(backbones, "backbone_maps", lambda body, x: sizes.append(x.shape) or backbone_maps(body, x))
+    with torch.device("meta"):
+        create_detector("fcos", backbone=backbone, num_classes=3, channels=64, num_convs=1)
+    assert [size[-2:] for size in sizes] == [(96, 160), (32, 800)][:number]
 
 
 @pytest.mark.parametrize("backbone", ["hrnet_w18_small", "twins_pcpvt_small"])

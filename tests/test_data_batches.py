@@ -50,6 +50,7 @@ def test_sampler_arguments():
         {"rank": 2, "world_size": 2},
         {"start_step": -1},
         {"aspect_ratios": []},
+        {"repeats": 0},
     ):
         with pytest.raises(ValueError):
             TrainSampler(**{"aspect_ratios": RATIOS, "batch_size": 8, "num_steps": 1} | arguments)
@@ -88,6 +89,18 @@ def test_collate_and_normalize():
     assert torch.equal(compiled(batch["images"], batch["sizes"], mean, std), x)
     with pytest.raises(ValueError):
         normalize(batch["images"], batch["sizes"], mean[:2], std)
+
+
+def test_samples_that_are_no_bytes_or_lack_a_key_are_refused():
+    image, target = make_sample(32, 32, [(1, 2, 3, 4)])
+    with pytest.raises(ValueError, match=f"image {target['image_id']}: .*float32 .3, 32, 32.; leave ToDtype and Norm"):
+        collate([(image, target), (image / 255, target)])
+    for wrong in (image[:1], image[0], image.numpy()):
+        with pytest.raises(ValueError, match=r"takes uint8 tensors \[3, H, W\], got"):
+            collate([(wrong, target)])
+    for key in ("boxes", "labels", "image_id", "orig_size"):
+        with pytest.raises(ValueError, match=f"a target has no {key}, only "):
+            collate([(image, {name: value for name, value in target.items() if name != key})])
 
 
 def test_normalize_published(shared):

@@ -113,7 +113,11 @@ def test_layout_without_splits_is_told_what_to_type(name, tmp_path):
 def test_other_formats_become_coco(name, truth, tmp_path):
     from vovnet_zoo.data.conversion import convert_data
 
-    files = convert_data(make(name, tmp_path / "data"), tmp_path / "coco")
+    source, mine = make(name, tmp_path / "data"), tmp_path / "coco.partial" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    files = convert_data(source, tmp_path / "coco")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["coco", "coco.partial", "data"] and mine.exists()
     assert list(files) == ["train", "val"]
     for split, expected in truth.items():
         assert same(CocoDataset(*find_split(tmp_path / "coco", split)), expected)
@@ -276,7 +280,11 @@ def test_held_out_part_is_seeded_and_kept(tmp_path, caplog):
         places = hold_out(whole, fraction, seed, tmp_path / folder, workers=0)
         return [CocoDataset(*places[part]).file_names.tolist() for part in ("train", "val")]
 
+    mine = tmp_path / "a" / "val.partial"
+    mine.parent.mkdir()
+    mine.write_text("mine")
     first = names("a")
+    assert mine.read_text() == "mine"
     assert first == names("a") == names("b") and sorted(first[0] + first[1]) == [p["name"] for p in layouts.PICTURES]
     assert names("a", seed=1) != first and len(names("a", fraction=0.5)[1]) == 6 and names("a") == first
     stamp = (tmp_path / "a" / "val.json").stat().st_mtime_ns

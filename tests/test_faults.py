@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 
+import layouts
 import pytest
 import torch
 from launch import fork, losses, rows, tiny_config
@@ -22,6 +23,7 @@ import scoring
 import train_coco
 import training_run
 import trial
+from image_notes import ImageNotes
 from optim import create_optimizer
 from presets import TrainConfig
 from run_folder import list_checkpoints, load_checkpoint, refuse_foreign, save_checkpoint
@@ -29,6 +31,7 @@ from runtime import StopSignal
 from vovnet_zoo import FCOS, commands, create_detector
 from vovnet_zoo.coco_eval import evaluate
 from vovnet_zoo.data import CocoDataset, find_split, images
+from vovnet_zoo.data.annotations import changed
 from vovnet_zoo.evaluation.runs import read_run, scored_ids
 
 
@@ -557,7 +560,9 @@ def test_a_replaced_image_is_noticed(config, monkeypatch, split):
     stop_after(config, 2, monkeypatch)
     path = config.data / split / "2.png"
     before = other_pixels(path)
-    with pytest.raises(ValueError, match=f"1 image is another than when the run began: {split}/2.png.*--allow-changes"):
+    with pytest.raises(
+        ValueError, match=f"1 image file is another than when the run began: {split}/2.png.*--allow-changes"
+    ):
         train_coco.main(config)
     path.write_bytes(before)
     for image in (config.data / "train").iterdir():
@@ -568,11 +573,30 @@ def test_a_replaced_image_is_noticed(config, monkeypatch, split):
     assert train_coco.main(moved) == expected
 
 
+@pytest.mark.parametrize(
+    "make, file", [(layouts.hf_parquet, "data/{}-00000-of-00001.parquet"), (layouts.hf_saved, "{}/*.arrow")]
+)
+def test_a_replaced_table_is_noticed(tmp_path, make, file):
+    pytest.importorskip("datasets")
+    make(tmp_path)
+    for word, name in (("train", "train"), ("val", "validation")):
+        (path,) = tmp_path.glob(file.format(name))
+        folder, source = find_split(tmp_path, word)
+        datasets = {word: CocoDataset(folder, changed(source, dict))}
+        first = ImageNotes(tmp_path / f"{word}.json", datasets, goes_on=False)
+        first.start()
+        first.close()
+        os.utime(path, (1, 1))
+        assert ImageNotes(first.path, datasets, goes_on=True).changed() == []
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        assert ImageNotes(first.path, datasets, goes_on=True).changed() == [f"{word}/{path.relative_to(tmp_path)}"]
+
+
 def test_a_replaced_image_can_be_allowed(config, monkeypatch, capsys):
     stop_after(config, 2, monkeypatch)
     other_pixels(config.data / "train" / "2.png")
     train_coco.main(dataclasses.replace(config, allow_changes=True))
-    assert "going on with changes: 1 image is another" in capsys.readouterr().err
+    assert "going on with changes: 1 image file is another" in capsys.readouterr().err
     train_coco.main(config)  # noted anew
 
 

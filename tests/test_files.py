@@ -9,7 +9,6 @@ import pytest
 import torch
 from launch import run_python
 
-import run_folder
 from vovnet_zoo import files
 from vovnet_zoo.commands import describe
 
@@ -23,7 +22,7 @@ def test_safetensors_come_back(tmp_path):
     assert metadata == {"format": "pt", "license": "mit", "sha256": files.fingerprint(weights)}
 
 
-@pytest.mark.parametrize("write", [files.write_whole, run_folder.write_whole, files.write_safetensors])
+@pytest.mark.parametrize("write", [files.write_whole, files.write_safetensors])
 def test_a_file_for_which_there_is_no_room_is_named(tmp_path, write):
     """The library of safetensors raises an error of its own, which is no OSError; an error of a write names no file."""
     resource = pytest.importorskip("resource", reason="not on Windows")

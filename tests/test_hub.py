@@ -1,6 +1,7 @@
 """Models are saved and loaded, in folders and on a server that speaks the Hub's protocol to the real client."""
 
 import contextlib
+import copy
 import json
 
 import huggingface_hub
@@ -117,6 +118,29 @@ def test_what_could_not_be_loaded_is_not_saved(tiny_detector, tmp_path, monkeypa
     for save in (tiny_detector.save_pretrained, tiny_detector.push_to_hub):
         with pytest.raises(ValueError, match="the model's own is saved"):
             save("a/b", config={"mine": 1})
+    other_classes, other_config, other_parts = (copy.deepcopy(tiny_detector) for _ in range(3))
+    other_classes.head.cls_logits = torch.nn.Conv2d(64, 5, 3, padding=1)
+    other_config.config["min_size"] = 0
+    other_parts.extra = torch.nn.Linear(1, 1)
+    for model, message in (
+        (other_classes, r"nothing was saved.*\n.*cls_logits.bias is \[5\], a model of the config has \[2\]"),
+        (other_config, "could not build the model from its config, so nothing was saved: min_size=0"),
+        (other_parts, "unexpected: extra.bias"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.save_pretrained("model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sharded_weights_are_not_saved(tiny_detector, tmp_path):
+    model = copy.deepcopy(tiny_detector)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="sharded.*get_model_state_dict.*full_state_dict=True"):
+            model.save_pretrained(tmp_path / "model")
+    finally:
+        torch.distributed.destroy_process_group()
     assert not list(tmp_path.iterdir())
 
 

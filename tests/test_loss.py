@@ -245,6 +245,22 @@ def test_losses_are_float32_for_low_precision_predictions():
         torch.testing.assert_close(value, FCOSLoss()(preds, boxes, labels)[name], rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("box_dtype", [torch.float16, torch.bfloat16, torch.int32, torch.float64])
+@pytest.mark.parametrize("label_dtype", [torch.uint8, torch.int32])
+def test_boxes_and_labels_of_other_dtypes(box_dtype, label_dtype):
+    """The area of this box is infinite in float16, and the background's label -1 would be 255 in uint8."""
+    points, strides = points_of(512, 512)
+    preds, boxes, labels = predictions(points, strides, 1, 3), torch.tensor([[[0.0, 0, 512, 384]]]), torch.tensor([[1]])
+    expected = assign_targets(points, strides, boxes, labels)
+    assert sorted(set(expected.labels.flatten().tolist())) == [-1, 1]
+    found = assign_targets(points, strides, boxes.to(box_dtype), labels.to(label_dtype))
+    torch.testing.assert_close(found, expected, check_dtype=False)
+    assert found.labels.dtype == torch.int64 and found.distances.dtype == torch.promote_types(box_dtype, torch.float32)
+    right = FCOSLoss()(preds, boxes, labels)
+    for name, value in FCOSLoss()(preds, boxes.to(box_dtype), labels.to(label_dtype)).items():
+        torch.testing.assert_close(value, right[name], rtol=1e-6, atol=0, check_dtype=False)
+
+
 def test_unknown_options():
     with pytest.raises(ValueError, match="variant='best'"):
         FCOSLoss("best")

@@ -16,7 +16,18 @@ from launch import losses, rows
 
 import build
 import train_coco
-from presets import FINETUNE_PRETRAINED, PRESETS, PUBLISHED, check_config, doubts, is_recorded, parse
+from fitting import fit_of, fit_plan
+from presets import (
+    FINETUNE_PRETRAINED,
+    FIT_PRETRAINED,
+    PRESETS,
+    PUBLISHED,
+    TrainConfig,
+    check_config,
+    doubts,
+    is_recorded,
+    parse,
+)
 from quickstart_data import CLASSES, make_shapes
 from vovnet_zoo import FCOS, inference, loss, results
 from vovnet_zoo.config import VARIANTS
@@ -44,6 +55,8 @@ def test_quickstart_draws_its_data_and_learns(tmp_path, monkeypatch):
 
 
 def test_drawn_data_are_right_and_always_the_same(tmp_path):
+    (tmp_path / "a.partial").mkdir()
+    (tmp_path / "a.partial" / "mine").write_text("mine")
     for name in ("a", "b"):
         SMALL(tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
@@ -54,7 +67,8 @@ def test_drawn_data_are_right_and_always_the_same(tmp_path):
         assert len(dataset) == count and dataset.class_names == list(CLASSES)
         for image, target in dataset:
             assert 1 <= len(target["boxes"]) <= 5 and image.shape == (3, 128, 128)
-    assert not (tmp_path / "a.partial").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.partial", "b"]
+    assert (tmp_path / "a.partial" / "mine").read_text() == "mine"
 
 
 def test_existing_data_are_kept(tmp_path):
@@ -163,6 +177,12 @@ def test_a_cosine_schedule_has_no_milestones_to_scale():
     check_config(config)
     preset = PRESETS["coco_12e"][1]
     assert config.steps == round(preset.steps / 2) and config.lr == pytest.approx(preset.lr * 2**0.5)
+    for options in ([], ["--batch-size", "32"], ["--steps", "1000"]):  # these presets have milestones
+        config = parse(["v57_2x", "--data", "x", "--schedule", "cosine", *options])
+        check_config(config)
+        assert config.schedule == "cosine" and config.milestones == TrainConfig.milestones
+    with pytest.raises(ValueError, match=r"milestones=\(5, 6\): the cosine schedule has none"):
+        check_config(parse(["v57_2x", "--data", "x", "--schedule", "cosine", "--milestones", "5", "6"]))
 
 
 def test_doubtful_schedules_are_named():
@@ -197,6 +217,14 @@ def test_every_preset_has_weights_or_says_what_to_type(name, tmp_path, monkeypat
     build.check_weights(scratch)
     model = build.build_model(scratch, ["a", "b"], [1, 2], None)
     assert not model.config["frozen_norm"] and model.config["num_classes"] == 2
+
+
+@pytest.mark.parametrize("source", ["local-dir:runs/rsb_a3/best", "hf-hub:me/net"])
+def test_a_classifier_of_ones_own_is_trained_on_as_pretrained(source):
+    config = parse(["finetune", "--data", "x", "--model", "fcos", "--backbone", source, "--pretrained-backbone"])
+    build.check_weights(config)
+    assert fit_of(config) == FIT_PRETRAINED and config.optimizer == "adamw" and config.frozen_norm
+    assert fit_plan(config, 205, torch.device("cpu")).lr == FIT_PRETRAINED.lr
 
 
 @pytest.mark.parametrize("preset", ["finetune", "coco_12e"])

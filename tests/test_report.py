@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import layouts
 import numpy as np
 import pytest
 from browsing import open_page, pale_texts, set_colours
@@ -19,7 +20,10 @@ import eval_coco
 import reporting
 import train_coco
 from vovnet_zoo import FCOS, create_detector
+from vovnet_zoo.data import CocoDataset, find_split
 from vovnet_zoo.evaluation.analysis import analyse
+from vovnet_zoo.evaluation.compare import compare
+from vovnet_zoo.evaluation.compare_page import write_comparison
 from vovnet_zoo.evaluation.report import write_report
 from vovnet_zoo.evaluation.runs import DETECTIONS
 from vovnet_zoo.evaluation.thresholds import at_thresholds, class_thresholds
@@ -77,6 +81,30 @@ def test_page_without_images_and_without_results(tmp_path):
         )
         text = (tmp_path / "report.html").read_text()
         assert "data:image/jpeg" not in text and "Worst misses" in text
+
+
+def test_a_table_of_hugging_face_has_the_photos_of_its_files(tmp_path):
+    pytest.importorskip("datasets")
+    counts = []
+    for make in (layouts.usual, layouts.hf_parquet):
+        make(tmp_path / make.__name__)
+        dataset = CocoDataset(*find_split(tmp_path / make.__name__, "val"))
+        analysis = analyse(dataset.annotations, [], resamples=5)
+        first = compare(dataset.annotations, {"a": [], "b": seen(dataset)}, resamples=5)
+        write_report(tmp_path / "report.html", analysis, dataset, title="all missed")
+        write_comparison(tmp_path / "compare.html", first, dataset, {}, {})
+        pages = [(tmp_path / name).read_text() for name in ("report.html", "compare.html")]
+        counts.append([page.count("data:image/jpeg") for page in pages])
+    assert counts[0] == counts[1] and min(counts[0]) >= 3
+
+
+def seen(dataset):
+    """Make a detection of each object."""
+    rows = []
+    for i, label, (x1, y1, x2, y2) in zip(*(x.tolist() for x in dataset.all_boxes()), strict=True):
+        box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "score": 0.9}
+        rows.append({"image_id": int(dataset.image_ids[i]), "category_id": dataset.category_ids[label], **box})
+    return rows
 
 
 @pytest.mark.parametrize("width", [1400, 400])

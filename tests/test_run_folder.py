@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import sys
@@ -122,10 +123,11 @@ def test_a_log_that_cannot_be_written_stays_as_it_was(config, name, monkeypatch)
     write_rows(log, range(3))
     log.close()
     before = (config.out / name).read_bytes()
-    real = run_folder.os.fsync
+    (config.out / (name + ".partial")).write_text("mine")
+    real, written = run_folder.os.fsync, hashlib.sha256(name.encode()).hexdigest()[:12]  # see files.temporary
 
     def fsync(descriptor):
-        if Path(f"/proc/self/fd/{descriptor}").resolve().name == name + ".partial":
+        if written in str(Path(f"/proc/self/fd/{descriptor}").resolve()):
             raise OSError(28, "No space left on device")
         real(descriptor)
 
@@ -133,7 +135,8 @@ def test_a_log_that_cannot_be_written_stays_as_it_was(config, name, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         RunLog(config.out, config, rank=0, start_step=2)
     assert (config.out / name).read_bytes() == before
-    assert not (config.out / (name + ".partial")).exists()
+    assert [path.name for path in config.out.rglob("*.partial")] == [name + ".partial"]
+    assert (config.out / (name + ".partial")).read_text() == "mine"
 
 
 def test_a_checkpoint_replaces_that_of_the_same_step(tmp_path):

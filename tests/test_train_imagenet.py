@@ -113,6 +113,7 @@ def test_train_coco_starts_from_the_folder_and_goes_on_without_it(folder, tiny_c
     line += [
         "--backbone",
         f"local-dir:{source}",
+        "--pretrained-backbone",
         "--lr",
         "1e-12",
         "--weight-decay",

@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers.format import Format
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import hub
 
@@ -102,18 +102,35 @@ def backbone_maps(body: Backbone, images: Tensor) -> list[Tensor]:
     return maps
 
 
+WIDE = 32, 800  # pixels, high and wide; timm's models with tables were made for images of 224 to 384 pixels
+
+
+def has_tables(body: Backbone) -> bool:
+    """Say whether a module other than a convolution or a linear layer has a matrix, as one of positions has."""
+    return any(
+        sum(size > 1 for size in parameter.shape) > 1
+        for module in body.modules()
+        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+        for parameter in module.parameters(recurse=False)
+    )
+
+
 def probe_channels(body: Backbone, name: str) -> list[int]:
     """Count the channels of the three maps by running a small image, and leave the backbone in training mode.
 
-    timm's feature_info tells the channels too, but not that a model takes images of one fixed size only.
+    timm's feature_info tells the channels too, but not that a model takes images of one fixed size only. MViTv2 takes
+    small images, but its tables of relative positions end where the images that it was made for do; so models that
+    have tables run a wide image too.
 
     Raises:
-        ValueError: the backbone does not take the small image, or its maps are not at the strides it claims.
+        ValueError: the backbone does not take such an image, or its maps are not at the strides it claims.
     """
     height, width = 96, 160
     try:
         with torch.no_grad():
             maps = backbone_maps(body.eval(), torch.zeros(1, 3, height, width))
+            if has_tables(body):
+                backbone_maps(body, torch.zeros(1, 3, *WIDE))
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"backbone {name!r} does not take images of any size, as FCOS needs: {reason}") from error

@@ -113,8 +113,8 @@ class StrictHubMixin(PyTorchModelHubMixin):
         """Save as the mixin does, but so that every file in `save_directory` is whole at any time.
 
         Raises:
-            ValueError: the weights are not float32, or another `config` is given, which `from_pretrained` could not
-                load.
+            ValueError: the weights are not float32 or are sharded, or another `config` is given, or the model is not
+                the one that its `config` describes: `from_pretrained` could not load it. Nothing is written.
         """
         check_path("save_directory", save_directory)
         refuse_config(kwargs, self)
@@ -124,6 +124,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
                 f"the model has weights of {', '.join(wrong)}, and from_pretrained loads float32; "
                 "call model.float() first"
             )
+        refuse_what_cannot_be_loaded(model)
         if kwargs.get("push_to_hub"):
             kwargs["repo_id"] = kwargs.get("repo_id") or Path(save_directory).resolve().name
         with staged(save_directory, keep=[CARD]) as folder:
@@ -161,6 +162,29 @@ def refuse_config(options: Mapping[str, Any], model: Any) -> None:
     """Raise `ValueError` if the options of the mixin hold a configuration that is not the model's own."""
     if options.get("config") not in (None, model._hub_mixin_config):
         raise ValueError("config: the model's own is saved, with which from_pretrained builds it; leave config out")
+
+
+def refuse_what_cannot_be_loaded(model: Any) -> None:
+    """Raise `ValueError` unless `from_pretrained` can build a model of this configuration, and load these weights."""
+    state_dict = model.state_dict()
+    if any(hasattr(tensor, "full_tensor") for tensor in state_dict.values()):  # a DTensor
+        raise ValueError(
+            "the model's weights are sharded, as by FSDP2; on all ranks call torch.distributed.checkpoint.state_dict."
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)), load the "
+            "result into an unsharded model on one rank, and save that model"
+        )
+    try:
+        skeleton = build_empty(lambda: type(model)(**model._hub_mixin_config))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"from_pretrained could not build the model from its config, so nothing was saved: {error}"
+        ) from error
+    shapes = {key: list(tensor.shape) for key, tensor in state_dict.items()}
+    if problems := differences(skeleton, shapes, "a model of the config"):
+        raise ValueError(
+            "from_pretrained could not load the model, so nothing was saved; its config describes another one:"
+            f"{_listed(problems)}"
+        )
 
 
 def find_files(folder: str | Path) -> tuple[Path, Path]:
@@ -234,13 +258,18 @@ def load_strict(model: nn.Module, state_dict: Mapping[str, Tensor], source: str)
 
 def check_fit(model: nn.Module, shapes: Mapping[str, Sequence[int]], source: str) -> None:
     """Compare the names and shapes of tensors with a model's. Raises ValueError, with a list, if they differ."""
+    _refuse(model, source, differences(model, shapes))
+
+
+def differences(model: nn.Module, shapes: Mapping[str, Sequence[int]], name: str = "the model") -> list[str]:
+    """List where the names and shapes of tensors differ from a model's, which the lines call `name`."""
     own = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
     problems = [f"missing: {key}" for key in own.keys() - shapes.keys()]
     problems += [f"unexpected: {key:.200}" for key in shapes.keys() - own.keys()]
     for key in own.keys() & shapes.keys():
         if own[key] != shapes[key]:
-            problems.append(f"shape: {key} is {shapes[key]}, the model has {own[key]}")
-    _refuse(model, source, problems)
+            problems.append(f"shape: {key} is {shapes[key]}, {name} has {own[key]}")
+    return problems
 
 
 NOT_ON_META = ("with Meta tensors", "unsupported scalarType")  # in errors of torch 2.11 and timm 1.0.21
@@ -259,9 +288,12 @@ def build_empty(build: Callable[[], T]) -> T:
 
 def _refuse(model: nn.Module, source: str, problems: list[str]) -> None:
     if problems:
-        shown = "\n  ".join(sorted(problems)[:20])
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"{source} does not fit {type(model).__name__}; nothing was loaded:\n  {shown}{more}")
+        raise ValueError(f"{source} does not fit {type(model).__name__}; nothing was loaded:{_listed(problems)}")
+
+
+def _listed(problems: list[str]) -> str:
+    shown = "".join(f"\n  {problem}" for problem in sorted(problems)[:20])
+    return shown + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
 
 
 def download(repo_id: str, filename: str, **options: Any) -> Path:

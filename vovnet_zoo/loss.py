@@ -87,7 +87,7 @@ class FCOSLoss(nn.Module):
         Args:
             preds: predictions of B images at P locations with K classes.
             boxes: [B,M,4] xyxy in pixels of the network input, x1 <= x2 and y1 <= y2.
-            labels: int64 [B,M], 0..K-1, -1 for padding.
+            labels: whole numbers [B,M], 0..K-1, -1 for padding.
             normalizers: [3], the divisors of the three losses; None takes `self.normalizers` of this batch. Where a
                 global batch is split over ranks or accumulated, pass the sum of the normalizers over its parts: the
                 losses of the parts then add up to the loss of the batch.
@@ -104,6 +104,7 @@ class FCOSLoss(nn.Module):
         check_boxes(boxes, labels)
         if len(boxes) != len(preds.logits):
             raise ValueError(f"boxes are of {counted(len(boxes), 'image')}, preds of {len(preds.logits)}")
+        boxes, labels = _wide_enough(boxes, labels)
         check_labels(labels, preds.logits.shape[-1])
         check_corners(boxes, labels)
         targets = self.assign(preds.points, preds.strides, boxes, labels)
@@ -193,6 +194,11 @@ def check_boxes(boxes: Tensor, labels: Tensor) -> None:
         raise ValueError(f"boxes are on {boxes.device}, labels on {labels.device}; move them to one device")
 
 
+def _wide_enough(boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert boxes whose area float16 cannot hold, and labels whose dtype has no -1."""
+    return _at_least_float32(boxes), labels.long()
+
+
 def check_targets(targets: Targets) -> None:
     """Raise `ValueError` unless targets are those that `assign_targets` makes."""
     if not isinstance(targets, Targets):
@@ -219,7 +225,7 @@ def assign_targets(
         points: [P,2] x, y, as in `Predictions`.
         strides: [P], as in `Predictions`.
         boxes: [B,M,4] xyxy in pixels of the network input.
-        labels: int64 [B,M], -1 for padding.
+        labels: whole numbers [B,M], -1 for padding.
         center_radius: the location must also lie within `center_radius * stride` of the box's centre in x and in y
             (arXiv 2006.09214); None switches this off.
         plus_one: areas are `(w + 1) * (h + 1)`.
@@ -238,6 +244,7 @@ def assign_targets(
     check_flag("plus_one", plus_one)
     check_choice("matching", matching, CHOICES["matching"])
     check_boxes(boxes, labels)
+    boxes, labels = _wide_enough(boxes, labels)
     if boxes.shape[1] == 0:  # the choice needs at least one box, if only padding
         boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
 

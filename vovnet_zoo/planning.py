@@ -111,7 +111,6 @@ class Row(NamedTuple):
 # Efficiencies are parts of the dense peak of the data sheet that a whole training step reaches where it is bound by
 # the GPU. They were measured on one kind of GPU; on another they are a guess, which a calibration replaces. GPUs whose
 # peak is low for their memory's bandwidth, as a T4 in float32, reach more.
-GUESS = "guess; --calibrate measures it"
 MEASURED = "an H200, RESULTS.md, planner: v39_1x, 2 and 16 images, CUDA graphs; on other GPUs a guess"
 EFFICIENCY = {
     "float32": Assumption(

@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -30,6 +30,7 @@ class Annotations:
     file: Path  # the file or folder that messages name
     read: Callable[[], dict]  # gives the content of a COCO JSON: images, annotations, categories
     read_image: Callable[[str], bytes] | None = None  # gives an image's bytes by its `file_name`; None: it is a file
+    image_files: tuple[Path, ...] = ()  # the files from which `read_image` reads
 
 
 Source = Path | Annotations
@@ -150,8 +151,9 @@ def digest_of_content(coco: dict) -> str:
 
 def changed(source: Source, change: Callable[[dict], dict]) -> Annotations:
     """Return annotations whose content is `change` of the content of `source`."""
-    image = source.read_image if isinstance(source, Annotations) else None
-    return Annotations(file_of(source), Changed(source, change), image)
+    if isinstance(source, Annotations):
+        return replace(source, read=Changed(source, change))
+    return Annotations(file_of(source), Changed(source, change))
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ class TrainSampler:
             raise ValueError(f"global batch size {batch_size} is not a multiple of the world size {world_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not within the world size of {world_size}")
+        if repeats < 1:
+            raise ValueError(f"repeats={repeats!r}: give a whole number of 1 or more")
         if start_step < 0 or seed < 0 or num_steps < 0 or (late_from or 0) < 0:
             raise ValueError(
                 f"start_step ({start_step}), num_steps ({num_steps}), seed ({seed}) and late_from ({late_from}) must "
@@ -168,7 +170,8 @@ def collate(
         skipped: list of the `Skipped` samples, which are not in the batch; without any, the key is absent.
 
     Raises:
-        ValueError: the labels of a sample are out of range, or not one for each box; the message has its `image_id`.
+        ValueError: an image is not uint8 [3, H, W], or the labels of a sample are out of range, or not one for each
+            box; the message has its `image_id`. Or a target lacks one of its four keys.
     """
     if size_divisor < 1:
         raise ValueError(f"size_divisor={size_divisor!r}: give a whole number of 1 or more")
@@ -177,8 +180,10 @@ def collate(
     skipped = [sample for sample in batch if isinstance(sample, Skipped)]
     samples = [sample for sample in batch if not isinstance(sample, Skipped)] or [_blank_sample()]
     images, targets = zip(*samples, strict=True)
-    for target in targets:
-        if problem := label_problem(target, num_classes):
+    for image, target in samples:
+        if missing := [key for key in ("boxes", "labels", "image_id", "orig_size") if key not in target]:
+            raise ValueError(f"a target has no {', '.join(missing)}, only {', '.join(map(str, target))}; keep them all")
+        if problem := _image_problem(image) or label_problem(target, num_classes):
             raise ValueError(f"image {target['image_id']}: {problem}")
     sizes = torch.tensor([image.shape[-2:] for image in images])
     height, width = (-(-sizes.amax(0) // size_divisor) * size_divisor).tolist()
@@ -199,6 +204,16 @@ def collate(
     if skipped:
         out["skipped"] = skipped
     return out
+
+
+def _image_problem(image: Tensor) -> str | None:
+    """Say why an image cannot be in a batch; None if it can."""
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
+        return None
+    got = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+    advice = "leave ToDtype and Normalize out of the transforms: vovnet_zoo.data.normalize takes the batch"
+    is_float = isinstance(image, Tensor) and image.is_floating_point()
+    return f"a batch takes uint8 tensors [3, H, W], got {got}{'; ' + advice if is_float else ''}"
 
 
 def _blank_sample() -> tuple[Tensor, dict]:

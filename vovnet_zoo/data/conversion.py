@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..files import staged
 from .annotations import Annotations, changed, difficult_as_crowd, image_problem, read_annotations
 from .formats.coco import WAIT
 from .formats.other import name_format
@@ -42,16 +43,14 @@ def convert_data(source: str | Path, target: str | Path, *, difficult_is_crowd: 
     if not splits:
         known = name_format(root) or "no annotations of COCO, YOLO, Pascal VOC or Hugging Face are found there"
         raise ValueError(f"{root}: {known}")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "annotations").mkdir(parents=True)
-    for word, split in splits.items():
-        for text in split.warnings:
-            logger.warning("%s", text)
-        (partial / word).mkdir()
-        content = write_images(split, partial / word, difficult_is_crowd)
-        (partial / "annotations" / f"instances_{word}.json").write_text(json.dumps(content))
-    partial.rename(out)
+    with staged(out) as folder:
+        (folder / "annotations").mkdir()
+        for word, split in splits.items():
+            for text in split.warnings:
+                logger.warning("%s", text)
+            (folder / word).mkdir()
+            content = write_images(split, folder / word, difficult_is_crowd)
+            (folder / "annotations" / f"instances_{word}.json").write_text(json.dumps(content))
     return {word: out / "annotations" / f"instances_{word}.json" for word in splits}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision import tv_tensors
 
 from ..arguments import check_flag, check_kind, check_path
@@ -209,11 +210,7 @@ class CocoDataset(torch.utils.data.Dataset):
     def load(self, index: int) -> tuple[tv_tensors.Image, dict]:
         """Load the image of an index as it is, without the transforms; raises `ImageError`."""
         name, size = str(self.file_names[index]), tuple(self.sizes[index].tolist())
-        if isinstance(self.annotations, Annotations) and self.annotations.read_image is not None:  # in a table
-            path, data = self.annotation_file / name, self.annotations.read_image(name)
-        else:
-            data = read_image_bytes(path := self.images_dir / name)
-        image = tv_tensors.Image(decode_image(data, path, size, str(self.annotation_file)))
+        image = tv_tensors.Image(self.read_image(name, size))
         rows = slice(self._offsets[index], self._offsets[index + 1])
         boxes = torch.from_numpy(self._boxes[rows].copy())
         target = {
@@ -223,6 +220,22 @@ class CocoDataset(torch.utils.data.Dataset):
             "orig_size": size,
         }
         return image, target
+
+    def read_image(self, name: str, size: tuple[int, int] | None = None) -> Tensor:
+        """Read the image of a `file_name` as uint8 [3, H, W], from its file or from the table of the annotations.
+
+        Raises:
+            ImageError: it cannot be read, or its (height, width) is not `size`; the message names it.
+        """
+        if isinstance(self.annotations, Annotations) and self.annotations.read_image is not None:  # in a table
+            path = self.annotation_file / name
+            try:
+                data = self.annotations.read_image(name)
+            except (OSError, TypeError) as error:  # the row has the path of a file that is not there, or nothing
+                raise ImageError(f"{path}: cannot read the image of this row: {error}", "missing image file") from error
+        else:
+            data = read_image_bytes(path := self.images_dir / name)
+        return decode_image(data, path, size, str(self.annotation_file))
 
 
 def in_order(categories: list[dict], names: Collection[str]) -> list[dict]:

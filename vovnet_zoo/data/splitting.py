@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from ..files import write_whole
 from ..words import counted
 from .annotations import Annotations, Source, digest_of, entries_by_id, file_of, read_annotations
 from .formats.places import Split
@@ -56,20 +57,19 @@ def hold_out(
         folder.mkdir(parents=True, exist_ok=True)
         for part, path in paths.items():
             content = subset(coco, {image["id"] for image in images if (image["id"] in chosen) == (part == "val")})
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps({"info": about, **content}))
-            partial.rename(path)
+            write_whole(path, json.dumps({"info": about, **content}).encode())
         logger.info(
             "kept for scoring: %d of %s, see %s and %s; %s others, and stay with them",
             *(len(chosen), counted(len(images), "image"), paths["train"], paths["val"]),
             counted(sum(len(g) for g in groups if len(g) > 1), "image looks like", "images look like"),
         )
-    image = whole.source.read_image if isinstance(whole.source, Annotations) else None
-    return {part: (whole.folder, _source(path, image)) for part, path in paths.items()}
+    return {part: (whole.folder, _source(path, whole.source)) for part, path in paths.items()}
 
 
-def _source(path: Path, read_image: Callable[[str], bytes] | None) -> Source:
-    return path if read_image is None else Annotations(path, functools.partial(read_annotations, path), read_image)
+def _source(path: Path, whole: Source) -> Source:
+    if isinstance(whole, Annotations) and whole.read_image is not None:
+        return dataclasses.replace(whole, file=path, read=functools.partial(read_annotations, path))
+    return path
 
 
 def _told(path: Path) -> dict | None:

@@ -104,7 +104,7 @@ def write_comparison(
         charts=_charts(comparison, runs),
         settings=differing_settings(runs),
         galleries=chosen,
-        photos=photos(chosen, lambda file_name: dataset.images_dir / file_name, PHOTO_BYTES),
+        photos=photos(chosen, dataset.read_image, PHOTO_BYTES),
         facts=dict(facts),
     )
 

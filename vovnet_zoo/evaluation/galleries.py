@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from ..data import ImageError, read_image
+from ..data import ImageError
 from .analysis import Analysis
 from .matches import Matches
 from .thresholds import is_kept, mistakes
@@ -148,18 +148,18 @@ def make_figure(
     return Figure(image, str(entry["file_name"]), width, height, view, boxes, sorted(labels), caption)
 
 
-def photos(chosen: list[Gallery], path_of: Callable[[str], Path], limit: int) -> dict[int, Photo]:
+def photos(chosen: list[Gallery], read: Callable[[str], Tensor], limit: int) -> dict[int, Photo]:
     """Read the images of galleries as small JPEGs, by their position; an image that cannot be read is left out.
 
     Args:
-        path_of: gives the path of an image's file name.
+        read: gives the pixels, uint8 [3,H,W], of an image's file name, as `CocoDataset.read_image` does.
         limit: bytes of all together, at most.
     """
     wanted = {figure.image: figure.file_name for gallery in chosen for figure in gallery.figures}
     found = {}
     for image, file_name in wanted.items():
         try:
-            pixels = read_image(path_of(file_name))  # uint8 [3,H,W]
+            pixels = read(file_name)  # uint8 [3,H,W]
         except ImageError:
             continue
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())

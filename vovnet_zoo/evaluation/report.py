@@ -56,7 +56,7 @@ def write_report(
         charts=_charts(analysis, rows),
         overall=_overall(analysis),
         galleries=chosen,
-        photos=photos(chosen, lambda file_name: dataset.images_dir / file_name, PHOTO_BYTES),
+        photos=photos(chosen, dataset.read_image, PHOTO_BYTES),
         splits=splits,
         facts=dict(facts or {}),
         commands=commands,

@@ -39,7 +39,10 @@ def find_tables(root: Path) -> dict[str, list[Split]]:
     found = {}
     for word, paths in tables.items():
         source = Annotations(
-            paths[0], functools.partial(read_table, paths, tuple(names)), functools.partial(read_table_image, paths)
+            paths[0],
+            functools.partial(read_table, paths, tuple(names)),
+            functools.partial(read_table_image, paths),
+            tuple(file for path in paths for file in (sorted(path.glob("*.arrow")) if path.is_dir() else [path])),
         )
         how = f"{paths[0].relative_to(root)}: this is a table of Hugging Face's datasets"
         found[word] = [Split(root, source, how)]
