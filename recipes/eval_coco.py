@@ -73,7 +73,6 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds, so 
 import torch
 
 from reporting import find_train_set, save_thresholds, write_page
-from run_folder import write_whole
 from runtime import Stopped, StopSignal, check_out, log, process_group, run_command
 from scoring import score_dataset
 from vovnet_zoo import FCOS, load_detector
@@ -85,6 +84,7 @@ from vovnet_zoo.data.layouts import OTHER_SPLIT, choose_split
 from vovnet_zoo.evaluation.analysis import analyse
 from vovnet_zoo.evaluation.errors import load_hotcoco
 from vovnet_zoo.exported import ExportedDetector
+from vovnet_zoo.files import write_whole
 from vovnet_zoo.hub import CONFIG as MODEL_CONFIG
 from vovnet_zoo.inference import check_views
 from vovnet_zoo.words import counted
