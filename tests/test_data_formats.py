@@ -7,6 +7,7 @@ import sys
 
 import layouts
 import numpy as np
+import odd_layouts
 import pytest
 from PIL import Image
 
@@ -116,6 +117,19 @@ def test_yolo_folder_that_is_not_there_is_told(tmp_path, caplog):
     (tmp_path / "valid").rename(tmp_path / "other")
     assert len(only_train(tmp_path)) == 8
     assert "data.yaml: no images are where it says val: ../valid/images" in caplog.text
+
+
+def test_yolo_path_goes_before_the_folder_of_the_file(tmp_path):
+    """The yaml's own folder has folders of the same names, with other images."""
+    odd_layouts.yolo(tmp_path / "other")
+    layouts.save_yolo(tmp_path / "here" / "images" / "train", tmp_path / "here" / "labels" / "train")
+    for place in (tmp_path / "other", "../other"):
+        text = f"path: {place}\ntrain: images/train\nval: images/val\nnames: [green, red]\n"
+        layouts.write(tmp_path / "here" / "data.yaml", text)
+        folder, source = find_split(tmp_path / "here", "train")
+        dataset = CocoDataset(folder, source)
+        assert boxes_of(dataset) == expected(layouts.TRAIN)
+        assert {(folder / name).parent.parent.parent.name for name in dataset.file_names} == {"other"}
 
 
 def test_yolo_names_are_texts(tmp_path):

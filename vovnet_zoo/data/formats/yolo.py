@@ -70,7 +70,8 @@ def _listed(path: Path, about: dict, root: Path) -> dict[str, list[Split]]:
     names = _numbered(about["names"]) if isinstance(about["names"], dict) else about["names"]
     if not isinstance(names, list) or not names:
         raise ValueError(f"{path}: 'names' must be a list of the classes' names, not {about['names']!r:.100}")
-    bases = [path.parent, path.parent / str(about.get("path") or "."), path.parent.parent]
+    # where 'path' says; it may be of another machine, so that the folder of the file is next
+    bases = [path.parent / str(about.get("path") or "."), path.parent, path.parent.parent]
     found: dict[str, list[Split]] = {}
     missing = []
     for word, places in {_word(key): value for key, value in about.items() if _word(key) and value}.items():
