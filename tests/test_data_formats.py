@@ -10,9 +10,20 @@ import numpy as np
 import odd_layouts
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from vovnet_zoo.data import CocoDataset, changed, difficult_as_crowd, find_split, read_annotations
+from vovnet_zoo.data import (
+    CocoDataset,
+    changed,
+    difficult_as_crowd,
+    digest_of,
+    digest_of_content,
+    find_split,
+    read_annotations,
+)
 from vovnet_zoo.data.check import check_dataset
+from vovnet_zoo.data.conversion import convert_data
 from vovnet_zoo.data.formats.huggingface import open_table
 from vovnet_zoo.data.formats.voc import VocObject, count_of, read_objects
 from vovnet_zoo.data.layouts import unsplit
@@ -340,6 +351,25 @@ def test_scores_are_those_of_coco(name, tmp_path):
                 rows.append(row | {"bbox": [x + dx, y + dy, x2 - x, y2 - y]})
         metrics.append(coco_metrics(dataset.annotations, rows))
     assert metrics[0] == metrics[1] and 0.2 < metrics[0]["AP"] < 0.95
+
+
+@pytest.mark.parametrize("name", ["yolo_label_studio", "voc", "imagefolder"])
+def test_pycocotools_scores_what_was_converted(name, tmp_path):
+    """Its COCOeval needs an area, with which the hash of the annotations stays what it was."""
+    getattr(layouts, name)(tmp_path / "data")
+    convert_data(tmp_path / "data", tmp_path / "coco")
+    truth = COCO(tmp_path / "coco" / "annotations" / "instances_train.json")
+    rows = [{"score": 0.9, **{k: a[k] for k in ("image_id", "category_id", "bbox")}} for a in truth.anns.values()]
+    scored = COCOeval(truth, truth.loadRes(rows), "bbox")
+    scored.evaluate()
+    scored.accumulate()
+    scored.summarize()
+    assert scored.stats[0] == pytest.approx(1) and {a["area"] for a in truth.anns.values()} == {480}
+
+    content = read_annotations(unsplit(tmp_path / "data").source)
+    content |= {"annotations": [{k: v for k, v in a.items() if k != "area"} for a in content["annotations"]]}
+    assert content.pop("derived") == ["area"]
+    assert digest_of(unsplit(tmp_path / "data").source) == digest_of_content(content)
 
 
 def test_classes_of_other_numbers_are_matched_by_name(tmp_path):

@@ -107,6 +107,7 @@ def test_layout_without_splits_is_told_what_to_type(name, tmp_path):
     parts = [json.loads((tmp_path / "run" / "split" / f"{part}.json").read_text()) for part in ("train", "val")]
     count = 8 if name == "roboflow_train" else 12
     assert [len(part["images"]) for part in parts] == [count - count // 4, count // 4]
+    assert all("area" in row for part in parts for row in part["annotations"])  # pycocotools needs it
 
 
 @pytest.mark.parametrize("name", [name for name in READY if re.match("yolo|voc|imagefolder|hf", name)])
