@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 
+import layouts
 import numpy as np
 import pytest
 import torch
@@ -352,6 +353,22 @@ KNOWN = {
     # the same cells, a little shifted
     "bccd": {"near copies in train and val": ["train/BloodImage_00038.jpg ~ val/BloodImage_00037.jpg"]},
 }
+
+
+# ---- YOLO -----------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_folders_of_the_images_are_searched(tmp_path):
+    """All that data.yaml and the images have in common may be the disk."""
+    layouts.yolo_lists(tmp_path / "a" / "set")
+    (tmp_path / "a" / "set" / "set.yaml").unlink()
+    layouts.write(tmp_path / "a" / "set" / "val.txt", "images/08.png\nimages/09.png\n")
+    layouts.write(tmp_path / "b" / "data.yaml", "path: ../a/set\ntrain: train.txt\nval: val.txt\nnames: [a, b]\n")
+    for place in ("elsewhere", "a/other"):
+        layouts.save(tmp_path / place, layouts.PICTURES[:1])
+    report = check(tmp_path / "b")
+    assert report.splits["train"]["images"] == 8 and report.splits["val"]["images"] == 2
+    assert items(report, "file without entry") == ["a/set/images/10.png", "a/set/images/11.png"]
 
 
 # ---- an error means that training stops, and no error that it runs --------------------------------------------------

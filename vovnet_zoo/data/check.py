@@ -458,18 +458,26 @@ def _check_training_size(split: _Split, min_size: int, max_size: int, notes: dic
 
 
 def _check_folder(split: _Split, splits: list[_Split], notes: dict) -> None:
-    """Note the image files that no split of the same folder mentions."""
+    """Note the image files that no split of the same folder mentions.
+
+    A COCO JSON's folder of images is searched. For other formats, the folders that hold images of a split are, since
+    all that these have in common may be the disk.
+    """
     folder = split.found.folder
     beside = [other for other in splits if other.found.folder == folder]
     if split is not beside[-1]:
         return
     endings = {ending for ending, format in Image.registered_extensions().items() if format in FORMATS}
     mentioned = set().union(*(other.mentioned for other in beside))
-    for at, _, files in os.walk(folder):
-        for file in sorted(files):
-            path = os.path.relpath(os.path.join(at, file), folder)
-            if path not in mentioned and os.path.splitext(file)[1].lower() in endings:
-                notes[split.name, "file without entry"].append(path)
+    places = {folder}
+    if not all(isinstance(other.found.source, Path) for other in beside):
+        places = {folder / os.path.dirname(name) for other in beside for name in other.names}
+    for place in sorted(x for x in places if places.isdisjoint(x.parents)):
+        for at, _, files in os.walk(place):
+            for file in sorted(files):
+                path = os.path.relpath(os.path.join(at, file), folder)
+                if path not in mentioned and os.path.splitext(file)[1].lower() in endings:
+                    notes[split.name, "file without entry"].append(path)
 
 
 def _check_images(splits: list[_Split], workers: int, progress: bool, notes: dict) -> None:
