@@ -371,6 +371,14 @@ def test_only_the_folders_of_the_images_are_searched(tmp_path):
     assert items(report, "file without entry") == ["a/set/images/10.png", "a/set/images/11.png"]
 
 
+def test_a_file_in_two_lists_is_in_train_and_val(tmp_path):
+    layouts.yolo_lists(tmp_path)
+    layouts.write(tmp_path / "val.txt", "images/07.png\nimages/08.png\n")
+    report = check(tmp_path)
+    assert items(report, "same image in train and val") == ["images/07.png: it is in both"]
+    assert items(report, "same image twice") == []
+
+
 # ---- an error means that training stops, and no error that it runs --------------------------------------------------
 
 

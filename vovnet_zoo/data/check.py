@@ -491,7 +491,7 @@ def _check_images(splits: list[_Split], workers: int, progress: bool, notes: dic
     )
     found = {jobs[i][2]: result for i, result in bar}
 
-    same: dict[bytes, dict[str, str]] = defaultdict(dict)  # content: {path: split}
+    same: dict[bytes, dict[str, list[str]]] = defaultdict(dict)  # content: {path: its splits}
     for split in splits:
         for path, size in zip(paths[split.name], split.sizes.tolist(), strict=True):
             if (seen := found[path]) is None:
@@ -514,15 +514,16 @@ def _check_images(splits: list[_Split], workers: int, progress: bool, notes: dic
                 expected = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
                 if expected in FORMATS and expected != seen.format:
                     notes[split.name, "format unlike the name"].append(f"{path}: it is {seen.format}")
-                same[seen.digest].setdefault(path, split.name)
+                same[seen.digest].setdefault(path, []).append(split.name)
     for where in same.values():
         for name in paths:
-            if len(twice := [path for path, split in where.items() if split == name]) > 1:
+            if len(twice := [path for path, of in where.items() if name in of]) > 1:
                 notes[name, "same image twice"].append(" = ".join(twice))
-        if len(set(where.values())) > 1:
-            notes["", "same image in train and val"].append(" = ".join(where))
+        if len({name for of in where.values() for name in of}) > 1:
+            text = " = ".join(where)
+            notes["", "same image in train and val"].append(text if len(where) > 1 else f"{text}: it is in both")
     # of identical images, the first stands for all
-    _check_near(found, {path: split for where in same.values() for path, split in list(where.items())[:1]}, notes)
+    _check_near(found, {path: of[0] for where in same.values() for path, of in list(where.items())[:1]}, notes)
 
 
 def _check_near(found: dict[str, Inspection], split_of: dict[str, str], notes: dict) -> None:
