@@ -82,6 +82,11 @@ def test_nothing_wrong(root):
     ]
 
 
+def test_classes_of_one_name_are_counted_apart(root):
+    edit(root, "train", lambda coco: coco["categories"][1].update(name="cat"))
+    assert check(root).classes["train"] == {"cat (0)": [3, 3], "cat (1)": [2, 2]}
+
+
 def test_one_of_each(root):
     """A split has one image of one class, and the report has one error."""
 

@@ -386,7 +386,9 @@ def _class_counts(split: _Split) -> dict[str, list[int]]:
     boxes = np.bincount(split.labels, minlength=len(split.classes))
     pairs = np.unique(np.column_stack([split.labels, split.owners]), axis=0)
     images = np.bincount(pairs[:, 0], minlength=len(split.classes))
-    return {name: [int(boxes[i]), int(images[i])] for i, (_, name) in enumerate(split.classes)}
+    twice = repeated(name for _, name in split.classes)
+    names = [f"{name} ({i})" if name in twice else name for i, name in split.classes]  # as a score's classes are called
+    return {name: [int(boxes[i]), int(images[i])] for i, name in enumerate(names)}
 
 
 def _relative_sizes(split: _Split) -> list[float]:
