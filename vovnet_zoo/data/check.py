@@ -28,6 +28,7 @@ from .annotations import (
 )
 from .dataset import in_order
 from .formats.places import Split
+from .formats.yolo import is_dataset_file
 from .images import FORMATS, ImageError, check_size
 from .inspection import Inspection, image_jobs, inspect_job, run_parallel, usable_cores
 from .inspection import inspect_image as inspect_image  # its place before there was `inspection`
@@ -64,6 +65,7 @@ KINDS = {  # kind: (severity, what to do)
     "size unlike the JSON": ("error", "correct the JSON's size and boxes, or the file"),
     "mostly crowd regions": ("warning", "write 'iscrowd': 0 for single objects"),
     "test in place of val": ("warning", "add a val split; it chooses the best model"),
+    "dataset file in doubt": ("warning", "correct the file, or give another as DATA"),
     "left out": ("warning", "put its image there (HEIC: convert it), or remove it"),
     "empty box": ("warning", "correct or remove it; training drops it, a score counts it as missed"),
     "box outside the image": ("warning", "correct or remove it; training drops it, a score counts it as missed"),
@@ -125,7 +127,7 @@ def check_dataset(
     """Check the annotations and decode every image of the splits that a training would use.
 
     Args:
-        root: the dataset's folder, see `find_split`; None with `train` and `val`.
+        root: the dataset's folder or data.yaml, see `find_split`; None with `train` and `val`.
         train, train_images, val, val_images: a COCO JSON file for a split, and the folder of its images.
         val_fraction: check the whole dataset, of which a training with this option keeps a part for scoring.
         workers: processes that decode; None is one per core; 0 decodes in this process, which a faulty image may end.
@@ -161,7 +163,8 @@ def check_dataset(
         _compare_classes(splits[0], splits[1], notes)
 
     # the report names the folder once, below the table
-    here = re.compile(rf"(?<!\S){re.escape(str(root))}({re.escape(os.sep)}|: )")
+    folder = root.parent if root is not None and is_dataset_file(root) else root
+    here = re.compile(rf"(?<!\S){re.escape(str(folder))}({re.escape(os.sep)}|: )")
     findings = [
         Finding(KINDS[kind][0], split, kind, len(items), KINDS[kind][1], [here.sub("", item) for item in items])
         for (split, kind), items in notes.items()
@@ -289,13 +292,15 @@ def _find(
     try:
         found = choose_whole(root, file, images) if whole else choose_split(root, name, file, images)
     except ValueError as error:
-        if root is not None and not root.is_dir():
+        if root is not None and not root.is_dir() and not is_dataset_file(root):
             notes["", "no dataset"] = [str(error)]
         elif ("", "no dataset") not in notes:
             notes[name, "no val split" if name == "val" else "no dataset"].append(str(error))
         return None
     if found.doubt:
         notes[name, "test in place of val"].append(found.doubt)
+    if found.remarks:
+        notes["", "dataset file in doubt"] = list(found.remarks)  # of train and val, they are the same
     if found.left_out:
         notes[name, "left out"] += found.left_out
     return found

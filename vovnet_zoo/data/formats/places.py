@@ -34,12 +34,13 @@ class Split:
     how: str  # by what it was recognised
     doubt: str = ""  # what the user should know before the scores are trusted
     left_out: tuple[str, ...] = ()  # what of the dataset cannot be used, a text for each file
+    remarks: tuple[str, ...] = ()  # what about the file that describes the dataset may be a mistake
 
     @property
     def warnings(self) -> list[str]:
         """What a command that uses the split should say, each in one line."""
         more = f" ({len(self.left_out) - 1} more like it; check-data lists them)" if len(self.left_out) > 1 else ""
-        return [self.doubt] * bool(self.doubt) + [f"{text}{more}" for text in self.left_out[:1]]
+        return [*[self.doubt] * bool(self.doubt), *self.remarks, *(f"{text}{more}" for text in self.left_out[:1])]
 
 
 def split_word(name: str, whole: bool = False) -> str:

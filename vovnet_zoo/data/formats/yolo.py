@@ -29,19 +29,51 @@ def find_yolo(root: Path) -> dict[str, list[Split]]:
         ValueError: data.yaml cannot be read, or names folders that are not there; or no file names the classes.
     """
     broken: ValueError | None = None
-    files = [path for ending in ("yaml", "yml", "data") for path in root.glob(f"*.{ending}") if os.path.isfile(path)]
+    usable: dict[Path, dict] = {}
+    files = [path for ending in DATASET_FILES for path in root.glob(f"*{ending}") if os.path.isfile(path)]
     for path in sorted(files):
         try:
-            about = _read_darknet(path) if path.suffix == ".data" else _read_yaml(path)
+            about = _read_about(path)
         except ValueError as error:  # it may have nothing to do with the dataset
             broken = broken or error
             continue
-        if isinstance(about, dict) and "names" in about and any(_word(key) for key in about):
-            return _listed(path, about, root)
+        if about is not None:
+            usable[path] = about
+    if usable:
+        path, *others = usable
+        names = ", ".join(other.name for other in others)
+        several = (f"{path} is taken, and not {names}; to use another, give that file as DATA",) if others else ()
+        return _listed(path, usable[path], root, several)
     found = _side_by_side(root) or _together(root)
     if broken and not found:
         raise broken
     return found
+
+
+DATASET_FILES = (".yaml", ".yml", ".data")
+
+
+def is_dataset_file(path: Path) -> bool:
+    """Tell whether a path is a file that may describe a YOLO dataset: data.yaml, or darknet's obj.data."""
+    return path.suffix.lower() in DATASET_FILES and os.path.isfile(path)
+
+
+def find_yolo_of(path: Path) -> dict[str, list[Split]]:
+    """Find the splits of the YOLO dataset that a file describes, see `is_dataset_file`.
+
+    Raises:
+        ValueError: the file cannot be read, describes no dataset, or names folders that are not there.
+    """
+    about = _read_about(path)
+    if about is None:
+        raise ValueError(f"{path} describes no YOLO dataset: write 'names', and folders of images as 'train', 'val'")
+    return _listed(path, about, path.parent)
+
+
+def _read_about(path: Path) -> dict | None:
+    """Read a file that describes a dataset; None where it has no names of classes, or no split."""
+    about = _read_darknet(path) if path.suffix.lower() == ".data" else _read_yaml(path)
+    return about if isinstance(about, dict) and "names" in about and any(_word(key) for key in about) else None
 
 
 def _read_yaml(path: Path) -> Any:
@@ -66,7 +98,7 @@ def _read_darknet(path: Path) -> dict[str, Any]:
     return about
 
 
-def _listed(path: Path, about: dict, root: Path) -> dict[str, list[Split]]:
+def _listed(path: Path, about: dict, root: Path, remarks: tuple[str, ...] = ()) -> dict[str, list[Split]]:
     names = _numbered(about["names"]) if isinstance(about["names"], dict) else about["names"]
     if not isinstance(names, list) or not names:
         raise ValueError(f"{path}: 'names' must be a list of the classes' names, not {about['names']!r:.100}")
@@ -92,7 +124,7 @@ def _listed(path: Path, about: dict, root: Path) -> dict[str, list[Split]]:
         lost = tuple(f"{path}: no images are where it says {text}" for text in missing)
         first = next(iter(found))
         found[first] = [dataclasses.replace(split, left_out=(*split.left_out, *lost)) for split in found[first]]
-    return found
+    return {word: [dataclasses.replace(split, remarks=remarks) for split in splits] for word, splits in found.items()}
 
 
 def _word(key: Any) -> str:
