@@ -149,6 +149,24 @@ def test_yolo_names_are_texts(tmp_path):
     assert only_train(tmp_path).class_names == ["no", "012"]
 
 
+@pytest.mark.parametrize(
+    ("text", "remarks"),
+    [
+        ("nc: 2\nnames: [a, b, c]", ["nc is 2, but there are 3 names"]),
+        ("nc: 3\nnames: {0: a, 1: b, 3: c}", ["class 2 has no name"]),
+        ("names: {0: a, 9: b}", ["classes 1, 2, 3, 4, 5, ... have no name"]),
+        ("nc: 4\nnames: {0: a, 1: b, 2: c, 3: d}", []),
+    ],
+)
+def test_yolo_names_that_may_be_a_mistake_are_told(text, remarks, tmp_path, caplog):
+    odd_layouts.yolo(tmp_path, f"train: images/train\nval: images/val\n{text}\n")
+    find_split(tmp_path, "train")
+    assert [x.getMessage() for x in caplog.records] == [f"{tmp_path}: {tmp_path}/data.yaml: {x}" for x in remarks]
+    report = check_dataset(tmp_path, workers=0, progress=False)
+    told = [item for f in report.findings if f.kind == "dataset file in doubt" for item in f.items]
+    assert told == [f"data.yaml: {x}" for x in remarks] and report.ok
+
+
 def test_yolo_keypoints(tmp_path):
     layouts.write(tmp_path / "labels" / "train" / "0.txt", "0 0.5 0.5 0.5 0.5 0.1 0.1 2 0.2 0.2 2 0.3 0.3 1")
     (tmp_path / "images" / "train").mkdir(parents=True)

@@ -102,6 +102,7 @@ def _listed(path: Path, about: dict, root: Path, remarks: tuple[str, ...] = ()) 
     names = _numbered(about["names"]) if isinstance(about["names"], dict) else about["names"]
     if not isinstance(names, list) or not names:
         raise ValueError(f"{path}: 'names' must be a list of the classes' names, not {about['names']!r:.100}")
+    remarks += tuple(f"{path}: {text}" for text in _doubts(about, len(names)))
     # where 'path' says; it may be of another machine, so that the folder of the file is next
     bases = [path.parent / str(about.get("path") or "."), path.parent, path.parent.parent]
     found: dict[str, list[Split]] = {}
@@ -144,6 +145,18 @@ def _numbered(names: dict) -> list | None:
 
 
 MOST_CLASSES = 100_000
+
+
+def _doubts(about: dict, count: int) -> Iterator[str]:
+    """Say what about the names of `count` classes may be a mistake: a number without a name, or another count."""
+    names = about["names"]
+    number = str(about.get("nc", about.get("classes")))  # as data.yaml and obj.data call it
+    if number.isdecimal() and int(number) not in (len(names), count):
+        yield f"{'nc' if 'nc' in about else 'classes'} is {number}, but there are {len(names)} names"
+    known = {int(key) for key in names} if isinstance(names, dict) else set(range(count))
+    if unnamed := [str(i) for i in range(count) if i not in known]:
+        what, more = ("class", " has") if len(unnamed) == 1 else ("classes", " have")
+        yield f"{what} {', '.join(unnamed[:5])}{', ...' if len(unnamed) > 5 else ''}{more} no name"
 
 
 def _images(place: str, bases: Sequence[Path]) -> list[Path]:
