@@ -190,7 +190,7 @@ def _side_by_side(root: Path) -> dict[str, list[Split]]:
     found: dict[str, list[Split]] = {}
     for labels in (path for path in [root, *folders_below(root, 2)] if path.name.lower() == "labels"):
         beside = labels.with_name(_as_written("images", labels.name))
-        if not beside.is_dir() or next(labels.rglob("*.txt"), None) is None:
+        if not beside.is_dir() or next(_texts_below(labels), None) is None:
             continue
         inner = {
             split_word(path.name): path for path in sorted(beside.iterdir()) if path.is_dir() and split_word(path.name)
@@ -210,7 +210,7 @@ def _together(root: Path) -> dict[str, list[Split]]:
     found: dict[str, list[Split]] = {}
     for folder in [root, *folders_below(root, 2)]:
         images = sorted(path for path in folder.iterdir() if is_image(path))
-        labels = next((file for image in images if text_of(file := image.with_suffix(".txt"))), None)
+        labels = next((file for image in images if text_of(file := _any_case(image.with_suffix(".txt")))), None)
         if labels is None or not LINE.match(text_of(labels)[0]):
             continue
         word = split_word(folder.name) if folder != root else ""
@@ -227,10 +227,15 @@ def labels_without_images(root: Path) -> str:
     for labels in [root, *folders_below(root, 2)]:
         beside = labels.with_name(_as_written("images", labels.name))
         if labels.name.lower() == "labels" and not images_below(beside):
-            for path in sorted(labels.rglob("*.txt")):
+            for path in sorted(_texts_below(labels)):
                 if LINE.match(next(iter(text_of(path)), "")):
                     return f"{path} is YOLO, but there are no images in {beside}; put them there"
     return ""
+
+
+def _texts_below(folder: Path) -> Iterator[Path]:
+    """List the text files in a folder and below."""
+    return (path for path in folder.rglob("*") if path.suffix.lower() == ".txt")
 
 
 def _class_names(folders: Sequence[Path], root: Path) -> list[str]:
@@ -265,7 +270,7 @@ def _without_image(images: list[Path]) -> Iterator[str]:
         stems = {os.path.splitext(name)[0] for folder in beside for name in os.listdir(folder) if is_image(name)}
         for name in sorted(os.listdir(labels)):
             stem, ending = os.path.splitext(name)
-            if ending == ".txt" and stem not in stems and LINE.match(next(iter(text_of(labels / name)), "")):
+            if ending.lower() == ".txt" and stem not in stems and LINE.match(next(iter(text_of(labels / name)), "")):
                 yield f"{labels / name}: there is no image {stem}.* that can be read"
 
 
@@ -337,7 +342,13 @@ def _read_labels(image: Path, size: tuple[int, int], keypoints: bool) -> list[di
 def _label_file(image: Path) -> Path:
     """Return the label file of an image: in the folder of labels, if there is one, or beside it."""
     places = _label_places(image)
-    return places[0] if places[0].parent.is_dir() else places[-1]
+    return _any_case(places[0] if places[0].parent.is_dir() else places[-1])
+
+
+def _any_case(path: Path) -> Path:
+    """Return the path of a text file as it is there: its ending may be .TXT or .Txt."""
+    options = (path, path.with_suffix(".TXT"), path.with_suffix(".Txt"))
+    return next((option for option in options if os.path.isfile(option)), path)
 
 
 def _label_places(image: Path) -> list[Path]:
