@@ -27,7 +27,7 @@ from .annotations import (
     usable_boxes,
 )
 from .dataset import in_order
-from .formats.places import Split
+from .formats.places import Split, is_image
 from .formats.yolo import is_dataset_file
 from .images import FORMATS, ImageError, check_size
 from .inspection import Inspection, image_jobs, inspect_job, run_parallel, usable_cores
@@ -474,7 +474,6 @@ def _check_folder(split: _Split, splits: list[_Split], notes: dict) -> None:
     beside = [other for other in splits if other.found.folder == folder]
     if split is not beside[-1]:
         return
-    endings = {ending for ending, format in Image.registered_extensions().items() if format in FORMATS}
     mentioned = set().union(*(other.mentioned for other in beside))
     places = {folder}
     if not all(isinstance(other.found.source, Path) for other in beside):
@@ -483,7 +482,7 @@ def _check_folder(split: _Split, splits: list[_Split], notes: dict) -> None:
         for at, _, files in os.walk(place):
             for file in sorted(files):
                 path = os.path.relpath(os.path.join(at, file), folder)
-                if path not in mentioned and os.path.splitext(file)[1].lower() in endings:
+                if path not in mentioned and is_image(file):
                     notes[split.name, "file without entry"].append(path)
 
 

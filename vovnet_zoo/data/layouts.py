@@ -17,7 +17,7 @@ from .annotations import Source, changed, file_of, image_problem, read_annotatio
 from .formats import FORMATS
 from .formats.coco import lacks_size, with_sizes
 from .formats.other import name_format
-from .formats.places import Split, find_image, folders_below, image_index, split_word
+from .formats.places import Split, find_image, folders_below, image_index, is_of_macos, split_word
 from .formats.yolo import find_yolo_of, is_dataset_file
 from .parse import parse_json
 
@@ -181,7 +181,7 @@ def _coco(root: Path) -> dict[str, list[Split]]:
     """Find COCO JSON files of any name, and the images that they name."""
     files: dict[str, list[Path]] = {}
     for folder in (root, *folders_below(root, 3)):
-        inside = [path for path in sorted(folder.glob("*.json")) if not OTHER_TASKS.match(path.name)]
+        inside = [x for x in sorted(folder.glob("*.json")) if not OTHER_TASKS.match(x.name) and not is_of_macos(x)]
         if len(inside) > MANY:  # a file for each image, as labelme writes them
             continue
         for path in inside:
@@ -248,7 +248,7 @@ def _broken(root: Path, word: str) -> str:
     if is_dataset_file(root):
         return ""
     for folder in (root, *folders_below(root, 3)):
-        for path in sorted(folder.glob("*.json"))[:MANY]:
+        for path in [path for path in sorted(folder.glob("*.json")) if not is_of_macos(path)][:MANY]:
             if word and (split_word(path.stem) or split_word_of_folders(path, root)) == word and os.path.isfile(path):
                 try:
                     parse_json(path.read_bytes())

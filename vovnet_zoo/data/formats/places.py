@@ -82,8 +82,13 @@ def _leads_up(entry: os.DirEntry) -> bool:
 
 
 def is_image(path: str | Path) -> bool:
-    """Tell whether a name ends as one of an image does."""
-    return os.path.splitext(path)[1].lower() in ENDINGS
+    """Tell whether a name ends as one of an image does, and macOS keeps no attributes of another file in it."""
+    return os.path.splitext(path)[1].lower() in ENDINGS and not is_of_macos(path)
+
+
+def is_of_macos(path: str | Path) -> bool:
+    """Tell whether a file, by its name, holds the attributes of another: ._photo.jpg of photo.jpg."""
+    return os.path.basename(path).startswith("._")
 
 
 def images_below(folder: Path) -> list[Path]:

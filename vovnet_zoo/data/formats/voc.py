@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ..annotations import Annotations
 from .coco import coco_content
-from .places import Split, common_end, folders_below, images_below, is_image, split_word, text_lines
+from .places import Split, common_end, folders_below, images_below, is_image, is_of_macos, split_word, text_lines
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -28,7 +28,7 @@ def find_voc(root: Path) -> dict[str, list[Split]]:
         ValueError: an XML file cannot be read.
     """
     near = [path for folder in (root, *folders_below(root, 3)) for path in sorted(folder.iterdir())]
-    files = [path for path in near if path.suffix.lower() == ".xml" and _is_voc(path)]
+    files = [path for path in near if path.suffix.lower() == ".xml" and not is_of_macos(path) and _is_voc(path)]
     if not files:
         return {}
     pairs = pair(files, images_below(root))

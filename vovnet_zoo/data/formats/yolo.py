@@ -16,7 +16,7 @@ import yaml  # timm needs it too
 from ...files import read_bytes
 from ..annotations import Annotations
 from .coco import coco_content
-from .places import Split, folders_below, images_below, is_image, path_parts, split_word, text_lines
+from .places import Split, folders_below, images_below, is_image, is_of_macos, path_parts, split_word, text_lines
 
 
 def find_yolo(root: Path) -> dict[str, list[Split]]:
@@ -31,7 +31,7 @@ def find_yolo(root: Path) -> dict[str, list[Split]]:
     broken: ValueError | None = None
     usable: dict[Path, dict] = {}
     files = [path for ending in DATASET_FILES for path in root.glob(f"*{ending}") if os.path.isfile(path)]
-    for path in sorted(files):
+    for path in sorted(path for path in files if not is_of_macos(path)):
         try:
             about = _read_about(path)
         except ValueError as error:  # it may have nothing to do with the dataset
@@ -235,7 +235,7 @@ def labels_without_images(root: Path) -> str:
 
 def _texts_below(folder: Path) -> Iterator[Path]:
     """List the text files in a folder and below."""
-    return (path for path in folder.rglob("*") if path.suffix.lower() == ".txt")
+    return (path for path in folder.rglob("*") if path.suffix.lower() == ".txt" and not is_of_macos(path))
 
 
 def _class_names(folders: Sequence[Path], root: Path) -> list[str]:
@@ -270,7 +270,9 @@ def _without_image(images: list[Path]) -> Iterator[str]:
         stems = {os.path.splitext(name)[0] for folder in beside for name in os.listdir(folder) if is_image(name)}
         for name in sorted(os.listdir(labels)):
             stem, ending = os.path.splitext(name)
-            if ending.lower() == ".txt" and stem not in stems and LINE.match(next(iter(text_of(labels / name)), "")):
+            if ending.lower() != ".txt" or stem in stems or is_of_macos(name):
+                continue
+            if LINE.match(next(iter(text_of(labels / name)), "")):
                 yield f"{labels / name}: there is no image {stem}.* that can be read"
 
 
