@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -374,6 +375,34 @@ def test_only_the_folders_of_the_images_are_searched(tmp_path):
     report = check(tmp_path / "b")
     assert report.splits["train"]["images"] == 8 and report.splits["val"]["images"] == 2
     assert items(report, "file without entry") == ["a/set/images/10.png", "a/set/images/11.png"]
+
+
+def test_problems_of_yolo_name_the_line(tmp_path):
+    layouts.yolo(tmp_path)
+    file = tmp_path / "labels" / "train" / "03.txt"
+    file.write_text(f"{file.read_text()}\n\n7 0.5 0.5 0.25 0.25\n0 0.5 0.5 0.25\n0 0 0.5 0.5 0.5\n")
+    report = check(tmp_path)
+    assert {f.kind: f.items for f in report.findings if f.severity == "warning"} == {
+        "unknown category_id": ["labels/train/03.txt, line 5: 7 0.5 0.5 0.25 0.25"],
+        "box is not 4 finite numbers": ["labels/train/03.txt, line 6: 0 0.5 0.5 0.25"],
+        "box clipped to the image": ["labels/train/03.txt, line 7: 0 0 0.5 0.5 0.5"],
+    }
+    assert all("categories" not in f.advice and "[left" not in f.advice for f in report.findings)
+
+
+def test_problems_of_voc_name_the_object(tmp_path):
+    layouts.voc(tmp_path)
+    (file,) = tmp_path.rglob("03.xml")
+    first, second = file.read_text().split("</object>", 1)
+    file.write_text(f"{first}</object>{re.sub('<xmax>.*?</xmax>', '', second)}")
+    (text,) = items(check(tmp_path), "box is not 4 finite numbers")
+    assert re.fullmatch(r"Annotations/03.xml, object 2: red, xmin \d+, ymin \d+, xmax nan, ymax \d+", text)
+
+
+def test_problems_of_coco_name_the_image(root):
+    edit(root, "train", lambda coco: coco["annotations"][1].update(category_id=9))
+    text = "1.png: annotations[1]: image_id 1, category_id 9, bbox [10, 5, 30, 20]"
+    assert items(check(root), "unknown category_id") == [text]
 
 
 def test_a_file_in_two_lists_is_in_train_and_val(tmp_path):

@@ -30,6 +30,7 @@ class Annotations:
     file: Path  # the file or folder that messages name
     read: Callable[[], dict]  # gives the content of a COCO JSON: images, annotations, categories
     read_image: Callable[[str], bytes] | None = None  # gives an image's bytes by its `file_name`; None: it is a file
+    describe: Callable[[str, int], str] | None = None  # says where the i-th object of an image is written, and how
 
 
 Source = Path | Annotations

@@ -5,6 +5,7 @@ import os
 import re
 import reprlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from ..words import counted
 from .annotations import (
+    Annotations,
     are_fractions,
     entry_problem,
     file_of,
@@ -92,6 +94,13 @@ KINDS = {  # kind: (severity, what to do)
     "format unlike the name": ("info", "rename it, if other tools are to read it"),
     "file without entry": ("info", "not used"),
 }
+IN_FILES = {  # what to do instead, where each image has a file with its objects, as in YOLO and Pascal VOC
+    "unknown category_id": "correct it there: no class is meant; training drops it",
+    "box is not 4 finite numbers": "correct it there; training drops it",
+    "boxes as fractions": "write pixels",
+    "box clipped to the image": "correct it there",
+    "box below one pixel": "correct or remove it",
+}
 EXAMPLE = 70  # characters in the table
 CLASSES = 30  # lines of the table of classes
 UNITS = {"images": "image", "boxes": "box", "classes": "class"}
@@ -166,8 +175,8 @@ def check_dataset(
     folder = root.parent if root is not None and is_dataset_file(root) else root
     here = re.compile(rf"(?<!\S){re.escape(str(folder))}({re.escape(os.sep)}|: )")
     findings = [
-        Finding(KINDS[kind][0], split, kind, len(items), KINDS[kind][1], [here.sub("", item) for item in items])
-        for (split, kind), items in notes.items()
+        Finding(KINDS[kind][0], name, kind, len(items), _advice(kind, name, splits), [here.sub("", x) for x in items])
+        for (name, kind), items in notes.items()
     ]
     order = list(KINDS)
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.split, order.index(finding.kind)))
@@ -181,6 +190,13 @@ def check_dataset(
         {s.name: _relative_sizes(s) for s in splits},
         why if splits else "",
     )
+
+
+def _advice(kind: str, name: str, splits: list["_Split"]) -> str:
+    """Say what to do about a kind of problem of a split, in words that fit its format."""
+    sources = [split.found.source for split in splits if split.name == name]
+    in_files = any(isinstance(source, Annotations) and source.describe for source in sources)
+    return IN_FILES.get(kind, KINDS[kind][1]) if in_files else KINDS[kind][1]
 
 
 @dataclass(frozen=True)
@@ -343,15 +359,16 @@ def _check_annotations(name: str, found: Split, known: list[str], notes: dict) -
         {category["id"]: label for label, category in enumerate(categories)},
         sizes,
     )
+    describe = _describer(found, coco)
     for kind, where in problems.items():
-        notes[name, kind] += [_describe(annotations, positions[i]) for i in where]
+        notes[name, kind] += [describe(positions[i]) for i in where]
 
     def note(kind, items):
         if items := list(items):
             notes[name, kind] += items
 
     note("category that is no class", (f"{category['name']} (id {category['id']})" for category in idle))
-    crowds = [_describe(annotations, i) for i in positions if _is_crowd(annotations[i])]
+    crowds = [describe(i) for i in positions if _is_crowd(annotations[i])]
     note("crowd region", crowds)
     if len(crowds) > len(boxes):
         kind = "mostly crowd regions" if len(boxes) else "only crowd regions"
@@ -556,12 +573,27 @@ def _check_near(found: dict[str, Inspection], split_of: dict[str, str], notes: d
 # ---- text -----------------------------------------------------------------------------------------------------------
 
 
-def _describe(annotations: list, i: int) -> str:
-    a = annotations[i]
-    if not isinstance(a, dict):
-        return f"annotations[{i}] is {reprlib.repr(a)}"
-    parts = [f"{key} {reprlib.repr(a.get(key))}" for key in ("image_id", "category_id", "bbox")]
-    return f"annotations[{i}]: {', '.join(parts)}"
+def _describer(found: Split, coco: dict) -> Callable[[int], str]:
+    """Return the function that describes the annotation at a position, and names its image, or its own file."""
+    annotations = coco["annotations"]
+    images = [image for image in coco["images"] if isinstance(image, dict) and type(image.get("id")) is int]
+    names = {image["id"]: _file_name(image) for image in images}
+    own = found.source.describe if isinstance(found.source, Annotations) else None
+    first: dict[int, int] = {}  # of each image, the position of its first object; the others follow it
+    for i, a in enumerate(annotations if own else []):
+        first.setdefault(a["image_id"], i)
+
+    def describe(i: int) -> str:
+        a = annotations[i]
+        if not isinstance(a, dict):
+            return f"annotations[{i}] is {reprlib.repr(a)}"
+        name = names.get(image_id) if (image_id := _id(a.get("image_id"))) is not None else None
+        if own and name:
+            return own(name, i - first[a["image_id"]])
+        parts = [f"{key} {reprlib.repr(a.get(key))}" for key in ("image_id", "category_id", "bbox")]
+        return f"{f'{name}: ' if name else ''}annotations[{i}]: {', '.join(parts)}"
+
+    return describe
 
 
 def _printable(text: str, width: int | None = None) -> str:

@@ -102,7 +102,14 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def text_lines(path: Path, kind: str) -> list[str]:
-    """Read the lines of a text file that are not empty, stripped. The error message calls the file a `kind`.
+    """Read the lines of a text file as `numbered_lines` does, without their numbers."""
+    return [line for _, line in numbered_lines(path, kind)]
+
+
+def numbered_lines(path: Path, kind: str) -> list[tuple[int, str]]:
+    """Read the lines of a text file that are not empty, stripped, with their numbers, which begin with 1.
+
+    The error message calls the file a `kind`.
 
     Raises:
         ValueError: the file cannot be read, or is neither UTF-8 nor UTF-16 with its mark.
@@ -113,7 +120,7 @@ def text_lines(path: Path, kind: str) -> list[str]:
         lines = data.decode(encoding).splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} of the {kind} is no UTF-8; save it as UTF-8") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 # ---- images by their names ------------------------------------------------------------------------------------------

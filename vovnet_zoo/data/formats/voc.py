@@ -147,7 +147,8 @@ def _tails(xml: Path) -> list[str]:
 def _split(root: Path, xmls: list[Path], pairs: dict[Path, Path], names: list[str], from_one: bool, how: str) -> Split:
     found = sorted((pairs[xml].relative_to(root).as_posix(), xml.relative_to(root).as_posix()) for xml in xmls)
     read = functools.partial(read_voc, root, tuple(found), tuple(names), from_one)
-    return Split(root, Annotations(Path(os.path.commonpath([xml.parent for xml in xmls])), read), how)
+    place = Path(os.path.commonpath([xml.parent for xml in xmls]))
+    return Split(root, Annotations(place, read, describe=functools.partial(describe_object, root, dict(found))), how)
 
 
 class VocObject(NamedTuple):
@@ -187,6 +188,14 @@ def _number(text: str | None) -> float:
         return float(text or "nan")
     except ValueError:
         return math.nan
+
+
+def describe_object(root: Path, xml_of: dict[str, str], image: str, position: int) -> str:
+    """Name the XML file, the number and the content of an image's object."""
+    path = root / xml_of[image]
+    x = read_objects(path)[position]
+    corners = ", ".join(f"{key} {value:g}" for key, value in zip(CORNERS, x.corners, strict=True))
+    return f"{path}, object {position + 1}: {x.name}, {corners}"
 
 
 def read_voc(root: Path, files: Sequence[tuple[str, str]], names: Sequence[str], from_one: bool) -> dict:

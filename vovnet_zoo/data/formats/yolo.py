@@ -16,7 +16,17 @@ import yaml  # timm needs it too
 from ...files import read_bytes
 from ..annotations import Annotations
 from .coco import coco_content
-from .places import Split, folders_below, images_below, is_image, is_of_macos, path_parts, split_word, text_lines
+from .places import (
+    Split,
+    folders_below,
+    images_below,
+    is_image,
+    is_of_macos,
+    numbered_lines,
+    path_parts,
+    split_word,
+    text_lines,
+)
 
 
 def find_yolo(root: Path) -> dict[str, list[Split]]:
@@ -256,7 +266,8 @@ def _split(file: Path, images: list[Path], names: list[str], how: str, root: Pat
     relative = sorted(dict.fromkeys(os.path.relpath(path, folder).replace(os.sep, "/") for path in paths))
     shown = Path(folder) if folder != os.path.abspath(root) else root
     read = functools.partial(read_yolo, shown, tuple(relative), tuple(names), keypoints)
-    return Split(shown, Annotations(file, read), how, left_out=tuple(_without_image(images)))
+    source = Annotations(file, read, describe=functools.partial(line_of, shown))
+    return Split(shown, source, how, left_out=tuple(_without_image(images)))
 
 
 def _without_image(images: list[Path]) -> Iterator[str]:
@@ -312,6 +323,13 @@ def read_yolo(folder: Path, images: Sequence[str], names: Sequence[str], keypoin
             f"`class cx cy width height`: a class from 0 to {len(names) - 1}, and fractions of the image from 0 to 1"
         )
     return coco
+
+
+def line_of(folder: Path, image: str, position: int) -> str:
+    """Name the label file, the number and the text of the line of an image's object."""
+    path = _label_file(folder / image)
+    number, line = numbered_lines(path, "labels")[position]
+    return f"{path}, line {number}: {line}"
 
 
 def text_of(path: Path) -> list[str]:
