@@ -88,6 +88,16 @@ def test_classes_of_one_name_are_counted_apart(root):
     assert check(root).classes["train"] == {"cat (0)": [3, 3], "cat (1)": [2, 2]}
 
 
+def test_advice_on_a_split_without_boxes(root):
+    for split in ("train", "val"):
+        edit(root, split, lambda coco: coco.update(annotations=[]))
+    advice = {f.split: f.advice for f in check(root).findings if f.kind == "no annotations"}
+    assert advice == {
+        "train": "annotate something; only background is learnt",
+        "val": "annotate something; without boxes nothing can be scored",
+    }
+
+
 def test_one_of_each(root):
     """A split has one image of one class, and the report has one error."""
 

@@ -193,7 +193,9 @@ def check_dataset(
 
 
 def _advice(kind: str, name: str, splits: list["_Split"]) -> str:
-    """Say what to do about a kind of problem of a split, in words that fit its format."""
+    """Say what to do about a kind of problem of a split, in words that fit the split and its format."""
+    if (name, kind) == ("val", "no annotations"):
+        return "annotate something; without boxes nothing can be scored"
     sources = [split.found.source for split in splits if split.name == name]
     in_files = any(isinstance(source, Annotations) and source.describe for source in sources)
     return IN_FILES.get(kind, KINDS[kind][1]) if in_files else KINDS[kind][1]
