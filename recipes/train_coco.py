@@ -68,6 +68,7 @@ from training_run import (
 )
 from vovnet_zoo.coco_eval import format_table
 from vovnet_zoo.data import Skipped
+from vovnet_zoo.evaluation.coco_eval import score_text
 from vovnet_zoo.evaluation.runs import DETECTIONS, SKIPPED
 from vovnet_zoo.fcos import batch_norms
 from vovnet_zoo.files import write_whole
@@ -269,7 +270,8 @@ def score_if_due(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     if run.rank == 0:
         overall = {name: value for name, value in metrics.items() if name != "per_class"}
         run_log.write(progress.step, **overall)
-        log.info("step %d: AP %.3f, AP50 %.3f", progress.step, metrics["AP"], metrics["AP50"])
+        ap, ap50 = score_text(metrics["AP"]), score_text(metrics["AP50"])
+        log.info("step %d: AP %s, AP50 %s", progress.step, ap, ap50)
         run.averaged.save_pretrained(config.out / "last")
         if metrics["AP"] >= progress.best:
             write_whole(config.out / DETECTIONS, json.dumps(results).encode())
@@ -290,7 +292,8 @@ def summarize(run: Run, run_log: RunLog, pictures: ModuleType | None) -> None:
     log.info("trained %.0f s, %.2f images/s%s", seconds, rate, memory)
     if config.compile:
         log_graphs()
-    log.info("best model: %s (AP %.3f); to train longer: %s", config.out / "best", run.progress.best, longer(config))
+    best = score_text(run.progress.best)
+    log.info("best model: %s (AP %s); to train longer: %s", config.out / "best", best, longer(config))
     report_run(config.out, run_log.rows(), run.train_set, run.val_set)
     draw_pictures(pictures, config.out, run_log.rows(), run.val_set, run.device)
 

@@ -15,6 +15,7 @@ from run_folder import RunLog, note_not_finite
 from runtime import Stopped, all_reduce, log
 from training_run import Progress, Run, are_finite, put_back
 from vovnet_zoo.commands import CommandError
+from vovnet_zoo.evaluation.coco_eval import score_text
 from vovnet_zoo.words import counted
 
 LINE_EVERY, LINES = 50, 20  # without a progress bar: a line every 50 steps, or 20 in a short run
@@ -71,7 +72,7 @@ def log_step(
     loss, rate, done, total = sum(losses.values()), run.config.batch_size / seconds, step + 1, run.config.steps
     memory = peak_memory(run.device)
     run_log.write(done, **{"loss": loss, **losses}, **values, images_per_s=rate, peak_memory_gib=memory)
-    score = f", best {score_name(run)} {run.progress.best:.3f}" if run.progress.scored else ""
+    score = f", best {score_name(run)} {score_text(run.progress.best)}" if run.progress.scored else ""
     shown = f"loss {loss:.3f}, lr {values['lr']:.2g}, {rate:.1f} images/s{score}"
     bar.set_postfix_str(shown, refresh=False)  # tqdm draws it ten times a second at most
     if bar.disable and run.rank == 0 and (done == total or done % min(LINE_EVERY, -(-total // LINES)) == 0):
@@ -119,8 +120,9 @@ def log_plan(run: Run) -> None:
 
 
 def note_score(progress: Progress, score: float, metrics: dict) -> None:
-    """Note the metrics of an evaluation, on rank 0."""
-    progress.stale = 0 if score > progress.best else progress.stale + 1
+    """Note the metrics of an evaluation, on rank 0. One in which there was nothing to score is not counted as worse."""
+    if score >= 0:
+        progress.stale = 0 if score > progress.best else progress.stale + 1
     progress.best, progress.metrics = max(progress.best, score), metrics
 
 

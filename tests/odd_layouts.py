@@ -226,6 +226,19 @@ def yolo_capitals(root):
         (root / name).rename(root / name.capitalize())
 
 
+def yolo_upper_case(root):
+    yolo(root)
+    endings = iter(["TXT", "Txt", "txt"] * 4)
+    for path in sorted(root.glob("labels/*/*.txt")):
+        path.rename(path.with_suffix(f".{next(endings)}"))
+
+
+def yolo_labelimg_upper_case(root):
+    yolo_labelimg(root)
+    for path in sorted(root.glob("*/0?.txt")):
+        path.rename(path.with_suffix(".TXT"))
+
+
 def yolo_fiftyone(root):
     yolo(root, "names: {0: green, 1: red}\npath: /elsewhere\ntrain: ./images/train/\nvalidation: ./images/val/\n")
 

@@ -1,11 +1,13 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 from dataclasses import asdict
 
+import layouts
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,21 @@ def test_nothing_wrong(root):
         "well, 16)",
         f"{root}: 0 errors, 0 warnings, 0 notes",
     ]
+
+
+def test_classes_of_one_name_are_counted_apart(root):
+    edit(root, "train", lambda coco: coco["categories"][1].update(name="cat"))
+    assert check(root).classes["train"] == {"cat (0)": [3, 3], "cat (1)": [2, 2]}
+
+
+def test_advice_on_a_split_without_boxes(root):
+    for split in ("train", "val"):
+        edit(root, split, lambda coco: coco.update(annotations=[]))
+    advice = {f.split: f.advice for f in check(root).findings if f.kind == "no annotations"}
+    assert advice == {
+        "train": "annotate something; only background is learnt",
+        "val": "annotate something; without boxes nothing can be scored",
+    }
 
 
 def test_one_of_each(root):
@@ -352,6 +369,58 @@ KNOWN = {
     # the same cells, a little shifted
     "bccd": {"near copies in train and val": ["train/BloodImage_00038.jpg ~ val/BloodImage_00037.jpg"]},
 }
+
+
+# ---- YOLO -----------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_folders_of_the_images_are_searched(tmp_path):
+    """All that data.yaml and the images have in common may be the disk."""
+    layouts.yolo_lists(tmp_path / "a" / "set")
+    (tmp_path / "a" / "set" / "set.yaml").unlink()
+    layouts.write(tmp_path / "a" / "set" / "val.txt", "images/08.png\nimages/09.png\n")
+    layouts.write(tmp_path / "b" / "data.yaml", "path: ../a/set\ntrain: train.txt\nval: val.txt\nnames: [a, b]\n")
+    for place in ("elsewhere", "a/other"):
+        layouts.save(tmp_path / place, layouts.PICTURES[:1])
+    report = check(tmp_path / "b")
+    assert report.splits["train"]["images"] == 8 and report.splits["val"]["images"] == 2
+    assert items(report, "file without entry") == ["a/set/images/10.png", "a/set/images/11.png"]
+
+
+def test_problems_of_yolo_name_the_line(tmp_path):
+    layouts.yolo(tmp_path)
+    file = tmp_path / "labels" / "train" / "03.txt"
+    file.write_text(f"{file.read_text()}\n\n7 0.5 0.5 0.25 0.25\n0 0.5 0.5 0.25\n0 0 0.5 0.5 0.5\n")
+    report = check(tmp_path)
+    assert {f.kind: f.items for f in report.findings if f.severity == "warning"} == {
+        "unknown category_id": ["labels/train/03.txt, line 5: 7 0.5 0.5 0.25 0.25"],
+        "box is not 4 finite numbers": ["labels/train/03.txt, line 6: 0 0.5 0.5 0.25"],
+        "box clipped to the image": ["labels/train/03.txt, line 7: 0 0 0.5 0.5 0.5"],
+    }
+    assert all("categories" not in f.advice and "[left" not in f.advice for f in report.findings)
+
+
+def test_problems_of_voc_name_the_object(tmp_path):
+    layouts.voc(tmp_path)
+    (file,) = tmp_path.rglob("03.xml")
+    first, second = file.read_text().split("</object>", 1)
+    file.write_text(f"{first}</object>{re.sub('<xmax>.*?</xmax>', '', second)}")
+    (text,) = items(check(tmp_path), "box is not 4 finite numbers")
+    assert re.fullmatch(r"Annotations/03.xml, object 2: red, xmin \d+, ymin \d+, xmax nan, ymax \d+", text)
+
+
+def test_problems_of_coco_name_the_image(root):
+    edit(root, "train", lambda coco: coco["annotations"][1].update(category_id=9))
+    text = "1.png: annotations[1]: image_id 1, category_id 9, bbox [10, 5, 30, 20]"
+    assert items(check(root), "unknown category_id") == [text]
+
+
+def test_a_file_in_two_lists_is_in_train_and_val(tmp_path):
+    layouts.yolo_lists(tmp_path)
+    layouts.write(tmp_path / "val.txt", "images/07.png\nimages/08.png\n")
+    report = check(tmp_path)
+    assert items(report, "same image in train and val") == ["images/07.png: it is in both"]
+    assert items(report, "same image twice") == []
 
 
 # ---- an error means that training stops, and no error that it runs --------------------------------------------------

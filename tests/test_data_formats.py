@@ -7,11 +7,23 @@ import sys
 
 import layouts
 import numpy as np
+import odd_layouts
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
-from vovnet_zoo.data import CocoDataset, changed, difficult_as_crowd, find_split, read_annotations
+from vovnet_zoo.data import (
+    CocoDataset,
+    changed,
+    difficult_as_crowd,
+    digest_of,
+    digest_of_content,
+    find_split,
+    read_annotations,
+)
 from vovnet_zoo.data.check import check_dataset
+from vovnet_zoo.data.conversion import convert_data
 from vovnet_zoo.data.formats.huggingface import open_table
 from vovnet_zoo.data.formats.voc import VocObject, count_of, read_objects
 from vovnet_zoo.data.layouts import unsplit
@@ -118,10 +130,41 @@ def test_yolo_folder_that_is_not_there_is_told(tmp_path, caplog):
     assert "data.yaml: no images are where it says val: ../valid/images" in caplog.text
 
 
+def test_yolo_path_goes_before_the_folder_of_the_file(tmp_path):
+    """The yaml's own folder has folders of the same names, with other images."""
+    odd_layouts.yolo(tmp_path / "other")
+    layouts.save_yolo(tmp_path / "here" / "images" / "train", tmp_path / "here" / "labels" / "train")
+    for place in (tmp_path / "other", "../other"):
+        text = f"path: {place}\ntrain: images/train\nval: images/val\nnames: [green, red]\n"
+        layouts.write(tmp_path / "here" / "data.yaml", text)
+        folder, source = find_split(tmp_path / "here", "train")
+        dataset = CocoDataset(folder, source)
+        assert boxes_of(dataset) == expected(layouts.TRAIN)
+        assert {(folder / name).parent.parent.parent.name for name in dataset.file_names} == {"other"}
+
+
 def test_yolo_names_are_texts(tmp_path):
     layouts.yolo(tmp_path)
     layouts.write(tmp_path / "data.yaml", "train: images/train\nval: images/val\nnames: [no, 012]\n")
     assert only_train(tmp_path).class_names == ["no", "012"]
+
+
+@pytest.mark.parametrize(
+    ("text", "remarks"),
+    [
+        ("nc: 2\nnames: [a, b, c]", ["nc is 2, but there are 3 names"]),
+        ("nc: 3\nnames: {0: a, 1: b, 3: c}", ["class 2 has no name"]),
+        ("names: {0: a, 9: b}", ["classes 1, 2, 3, 4, 5, ... have no name"]),
+        ("nc: 4\nnames: {0: a, 1: b, 2: c, 3: d}", []),
+    ],
+)
+def test_yolo_names_that_may_be_a_mistake_are_told(text, remarks, tmp_path, caplog):
+    odd_layouts.yolo(tmp_path, f"train: images/train\nval: images/val\n{text}\n")
+    find_split(tmp_path, "train")
+    assert [x.getMessage() for x in caplog.records] == [f"{tmp_path}: {tmp_path}/data.yaml: {x}" for x in remarks]
+    report = check_dataset(tmp_path, workers=0, progress=False)
+    told = [item for f in report.findings if f.kind == "dataset file in doubt" for item in f.items]
+    assert told == [f"data.yaml: {x}" for x in remarks] and report.ok
 
 
 def test_yolo_keypoints(tmp_path):
@@ -326,6 +369,25 @@ def test_scores_are_those_of_coco(name, tmp_path):
                 rows.append(row | {"bbox": [x + dx, y + dy, x2 - x, y2 - y]})
         metrics.append(coco_metrics(dataset.annotations, rows))
     assert metrics[0] == metrics[1] and 0.2 < metrics[0]["AP"] < 0.95
+
+
+@pytest.mark.parametrize("name", ["yolo_label_studio", "voc", "imagefolder"])
+def test_pycocotools_scores_what_was_converted(name, tmp_path):
+    """Its COCOeval needs an area, with which the hash of the annotations stays what it was."""
+    getattr(layouts, name)(tmp_path / "data")
+    convert_data(tmp_path / "data", tmp_path / "coco")
+    truth = COCO(tmp_path / "coco" / "annotations" / "instances_train.json")
+    rows = [{"score": 0.9, **{k: a[k] for k in ("image_id", "category_id", "bbox")}} for a in truth.anns.values()]
+    scored = COCOeval(truth, truth.loadRes(rows), "bbox")
+    scored.evaluate()
+    scored.accumulate()
+    scored.summarize()
+    assert scored.stats[0] == pytest.approx(1) and {a["area"] for a in truth.anns.values()} == {480}
+
+    content = read_annotations(unsplit(tmp_path / "data").source)
+    content |= {"annotations": [{k: v for k, v in a.items() if k != "area"} for a in content["annotations"]]}
+    assert content.pop("derived") == ["area"]
+    assert digest_of(unsplit(tmp_path / "data").source) == digest_of_content(content)
 
 
 def test_classes_of_other_numbers_are_matched_by_name(tmp_path):

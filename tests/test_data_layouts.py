@@ -9,6 +9,7 @@ import subprocess
 
 import layouts
 import numpy as np
+import odd_layouts
 import pytest
 import torch
 from launch import losses, rows, train_forked, train_here
@@ -107,6 +108,7 @@ def test_layout_without_splits_is_told_what_to_type(name, tmp_path):
     parts = [json.loads((tmp_path / "run" / "split" / f"{part}.json").read_text()) for part in ("train", "val")]
     count = 8 if name == "roboflow_train" else 12
     assert [len(part["images"]) for part in parts] == [count - count // 4, count // 4]
+    assert all("area" in row for part in parts for row in part["annotations"])  # pycocotools needs it
 
 
 @pytest.mark.parametrize("name", [name for name in READY if re.match("yolo|voc|imagefolder|hf", name)])
@@ -123,6 +125,61 @@ def test_other_formats_become_coco(name, truth, tmp_path):
         assert same(CocoDataset(*find_split(tmp_path / "coco", split)), expected)
     with pytest.raises(ValueError, match="is there already"):
         convert_data(tmp_path / "data", tmp_path / "coco")
+
+
+@pytest.mark.parametrize(
+    ("make_it", "file"),
+    [
+        (layouts.yolo, "data.yaml"),
+        (layouts.yolo_roboflow, "data.yaml"),
+        (layouts.yolo_lists, "set.yaml"),
+        (odd_layouts.yolo_cvat, "obj.data"),
+    ],
+)
+def test_the_file_that_describes_a_yolo_dataset_is_read_as_the_dataset(make_it, file, truth, tmp_path):
+    from vovnet_zoo.data.conversion import convert_data
+
+    make_it(tmp_path / "data")
+    layouts.write(tmp_path / "data" / "another.yaml", "train: nowhere\nval: nowhere\nnames: [a]\n")
+    path = tmp_path / "data" / file
+    for split, expected in truth.items():
+        assert same(CocoDataset(*find_split(path, split)), expected)
+    report = check_dataset(path, workers=0, progress=False)
+    assert report.ok and "dataset file in doubt" not in [f.kind for f in report.findings]
+    assert f"{path}: train: 8 images" in str(report) and f"({file} and " in str(report)
+    assert list(convert_data(path, tmp_path / "coco")) == ["train", "val"]
+
+
+def test_the_file_that_describes_a_yolo_dataset_is_trained_and_scored_on(tmp_path, run):
+    layouts.yolo(tmp_path / "data")
+    path = tmp_path / "data" / "data.yaml"
+    train_here(path, tmp_path / "run", STEPS)
+    model = str(tmp_path / "run" / "last")
+    config = eval_coco.EvalConfig(model=model, data=path, device="cpu", workers=0)
+    assert eval_coco.main(config) == eval_coco.main(dataclasses.replace(config, data=path.parent))
+    compared = ("compare", tmp_path / "run", tmp_path / "run", "--out", tmp_path / "page.html")
+    assert run(*compared)[0] == 0 and run(*compared, "--data", path, "--overwrite")[0] == 0
+    assert len(accuracy.open_dataset(path, FCOS.from_pretrained(model))) == 4
+
+
+def test_several_files_that_describe_datasets(tmp_path, caplog):
+    layouts.yolo(tmp_path)
+    layouts.write(tmp_path / "mini.yaml", "train: images/val\nnames: [green, red]\n")
+    layouts.write(tmp_path / "hyp.yaml", "lr: 0.1\n")
+    assert len(CocoDataset(*find_split(tmp_path, "train"))) == 8
+    text = "data.yaml is taken, and not mini.yaml; to use another, give that file as DATA"
+    assert text in caplog.text
+    (finding,) = (f for f in check_dataset(tmp_path, workers=0, progress=False).findings if f.severity == "warning")
+    assert (finding.kind, finding.items) == ("dataset file in doubt", [text])
+    assert len(CocoDataset(*find_split(tmp_path / "mini.yaml", "train"))) == 4
+    with pytest.raises(ValueError, match="mini.yaml: no 'val' split; it names train only; type --val-fraction 0.2 .*"):
+        find_split(tmp_path / "mini.yaml", "val")
+    with pytest.raises(ValueError, match="hyp.yaml describes no YOLO dataset: write 'names'"):
+        find_split(tmp_path / "hyp.yaml", "val")
+    report = check_dataset(tmp_path / "mini.yaml", workers=0, progress=False)
+    assert [f.kind for f in report.findings if f.severity == "error"] == ["no val split"]
+    assert check_dataset(tmp_path / "mini.yaml", workers=0, progress=False, val_fraction=0.5).ok
+    assert not check_dataset(tmp_path / "hyp.yaml", workers=0, progress=False).ok
 
 
 def test_two_files_of_one_split_are_not_left_out(tmp_path):

@@ -10,6 +10,7 @@ from test_data_layouts import same, truth  # noqa: F401
 
 from vovnet_zoo.data import CocoDataset, find_split
 from vovnet_zoo.data.check import check_dataset
+from vovnet_zoo.data.layouts import unsplit
 
 NOT_LAYOUTS = ("usual", "named", "rewrite", "windows", "runs", "yolo")
 GOOD = [
@@ -35,6 +36,19 @@ def test_layout_gives_the_tensors_of_coco(name, truth, tmp_path):  # noqa: F811
             dataset._labels = (dataset._labels == 3).astype(dataset._labels.dtype)
         dataset.class_names = expected.class_names
         assert same(dataset, expected)
+
+
+@pytest.mark.parametrize("name", ["usual", "scattered", "yolo", "yolo_label_studio", "voc", "imagefolder"])
+def test_files_of_macos_are_left_out(name, tmp_path, caplog):
+    """Beside each photo.jpg of an archive or a memory stick lies a ._photo.jpg with its attributes."""
+    getattr(layouts, name)(tmp_path)
+    for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\26\7 attributes")
+    whole = unsplit(tmp_path) if name == "yolo_label_studio" else None
+    dataset = CocoDataset(*((whole.folder, whole.source) if whole else find_split(tmp_path, "train")))
+    assert len(dataset) == (12 if whole else 8) and dataset.problems == {} and not caplog.records
+    report = check_dataset(tmp_path, workers=0, progress=False, val_fraction=0.5 if whole else None)
+    assert report.ok and {f.kind for f in report.findings} <= {"image without boxes"}
 
 
 def broken(pattern, data):

@@ -322,6 +322,16 @@ def test_patience(config, capsys):
     assert printed.count("best model") == 2 and "to train longer: the same command with --init" in printed
 
 
+def test_nothing_to_score_is_no_worse_score(config, capsys):
+    file = config.data / "annotations" / "instances_val.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
+    train_coco.main(dataclasses.replace(config, steps=4, evals=None, eval_every=1, patience=1, ema=None))
+    assert [row["AP"] for row in rows(config.out) if "AP" in row] == [-1] * 4
+    printed = capsys.readouterr().err
+    assert printed.count("AP -, AP50 -") == 4 and "(AP -); to train longer" in printed and "-1.000" not in printed
+    assert "best AP -" in printed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options, steps", [("--steps 9 --eval-every 1 --patience 2", 3), ("--minutes 0.2", None)])
 def test_two_processes_end_together(tiny_coco, tmp_path, options, steps):

@@ -31,6 +31,7 @@ class Annotations:
     read: Callable[[], dict]  # gives the content of a COCO JSON: images, annotations, categories
     read_image: Callable[[str], bytes] | None = None  # gives an image's bytes by its `file_name`; None: it is a file
     image_files: tuple[Path, ...] = ()  # the files from which `read_image` reads
+    describe: Callable[[str, int], str] | None = None  # says where the i-th object of an image is written, and how
 
 
 Source = Path | Annotations
@@ -142,7 +143,13 @@ def digest_of(source: Source) -> str:
 
 
 def digest_of_content(coco: dict) -> str:
-    """Compute the SHA-256 of the content of a COCO JSON, whatever the order of its keys."""
+    """Compute the SHA-256 of the content of a COCO JSON, whatever the order of its keys.
+
+    What "derived" names in the annotations, see `coco_content`, is left out.
+    """
+    if derived := coco.get("derived"):
+        rows = [{key: value for key, value in row.items() if key not in derived} for row in coco["annotations"]]
+        coco = {key: value for key, value in coco.items() if key != "derived"} | {"annotations": rows}
     return hashlib.sha256(json.dumps(coco, sort_keys=True).encode()).hexdigest()
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import reprlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from ..words import counted
 from .annotations import (
+    Annotations,
     are_fractions,
     entry_problem,
     file_of,
@@ -27,7 +29,8 @@ from .annotations import (
     usable_boxes,
 )
 from .dataset import in_order
-from .formats.places import Split
+from .formats.places import Split, is_image
+from .formats.yolo import is_dataset_file
 from .images import FORMATS, ImageError, check_size
 from .inspection import Inspection, image_jobs, inspect_job, run_parallel, usable_cores
 from .inspection import inspect_image as inspect_image  # its place before there was `inspection`
@@ -64,6 +67,7 @@ KINDS = {  # kind: (severity, what to do)
     "size unlike the JSON": ("error", "correct the JSON's size and boxes, or the file"),
     "mostly crowd regions": ("warning", "write 'iscrowd': 0 for single objects"),
     "test in place of val": ("warning", "add a val split; it chooses the best model"),
+    "dataset file in doubt": ("warning", "correct the file, or give another as DATA"),
     "left out": ("warning", "put its image there (HEIC: convert it), or remove it"),
     "empty box": ("warning", "correct or remove it; training drops it, a score counts it as missed"),
     "box outside the image": ("warning", "correct or remove it; training drops it, a score counts it as missed"),
@@ -89,6 +93,13 @@ KINDS = {  # kind: (severity, what to do)
     "crowd region": ("info", "not trained on"),
     "format unlike the name": ("info", "rename it, if other tools are to read it"),
     "file without entry": ("info", "not used"),
+}
+IN_FILES = {  # what to do instead, where each image has a file with its objects, as in YOLO and Pascal VOC
+    "unknown category_id": "correct it there: no class is meant; training drops it",
+    "box is not 4 finite numbers": "correct it there; training drops it",
+    "boxes as fractions": "write pixels",
+    "box clipped to the image": "correct it there",
+    "box below one pixel": "correct or remove it",
 }
 EXAMPLE = 70  # characters in the table
 CLASSES = 30  # lines of the table of classes
@@ -125,7 +136,7 @@ def check_dataset(
     """Check the annotations and decode every image of the splits that a training would use.
 
     Args:
-        root: the dataset's folder, see `find_split`; None with `train` and `val`.
+        root: the dataset's folder or data.yaml, see `find_split`; None with `train` and `val`.
         train, train_images, val, val_images: a COCO JSON file for a split, and the folder of its images.
         val_fraction: check the whole dataset, of which a training with this option keeps a part for scoring.
         workers: processes that decode; None is one per core; 0 decodes in this process, which a faulty image may end.
@@ -161,10 +172,11 @@ def check_dataset(
         _compare_classes(splits[0], splits[1], notes)
 
     # the report names the folder once, below the table
-    here = re.compile(rf"(?<!\S){re.escape(str(root))}({re.escape(os.sep)}|: )")
+    folder = root.parent if root is not None and is_dataset_file(root) else root
+    here = re.compile(rf"(?<!\S){re.escape(str(folder))}({re.escape(os.sep)}|: )")
     findings = [
-        Finding(KINDS[kind][0], split, kind, len(items), KINDS[kind][1], [here.sub("", item) for item in items])
-        for (split, kind), items in notes.items()
+        Finding(KINDS[kind][0], name, kind, len(items), _advice(kind, name, splits), [here.sub("", x) for x in items])
+        for (name, kind), items in notes.items()
     ]
     order = list(KINDS)
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.split, order.index(finding.kind)))
@@ -178,6 +190,15 @@ def check_dataset(
         {s.name: _relative_sizes(s) for s in splits},
         why if splits else "",
     )
+
+
+def _advice(kind: str, name: str, splits: list["_Split"]) -> str:
+    """Say what to do about a kind of problem of a split, in words that fit the split and its format."""
+    if (name, kind) == ("val", "no annotations"):
+        return "annotate something; without boxes nothing can be scored"
+    sources = [split.found.source for split in splits if split.name == name]
+    in_files = any(isinstance(source, Annotations) and source.describe for source in sources)
+    return IN_FILES.get(kind, KINDS[kind][1]) if in_files else KINDS[kind][1]
 
 
 @dataclass(frozen=True)
@@ -289,13 +310,15 @@ def _find(
     try:
         found = choose_whole(root, file, images) if whole else choose_split(root, name, file, images)
     except ValueError as error:
-        if root is not None and not root.is_dir():
+        if root is not None and not root.is_dir() and not is_dataset_file(root):
             notes["", "no dataset"] = [str(error)]
         elif ("", "no dataset") not in notes:
             notes[name, "no val split" if name == "val" else "no dataset"].append(str(error))
         return None
     if found.doubt:
         notes[name, "test in place of val"].append(found.doubt)
+    if found.remarks:
+        notes["", "dataset file in doubt"] = list(found.remarks)  # of train and val, they are the same
     if found.left_out:
         notes[name, "left out"] += found.left_out
     return found
@@ -338,15 +361,16 @@ def _check_annotations(name: str, found: Split, known: list[str], notes: dict) -
         {category["id"]: label for label, category in enumerate(categories)},
         sizes,
     )
+    describe = _describer(found, coco)
     for kind, where in problems.items():
-        notes[name, kind] += [_describe(annotations, positions[i]) for i in where]
+        notes[name, kind] += [describe(positions[i]) for i in where]
 
     def note(kind, items):
         if items := list(items):
             notes[name, kind] += items
 
     note("category that is no class", (f"{category['name']} (id {category['id']})" for category in idle))
-    crowds = [_describe(annotations, i) for i in positions if _is_crowd(annotations[i])]
+    crowds = [describe(i) for i in positions if _is_crowd(annotations[i])]
     note("crowd region", crowds)
     if len(crowds) > len(boxes):
         kind = "mostly crowd regions" if len(boxes) else "only crowd regions"
@@ -386,7 +410,9 @@ def _class_counts(split: _Split) -> dict[str, list[int]]:
     boxes = np.bincount(split.labels, minlength=len(split.classes))
     pairs = np.unique(np.column_stack([split.labels, split.owners]), axis=0)
     images = np.bincount(pairs[:, 0], minlength=len(split.classes))
-    return {name: [int(boxes[i]), int(images[i])] for i, (_, name) in enumerate(split.classes)}
+    twice = repeated(name for _, name in split.classes)
+    names = [f"{name} ({i})" if name in twice else name for i, name in split.classes]  # as a score's classes are called
+    return {name: [int(boxes[i]), int(images[i])] for i, name in enumerate(names)}
 
 
 def _relative_sizes(split: _Split) -> list[float]:
@@ -458,18 +484,25 @@ def _check_training_size(split: _Split, min_size: int, max_size: int, notes: dic
 
 
 def _check_folder(split: _Split, splits: list[_Split], notes: dict) -> None:
-    """Note the image files that no split of the same folder mentions."""
+    """Note the image files that no split of the same folder mentions.
+
+    A COCO JSON's folder of images is searched. For other formats, the folders that hold images of a split are, since
+    all that these have in common may be the disk.
+    """
     folder = split.found.folder
     beside = [other for other in splits if other.found.folder == folder]
     if split is not beside[-1]:
         return
-    endings = {ending for ending, format in Image.registered_extensions().items() if format in FORMATS}
     mentioned = set().union(*(other.mentioned for other in beside))
-    for at, _, files in os.walk(folder):
-        for file in sorted(files):
-            path = os.path.relpath(os.path.join(at, file), folder)
-            if path not in mentioned and os.path.splitext(file)[1].lower() in endings:
-                notes[split.name, "file without entry"].append(path)
+    places = {folder}
+    if not all(isinstance(other.found.source, Path) for other in beside):
+        places = {folder / os.path.dirname(name) for other in beside for name in other.names}
+    for place in sorted(x for x in places if places.isdisjoint(x.parents)):
+        for at, _, files in os.walk(place):
+            for file in sorted(files):
+                path = os.path.relpath(os.path.join(at, file), folder)
+                if path not in mentioned and is_image(file):
+                    notes[split.name, "file without entry"].append(path)
 
 
 def _check_images(splits: list[_Split], workers: int, progress: bool, notes: dict) -> None:
@@ -483,7 +516,7 @@ def _check_images(splits: list[_Split], workers: int, progress: bool, notes: dic
     )
     found = {jobs[i][2]: result for i, result in bar}
 
-    same: dict[bytes, dict[str, str]] = defaultdict(dict)  # content: {path: split}
+    same: dict[bytes, dict[str, list[str]]] = defaultdict(dict)  # content: {path: its splits}
     for split in splits:
         for path, size in zip(paths[split.name], split.sizes.tolist(), strict=True):
             if (seen := found[path]) is None:
@@ -506,15 +539,16 @@ def _check_images(splits: list[_Split], workers: int, progress: bool, notes: dic
                 expected = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
                 if expected in FORMATS and expected != seen.format:
                     notes[split.name, "format unlike the name"].append(f"{path}: it is {seen.format}")
-                same[seen.digest].setdefault(path, split.name)
+                same[seen.digest].setdefault(path, []).append(split.name)
     for where in same.values():
         for name in paths:
-            if len(twice := [path for path, split in where.items() if split == name]) > 1:
+            if len(twice := [path for path, of in where.items() if name in of]) > 1:
                 notes[name, "same image twice"].append(" = ".join(twice))
-        if len(set(where.values())) > 1:
-            notes["", "same image in train and val"].append(" = ".join(where))
+        if len({name for of in where.values() for name in of}) > 1:
+            text = " = ".join(where)
+            notes["", "same image in train and val"].append(text if len(where) > 1 else f"{text}: it is in both")
     # of identical images, the first stands for all
-    _check_near(found, {path: split for where in same.values() for path, split in list(where.items())[:1]}, notes)
+    _check_near(found, {path: of[0] for where in same.values() for path, of in list(where.items())[:1]}, notes)
 
 
 def _check_near(found: dict[str, Inspection], split_of: dict[str, str], notes: dict) -> None:
@@ -541,12 +575,27 @@ def _check_near(found: dict[str, Inspection], split_of: dict[str, str], notes: d
 # ---- text -----------------------------------------------------------------------------------------------------------
 
 
-def _describe(annotations: list, i: int) -> str:
-    a = annotations[i]
-    if not isinstance(a, dict):
-        return f"annotations[{i}] is {reprlib.repr(a)}"
-    parts = [f"{key} {reprlib.repr(a.get(key))}" for key in ("image_id", "category_id", "bbox")]
-    return f"annotations[{i}]: {', '.join(parts)}"
+def _describer(found: Split, coco: dict) -> Callable[[int], str]:
+    """Return the function that describes the annotation at a position, and names its image, or its own file."""
+    annotations = coco["annotations"]
+    images = [image for image in coco["images"] if isinstance(image, dict) and type(image.get("id")) is int]
+    names = {image["id"]: _file_name(image) for image in images}
+    own = found.source.describe if isinstance(found.source, Annotations) else None
+    first: dict[int, int] = {}  # of each image, the position of its first object; the others follow it
+    for i, a in enumerate(annotations if own else []):
+        first.setdefault(a["image_id"], i)
+
+    def describe(i: int) -> str:
+        a = annotations[i]
+        if not isinstance(a, dict):
+            return f"annotations[{i}] is {reprlib.repr(a)}"
+        name = names.get(image_id) if (image_id := _id(a.get("image_id"))) is not None else None
+        if own and name:
+            return own(name, i - first[a["image_id"]])
+        parts = [f"{key} {reprlib.repr(a.get(key))}" for key in ("image_id", "category_id", "bbox")]
+        return f"{f'{name}: ' if name else ''}annotations[{i}]: {', '.join(parts)}"
+
+    return describe
 
 
 def _printable(text: str, width: int | None = None) -> str:

@@ -17,7 +17,8 @@ from .annotations import Source, changed, file_of, image_problem, read_annotatio
 from .formats import FORMATS
 from .formats.coco import lacks_size, with_sizes
 from .formats.other import name_format
-from .formats.places import Split, find_image, folders_below, image_index, split_word
+from .formats.places import Split, find_image, folders_below, image_index, is_of_macos, split_word
+from .formats.yolo import find_yolo_of, is_dataset_file
 from .parse import parse_json
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ OTHER_SPLIT = "give another --split, or --val JSON --val-images FOLDER"  # where
 def find_split(root: str | Path, split: str) -> tuple[Path, Source]:
     """Find the folder of images and the annotations of a split ("train", "val", ...) below `root`.
 
+    `root` may also be the data.yaml of a YOLO dataset.
     What is returned goes to `CocoDataset`. README and recipes/guides/data.md list the layouts and formats. The name of
     a split is read without case, and words such as "training", "valid" and "validation" mean the same as the usual
     ones. Where there is no "val", a "test" split takes its place, with a warning.
@@ -110,7 +112,7 @@ def split_candidates(root: str | Path, split: str) -> list[tuple[Path, Source]]:
     """List every (folder of images, annotations) that `find_split` may choose.
 
     Raises:
-        ValueError: `root` is not a folder.
+        ValueError: `root` is neither a folder nor a data.yaml.
     """
     return [(found.folder, found.source) for found in candidates(root, split)]
 
@@ -119,6 +121,8 @@ def candidates(root: str | Path, split: str) -> list[Split]:
     """List the splits of this name; "" stands for a dataset that is not split."""
     root = Path(root)
     word = split_word(split) or split
+    if is_dataset_file(root):
+        return find_yolo_of(root).get(word, [])
     if found := _usual(root, word):
         return found
     return _all_splits(root).get(word, [])
@@ -177,7 +181,7 @@ def _coco(root: Path) -> dict[str, list[Split]]:
     """Find COCO JSON files of any name, and the images that they name."""
     files: dict[str, list[Path]] = {}
     for folder in (root, *folders_below(root, 3)):
-        inside = [path for path in sorted(folder.glob("*.json")) if not OTHER_TASKS.match(path.name)]
+        inside = [x for x in sorted(folder.glob("*.json")) if not OTHER_TASKS.match(x.name) and not is_of_macos(x)]
         if len(inside) > MANY:  # a file for each image, as labelme writes them
             continue
         for path in inside:
@@ -241,8 +245,10 @@ def _look_or_error(file: Path) -> Look:
 
 def _broken(root: Path, word: str) -> str:
     """Say which JSON file, whose name is that of a split, cannot be parsed; "" where there is none."""
+    if is_dataset_file(root):
+        return ""
     for folder in (root, *folders_below(root, 3)):
-        for path in sorted(folder.glob("*.json"))[:MANY]:
+        for path in [path for path in sorted(folder.glob("*.json")) if not is_of_macos(path)][:MANY]:
             if word and (split_word(path.stem) or split_word_of_folders(path, root)) == word and os.path.isfile(path):
                 try:
                     parse_json(path.read_bytes())
@@ -314,11 +320,17 @@ def _refuse_archive(root: Path) -> None:
             f"{path} is an archive; type: mkdir {target} && tar -xf {path} -C {target}; then give --data {target}"
         )
     if root.is_file():
-        raise ValueError(f"{root} is a file; give the dataset's folder, or a COCO JSON as --train, or --val to score")
+        raise ValueError(
+            f"{root} is a file; give the dataset's folder or data.yaml, or a COCO JSON as --train, or --val to score"
+        )
 
 
 def advice(root: Path, split: str, instead: str = "") -> str:
     """Say what was looked for, what is there, and what to type; `instead` is as for `choose_split`."""
+    if is_dataset_file(root):
+        words = ", ".join(word for word in ("train", "val", "test") if candidates(root, word))
+        fraction = " type --val-fraction 0.2 to keep a fifth of its images for scoring, or" if words == "train" else ""
+        return f"it names {words} only;{'' if instead else fraction} {instead or f'write {split!r} into it'}"
     there = [str(path.relative_to(root)) for path in sorted([*root.iterdir(), *root.glob("annotations/*")])]
     listing = f"{', '.join(there[:20]) or 'nothing'}{', ...' if len(there) > 20 else ''}"
     whole = unsplit(root) if split in ("train", "val") and not instead else None

@@ -177,9 +177,9 @@ def format_table(metrics: dict, per_class: bool = False) -> str:
     for name, value in (metrics | (metrics.get("per_class", {}) if per_class else {})).items():
         check_kind(f"metrics[{name!r}]", value, dict if name == "per_class" else (int, float), "a number")
     overall = {name: value for name, value in metrics.items() if name != "per_class"}
-    lines = ["  ".join(f"{name:>5}" for name in overall), "  ".join(f"{_number(v):>5}" for v in overall.values())]
+    lines = ["  ".join(f"{name:>5}" for name in overall), "  ".join(f"{score_text(v):>5}" for v in overall.values())]
     if per_class:
-        lines += [f"{_number(value):>5}  {name}" for name, value in metrics["per_class"].items()]
+        lines += [f"{score_text(value):>5}  {name}" for name, value in metrics["per_class"].items()]
     return "\n".join(lines)
 
 
@@ -315,5 +315,6 @@ def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if values.size else -1.0
 
 
-def _number(value: float) -> str:
+def score_text(value: float) -> str:
+    """Write a score with three digits, and "-" for the -1 that means that there is nothing to score."""
     return "-" if value < 0 else f"{value:.3f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from ..annotations import NUMBERS
 from ..images import FORMATS, turned_size
 
 WAIT = 3  # seconds without a word; 100,000 images take about half a minute
@@ -24,6 +26,9 @@ def coco_content(
     size_of: Callable[[str], tuple[int, int]] | None = None,
 ) -> dict:
     """Make the content of a COCO JSON file. Ids of images begin with 1, ids of categories with 0.
+
+    Every box gets the `area` that pycocotools asks for. Since it follows from the box, "derived" names it, and
+    `digest_of_content` leaves it out.
 
     Args:
         images: paths of the images from `folder`, in the order of their ids.
@@ -49,13 +54,23 @@ def coco_content(
         found = list(told)
     rows: list[dict] = []
     for image_id, (_, objects) in enumerate(found, start=1):
-        rows += [{"id": len(rows) + i, "image_id": image_id, "iscrowd": 0, **o} for i, o in enumerate(objects, start=1)]
+        rows += [
+            {"id": len(rows) + i, "image_id": image_id, "iscrowd": 0, **o, **_area(o.get("bbox"))}
+            for i, o in enumerate(objects, start=1)
+        ]
     entries = [
         {"id": i, "file_name": name, "width": width, "height": height}
         for i, (name, ((height, width), _)) in enumerate(zip(images, found, strict=True), start=1)
     ]
     categories = [{"id": i, "name": name} for i, name in enumerate(names)]
-    return {"images": entries, "annotations": rows, "categories": categories}
+    return {"images": entries, "annotations": rows, "categories": categories, "derived": ["area"]}
+
+
+def _area(box: Any) -> dict[str, float]:
+    """Return the area of a box [left, top, width, height]; nothing where it is not four finite numbers."""
+    if not isinstance(box, list) or len(box) != 4 or not all(type(v) in NUMBERS and math.isfinite(v) for v in box):
+        return {}
+    return {"area": box[2] * box[3]}
 
 
 def image_size(path: Path) -> tuple[int, int]:

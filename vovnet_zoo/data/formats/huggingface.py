@@ -15,7 +15,7 @@ from ..images import FORMATS as IMAGE_FORMATS
 from ..images import turned_size
 from .coco import UNKNOWN, coco_content
 from .imagefolder import BOX_COLUMNS, CLASS_COLUMNS, class_names, column, objects_of_row, to_objects
-from .places import Split, folders_below, split_word
+from .places import Split, folders_below, is_of_macos, split_word
 
 
 def find_tables(root: Path) -> dict[str, list[Split]]:
@@ -30,7 +30,7 @@ def find_tables(root: Path) -> dict[str, list[Split]]:
             groups.setdefault(split_word(folder.name) if folder != root else "", []).append(folder)
     if not groups:
         for path in sorted(path for folder in (root, *folders_below(root, 2)) for path in folder.glob("*.parquet")):
-            if path.name == "metadata.parquet":  # of an imagefolder, without images
+            if path.name == "metadata.parquet" or is_of_macos(path):  # metadata of an imagefolder, without images
                 continue
             word = split_word(path.stem.split("-")[0]) or (split_word(path.parent.name) if path.parent != root else "")
             groups.setdefault(word, []).append(path)

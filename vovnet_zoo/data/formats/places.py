@@ -34,12 +34,13 @@ class Split:
     how: str  # by what it was recognised
     doubt: str = ""  # what the user should know before the scores are trusted
     left_out: tuple[str, ...] = ()  # what of the dataset cannot be used, a text for each file
+    remarks: tuple[str, ...] = ()  # what about the file that describes the dataset may be a mistake
 
     @property
     def warnings(self) -> list[str]:
         """What a command that uses the split should say, each in one line."""
         more = f" ({len(self.left_out) - 1} more like it; check-data lists them)" if len(self.left_out) > 1 else ""
-        return [self.doubt] * bool(self.doubt) + [f"{text}{more}" for text in self.left_out[:1]]
+        return [*[self.doubt] * bool(self.doubt), *self.remarks, *(f"{text}{more}" for text in self.left_out[:1])]
 
 
 def split_word(name: str, whole: bool = False) -> str:
@@ -81,8 +82,13 @@ def _leads_up(entry: os.DirEntry) -> bool:
 
 
 def is_image(path: str | Path) -> bool:
-    """Tell whether a name ends as one of an image does."""
-    return os.path.splitext(path)[1].lower() in ENDINGS
+    """Tell whether a name ends as one of an image does, and macOS keeps no attributes of another file in it."""
+    return os.path.splitext(path)[1].lower() in ENDINGS and not is_of_macos(path)
+
+
+def is_of_macos(path: str | Path) -> bool:
+    """Tell whether a file, by its name, holds the attributes of another: ._photo.jpg of photo.jpg."""
+    return os.path.basename(path).startswith("._")
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -96,7 +102,14 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def text_lines(path: Path, kind: str) -> list[str]:
-    """Read the lines of a text file that are not empty, stripped. The error message calls the file a `kind`.
+    """Read the lines of a text file as `numbered_lines` does, without their numbers."""
+    return [line for _, line in numbered_lines(path, kind)]
+
+
+def numbered_lines(path: Path, kind: str) -> list[tuple[int, str]]:
+    """Read the lines of a text file that are not empty, stripped, with their numbers, which begin with 1.
+
+    The error message calls the file a `kind`.
 
     Raises:
         ValueError: the file cannot be read, or is neither UTF-8 nor UTF-16 with its mark.
@@ -107,7 +120,7 @@ def text_lines(path: Path, kind: str) -> list[str]:
         lines = data.decode(encoding).splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} of the {kind} is no UTF-8; save it as UTF-8") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 # ---- images by their names ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ..annotations import Annotations
 from .coco import coco_content
-from .places import Split, common_end, folders_below, images_below, is_image, split_word, text_lines
+from .places import Split, common_end, folders_below, images_below, is_image, is_of_macos, split_word, text_lines
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -28,7 +28,7 @@ def find_voc(root: Path) -> dict[str, list[Split]]:
         ValueError: an XML file cannot be read.
     """
     near = [path for folder in (root, *folders_below(root, 3)) for path in sorted(folder.iterdir())]
-    files = [path for path in near if path.suffix.lower() == ".xml" and _is_voc(path)]
+    files = [path for path in near if path.suffix.lower() == ".xml" and not is_of_macos(path) and _is_voc(path)]
     if not files:
         return {}
     pairs = pair(files, images_below(root))
@@ -147,7 +147,8 @@ def _tails(xml: Path) -> list[str]:
 def _split(root: Path, xmls: list[Path], pairs: dict[Path, Path], names: list[str], from_one: bool, how: str) -> Split:
     found = sorted((pairs[xml].relative_to(root).as_posix(), xml.relative_to(root).as_posix()) for xml in xmls)
     read = functools.partial(read_voc, root, tuple(found), tuple(names), from_one)
-    return Split(root, Annotations(Path(os.path.commonpath([xml.parent for xml in xmls])), read), how)
+    place = Path(os.path.commonpath([xml.parent for xml in xmls]))
+    return Split(root, Annotations(place, read, describe=functools.partial(describe_object, root, dict(found))), how)
 
 
 class VocObject(NamedTuple):
@@ -187,6 +188,14 @@ def _number(text: str | None) -> float:
         return float(text or "nan")
     except ValueError:
         return math.nan
+
+
+def describe_object(root: Path, xml_of: dict[str, str], image: str, position: int) -> str:
+    """Name the XML file, the number and the content of an image's object."""
+    path = root / xml_of[image]
+    x = read_objects(path)[position]
+    corners = ", ".join(f"{key} {value:g}" for key, value in zip(CORNERS, x.corners, strict=True))
+    return f"{path}, object {position + 1}: {x.name}, {corners}"
 
 
 def read_voc(root: Path, files: Sequence[tuple[str, str]], names: Sequence[str], from_one: bool) -> dict:

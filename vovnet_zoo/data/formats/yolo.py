@@ -16,7 +16,17 @@ import yaml  # timm needs it too
 from ...files import read_bytes
 from ..annotations import Annotations
 from .coco import coco_content
-from .places import Split, folders_below, images_below, is_image, path_parts, split_word, text_lines
+from .places import (
+    Split,
+    folders_below,
+    images_below,
+    is_image,
+    is_of_macos,
+    numbered_lines,
+    path_parts,
+    split_word,
+    text_lines,
+)
 
 
 def find_yolo(root: Path) -> dict[str, list[Split]]:
@@ -29,19 +39,51 @@ def find_yolo(root: Path) -> dict[str, list[Split]]:
         ValueError: data.yaml cannot be read, or names folders that are not there; or no file names the classes.
     """
     broken: ValueError | None = None
-    files = [path for ending in ("yaml", "yml", "data") for path in root.glob(f"*.{ending}") if os.path.isfile(path)]
-    for path in sorted(files):
+    usable: dict[Path, dict] = {}
+    files = [path for ending in DATASET_FILES for path in root.glob(f"*{ending}") if os.path.isfile(path)]
+    for path in sorted(path for path in files if not is_of_macos(path)):
         try:
-            about = _read_darknet(path) if path.suffix == ".data" else _read_yaml(path)
+            about = _read_about(path)
         except ValueError as error:  # it may have nothing to do with the dataset
             broken = broken or error
             continue
-        if isinstance(about, dict) and "names" in about and any(_word(key) for key in about):
-            return _listed(path, about, root)
+        if about is not None:
+            usable[path] = about
+    if usable:
+        path, *others = usable
+        names = ", ".join(other.name for other in others)
+        several = (f"{path} is taken, and not {names}; to use another, give that file as DATA",) if others else ()
+        return _listed(path, usable[path], root, several)
     found = _side_by_side(root) or _together(root)
     if broken and not found:
         raise broken
     return found
+
+
+DATASET_FILES = (".yaml", ".yml", ".data")
+
+
+def is_dataset_file(path: Path) -> bool:
+    """Tell whether a path is a file that may describe a YOLO dataset: data.yaml, or darknet's obj.data."""
+    return path.suffix.lower() in DATASET_FILES and os.path.isfile(path)
+
+
+def find_yolo_of(path: Path) -> dict[str, list[Split]]:
+    """Find the splits of the YOLO dataset that a file describes, see `is_dataset_file`.
+
+    Raises:
+        ValueError: the file cannot be read, describes no dataset, or names folders that are not there.
+    """
+    about = _read_about(path)
+    if about is None:
+        raise ValueError(f"{path} describes no YOLO dataset: write 'names', and folders of images as 'train', 'val'")
+    return _listed(path, about, path.parent)
+
+
+def _read_about(path: Path) -> dict | None:
+    """Read a file that describes a dataset; None where it has no names of classes, or no split."""
+    about = _read_darknet(path) if path.suffix.lower() == ".data" else _read_yaml(path)
+    return about if isinstance(about, dict) and "names" in about and any(_word(key) for key in about) else None
 
 
 def _read_yaml(path: Path) -> Any:
@@ -66,11 +108,13 @@ def _read_darknet(path: Path) -> dict[str, Any]:
     return about
 
 
-def _listed(path: Path, about: dict, root: Path) -> dict[str, list[Split]]:
+def _listed(path: Path, about: dict, root: Path, remarks: tuple[str, ...] = ()) -> dict[str, list[Split]]:
     names = _numbered(about["names"]) if isinstance(about["names"], dict) else about["names"]
     if not isinstance(names, list) or not names:
         raise ValueError(f"{path}: 'names' must be a list of the classes' names, not {about['names']!r:.100}")
-    bases = [path.parent, path.parent / str(about.get("path") or "."), path.parent.parent]
+    remarks += tuple(f"{path}: {text}" for text in _doubts(about, len(names)))
+    # where 'path' says; it may be of another machine, so that the folder of the file is next
+    bases = [path.parent / str(about.get("path") or "."), path.parent, path.parent.parent]
     found: dict[str, list[Split]] = {}
     missing = []
     for word, places in {_word(key): value for key, value in about.items() if _word(key) and value}.items():
@@ -91,7 +135,7 @@ def _listed(path: Path, about: dict, root: Path) -> dict[str, list[Split]]:
         lost = tuple(f"{path}: no images are where it says {text}" for text in missing)
         first = next(iter(found))
         found[first] = [dataclasses.replace(split, left_out=(*split.left_out, *lost)) for split in found[first]]
-    return found
+    return {word: [dataclasses.replace(split, remarks=remarks) for split in splits] for word, splits in found.items()}
 
 
 def _word(key: Any) -> str:
@@ -111,6 +155,18 @@ def _numbered(names: dict) -> list | None:
 
 
 MOST_CLASSES = 100_000
+
+
+def _doubts(about: dict, count: int) -> Iterator[str]:
+    """Say what about the names of `count` classes may be a mistake: a number without a name, or another count."""
+    names = about["names"]
+    number = str(about.get("nc", about.get("classes")))  # as data.yaml and obj.data call it
+    if number.isdecimal() and int(number) not in (len(names), count):
+        yield f"{'nc' if 'nc' in about else 'classes'} is {number}, but there are {len(names)} names"
+    known = {int(key) for key in names} if isinstance(names, dict) else set(range(count))
+    if unnamed := [str(i) for i in range(count) if i not in known]:
+        what, more = ("class", " has") if len(unnamed) == 1 else ("classes", " have")
+        yield f"{what} {', '.join(unnamed[:5])}{', ...' if len(unnamed) > 5 else ''}{more} no name"
 
 
 def _images(place: str, bases: Sequence[Path]) -> list[Path]:
@@ -144,7 +200,7 @@ def _side_by_side(root: Path) -> dict[str, list[Split]]:
     found: dict[str, list[Split]] = {}
     for labels in (path for path in [root, *folders_below(root, 2)] if path.name.lower() == "labels"):
         beside = labels.with_name(_as_written("images", labels.name))
-        if not beside.is_dir() or next(labels.rglob("*.txt"), None) is None:
+        if not beside.is_dir() or next(_texts_below(labels), None) is None:
             continue
         inner = {
             split_word(path.name): path for path in sorted(beside.iterdir()) if path.is_dir() and split_word(path.name)
@@ -164,7 +220,7 @@ def _together(root: Path) -> dict[str, list[Split]]:
     found: dict[str, list[Split]] = {}
     for folder in [root, *folders_below(root, 2)]:
         images = sorted(path for path in folder.iterdir() if is_image(path))
-        labels = next((file for image in images if text_of(file := image.with_suffix(".txt"))), None)
+        labels = next((file for image in images if text_of(file := _any_case(image.with_suffix(".txt")))), None)
         if labels is None or not LINE.match(text_of(labels)[0]):
             continue
         word = split_word(folder.name) if folder != root else ""
@@ -181,10 +237,15 @@ def labels_without_images(root: Path) -> str:
     for labels in [root, *folders_below(root, 2)]:
         beside = labels.with_name(_as_written("images", labels.name))
         if labels.name.lower() == "labels" and not images_below(beside):
-            for path in sorted(labels.rglob("*.txt")):
+            for path in sorted(_texts_below(labels)):
                 if LINE.match(next(iter(text_of(path)), "")):
                     return f"{path} is YOLO, but there are no images in {beside}; put them there"
     return ""
+
+
+def _texts_below(folder: Path) -> Iterator[Path]:
+    """List the text files in a folder and below."""
+    return (path for path in folder.rglob("*") if path.suffix.lower() == ".txt" and not is_of_macos(path))
 
 
 def _class_names(folders: Sequence[Path], root: Path) -> list[str]:
@@ -205,7 +266,8 @@ def _split(file: Path, images: list[Path], names: list[str], how: str, root: Pat
     relative = sorted(dict.fromkeys(os.path.relpath(path, folder).replace(os.sep, "/") for path in paths))
     shown = Path(folder) if folder != os.path.abspath(root) else root
     read = functools.partial(read_yolo, shown, tuple(relative), tuple(names), keypoints)
-    return Split(shown, Annotations(file, read), how, left_out=tuple(_without_image(images)))
+    source = Annotations(file, read, describe=functools.partial(line_of, shown))
+    return Split(shown, source, how, left_out=tuple(_without_image(images)))
 
 
 def _without_image(images: list[Path]) -> Iterator[str]:
@@ -219,7 +281,9 @@ def _without_image(images: list[Path]) -> Iterator[str]:
         stems = {os.path.splitext(name)[0] for folder in beside for name in os.listdir(folder) if is_image(name)}
         for name in sorted(os.listdir(labels)):
             stem, ending = os.path.splitext(name)
-            if ending == ".txt" and stem not in stems and LINE.match(next(iter(text_of(labels / name)), "")):
+            if ending.lower() != ".txt" or stem in stems or is_of_macos(name):
+                continue
+            if LINE.match(next(iter(text_of(labels / name)), "")):
                 yield f"{labels / name}: there is no image {stem}.* that can be read"
 
 
@@ -261,6 +325,13 @@ def read_yolo(folder: Path, images: Sequence[str], names: Sequence[str], keypoin
     return coco
 
 
+def line_of(folder: Path, image: str, position: int) -> str:
+    """Name the label file, the number and the text of the line of an image's object."""
+    path = _label_file(folder / image)
+    number, line = numbered_lines(path, "labels")[position]
+    return f"{path}, line {number}: {line}"
+
+
 def text_of(path: Path) -> list[str]:
     """Read the lines of a label file; none where there is no such file."""
     return text_lines(path, "labels") if os.path.isfile(path) else []
@@ -291,7 +362,13 @@ def _read_labels(image: Path, size: tuple[int, int], keypoints: bool) -> list[di
 def _label_file(image: Path) -> Path:
     """Return the label file of an image: in the folder of labels, if there is one, or beside it."""
     places = _label_places(image)
-    return places[0] if places[0].parent.is_dir() else places[-1]
+    return _any_case(places[0] if places[0].parent.is_dir() else places[-1])
+
+
+def _any_case(path: Path) -> Path:
+    """Return the path of a text file as it is there: its ending may be .TXT or .Txt."""
+    options = (path, path.with_suffix(".TXT"), path.with_suffix(".Txt"))
+    return next((option for option in options if os.path.isfile(option)), path)
 
 
 def _label_places(image: Path) -> list[Path]:
