@@ -175,8 +175,8 @@ def find_splits(
             barrier()
     for x in found:
         log.info("%s", x.how)
-        for text in x.warnings:
-            log.warning("%s", text)
+    for text in dict.fromkeys(text for x in found for text in x.warnings):  # of both splits, or of their common file
+        log.warning("%s", text)
     if config.difficult_as_crowd:
         places = {split: (folder, changed(source, difficult_as_crowd)) for split, (folder, source) in places.items()}
     if config.drop_empty_classes and (empty := classes_without_boxes(*places["train"])):
@@ -205,7 +205,7 @@ def check_data(config: TrainConfig, train_set: CocoDataset, val_set: CocoDataset
             "the splits number the classes differently (train %s, val %s); they are matched by name",
             *(train_set.category_ids, val_set.category_ids),
         )
-    for dataset, what in ((train_set, "only background is learnt"), (val_set, "the AP will be -1")):
+    for dataset, what in ((train_set, "only background is learnt"), (val_set, "nothing can be scored")):
         if not dataset.num_boxes:
             log.warning("%s: no image has a box, so %s", dataset.annotation_file, what)
     if empty := [name for name, n in zip(train_set.class_names, train_set.class_counts, strict=True) if not n]:

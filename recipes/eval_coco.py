@@ -206,7 +206,7 @@ def open_dataset(config: EvalConfig, model: FCOS | ExportedDetector) -> CocoData
     images, classes = counted(len(dataset), "image"), counted(len(dataset.class_names), "class")
     log.info("%s; %s, %s", found.how, images, classes)
     if not dataset.num_boxes:
-        log.warning("%s: no image has a box, so the AP will be -1", dataset.annotation_file)
+        log.warning("%s: no image has a box, so nothing can be scored", dataset.annotation_file)
     return dataset
 
 

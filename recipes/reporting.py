@@ -108,6 +108,6 @@ def find_train_set(data: Path | None, dataset: CocoDataset) -> CocoDataset | Non
     if data is None or len(split_candidates(data, "train")) != 1:
         return None
     images_dir, source = find_split(data, "train")
-    if source == dataset.annotations:
-        return None
-    return CocoDataset(images_dir, source, known_classes=dataset.class_names)
+    found = CocoDataset(images_dir, source, known_classes=dataset.class_names)
+    is_scored = (found.images_dir, found.file_names.tolist()) == (dataset.images_dir, dataset.file_names.tolist())
+    return None if is_scored else found

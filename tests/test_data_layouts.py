@@ -164,7 +164,10 @@ def test_the_file_that_describes_a_yolo_dataset_is_trained_and_scored_on(tmp_pat
 
 def test_several_files_that_describe_datasets(tmp_path, caplog):
     layouts.yolo(tmp_path)
-    layouts.write(tmp_path / "mini.yaml", "train: images/val\nnames: [green, red]\n")
+    layouts.write(tmp_path / "a.yaml", "train: images/val\nnames: [green, red]\n")
+    assert len(CocoDataset(*find_split(tmp_path, "train"))) == 8  # data.yaml goes first, the others by their names
+    (tmp_path / "a.yaml").rename(tmp_path / "mini.yaml")
+    caplog.clear()
     layouts.write(tmp_path / "hyp.yaml", "lr: 0.1\n")
     assert len(CocoDataset(*find_split(tmp_path, "train"))) == 8
     text = "data.yaml is taken, and not mini.yaml; to use another, give that file as DATA"

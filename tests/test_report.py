@@ -264,3 +264,13 @@ def test_a_run_ends_with_a_report_of_its_best_model(tiny_coco, tmp_path, monkeyp
     monkeypatch.setattr(reporting, "write_page", None)
     train_here(tiny_coco, out, "--steps 4 --eval-every 2 --workers 0")
     assert "its report could not be written" in capsys.readouterr().err and Path(out / "best" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("write", [layouts.usual, layouts.yolo, layouts.voc])
+def test_the_train_split_beside_what_was_scored(tmp_path, write):
+    """It is not opened twice where it was scored itself."""
+    write(tmp_path)
+    train, val = (CocoDataset(*find_split(tmp_path, word)) for word in ("train", "val"))
+    assert reporting.find_train_set(tmp_path, train) is None
+    found = reporting.find_train_set(tmp_path, val)
+    assert found is not None and found.file_names.tolist() == train.file_names.tolist()

@@ -111,7 +111,7 @@ class CheckData:
     COCO, YOLO, Pascal VOC and Hugging Face are recognised."""
 
     root: Annotated[Path | None, tyro.conf.Positional, named("[DATA]")] = None
-    """The dataset's folder."""
+    """The dataset's folder, or the .yaml file of a YOLO dataset."""
     train: Path | None = None
     """COCO JSON file of the training images, instead of what is found in DATA."""
     train_images: Path | None = None
@@ -141,7 +141,7 @@ class ShowData:
     The presets are in a clone of the repository."""
 
     root: Annotated[Path | None, tyro.conf.Positional, named("[DATA]")] = None
-    """The dataset's folder."""
+    """The dataset's folder, or the .yaml file of a YOLO dataset."""
     preset: str = "finetune"
     """The preset of recipes/train_coco.py that trains."""
     out: Path = Path("samples.png")
@@ -155,7 +155,7 @@ class ConvertData:
     """Write a dataset of any known format as COCO JSON: FOLDER/annotations/instances_{split}.json and the images."""
 
     source: Annotated[Path, tyro.conf.Positional, named("DATA")]
-    """The dataset's folder."""
+    """The dataset's folder, or the .yaml file of a YOLO dataset."""
     target: Annotated[Path, tyro.conf.Positional, named("FOLDER")]
     """Folder to make."""
     difficult_as_crowd: bool = False

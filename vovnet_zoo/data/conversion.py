@@ -43,11 +43,11 @@ def convert_data(source: str | Path, target: str | Path, *, difficult_is_crowd: 
     if not splits:
         known = name_format(root) or "no annotations of COCO, YOLO, Pascal VOC or Hugging Face are found there"
         raise ValueError(f"{root}: {known}")
+    for text in dict.fromkeys(text for split in splits.values() for text in split.warnings):
+        logger.warning("%s", text)
     with staged(out) as folder:
         (folder / "annotations").mkdir()
         for word, split in splits.items():
-            for text in split.warnings:
-                logger.warning("%s", text)
             (folder / word).mkdir()
             content = write_images(split, folder / word, difficult_is_crowd)
             (folder / "annotations" / f"instances_{word}.json").write_text(json.dumps(content))

@@ -113,7 +113,7 @@ class CocoDataset(torch.utils.data.Dataset):
                 raise ValueError(
                     f"{annotation_file}: none of its annotations can be used ({what}); check-data shows them"
                 )
-            logger.warning("%s: annotations dropped or changed (%s)", annotation_file, what)
+            logger.warning("%s: annotations dropped or changed (%s); check-data shows them", annotation_file, what)
 
         crowds = index.num_crowds
         if crowds and len(boxes) == 0:

@@ -41,7 +41,7 @@ def find_yolo(root: Path) -> dict[str, list[Split]]:
     broken: ValueError | None = None
     usable: dict[Path, dict] = {}
     files = [path for ending in DATASET_FILES for path in root.glob(f"*{ending}") if os.path.isfile(path)]
-    for path in sorted(path for path in files if not is_of_macos(path)):
+    for path in sorted((path for path in files if not is_of_macos(path)), key=lambda path: (path.stem != "data", path)):
         try:
             about = _read_about(path)
         except ValueError as error:  # it may have nothing to do with the dataset
