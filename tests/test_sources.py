@@ -1,6 +1,7 @@
 """What `predict` can be pointed at: files, folders, patterns, lists of paths, and images in memory."""
 
 import io
+import socket
 import threading
 from urllib.request import Request
 
@@ -132,13 +133,35 @@ def test_a_server_that_misbehaves(server, monkeypatch, tiny_detector, path, faul
     assert len(found) == 1 and errors == [server.url + path]
 
 
-def test_redirects_of_images():
+def test_redirects_of_images(monkeypatch):
     """They lead neither to an unencrypted address from an encrypted one, nor to the machine itself."""
+    known = {"trap.example": "127.0.0.1", "trap6.example": "::ffff:127.0.0.1", "link.example": "fe80::1%1"}
+    known["localhost"] = "127.0.0.1"
+    resolve = socket.getaddrinfo
+
+    def look_up(host, port):
+        """Ask no name server: names have the address that is meant here, and others that of a public server."""
+        try:
+            return resolve(host, port, flags=socket.AI_NUMERICHOST)  # which knows "127.1" too
+        except OSError:
+            return resolve(known.get(host, "93.184.215.14"), port, flags=socket.AI_NUMERICHOST)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     redirects = web.Redirects(check_url)
     for start, target, message in [
         ("https://example.com/a.png", "http://example.com/a.png", "not https"),
         ("http://example.com/a.png", "http://localhost/a.png", "on this machine itself"),
         ("http://example.com/a.png", "https://127.0.0.1/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://0.0.0.0/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://127.1:80/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://2130706433/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://[::]/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://[::ffff:7f00:1]/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://169.254.169.254/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://trap.example/a.png", "on this machine itself"),
+        ("http://trap.example/a.png", "http://trap6.example/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://link.example/a.png", "on this machine itself"),
+        ("http://127.0.0.1/a.png", "http://localhost/b.png", None),
         ("http://example.com/a.png", "https:///a.png", "begins with http"),
         ("http://example.com/a.png", "https://example.com/b.png", None),
         ("http://example.com/a.png", "http://example.org/b.png", None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import ipaddress
+import socket
 import time
 from collections.abc import Callable
 from typing import IO, Any
@@ -69,8 +70,10 @@ class Redirects(HTTPRedirectHandler):
         origin, target = urlparse(request.full_url), urlparse(address)
         if origin.scheme == "https" and target.scheme != "https":
             raise ValueError(f"{request.full_url}: the server leads to {address}, which is not https://: refused")
-        if is_loopback(target.hostname or "") and not is_loopback(origin.hostname or ""):
-            raise ValueError(f"{request.full_url}: the server leads to {address}, on this machine itself: refused")
+        if is_here(target.hostname or "") and not is_loopback(origin.hostname or ""):
+            raise ValueError(
+                f"{request.full_url}: the server leads to {address}, on this machine itself or beside it: refused"
+            )
         return super().redirect_request(request, *args)
 
 
@@ -80,8 +83,23 @@ def is_url(source: object) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host's name or address stands for this machine itself."""
+    """Tell whether a host's name or address stands for this machine itself, without asking a name server."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def is_here(host: str) -> bool:
+    """Tell whether a host's name or address leads to this machine, however it is written, or to a link-local address.
+
+    "127.1", "0.0.0.0" and a name that stands for 127.0.0.1 lead here. At the link-local address 169.254.169.254, a
+    cloud tells its machines their passwords.
+    """
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):  # nobody knows such a name
+        return is_loopback(host)
+    addresses = [ipaddress.ip_address(address) for address in found]
+    plain = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
+    return any(x.is_loopback or x.is_unspecified or x.is_link_local for x in plain)
