@@ -3,6 +3,7 @@
 import io
 import socket
 import threading
+import time
 from urllib.request import Request
 
 import numpy as np
@@ -131,6 +132,20 @@ def test_a_server_that_misbehaves(server, monkeypatch, tiny_detector, path, faul
         tiny_detector, images, urls=True, workers=0, on_error=lambda frame, error: errors.append(frame.name)
     )
     assert len(found) == 1 and errors == [server.url + path]
+
+
+@pytest.mark.parametrize("faults", [["drip"], ["0.4 {url}"] * 4, ["0.7 {url}", "drip"]])
+def test_the_limit_of_time_is_of_all_answers_together(server, monkeypatch, faults):
+    """Neither headers that come one by one nor redirects make a transfer longer than its limit."""
+    monkeypatch.setattr(sources, "MAX_URL_SECONDS", 1)
+    url = f"{server.url}/photo.png"
+    server.faults[:] = [fault.format(url=f"{url}?{i}") for i, fault in enumerate(faults)]
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="photo.png: it is not here after 1 seconds; nothing was kept"):
+        sources.read_url(url)
+    assert 0.9 < time.monotonic() - begin < 1.9
+    server.faults[:] = [f"0.1 {url}"]
+    assert sources.read_url(url).shape == (3, 30, 40)
 
 
 def test_redirects_of_images(monkeypatch):

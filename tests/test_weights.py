@@ -10,6 +10,7 @@ import random
 import socket
 import sys
 import threading
+import time
 import urllib.error
 import zipfile
 from pathlib import Path
@@ -35,7 +36,8 @@ from vovnet_zoo.weights import Weights
 class FileServer(http.server.ThreadingHTTPServer):
     """This server sends `files`, a map of paths to contents; each of `faults` spoils one answer.
 
-    A fault is "truncate", "refuse", "corrupt", "endless" or an address to redirect to.
+    A fault is "truncate", "refuse", "corrupt", "endless", "drip" (a header every fifth of a second, without end), or an
+    address to redirect to, after a pause of so many seconds as stand before a space.
     """
 
     daemon_threads = True
@@ -53,10 +55,19 @@ class FileHandler(http.server.BaseHTTPRequestHandler):
         if content is None or fault == "refuse":
             return self.send_error(404 if content is None else 403)
         if fault and "://" in fault:
+            pause, _, address = fault.rpartition(" ")
+            time.sleep(float(pause or 0))
             self.send_response(302)
-            self.send_header("Location", fault)
+            self.send_header("Location", address)
             return self.end_headers()
         self.send_response(200)
+        if fault == "drip":
+            with contextlib.suppress(OSError):
+                for number in range(90):
+                    self.send_header(f"X-{number}", "1")
+                    self.flush_headers()
+                    time.sleep(0.2)
+            return
         if fault == "endless":
             self.end_headers()
             with contextlib.suppress(OSError):
