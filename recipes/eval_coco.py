@@ -83,6 +83,7 @@ from vovnet_zoo.config import RANGES as MODEL_RANGES
 from vovnet_zoo.data import CocoDataset, changed, difficult_as_crowd, without_classes
 from vovnet_zoo.data.layouts import OTHER_SPLIT, choose_split
 from vovnet_zoo.evaluation.analysis import analyse
+from vovnet_zoo.evaluation.coco_eval import with_texts
 from vovnet_zoo.evaluation.errors import load_hotcoco
 from vovnet_zoo.exported import ExportedDetector
 from vovnet_zoo.hub import CONFIG as MODEL_CONFIG
@@ -124,7 +125,7 @@ def main(config: EvalConfig) -> dict | None:
         if rank == 0:
             print(format_table(metrics))
             if config.out is not None:
-                write_whole(config.out, json.dumps(results).encode())
+                write_whole(config.out, json.dumps(with_texts(results, dataset.annotations)).encode())
                 log.info("%s in %s", counted(len(results), "detection"), config.out)
             if config.report is not None or config.save_thresholds:
                 report(config, dataset, results)

@@ -98,6 +98,23 @@ def _numbers_of(ids: list) -> dict[Any, int]:
     return {x: int(x) for x in ids if type(x) in (str, float) and _is_number(x)}
 
 
+def ids_of_texts(source: Source) -> dict[str, dict[str, int]]:
+    """Map the ids of a COCO JSON file that are texts to the integers by which `read_annotations` replaces them.
+
+    Returns:
+        A mapping for "image_id" and one for "category_id"; both are empty for annotations of another format.
+    """
+    while isinstance(source, Annotations) and isinstance(source.read, Changed):
+        source = source.read.source
+    found: dict[str, dict[str, int]] = {"image_id": {}, "category_id": {}}
+    if not isinstance(source, Annotations):
+        coco = parse_json(read_bytes(source, "annotation file"))
+        for key, reference in (("images", "image_id"), ("categories", "category_id")):
+            numbers = _numbers_of([entry.get("id") if isinstance(entry, dict) else None for entry in coco[key]])
+            found[reference] = {text: number for text, number in numbers.items() if isinstance(text, str)}
+    return found
+
+
 def _has_id(entry: Any) -> bool:
     return isinstance(entry, dict) and type(entry.get("id")) in (str, int, float)
 
