@@ -228,6 +228,26 @@ def test_weights_come_through_https_only(slim, server, cache, url, monkeypatch):
     assert not cache()
 
 
+def test_a_cache_that_cannot_be_written_is_named(slim, tmp_path, monkeypatch):
+    """A user without a home gets no folder that is called "~"."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="file/hub/checkpoints: weights cannot be downloaded .*TORCH_HOME.*cache_dir="):
+        load_slim()
+    with pytest.raises(OSError, match=r"file/x: weights cannot be downloaded to this folder \(Not a directory\)"):
+        published.fetch(slim.url, cache_dir=tmp_path / "file" / "x")
+    monkeypatch.setenv("TORCH_HOME", "~nosuchuser/torch")
+    with pytest.raises(OSError, match=r"~nosuchuser/torch/hub/checkpoints: .*\(this user has no home folder\)"):
+        load_slim()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "closed"))
+    (tmp_path / "closed" / "hub" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(published.os, "access", lambda *_: False)
+    with pytest.raises(OSError, match=r"closed/hub/checkpoints: .*\(Permission denied\)"):
+        load_slim()
+    assert not list(tmp_path.glob("~*"))
+
+
 def test_a_redirect_leads_to_no_server_of_ones_own(monkeypatch):
     """A public server cannot send the client to a server on its own machine."""
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args: [(0, 0, 0, "", ("93.184.215.14", 0))])
