@@ -1,12 +1,14 @@
 """Score a detector on a COCO-format dataset: `python recipes/eval_coco.py --model FOLDER_OR_NAME --data ROOT`.
 
-Under torchrun the images are shared out over the processes.
+Under torchrun the images are shared out over the processes. `--results FILE` scores detections that are there already.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from vovnet_zoo.config import Precision
 class EvalConfig:
     """An evaluation has these settings."""
 
-    model: str
+    model: str = ""
     """Folder, Hub name or name of list_detectors(pretrained=True) of a detector, or model.onnx, .xml or .pt2."""
     data: Path | None = None
     """Folder of the dataset: COCO, YOLO, Pascal VOC or Hugging Face; see recipes/guides/data.md."""
@@ -63,6 +65,8 @@ class EvalConfig:
     """torch device; default: the GPU where there is one."""
     engine: Literal["pycocotools", "faster"] = "pycocotools"
     """The package that computes the scores; "faster" gives the same numbers and needs faster-coco-eval installed."""
+    results: Path | None = None
+    """COCO results JSON, of any detector, or a run folder, whose detections are scored instead of a model's."""
 
 
 PARSE = functools.partial(tyro.cli, EvalConfig, description=__doc__)
@@ -82,7 +86,9 @@ from vovnet_zoo.config import RANGES as MODEL_RANGES
 from vovnet_zoo.data import CocoDataset, changed, difficult_as_crowd, without_classes
 from vovnet_zoo.data.layouts import OTHER_SPLIT, choose_split
 from vovnet_zoo.evaluation.analysis import analyse
+from vovnet_zoo.evaluation.coco_eval import coco_metrics, with_texts
 from vovnet_zoo.evaluation.errors import load_hotcoco
+from vovnet_zoo.evaluation.runs import read_run, scored_ids
 from vovnet_zoo.exported import ExportedDetector
 from vovnet_zoo.files import write_whole
 from vovnet_zoo.hub import CONFIG as MODEL_CONFIG
@@ -96,6 +102,8 @@ RANGES |= {"tiles": Range(*TILES), "overlap": Range(*OVERLAPS), "scales": Range(
 def main(config: EvalConfig) -> dict | None:
     """Score the detector; returns the metrics on rank 0, None on the others."""
     check_config(config)
+    if config.results is not None:
+        return score_results(config, config.results) if int(os.environ.get("RANK", 0)) == 0 else None
     with process_group(config.device) as (rank, world_size, device):
         if config.compile:
             before_compiling(device.type, log.info)
@@ -113,7 +121,7 @@ def main(config: EvalConfig) -> dict | None:
                     f"size={config.size}: the model limits the longer side to {limit}; give {limit} at most"
                 )
             model.config["min_size"] = config.size
-        dataset = open_dataset(config, model)
+        dataset = open_dataset(config, model.config["class_names"] or ())
         check_classes(model, dataset)
         with StopSignal() as stop:
             try:
@@ -124,7 +132,7 @@ def main(config: EvalConfig) -> dict | None:
         if rank == 0:
             print(format_table(metrics))
             if config.out is not None:
-                write_whole(config.out, json.dumps(results).encode())
+                write_whole(config.out, json.dumps(with_texts(results, dataset.annotations)).encode())
                 log.info("%s in %s", counted(len(results), "detection"), config.out)
             if config.report is not None or config.save_thresholds:
                 report(config, dataset, results)
@@ -158,9 +166,38 @@ def score(
     )
 
 
+def score_results(config: EvalConfig, path: Path) -> dict:
+    """Score the detections of a file or a run folder; returns the metrics."""
+    if config.report is not None:
+        check_out(config.report, b"<!DOCTYPE html>", "--report", "report.html")
+    run, dataset = read_run(path), open_dataset(config, ())
+    chosen = scored_ids(dataset, run.skipped)
+    metrics = coco_metrics(dataset.annotations, run.results, image_ids=chosen, engine=config.engine)
+    print(format_table(metrics))
+    if config.report is not None:
+        analysis = analyse(dataset.annotations, run.results, image_ids=chosen)
+        write_page(config.report, analysis, str(path), dataset, find_train_set(config.data, dataset), is_model=False)
+    return metrics
+
+
+FOR_RESULTS = ("results", "data", "split", "val", "val_images", "difficult_as_crowd", "report", "engine")
+
+
+def check_results(config: EvalConfig) -> None:
+    """Raise `ValueError` unless there is either a model or a file of detections, without options of the other."""
+    if bool(config.model) == (config.results is not None):
+        both = ", and not both" if config.model else ""
+        raise ValueError(f"give a detector as --model, or a file of its detections as --results{both}")
+    of_models = [x for x in dataclasses.fields(config) if x.name not in FOR_RESULTS]
+    given = ["--" + x.name.replace("_", "-") for x in of_models if getattr(config, x.name) != x.default]
+    if config.results is not None and given:
+        raise ValueError(f"--results {config.results}: its detections are there already; leave out {', '.join(given)}")
+
+
 def check_config(config: EvalConfig) -> None:
     """Raise `ValueError` or `ImportError` where options are out of range, contradict each other, or need a package."""
     check_options(config, RANGES)
+    check_results(config)
     check_views(config.tiles, config.overlap, config.flip, config.scales)
     if config.data is not None and config.val is not None:
         raise ValueError("--val says where the images are; leave --data out")
@@ -190,14 +227,17 @@ def check_exported(model: FCOS | ExportedDetector) -> None:
         )
 
 
-def open_dataset(config: EvalConfig, model: FCOS | ExportedDetector) -> CocoDataset:
-    """Open the images to score, without the classes that the model does not know and that have no box."""
+def open_dataset(config: EvalConfig, known: Sequence[str]) -> CocoDataset:
+    """Open the images to score, without the classes that a model does not know and that have no box.
+
+    Args:
+        known: the classes of the model; none where they are not known.
+    """
     split = config.split if config.val is None else "val"
     found = choose_split(config.data, split, config.val, config.val_images, OTHER_SPLIT)
     for text in found.warnings:
         log.warning("%s", text)
     source = changed(found.source, difficult_as_crowd) if config.difficult_as_crowd else found.source
-    known = model.config["class_names"] or ()
     dataset = CocoDataset(found.folder, source, known_classes=known)
     if unknown := unknown_classes(dataset, known):
         log.warning("the model does not know these classes, which have no box: %s", ", ".join(unknown))

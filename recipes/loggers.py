@@ -17,8 +17,9 @@ from vovnet_zoo.files import write_whole
 
 PROJECT = "vovnet_zoo"  # W&B, MLflow and trackio show runs by project; the tools' own variables name another
 IDS = "tracking.json"  # in the run folder: the run's name in each tool, with which it goes on there
-PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny", "trackio": "trackio"}
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny sqlalchemy alembic", "trackio": "trackio"}
 FLUSH_S = 10.0  # MLflow's client waits for its server, so numbers are sent together
+REASON = 300  # characters of an error that the log shows, of its beginning and its end
 
 
 class Logger(Protocol):
@@ -75,7 +76,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """This makes a run at the server, or in the database or folder, that MLFLOW_TRACKING_URI names."""
+    """This makes a run at the server, or in the database or folder, that MLFLOW_TRACKING_URI names, or in mlflow.db."""
 
     def on_start(self, folder: Path, config: dict[str, Any], step: int) -> None:
         from mlflow import MlflowClient
@@ -159,16 +160,34 @@ class Loggers:
             try:
                 getattr(logger, method)(*arguments)
             except Exception as error:  # a tool that does not fit the other packages raises anything
-                reason = " ".join(repr(error).split())
-                log.warning("nothing for %s from now on (%.300s); metrics.jsonl has all numbers", name, reason)
+                reason = shortened(repr(error))
+                log.warning("nothing for %s from now on (%s); metrics.jsonl has all numbers", name, reason)
                 del self.running[name]
 
 
+def shortened(text: str) -> str:
+    """Write a text in one line, and leave out the middle of a long one: its end may say what to do."""
+    line, half = " ".join(text.split()), REASON // 2
+    return line if len(line) <= REASON else f"{line[:half]} ... {line[-half:]}"
+
+
 def check_loggers(names: Sequence[str]) -> None:
-    """Raise `ValueError` if the packages of loggers are not installed."""
+    """Raise `ValueError` if the packages of loggers are not installed, or MLflow cannot open where its runs go."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         packages = " ".join(PACKAGES[name] for name in missing)
         raise ValueError(f"--loggers {' '.join(missing)}: not installed; pip install {packages}")
+    if "mlflow" in names and int(os.environ.get("RANK", 0)) == 0:  # two processes would make the same database
+        from mlflow import MlflowClient
+
+        try:
+            MlflowClient()
+        except Exception as error:  # of a database, any
+            place = os.environ.get("MLFLOW_TRACKING_URI") or "mlflow.db in this folder"
+            raise ValueError(
+                f"--loggers mlflow: MLflow cannot open {place} ({shortened(str(error))}); set MLFLOW_TRACKING_URI to "
+                "a server, to a database (sqlite:///mlflow.db; pip install sqlalchemy alembic), or to a folder with "
+                "MLFLOW_ALLOW_FILE_STORE=true"
+            ) from error
 
 
 def read_id(folder: Path, name: str, step: int) -> str | None:

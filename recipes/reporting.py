@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from runtime import environment, log
 from vovnet_zoo.data import CocoDataset, find_split, split_candidates
@@ -80,13 +81,18 @@ def write_page(
     dataset: CocoDataset,
     train_set: CocoDataset | None = None,
     rows: Sequence[dict] = (),
+    is_model: bool = True,
 ) -> None:
-    """Write the page of an analysis, with what was run and how to go on."""
+    """Write the page of an analysis, with what was run and how to go on.
+
+    Args:
+        is_model: `model` names a detector, and not a file of its detections, with which nobody can go on.
+    """
     run, name = environment(), shlex.quote(model)
     facts = {
         "command": shlex.join(run["command"]),
         "time": run["time"],
-        "model": model,
+        "model" if is_model else "detections": model,
         "data": f"{dataset.annotation_file} (SHA-256 {dataset.annotations_sha256[:16]}..)",
         "images": f"{len(analysis.matches.images)} of {dataset.images_dir}",
         "machine": f"{run['machine']}; {run['cpu']['model']}",
@@ -99,7 +105,8 @@ def write_page(
         ("The same in Python:", f"import vovnet_zoo\n\n{code}"),
         ("Publish the model on the Hugging Face Hub:", f"vovnet-zoo publish {name} ORGANISATION/NAME"),
     ]
-    write_report(path, analysis, dataset, title=model, train_set=train_set, rows=rows, facts=facts, commands=commands)
+    options: dict[str, Any] = dict(train_set=train_set, rows=rows, facts=facts, commands=commands if is_model else ())
+    write_report(path, analysis, dataset, title=model, **options)
     log.info("report: %s", path)
 
 

@@ -189,6 +189,15 @@ class Handler(BaseHTTPRequestHandler):
         ]
         self.reply(200, {"files": files})
 
+    def branch(self, repo_id, name, query):
+        repo = self.repo(repo_id, write=True)
+        if repo is None:
+            return
+        if name in {"main", *repo.branches}:
+            return self.error(409, "", f"Reference already exists: refs/heads/{name}")
+        repo.branches[name] = repo.branches.get("main", "")
+        self.reply(200)
+
     def lfs_batch(self, repo_id, query):
         if self.repo(repo_id, write=True) is None:
             return
@@ -230,6 +239,7 @@ ROUTES = {
     "/api/repos/create": "create",
     "/api/validate-yaml": "validate",
     rf"{API}/preupload/(.+)": "preupload",
+    rf"{API}/branch/(.+)": "branch",
     rf"{API}/commit/(.+)": "commit",
     rf"{API}(?:/revision/(.+))?": "info",
     rf"/{ID}\.git/info/lfs/objects/batch": "lfs_batch",

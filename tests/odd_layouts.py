@@ -126,6 +126,16 @@ def text_ids(root):
     usual(root, change)
 
 
+def lvis(root):
+    """Images have an address and no file name."""
+
+    def change(content):
+        for row in content["images"]:
+            row["coco_url"] = f"http://images.cocodataset.org/any2017/{row.pop('file_name')}"
+
+    usual(root, change)
+
+
 def number_texts(root):
     def change(content):
         for row in content["annotations"]:

@@ -15,6 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 
 from vovnet_zoo.evaluation import coco_eval
+from vovnet_zoo.evaluation.matches import match
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +211,30 @@ def test_wrong_results(write):
         coco_eval.coco_metrics(file, good, image_ids=[5, 77])
     with pytest.raises(ValueError, match=r"none\.json"):
         coco_eval.coco_metrics(file.parent / "none.json", good)
+
+
+def test_ids_that_are_texts(write):
+    """Rows may have the texts of the file, or the integers for which they stand here."""
+    coco = make_coco()
+    numbers = ground_truth_results(coco)[1:]
+    expected = coco_eval.coco_metrics(write(coco), numbers)
+    for entry in (*coco["images"], *coco["annotations"]):
+        key = "image_id" if "image_id" in entry else "id"
+        entry[key] = f"img_{entry[key]}"
+    for entry in (*coco["categories"], *coco["annotations"]):
+        key = "category_id" if "category_id" in entry else "id"
+        entry[key] = str(entry[key])
+    file = write(coco)
+    texts = ground_truth_results(coco)[1:]
+    rows = coco_eval.with_numbers(texts, file)
+    assert [(row["image_id"], row["category_id"]) for row in rows] == [(1, 7), (2, 7)]
+    assert coco_eval.with_texts(rows, file) == texts
+    assert [coco_eval.coco_metrics(file, x) for x in (texts, rows)] == [expected, expected]
+    assert len(match(file, texts).det_label) == 2
+    with pytest.raises(ValueError, match=r"instances.json: has no images with the ids \['img_9'\] that results name"):
+        coco_eval.coco_metrics(file, [texts[0] | {"image_id": "img_9"}])
+    with pytest.raises(ValueError, match=r"has no categories with the ids \['x'\] that results name"):
+        coco_eval.coco_metrics(file, [texts[0] | {"category_id": "x"}])
 
 
 def test_to_coco_results():

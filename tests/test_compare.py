@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 from browsing import open_page, pale_texts, set_colours
+from samples import RGB
 from simulated import write_data
 
-from vovnet_zoo.evaluation.bootstrap import bootstrap_ap, interval
+from vovnet_zoo.evaluation.bootstrap import ap_interval, bootstrap_ap, interval
 from vovnet_zoo.evaluation.compare import compare, format_comparison
 from vovnet_zoo.evaluation.compare_page import differing_images, differing_settings, write_comparison
 from vovnet_zoo.evaluation.matches import match
@@ -53,6 +54,32 @@ def test_a_model_does_not_differ_from_itself(data):
         for difference in (model.difference, *model.class_differences):
             assert difference.value == 0 and difference.interval[:2] == (0, 0) and difference.may_be_luck
     assert not differing_images(itself).figures and (itself.errors()[0] == itself.errors()[1]).all()
+
+
+def test_one_image_says_nothing_of_others(write_coco, tmp_path, run):
+    """The interval of a class whose objects are all in one image is unknown, and a difference there may be luck."""
+    box, moved = [1, 1, 20, 20], [6, 1, 20, 20]
+    images = [{"id": i, "file_name": f"{i}.png", "width": RGB.width, "height": RGB.height} for i in range(1, 8)]
+    every = [{"image_id": i, "category_id": 1, "bbox": box} for i in range(1, 8)]
+    once = {"image_id": 3, "category_id": 2}
+    categories = [{"id": 1, "name": "many"}, {"id": 2, "name": "once"}]
+    rows = [*every, {**once, "bbox": box}]
+    annotations = [{**row, "id": i, "area": 400, "iscrowd": 0} for i, row in enumerate(rows, 1)]
+    _, file = write_coco({"images": images, "annotations": annotations, "categories": categories})
+    right = [{**row, "score": 0.9} for row in rows]
+    wrong = [*right[:-1], {**once, "bbox": moved, "score": 0.9}]
+    many, one = compare(file, {"a": right, "b": wrong}, resamples=50).models[1].class_differences
+    assert many.interval[:2] == (0, 0) and many.is_known
+    assert one.value < -0.2 and one.interval[:2] == (-1, 1) and not one.is_known and one.may_be_luck
+    assert ap_interval(bootstrap_ap(match(file, right), 50).per_class[1])[:2] == (-1, -1)
+    for name, content in (("a", right), ("b", wrong)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    options = ("--val", file, "--val-images", tmp_path, "--out", tmp_path / "page.html")
+    status, out, err = run(tmp_path / "a.json", tmp_path / "b.json", *options)
+    (line,) = [x for x in out.splitlines() if x.startswith("once")]
+    assert status == 0 and line.split()[-2:] == [f"{one.value:+.3f}", "-"], err
+    page = (tmp_path / "page.html").read_text()
+    assert f'<td class="">{one.value:+.3f}</td><td>–</td>' in page and "-1.000 to +1.000" not in page
 
 
 def test_difference_is_that_of_both_aps_on_the_same_images(data):
@@ -122,7 +149,7 @@ def test_command_refuses_in_one_line(runs, data, run, tmp_path, monkeypatch):
     (other / "run.json").write_text(json.dumps({"config": {"data": str(tmp_path / "nosuch"), "val_fraction": None}}))
     out = ["--out", tmp_path / "page.html"]
     for line, message in (
-        ([runs[0]], "needs two run folders, or more"),
+        ([runs[0]], "needs two run folders or result files, or more"),
         ([runs[0], tmp_path / "nosuch"], "no such file or folder"),
         ([runs[0], folder / "data"], f"data has no {DETECTIONS}"),
         ([runs[0], tmp_path / "rows.json"], "rows.json does not say which images were scored"),

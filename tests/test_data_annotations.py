@@ -1,5 +1,6 @@
 """Usable COCO JSON gives boxes, and the rest an error or a count."""
 
+import json
 import logging
 
 import numpy as np
@@ -36,6 +37,25 @@ def test_unusable_annotations_are_dropped_and_counted(write_coco, caplog):
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert all(f"{kind}: {len(annotations)}" in caplog.text for kind, annotations in BAD_ANNOTATIONS.items())
     assert "instances.json" in caplog.text
+
+
+def test_images_of_lvis_are_named_by_their_address(write_coco):
+    """An image of LVIS has no file name, and the images of one split lie in both folders of COCO."""
+    folder, file = write_coco(make_coco([box()]))
+    content = json.loads(file.read_text())
+    for image in content["images"]:
+        name = image.pop("file_name")
+        (folder / "train2017").mkdir(exist_ok=True)
+        (folder / name).rename(folder / "train2017" / name)
+        image["coco_url"] = f"http://images.cocodataset.org/train2017/{name}"
+    file.write_text(json.dumps(content))
+    dataset = CocoDataset(folder, file)
+    assert list(dataset.file_names) == ["train2017/1.png", "train2017/2.png", "train2017/3.png"]
+    assert dataset[0][0].shape[0] == 3
+    del content["images"][0]["coco_url"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="has no 'file_name'"):
+        CocoDataset(folder, file)
 
 
 def changed(change):

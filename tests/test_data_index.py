@@ -1,6 +1,7 @@
 """An index of a COCO JSON file gives the boxes that the annotations give one by one, and is kept for large files."""
 
 import json
+import logging
 import multiprocessing
 import os
 import time
@@ -54,6 +55,17 @@ def test_equal_to_the_annotations_one_by_one(write_coco, monkeypatch, rows, plus
     assert {kind: len(where) for kind, where in problems.items()} == counts
     crowds = [row for row in rows if isinstance(row, dict) and row.get("iscrowd")]
     assert open_index(path).num_crowds == len(crowds)
+
+
+def test_a_user_without_a_home(write_coco, kept, monkeypatch, caplog):
+    """A file is parsed at each start, and a line of the log says how to change that."""
+    _, path = write_coco(make_coco([box()]))
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pathlib.os.path.expanduser", lambda path: path)
+    with caplog.at_level(logging.INFO):
+        assert len(open_index(path).image_ids) == 3
+    assert "instances.json is parsed at each start: this user has no home folder; name" in caplog.text
 
 
 def test_what_only_looks_like_an_annotation(write_coco):

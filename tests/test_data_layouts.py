@@ -13,6 +13,7 @@ import odd_layouts
 import pytest
 import torch
 from launch import losses, rows, train_forked, train_here
+from pycocotools.coco import COCO
 
 import benchmark_data
 import eval_coco
@@ -21,6 +22,7 @@ from vovnet_zoo import FCOS
 from vovnet_zoo.data import CocoDataset, find_split
 from vovnet_zoo.data.check import check_dataset
 from vovnet_zoo.data.splitting import choose
+from vovnet_zoo.evaluation import coco_metrics
 from vovnet_zoo.export import accuracy
 
 READY = [  # these have two splits
@@ -279,6 +281,24 @@ def test_detectors_are_scored_on_any_format(layout, tmp_path, tiny_detector):
     for wrong in (dict(data=None), dict(val=coco), dict(val_images=tmp_path), dict(data=None, val=coco, split="test")):
         with pytest.raises(ValueError, match="--data|goes with|--split test: it is a split of --data"):
             eval_coco.main(dataclasses.replace(config, **wrong))
+
+
+def test_detections_have_the_ids_of_the_file(tmp_path, detector_folder):
+    """Where ids are texts, pycocotools knows the detections of --out, and so does `coco_metrics`."""
+    layouts.usual(tmp_path / "data")
+    file = tmp_path / "data" / "annotations" / "instances_val.json"
+    content = json.loads(file.read_text())
+    content["images"] = [x | {"id": f"img_{x['id']}"} for x in content["images"]]
+    content["annotations"] = [x | {"image_id": f"img_{x['image_id']}"} for x in content["annotations"]]
+    content["categories"] = [x | {"name": name} for x, name in zip(content["categories"], ("cat", "dog"), strict=True)]
+    file.write_text(json.dumps(content))
+    config = eval_coco.EvalConfig(str(detector_folder), tmp_path / "data", device="cpu", workers=0)
+    out = tmp_path / "out.json"
+    metrics = eval_coco.main(dataclasses.replace(config, difficult_as_crowd=True, out=out))
+    found = json.loads(out.read_text())
+    assert {row["image_id"] for row in found} == {image["id"] for image in content["images"]}
+    assert all(type(row["category_id"]) is int for row in found)
+    assert len(COCO(file).loadRes(found).anns) == len(found) and coco_metrics(file, found) == metrics
 
 
 def test_a_missing_split_names_the_options_of_the_command(tmp_path, tiny_detector):

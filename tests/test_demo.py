@@ -151,6 +151,25 @@ def test_what_is_shown(tiny_detector):
     assert demo.seen(found, 11) == [False, True] + [False] * 9
 
 
+def test_an_upload_is_one_image_whatever_its_name(tiny_detector, tmp_path):
+    """A list of paths opens none of the server's files, and a video is not decoded; messages name the upload alone."""
+    RGB.resize((50, 40)).save(tmp_path / "secret.png")
+    (tmp_path / "list.txt").write_text(f"{tmp_path / 'secret.png'}\n")
+    (tmp_path / "nosuch.txt").write_text(f"{tmp_path / 'nosuch.png'}\n")
+    (tmp_path / "clip.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(100))
+    whole = (tmp_path / "secret.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "0").write_text("no camera")
+    for name in ("list.txt", "nosuch.txt", "clip.mp4", "half.png", "0"):
+        with pytest.raises(ValueError, match=f"^{name}: (not an image|cannot decode)") as error:
+            demo.detect(tiny_detector, str(tmp_path / name), None)
+        assert "/" not in str(error.value) and "secret" not in str(error.value)
+    found = demo.detect(tiny_detector, str(tmp_path / "secret.png"), 64)
+    assert found.pixels.shape == (3, 40, 50) and found.detections.source == "secret.png"
+    (tmp_path / "secret.png").rename(tmp_path / "photo.txt")
+    assert torch.equal(demo.detect(tiny_detector, str(tmp_path / "photo.txt"), None).pixels, found.pixels)
+
+
 def test_missing_package_is_one_line(run, detector_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     status, out, err = run("demo", detector_folder)

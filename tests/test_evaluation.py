@@ -169,10 +169,12 @@ def test_interval_of_a_mean():
     assert interval(moved).low == pytest.approx(expected[0] - 0.02, abs=1e-3 * error)
     assert interval(moved).high >= few.mean()
     assert ap_interval(means(few / 100)._replace(drawn=np.array([0.5]))).low == 0
-    sure = Resampled(0.9, np.array([0.8, 0.9]), np.array([np.nan, 0.9]), 2)
-    assert interval(sure)[:2] == pytest.approx((0.9, 0.95))  # one image has all objects
-    unknown = Resampled(np.nan, np.array([np.nan]), np.array([np.nan]), 2)
-    assert interval(unknown)[:2] == ap_interval(unknown)[:2] == (-1, -1)
+    wide = means(np.array([-0.9, 0.9]))
+    assert interval(wide)[:2] == (-1, 1) and ap_interval(wide)[:2] == (0, 1)
+    one_image_has_all = Resampled(0.9, np.array([0.8, 0.9]), np.array([np.nan, 0.9]), 2)
+    nothing = Resampled(np.nan, np.array([np.nan]), np.array([np.nan]), 2)
+    for unknown in (one_image_has_all, nothing):
+        assert interval(unknown)[:2] == (-1, 1) and ap_interval(unknown)[:2] == (-1, -1)
 
 
 @pytest.mark.slow

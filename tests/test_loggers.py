@@ -76,18 +76,39 @@ def records_of(content: bytes, block: int = 32768):
             parts = b""
 
 
-def test_mlflow(log_twice, monkeypatch, tmp_path):
-    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+@pytest.fixture
+def mlflow_by_default(monkeypatch, tmp_path):
+    """Import MLflow for a user who has set none of its variables."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "MLFLOW_ALLOW_FILE_STORE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return pytest.importorskip("mlflow", reason="mlflow is not installed")
+
+
+def test_mlflow(log_twice, mlflow_by_default, monkeypatch, tmp_path):
+    """A run goes to the database that is MLflow's default, which the packages of the extra can open."""
+    pytest.importorskip("alembic", reason="alembic and sqlalchemy are not installed")
+    mlflow = mlflow_by_default
     monkeypatch.setattr(loggers, "FLUSH_S", 0.0)
+    check_loggers(["mlflow"])
     log_twice("mlflow")
+    assert (tmp_path / "mlflow.db").is_file()
     client = mlflow.MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("vovnet_zoo").experiment_id])
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 1 / 2), (2, 1 / 2), (3, 1 / 3)]
     assert run.data.params == {name: str(value) for name, value in CONFIG.items()}
     assert run.info.status == "FINISHED" and run.info.run_name == "run"
+
+
+def test_mlflow_that_cannot_be_opened_is_refused_before_the_training(mlflow_by_default, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    config = dataclasses.replace(tiny_config(tmp_path / "none", tmp_path / "run"), loggers=("mlflow",))
+    with pytest.raises(ValueError, match="--loggers mlflow: MLflow cannot open file:.*MLFLOW_TRACKING_URI") as error:
+        train_coco.main(config)
+    assert "to opt out of this exception" in str(error.value) and "\n" not in str(error.value)
+    monkeypatch.setenv("RANK", "1")  # of another process, which does not log
+    check_loggers(["mlflow"])
 
 
 def test_trackio(log_twice, monkeypatch, tmp_path, capsys):
@@ -118,7 +139,7 @@ def test_an_error_in_a_logger_ends_this_logger_alone(tiny_coco, tmp_path, monkey
             def call(*arguments):
                 calls.append(name)
                 if name == method:
-                    raise ConnectionError("no network\nto be found")
+                    raise ConnectionError("no network\n" + 1000 * "x " + "to be found; plug it in")
 
             return call
 
@@ -129,7 +150,8 @@ def test_an_error_in_a_logger_ends_this_logger_alone(tiny_coco, tmp_path, monkey
         log.write(step, loss=1.0, note="no number")
     log.close()
     lines = [line for line in caplog.messages if "wandb" in line]
-    assert len(lines) == 1 and "no network" in lines[0] and "\n" not in lines[0]
+    assert len(lines) == 1 and "no network" in lines[0] and "plug it in" in lines[0]
+    assert "\n" not in lines[0] and len(lines[0]) < 400
     assert calls.count(method) == 1 and calls[-1] == method and len(log.rows()) == 2
     assert list(log.loggers.running) == ["tensorboard"]
 

@@ -110,7 +110,6 @@ REFUSALS = {
     "not to be written": (
         lambda server: server.repos.update({f"spaces/{REPO}": Repo(private=True, read_only=True)}), OSError, "403"
     ),
-    "no such branch": (lambda server: None, OSError, "404"),
 }  # fmt: skip
 
 
@@ -126,9 +125,7 @@ def prepared(tiny_detector, tmp_path, monkeypatch):
 @pytest.mark.parametrize("what", REFUSALS)
 def test_a_refused_space_keeps_the_model_back(prepared, hub_on_loopback, what):
     """What the Hub refuses about the Space is known before the model is pushed."""
-    options = dict(private=True, token=TOKEN, space=True, branch="v2" if what == "no such branch" else None)
-    if what == "no such branch":  # of the Space; the model has it
-        hub_on_loopback.repos[REPO] = Repo(private=True, branches={"v2": "v2"})
+    options = dict(private=True, token=TOKEN, space=True)
     refuse, error, message = REFUSALS[what]
     refuse(hub_on_loopback)
     with pytest.raises(error, match=message):
@@ -139,11 +136,26 @@ def test_a_refused_space_keeps_the_model_back(prepared, hub_on_loopback, what):
         assert REPO not in repos
 
     repos.clear(), hub_on_loopback.refused.clear()
-    addresses = publish.publish_model(prepared, REPO, **options | {"branch": None}).split()
+    addresses = publish.publish_model(prepared, REPO, **options).split()
     assert [address.split("/commit/")[0] for address in addresses] == [
         f"{hub_on_loopback.url}/{name}" for name in (REPO, f"spaces/{REPO}")
     ]
     assert all(repo.private and len(repo.commits) == 1 for repo in repos.values()) and len(repos) == 2
+
+
+def test_a_branch_is_made_where_it_is_not_there(run, prepared, hub_on_loopback):
+    """The branch is made in the model and in the Space; one that is there stays."""
+    hub_on_loopback.repos[REPO] = Repo(private=False)
+    for number in (1, 2):
+        line = ("publish", prepared, REPO, "--token", TOKEN, "--space", "--branch", "v2")
+        status, out, err = run(*line)
+        assert status == 0 and len(out.split()) == 2, err
+        for name in (REPO, f"spaces/{REPO}"):
+            repo = hub_on_loopback.repos[name]
+            assert len(repo.commits) == number and repo.branches == {"v2": repo.commits[-1][0]}
+    hub_on_loopback.log.clear()
+    publish.publish_model(prepared, REPO, token=TOKEN)
+    assert not any("/branch/" in line for line in hub_on_loopback.log)
 
 
 def test_a_space_does_not_show_private_weights(prepared, hub_on_loopback):

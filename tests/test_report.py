@@ -21,6 +21,7 @@ import reporting
 import train_coco
 from vovnet_zoo import FCOS, create_detector
 from vovnet_zoo.data import CocoDataset, find_split
+from vovnet_zoo.evaluation import coco_metrics
 from vovnet_zoo.evaluation.analysis import analyse
 from vovnet_zoo.evaluation.compare import compare
 from vovnet_zoo.evaluation.compare_page import write_comparison
@@ -213,6 +214,31 @@ def test_eval_coco_stores_thresholds_and_writes_a_report(saved, tmp_path):
     assert about["f1"] == at_thresholds(analysis.matches, model.config["thresholds"]).f1
     page = (tmp_path / "new" / "report.html").read_text()
     assert f"{about['f1']:.3f}" in page and "trained on" in page and "vovnet-zoo predict" in page
+
+
+def test_eval_coco_scores_detections_of_any_detector(saved, tmp_path, capsys):
+    """A file of detections has the scores and the page of the model that found them, but no commands to go on with."""
+    config, dataset, rows = saved
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps(rows))
+    config = replace(config, model="", results=file, device=None)
+    metrics = eval_coco.main(replace(config, report=tmp_path / "report.html"))
+    assert metrics == coco_metrics(dataset.annotation_file, rows) and f"{metrics['AP']:.3f}" in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    assert f"{metrics['AP']:.3f}" in page and "found.json" in page and "vovnet-zoo predict" not in page
+    assert eval_coco.main(replace(config, data=None, val=dataset.annotation_file)) == metrics
+    for wrong, message in [
+        (dict(model="x"), "--model, or a file of its detections as --results, and not both"),
+        (dict(results=None), "give a detector as --model, or a file of its detections as --results$"),
+        (
+            dict(tiles=64, out=tmp_path / "x.json"),
+            "found.json: its detections are there already; leave out --out, --tiles",
+        ),
+        (dict(results=dataset.annotation_file), "is no file of detections"),
+        (dict(results=tmp_path / "nosuch.json"), "nosuch.json"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            eval_coco.main(replace(config, **wrong))
 
 
 def test_eval_coco_refuses_what_cannot_be_written(saved, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """What `predict` can be pointed at: files, folders, patterns, lists of paths, and images in memory."""
 
 import io
+import socket
 import threading
+import time
 from urllib.request import Request
 
 import numpy as np
@@ -144,13 +146,49 @@ def test_a_server_that_misbehaves(server, monkeypatch, tiny_detector, path, faul
     assert len(found) == 1 and errors == [server.url + path]
 
 
-def test_redirects_of_images():
+@pytest.mark.parametrize("faults", [["drip"], ["0.4 {url}"] * 4, ["0.7 {url}", "drip"]])
+def test_the_limit_of_time_is_of_all_answers_together(server, monkeypatch, faults):
+    """Neither headers that come one by one nor redirects make a transfer longer than its limit."""
+    monkeypatch.setattr(sources, "MAX_URL_SECONDS", 1)
+    url = f"{server.url}/photo.png"
+    server.faults[:] = [fault.format(url=f"{url}?{i}") for i, fault in enumerate(faults)]
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="photo.png: it is not here after 1 seconds; nothing was kept"):
+        sources.read_url(url)
+    assert 0.9 < time.monotonic() - begin < 1.9
+    server.faults[:] = [f"0.1 {url}"]
+    assert sources.read_url(url).shape == (3, 30, 40)
+
+
+def test_redirects_of_images(monkeypatch):
     """They lead neither to an unencrypted address from an encrypted one, nor to the machine itself."""
+    known = {"trap.example": "127.0.0.1", "trap6.example": "::ffff:127.0.0.1", "link.example": "fe80::1%1"}
+    known["localhost"] = "127.0.0.1"
+    resolve = socket.getaddrinfo
+
+    def look_up(host, port):
+        """Ask no name server: names have the address that is meant here, and others that of a public server."""
+        try:
+            return resolve(host, port, flags=socket.AI_NUMERICHOST)  # which knows "127.1" too
+        except OSError:
+            return resolve(known.get(host, "93.184.215.14"), port, flags=socket.AI_NUMERICHOST)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
     redirects = web.Redirects(check_url)
     for start, target, message in [
         ("https://example.com/a.png", "http://example.com/a.png", "not https"),
         ("http://example.com/a.png", "http://localhost/a.png", "on this machine itself"),
         ("http://example.com/a.png", "https://127.0.0.1/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://0.0.0.0/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://127.1:80/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://2130706433/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://[::]/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://[::ffff:7f00:1]/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://169.254.169.254/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://trap.example/a.png", "on this machine itself"),
+        ("http://trap.example/a.png", "http://trap6.example/a.png", "on this machine itself"),
+        ("http://example.com/a.png", "http://link.example/a.png", "on this machine itself"),
+        ("http://127.0.0.1/a.png", "http://localhost/b.png", None),
         ("http://example.com/a.png", "https:///a.png", "begins with http"),
         ("http://example.com/a.png", "https://example.com/b.png", None),
         ("http://example.com/a.png", "http://example.org/b.png", None),

@@ -10,6 +10,7 @@ import random
 import socket
 import sys
 import threading
+import time
 import urllib.error
 import zipfile
 from pathlib import Path
@@ -35,7 +36,8 @@ from vovnet_zoo.weights import Weights
 class FileServer(http.server.ThreadingHTTPServer):
     """This server sends `files`, a map of paths to contents; each of `faults` spoils one answer.
 
-    A fault is "truncate", "refuse", "corrupt", "endless" or an address to redirect to.
+    A fault is "truncate", "refuse", "corrupt", "endless", "drip" (a header every fifth of a second, without end), or an
+    address to redirect to, after a pause of so many seconds as stand before a space.
     """
 
     daemon_threads = True
@@ -53,10 +55,19 @@ class FileHandler(http.server.BaseHTTPRequestHandler):
         if content is None or fault == "refuse":
             return self.send_error(404 if content is None else 403)
         if fault and "://" in fault:
+            pause, _, address = fault.rpartition(" ")
+            time.sleep(float(pause or 0))
             self.send_response(302)
-            self.send_header("Location", fault)
+            self.send_header("Location", address)
             return self.end_headers()
         self.send_response(200)
+        if fault == "drip":
+            with contextlib.suppress(OSError):
+                for number in range(90):
+                    self.send_header(f"X-{number}", "1")
+                    self.flush_headers()
+                    time.sleep(0.2)
+            return
         if fault == "endless":
             self.end_headers()
             with contextlib.suppress(OSError):
@@ -217,8 +228,29 @@ def test_weights_come_through_https_only(slim, server, cache, url, monkeypatch):
     assert not cache()
 
 
-def test_a_redirect_leads_to_no_server_of_ones_own():
+def test_a_cache_that_cannot_be_written_is_named(slim, tmp_path, monkeypatch):
+    """A user without a home gets no folder that is called "~"."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="file/hub/checkpoints: weights cannot be downloaded .*TORCH_HOME.*cache_dir="):
+        load_slim()
+    with pytest.raises(OSError, match=r"file/x: weights cannot be downloaded to this folder \(Not a directory\)"):
+        published.fetch(slim.url, cache_dir=tmp_path / "file" / "x")
+    monkeypatch.setenv("TORCH_HOME", "~nosuchuser/torch")
+    with pytest.raises(OSError, match=r"~nosuchuser/torch/hub/checkpoints: .*\(this user has no home folder\)"):
+        load_slim()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "closed"))
+    (tmp_path / "closed" / "hub" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(published.os, "access", lambda *_: False)
+    with pytest.raises(OSError, match=r"closed/hub/checkpoints: .*\(Permission denied\)"):
+        load_slim()
+    assert not list(tmp_path.glob("~*"))
+
+
+def test_a_redirect_leads_to_no_server_of_ones_own(monkeypatch):
     """A public server cannot send the client to a server on its own machine."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args: [(0, 0, 0, "", ("93.184.215.14", 0))])
     redirects = web.Redirects(published.check_url)
     ask = Request("https://example.com/w.pth")
     with pytest.raises(ValueError, match="not https"):

@@ -193,7 +193,7 @@ class Publish:
     token: str | None = None
     """Access token; default: the token of `hf auth login` or HF_TOKEN."""
     branch: str | None = None
-    """Branch to push to; default: main."""
+    """Branch to push to, which is made if it is not there; default: main."""
     create_pr: bool = False
     """Open a pull request instead."""
     space: bool = False
@@ -586,7 +586,10 @@ def run_compare(command: Compare) -> None:
 def check_compare(command: Compare) -> None:
     """Raise `ValueError` where there is nothing to compare, options contradict each other, or OUT is there already."""
     if len(command.runs) < 2:
-        raise ValueError("compare needs two run folders, or more; give a folder twice to see what is no difference")
+        raise ValueError(
+            "compare needs two run folders or result files, or more; give one twice to see what is no difference; "
+            "python recipes/eval_coco.py --results FILE scores one"
+        )
     files = (*command.runs, command.data, command.val, command.val_images)
     refuse_missing(*(path for path in files if path is not None))
     if command.data is not None and command.val is not None:

@@ -26,7 +26,7 @@ from vovnet_zoo.inference import predict
 from vovnet_zoo.load import load_detector
 from vovnet_zoo.predict_files import as_lists
 from vovnet_zoo.results import ImageDetections
-from vovnet_zoo.sources import to_rgb
+from vovnet_zoo.sources import Frame, to_rgb
 from vovnet_zoo.words import counted
 
 SPARE = 10  # times as many detections are kept as are shown, so that a higher threshold brings others in
@@ -102,7 +102,7 @@ def build_page(model: FCOS | ExportedDetector, name: str) -> Any:
             try:
                 result = detect(model, path, side if use_tiles else None) if path else None
             except ValueError as error:  # gr.Error would lie over the sliders
-                gr.Warning(html.escape(str(error).replace(str(path), Path(str(path)).name)))
+                gr.Warning(html.escape(str(error)))
             return [result, *(gr.update(visible=visible) for visible in seen(result, len(names)))]
 
         def draw(result: Found | None, *thresholds: float) -> tuple[Any, str, str]:
@@ -134,8 +134,19 @@ def take_any_file(image: Any) -> None:
 
 
 def detect(model: FCOS | ExportedDetector, path: str, tiles: int | None) -> Found:
-    """Detect objects in an image file, of any score that the model gives; `tiles` is as for `predict`."""
+    """Detect objects in an image file, of any score that the model gives; `tiles` has its meaning in `predict`.
+
+    The file comes from a visitor, so it is nothing but an image: `predict` would read a `.txt` as a list of paths.
+
+    Raises:
+        ValueError: the file is not an image; the message holds its name without the server's folders.
+    """
     began = time.perf_counter()
+    name = Path(path).name
+    try:
+        pixels = to_rgb(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), name)) from error
     options: dict[str, Any] = {}
     most = None
     if not isinstance(model, ExportedDetector):  # which keeps its own thresholds
@@ -143,9 +154,9 @@ def detect(model: FCOS | ExportedDetector, path: str, tiles: int | None) -> Foun
         if tiles is None:  # with tiles, the limit is of each window
             most = model.config["max_detections"]
             options["max_detections"] = min(SPARE * most, RANGES["max_detections"][1])
-    (found,) = predict(model, path, tiles=tiles, **options)
+    (found,) = predict(model, Frame(name, pixels), tiles=tiles, **options)
     seconds = time.perf_counter() - began
-    return Found(to_rgb(path).cpu(), found, most, seconds)
+    return Found(pixels, found, most, seconds)
 
 
 def seen(found: Found | None, classes: int) -> list[bool]:

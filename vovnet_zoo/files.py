@@ -102,8 +102,17 @@ def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what is kept between processes, and made anew if it is lost. It need not be there."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vovnet_zoo"
+    """Return the folder for what is kept between processes, and made anew if it is lost. It need not be there.
+
+    Raises:
+        OSError: the user has no home, and the environment variable XDG_CACHE_HOME names no folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vovnet_zoo"
+    except RuntimeError as error:
+        raise OSError(
+            "this user has no home folder; name a folder for caches in the environment variable XDG_CACHE_HOME"
+        ) from error
 
 
 def hash_file(path: Path, algorithm: str = "sha256") -> str:

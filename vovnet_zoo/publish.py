@@ -289,7 +289,7 @@ def push(
         folder: the folder with `config.json` and `model.safetensors`.
         private: push to a private repository only; otherwise a new one is as the organisation wants it, or public.
         token: access token; None takes the one of `hf auth login` or `HF_TOKEN`.
-        branch: branch to push to; None is main.
+        branch: branch to push to, which is made if it does not exist; None is main.
         create_pr: open a pull request instead.
 
     Raises:
@@ -335,8 +335,8 @@ def _push_parts(
 ) -> list[str]:
     """Upload each part in one commit, to the repository `repo_id` of its kind, and return the commits' addresses.
 
-    No part is committed if another one would be refused: all repositories are looked at, then made, then asked whether
-    they take the files, and get the large files, before the first commit.
+    No part is committed if another one would be refused: all repositories are looked at, then made with their branch,
+    then asked whether they take the files, and get the large files, before the first commit.
     """
     api = huggingface_hub.HfApi(token=token)
     with hub.connected(repo_id):
@@ -346,6 +346,9 @@ def _push_parts(
         for part in reversed(parts):
             repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True, **hub.KINDS[part.kind]).repo_id
         _check_privacy(repo_id, parts, private, token)
+        if branch is not None and not branch.startswith("refs/"):  # which is a pull request, and is there
+            for part in reversed(parts):
+                api.create_branch(repo_id, branch=branch, repo_type=part.kind, exist_ok=True)
         additions = {
             part.kind: [
                 CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in part.files.items()

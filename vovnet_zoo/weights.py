@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -58,19 +59,20 @@ def fetch(url: str, sha1: str = "", cache_dir: str | Path | None = None, *, sha2
         cache_dir: None is the cache of torch.hub.
 
     Raises:
+        OSError: the cache cannot be written.
         ConnectionError: the server cannot be reached, refuses, breaks off, or sends too much or too slowly.
         ValueError: the address is not https://, or the file is damaged, wants to run code, or has another hash;
             nothing is kept.
     """
     hashes = {name: value for name, value in (("sha1", sha1), ("sha256", sha256)) if value}
     folder = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints")
-    folder.mkdir(parents=True, exist_ok=True)
     base = Path(urlparse(url).path).name.removesuffix(".zip").removesuffix(".tar").removesuffix(".pth")
     target = folder / f"{base}.{hashlib.sha256(url.encode()).hexdigest()[:8]}.pth"
     if target.exists():
         with contextlib.suppress(ValueError):
             _check(target, hashes, url)
             return target
+    _make_cache(folder, is_default=not cache_dir)
     with temporary(target) as body:
         _http_get(url, body)
         with unwrapped(body, url) as whole:
@@ -78,6 +80,21 @@ def fetch(url: str, sha1: str = "", cache_dir: str | Path | None = None, *, sha2
             read_checkpoint(whole, url)
             os.replace(whole, target)
     return target
+
+
+def _make_cache(folder: Path, is_default: bool) -> None:
+    """Make the folder for downloads. Raises `OSError`, which says how to name another, where it cannot be written."""
+    try:
+        if is_default and str(folder).startswith("~"):
+            raise OSError(errno.ENOENT, "this user has no home folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise OSError(
+            f"{folder}: weights cannot be downloaded to this folder ({error.strerror}); name another one in the "
+            "environment variable TORCH_HOME, or as cache_dir= where a function has it"
+        ) from error
 
 
 def _check(path: Path, hashes: Mapping[str, str], source: str) -> None:

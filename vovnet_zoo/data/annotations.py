@@ -46,7 +46,8 @@ def read_annotations(path: str | Path | Annotations) -> dict:
     """Read the content of a COCO JSON file, or of annotations of another format that stand for one.
 
     Polygons of a file are left out, so a `segmentation` is an empty list or a run-length encoding. An annotation
-    without a `bbox` gets the box around its segmentation. Ids of images or categories that are texts or decimals become
+    without a `bbox` gets the box around its segmentation. An image without a `file_name` gets the folder and the name
+    of its `coco_url`, as LVIS means them. Ids of images or categories that are texts or decimals become
     integers: the number that each is (VIA writes the `image_id` of its boxes so), or the position of a text. A class
     whose name is a number has its digits as name.
 
@@ -75,6 +76,7 @@ def parse_annotations(data: bytes, path: str | Path, replace: Callable[[dict], A
         whole = json.loads(data)["annotations"]  # with the polygons
         for i in lacking:
             rows[i] = rows[i] | {"bbox": _segmentation_box(whole[i]["segmentation"])}
+    coco["images"] = [e | {"file_name": _end_of(e["coco_url"])} if _lacks_name(e) else e for e in coco["images"]]
     for key, reference in (("images", "image_id"), ("categories", "category_id")):
         numbers = _numbers_of([entry.get("id") if isinstance(entry, dict) else None for entry in coco[key]])
         if numbers:
@@ -100,6 +102,23 @@ def _numbers_of(ids: list) -> dict[Any, int]:
     return {x: int(x) for x in ids if type(x) in (str, float) and _is_number(x)}
 
 
+def ids_of_texts(source: Source) -> dict[str, dict[str, int]]:
+    """Map the ids of a COCO JSON file that are texts to the integers by which `read_annotations` replaces them.
+
+    Returns:
+        A mapping for "image_id" and one for "category_id"; both are empty for annotations of another format.
+    """
+    while isinstance(source, Annotations) and isinstance(source.read, Changed):
+        source = source.read.source
+    found: dict[str, dict[str, int]] = {"image_id": {}, "category_id": {}}
+    if not isinstance(source, Annotations):
+        coco = parse_json(read_bytes(source, "annotation file"))
+        for key, reference in (("images", "image_id"), ("categories", "category_id")):
+            numbers = _numbers_of([entry.get("id") if isinstance(entry, dict) else None for entry in coco[key]])
+            found[reference] = {text: number for text, number in numbers.items() if isinstance(text, str)}
+    return found
+
+
 def _has_id(entry: Any) -> bool:
     return isinstance(entry, dict) and type(entry.get("id")) in (str, int, float)
 
@@ -109,6 +128,15 @@ def _is_number(x: str | float) -> bool:
     if isinstance(x, str):
         return x.isascii() and x.isdigit() and len(x) < 19
     return x.is_integer() and abs(x) < 2**53
+
+
+def _lacks_name(image: Any) -> bool:
+    return isinstance(image, dict) and not image.get("file_name") and isinstance(image.get("coco_url"), str)
+
+
+def _end_of(url: str) -> str:
+    """Return the last two parts of an address, such as "val2017/000000000139.jpg"."""
+    return "/".join(url.split("/")[-2:])
 
 
 def _lacks_box(row: dict) -> bool:

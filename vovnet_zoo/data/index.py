@@ -126,7 +126,11 @@ def open_index(path: str | Path | Annotations) -> Index:
     path = Path(path)
     if not path.is_file() or path.stat().st_size < KEPT_BYTES:
         return make_index(read_bytes(path, "annotation file"), path)
-    cache = cache_folder() / "annotations"
+    try:
+        cache = cache_folder() / "annotations"
+    except OSError as error:
+        logger.info("%s is parsed at each start: %s", path, error)
+        return make_index(read_bytes(path, "annotation file"), path)
     note = cache / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]}.json"
     with contextlib.ExitStack() as stack:
         try:

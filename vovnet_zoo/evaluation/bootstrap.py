@@ -98,18 +98,23 @@ def weighted_ap(matches: Matches, weights: np.ndarray) -> Samples:
 
 
 def ap_interval(found: Resampled) -> Interval:
-    """Compute the interval of an AP, see `interval`; (-1, -1) where no image has an object."""
+    """Compute the interval of an AP, see `interval`; (-1, -1) where it is unknown."""
     limits = interval(found)
-    return limits if np.isnan(found.value) else limits._replace(low=max(limits.low, 0.0), high=min(limits.high, 1.0))
+    if not _is_known(found):
+        return limits._replace(low=-1.0, high=-1.0)
+    return limits._replace(low=max(limits.low, 0.0))
 
 
 def interval(found: Resampled, confidence: float = 0.95) -> Interval:
-    """Compute the interval of an AP, or of a difference of APs; (-1, -1) where the value is unknown.
+    """Compute the interval of an AP, or of a difference of APs, within -1 to 1.
 
     It is the value, less its bias, give or take a number of standard errors, as a t distribution has it. AP is higher
     on few images than on many, and the bias is by how much the AP of the drawn images is above the value. The standard
     error comes from the images left out in turn (the jackknife): the drawn images differ too little, by 3 to 5 %, and
     their percentiles hold the truth in 87 to 94 of 100 cases only (Efron and Tibshirani 1993, chapters 10 and 11).
+
+    The interval is unknown, and so all from -1 to 1, where the value is, or where one group of images has all objects:
+    nothing tells how much other objects would change the value.
 
     The interval of a difference between two models is `interval(a.minus(b))`.
 
@@ -118,21 +123,24 @@ def interval(found: Resampled, confidence: float = 0.95) -> Interval:
         confidence: between 0 and 1.
     """
     check_number("confidence", confidence, 0, 1)
-    if np.isnan(found.value) or np.isnan(found.drawn).all():
-        return Interval(-1.0, -1.0, confidence)
+    if not _is_known(found):
+        return Interval(-1.0, 1.0, confidence)
     centre = 2 * found.value - float(np.nanmean(found.drawn))
     reach = _student((1 + min(confidence, 0.9999)) / 2, len(found.left_out) - 1) * _standard_error(found)
-    return Interval(min(centre - reach, found.value), max(centre + reach, found.value), confidence)
+    low, high = min(centre - reach, found.value), max(centre + reach, found.value)
+    return Interval(max(low, -1.0), min(high, 1.0), confidence)
+
+
+def _is_known(found: Resampled) -> bool:
+    """Tell whether the interval of a value can be computed: there are objects without any one group of images."""
+    return not (np.isnan(found.value) or np.isnan(found.left_out).any() or np.isnan(found.drawn).all())
 
 
 def _standard_error(found: Resampled) -> float:
     """Estimate the standard error of a value by the jackknife, with groups that differ in size (Busing et al. 1999)."""
     share = found.images / np.bincount(groups_of(found.images))  # [G]
     pseudo = share * found.value - (share - 1) * found.left_out  # [G], what each group has for a value
-    known = ~np.isnan(pseudo)
-    if known.sum() < 2:
-        return 0.0
-    return float((((pseudo - pseudo[known].mean()) ** 2 / (share - 1))[known].mean()) ** 0.5)
+    return float(((pseudo - pseudo.mean()) ** 2 / (share - 1)).mean() ** 0.5)
 
 
 def _student(share: float, freedom: int) -> float:

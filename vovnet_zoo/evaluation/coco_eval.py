@@ -24,6 +24,7 @@ from ..data import (
     entries_by_id,
     file_of,
     idle_categories,
+    ids_of_texts,
     is_crowd,
     read_annotations,
 )
@@ -32,6 +33,7 @@ from ..results import to_coco_results as to_coco_results  # its place before the
 from ..words import counted
 
 logger = logging.getLogger(__name__)
+ID_KEYS = ("image_id", "category_id")
 
 
 def coco_metrics(
@@ -50,7 +52,7 @@ def coco_metrics(
     Args:
         annotations: path of a COCO JSON, `Annotations` of another format, or an open `pycocotools.coco.COCO`, which is
             left unchanged.
-        results: rows of `to_coco_results`.
+        results: rows of `to_coco_results`; where the file's ids are texts, these or the integers that stand for them.
         image_ids: score these images only, and ignore rows of other images; None scores all images of the file.
         max_dets: best detections per image that count.
         engine: "pycocotools", or "faster", which computes the same numbers sooner, see `load_engine`.
@@ -76,6 +78,7 @@ class EngineRun(NamedTuple):
     category_ids: list[int]
     images: list[dict]  # entries of all images, in the order of their ids
     truth: list[dict]  # usable annotations; the engine calls the first one 1, and the first result row too
+    results: list[dict]  # the result rows, whose ids are integers
 
 
 def run_engine(
@@ -90,13 +93,14 @@ def run_engine(
     make_index, make_run = load_engine(engine)
     check_kind("annotations", annotations, (str, os.PathLike, Annotations, COCO), "a path or a COCO object")
     check_number("max_dets", max_dets, 1, 1_000_000, whole=True)
-    check_rows(results)
+    check_rows(results, texts=not isinstance(annotations, COCO))
     if image_ids is not None:
         check_ids("image_ids", image_ids)
     if isinstance(annotations, COCO):
         name, coco = "the COCO object", _without_numpy(annotations.dataset)
     else:
         name, coco = str(file_of(annotations)), read_annotations(annotations)
+        results = with_numbers(results, annotations)
     categories = entries_by_id(coco["categories"], "categories", "name", name)
     idle = idle_categories(categories, [*coco["annotations"], *results])  # Roboflow's group of all classes is none
     class_names = _class_names([category for category in categories if category not in idle])
@@ -120,7 +124,7 @@ def run_engine(
         run.params.maxDets = [n for n in (1, 10) if n < max_dets] + [max_dets]
         run.evaluate()
         run.accumulate()
-    return EngineRun(run, list(class_names.values()), list(class_names), images, truth)
+    return EngineRun(run, list(class_names.values()), list(class_names), images, truth, results)
 
 
 def load_engine(name: str) -> tuple[Callable[..., COCO], Callable[..., COCOeval]]:
@@ -183,8 +187,34 @@ def format_table(metrics: dict, per_class: bool = False) -> str:
     return "\n".join(lines)
 
 
-def check_rows(results: list[dict]) -> None:
-    """Raise `ValueError` unless result rows are as `to_coco_results` makes them."""
+def with_numbers(results: list[dict], annotations: str | Path | Annotations) -> list[dict]:
+    """Replace ids that are texts by the integers of `read_annotations`.
+
+    Raises:
+        ValueError: the file has no such id.
+    """
+    if not any(isinstance(row[key], str) for row in results for key in ID_KEYS):
+        return results
+    numbers = ids_of_texts(annotations if isinstance(annotations, Annotations) else Path(annotations))
+    for key in ID_KEYS:
+        if unknown := {row[key] for row in results if isinstance(row[key], str)} - numbers[key].keys():
+            what = "images" if key == "image_id" else "categories"
+            raise ValueError(
+                f"{file_of(annotations)}: has no {what} with the ids {sorted(unknown)[:5]} that results name"
+            )
+    return [row | {key: numbers[key].get(row[key], row[key]) for key in ID_KEYS} for row in results]
+
+
+def with_texts(results: list[dict], annotations: Path | Annotations) -> list[dict]:
+    """Write ids in result rows as the annotation file has them, where it has texts, so that other tools know them."""
+    texts = {key: {number: text for text, number in ids.items()} for key, ids in ids_of_texts(annotations).items()}
+    if not any(texts.values()):
+        return results
+    return [row | {key: texts[key].get(row[key], row[key]) for key in ID_KEYS} for row in results]
+
+
+def check_rows(results: list[dict], texts: bool = False) -> None:
+    """Raise `ValueError` unless result rows are as `to_coco_results` makes them; their ids may be `texts` too."""
     check_kind("results", results, list, "a list of rows that to_coco_results returns")
     for row in results:
         check_kind("results", row, dict, "a list of dicts")
@@ -194,8 +224,9 @@ def check_rows(results: list[dict]) -> None:
         numbers = [*box, row["score"]] if isinstance(box, list | tuple) and len(box) == 4 else [None]
         if not all(isinstance(x, int | float) for x in numbers):
             raise ValueError(f"results must have a bbox of 4 numbers and a score, this row has not: {row!r:.200}")
-        for name in ("image_id", "category_id"):
-            check_kind(f"results' {name}", row[name], int, "a whole number")
+        for name in ID_KEYS:
+            if not (texts and isinstance(row[name], str)):
+                check_kind(f"results' {name}", row[name], int, "a whole number")
 
 
 def summarize(scored: EngineRun) -> dict:

@@ -24,6 +24,11 @@ class Difference(NamedTuple):
     interval: Interval
 
     @property
+    def is_known(self) -> bool:
+        """Say whether the interval tells anything: an unknown one goes from -1 to 1."""
+        return self.interval.low > -1 or self.interval.high < 1
+
+    @property
     def may_be_luck(self) -> bool:
         """Say whether the interval holds 0."""
         return self.interval.low <= 0 <= self.interval.high
@@ -98,7 +103,7 @@ def format_comparison(comparison: Comparison) -> str:
         for label, name in enumerate(first.matches.class_names):
             before, after = (_number(model.matches.class_metrics[name]["AP"]) for model in (first, other))
             lines.append(f"{name:{width}}  {before:>11} -> {after}  {_signed(other.class_differences[label])}")
-    lines += ["", f"A difference is to {first.name}. Where its interval holds 0, it may be luck."]
+    lines += ["", f"A difference is to {first.name}. Where its interval holds 0, or is unknown (-), it may be luck."]
     return "\n".join(lines)
 
 
@@ -132,8 +137,8 @@ def _subtract(ap: float, first_ap: float, samples: Resampled, first: Resampled) 
 def _signed(difference: Difference | None) -> str:
     if difference is None:
         return f"{'-':>10}  {'-':>16}"
-    between = f"{difference.interval.low:+.3f} to {difference.interval.high:+.3f}"
-    return f"{difference.value:+10.3f}  {between}"
+    between = f"{difference.interval.low:+.3f} to {difference.interval.high:+.3f}" if difference.is_known else "-"
+    return f"{difference.value:+10.3f}  {between:>16}"
 
 
 def _number(value: float) -> str:

@@ -82,7 +82,7 @@ def match(
         for entry in run.evalImgs[label * sizes * len(chosen) :][: len(chosen)]
         if entry is not None and entry["dtIds"]
     ]
-    rows = [results[int(number) - 1] for entry in parts for number in entry["dtIds"]]
+    rows = [scored.results[int(number) - 1] for entry in parts for number in entry["dtIds"]]
     empty = [np.zeros((len(IOU_THRESHOLDS), 0))]
     matched = np.concatenate([entry["dtMatches"] for entry in parts] or empty, axis=1).astype(np.int64)
     ignored = np.concatenate([entry["dtIgnore"] for entry in parts] or empty, axis=1).astype(bool)

@@ -183,7 +183,7 @@ def _read_results(path: Path) -> list[dict]:
         rows = json.loads(path.read_bytes())
         if isinstance(rows, Mapping):
             raise ValueError("it holds one object, as a file of annotations does, and no list")
-        check_rows(rows)
+        check_rows(rows, texts=True)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no file of detections in COCO's results format: {error}") from error
     return rows
