@@ -279,6 +279,7 @@ def test_a_download_has_a_limit_of_size(tiny_detector, hub_on_loopback, tmp_path
     assert same(vovnet_zoo.FCOS.from_pretrained(REPO), tiny_detector)
 
 
+@pytest.mark.skipif(huggingface_hub.__version__ < "1", reason="before 1.0, huggingface_hub itself tries for 23 seconds")
 def test_offline_the_cache_is_used_at_once(tiny_detector, hub_on_loopback, monkeypatch):
     tiny_detector.push_to_hub(REPO, token=TOKEN)
     vovnet_zoo.FCOS.from_pretrained(REPO)
