@@ -192,6 +192,8 @@ def check_results(config: EvalConfig) -> None:
     given = ["--" + x.name.replace("_", "-") for x in of_models if getattr(config, x.name) != x.default]
     if config.results is not None and given:
         raise ValueError(f"--results {config.results}: its detections are there already; leave out {', '.join(given)}")
+    if config.results is not None and not config.results.exists():
+        raise ValueError(f"no such file or folder: {config.results}")
 
 
 def check_config(config: EvalConfig) -> None:

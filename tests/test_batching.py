@@ -1,11 +1,13 @@
 """Batches of `predict`: the same detections as one image at a time, in order, with few images in memory."""
 
 import itertools
+import os
 import threading
 
 import numpy as np
 import pytest
 import torch
+from launch import ROOT, run_python
 from near import assert_same_detections
 from PIL import Image
 from samples import make_confident_detector
@@ -93,6 +95,7 @@ def test_threads_of_a_process_keep_their_number(model, images):
         for workers in (2, 0):
             assert len(in_thread(lambda workers=workers: predict(model, images[:2], workers=workers))) == 2
             assert seen[-3:-1] == [3, 3] and in_thread(torch.get_num_threads) == 3 == torch.get_num_threads()
+        assert list(read_ahead(range(9), lambda item: torch.get_num_threads(), 2, 4)) == [1] * 9
     finally:
         hook.remove()
         torch.set_num_threads(before)
@@ -116,6 +119,35 @@ def test_each_part_of_a_model_keeps_its_mode(images):
     assert not model.training
     started.close()
     assert [part.training for part in model.modules()] == modes
+
+
+def test_forgotten_streams_do_not_block():
+    """The garbage collector ends them where it runs, which may be in the next call of `predict`."""
+    code = """
+import faulthandler, gc
+faulthandler.dump_traceback_later(60, exit=True)
+import torch
+from samples import make_confident_detector
+from vovnet_zoo import predict
+from vovnet_zoo.inference import evaluating
+
+model = make_confident_detector().train()
+image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+gc.set_threshold(200, 1, 1)
+for _ in range(6):
+    stream = predict(model, [image] * 3, stream=True)
+    next(stream)
+    cycle = [stream]
+    cycle.append(cycle)
+    del stream, cycle
+    for _ in range(50):
+        with evaluating(model):
+            assert not any(part.training for part in model.modules())
+gc.collect()
+print(all(part.training for part in model.modules()))
+"""
+    result = run_python(code, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    assert result.stdout == "True\n", result.stderr
 
 
 @pytest.mark.parametrize("options", [{}, {"tiles": 48, "flip": True}])

@@ -98,6 +98,23 @@ def test_folders_below_a_folder_stay(detector_folder, tmp_path, capsys):
     assert "1 label file has another name" in error and "labels/x_2.txt is for" in error and "x.png" in error
 
 
+def test_results_stay_in_their_folder(detector_folder, tmp_path, monkeypatch):
+    """Also of images beside the folder that is looked at; and frames do not replace what a folder of their name has."""
+    draw_images(tmp_path / "here", "x.png"), draw_images(tmp_path / "other", "y.png")
+    monkeypatch.chdir(tmp_path / "here")
+    model = FCOS.from_pretrained(detector_folder)
+    images = [".", "../other/y.png", "../here/../other/y.png"]
+    assert predict_files.predict_files(model, images, Path("out"), labels=True, recursive=True) == 0
+    assert sorted(x.name for x in (tmp_path / "other").iterdir()) == ["y.png"]
+    assert sorted(str(x.relative_to("out/labels")) for x in Path("out/labels").rglob("*.txt")) == [
+        *("x.txt", "y.txt", "y_2.txt")
+    ]
+    draw_images(tmp_path / "here" / "clip", "000001.png")
+    clip = draw_video(tmp_path / "here" / "clip.mp4", 3)
+    with pytest.raises(ValueError, match="clip.mp4: the results of its frames and of the images in the folder clip"):
+        predict_files.predict_files(model, [".", clip], Path("out2"), labels=True, recursive=True)
+
+
 def test_an_image_is_decoded_once(detector_folder, tmp_path, monkeypatch):
     """For the network and for its picture and crops; twice where its pixels are too many to be kept."""
     names, decoded, read_image = ["a.png", "b.png", "c.png"], [], sources.read_image

@@ -235,7 +235,7 @@ def test_eval_coco_scores_detections_of_any_detector(saved, tmp_path, capsys):
             "found.json: its detections are there already; leave out --out, --tiles",
         ),
         (dict(results=dataset.annotation_file), "is no file of detections"),
-        (dict(results=tmp_path / "nosuch.json"), "nosuch.json"),
+        (dict(results=tmp_path / "nosuch.json"), "no such file or folder: .*nosuch.json"),
     ]:
         with pytest.raises(ValueError, match=message):
             eval_coco.main(replace(config, **wrong))

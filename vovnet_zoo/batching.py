@@ -45,9 +45,9 @@ def single_threads(workers: int) -> ThreadPoolExecutor:
     """Start threads that each use one core for tensor operations, since each works on an image of its own.
 
     torch sets the number for the thread that asks, and for all threads that use torch for the first time later. So all
-    threads start here at once, and the number is put back.
+    threads start here at once, ask for it, and the number is put back.
     """
-    pool, started = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)), Barrier(workers + 1)
+    pool, started = ThreadPoolExecutor(workers, initializer=use_one_core), Barrier(workers + 1)
     with STARTING:
         count = torch.get_num_threads()
         try:
@@ -60,6 +60,12 @@ def single_threads(workers: int) -> ThreadPoolExecutor:
         finally:
             torch.set_num_threads(count)
     return pool
+
+
+def use_one_core() -> None:
+    """Let tensor operations of this thread use one core."""
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # a thread takes the number of the process when it first asks, so it has to ask now
 
 
 def group_alike(

@@ -113,8 +113,8 @@ class StrictHubMixin(PyTorchModelHubMixin):
         """Save as the mixin does, but so that every file in `save_directory` is whole at any time.
 
         Raises:
-            ValueError: the weights are not float32 or are sharded, or another `config` is given, or the model is not
-                the one that its `config` describes: `from_pretrained` could not load it. Nothing is written.
+            ValueError: the weights are not float32 or are sharded, or another `config` is given, or the tensors
+                are not those of a model that is built from its `config`. Nothing is written.
         """
         check_path("save_directory", save_directory)
         refuse_config(kwargs, self)

@@ -33,7 +33,7 @@ from .words import counted
 T = TypeVar("T")
 Network = Callable[[FCOS, Tensor, Tensor], Predictions]
 WITHOUT_COMPILER = "leave compile=True out"
-MODES = threading.Lock()
+MODES = threading.RLock()  # the garbage collector may end a forgotten stream anywhere, also where the lock is held
 # Of each model that is evaluated just now: an item for each of its users, and its parts with their modes before
 _evaluated: dict[nn.Module, tuple[list[None], list[tuple[nn.Module, bool]]]] = {}
 
@@ -104,6 +104,7 @@ def predict(
             read with `stream`.
         stream: return an iterator that yields the detections of one image after the other, and keeps few images in
             memory (about 5 times `batch_size`). The model is in eval mode until all its iterators end or are closed.
+            Threads decode images that `images` names by their paths; pixels that an iterator gives are taken at once.
         recursive: look for images in the folders below a folder too.
         urls: images may come from a server, by their http:// or https:// address.
         tiles: look at windows of this many pixels of the original image on each side, resized as an image would be, and
@@ -208,8 +209,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Of several streams of one model, in one thread or several, the last to end puts them back.
     """
     with MODES:
-        users, _ = _evaluated.setdefault(model, ([], [(part, part.training) for part in model.modules()]))
-        users.append(None)
+        users, modes = _evaluated.setdefault(model, ([], []))
+        users.append(None)  # first, so that no stream that ends in the next lines is the last
+        if not modes:
+            modes += [(part, part.training) for part in model.modules()]
         model.eval()
     try:
         yield

@@ -408,6 +408,11 @@ def check_targets(
     folders = [out / "crops"] if crops else []
     for name, source in sources.items():
         is_video = isinstance(source, Video)
+        if is_video and (labels or crops) and any(x.casefold().startswith(f"{name}/".casefold()) for x in sources):
+            raise ValueError(
+                f"{source.name}: the results of its frames and of the images in the folder {name} would have the same "
+                "names; give them in two commands"
+            )
         if pictures != "none":
             targets.append(out / f"{name}.{'mp4' if is_video else pictures}")
         if labels and is_video:
@@ -443,7 +448,9 @@ def result_name(name: str, folders: Sequence[Path]) -> str:
     """Name the results of an image as its file, in a folder of the same name if it was found below one of `folders`."""
     for folder in folders:
         if not is_url(name) and Path(name).is_relative_to(folder):
-            return Path(name).relative_to(folder).with_suffix("").as_posix()
+            below = Path(name).relative_to(folder)
+            if ".." not in below.parts:  # as in "../x.jpg", which is relative to "."
+                return below.with_suffix("").as_posix()
     return stem_of(name)
 
 
