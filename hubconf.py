@@ -42,8 +42,18 @@ def _entries():
         )
         return entry
 
+    def fcos(backbone, **kwargs):
+        """FCOS detector (arXiv 1904.01355) on any timm backbone with a feature pyramid.
+
+        Args:
+            backbone (str): the name of a timm model, such as "convnext_tiny".
+            kwargs: of vovnet_zoo.create_detector, such as num_classes, pretrained_backbone=True.
+        """
+        return _zoo.create_detector("fcos", backbone=backbone, **kwargs)
+
     entries = {name: backbone(name) for name in _vovnet.model_cfgs}
     entries |= {name: detector(name, arch["backbone"]) for name, arch in _detectors.DETECTORS.items()}
+    entries["fcos"] = fcos
     for name, entry in entries.items():
         entry.__name__ = entry.__qualname__ = name
         entry.__module__ = __name__

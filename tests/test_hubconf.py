@@ -69,6 +69,8 @@ with torch.inference_mode():
     print(len(torch.hub.load(folder, "vovnet27_slim", source="local", features_only=True).eval()(x)))
     model = torch.hub.load(folder, "fcos_vovnet39_fpn", source="local", num_classes=3, variant="published").eval()
     print(type(model).__name__, model.config["num_classes"], model(x).logits.shape[-1])
+    model = torch.hub.load(folder, "fcos", source="local", backbone="test_resnet", num_classes=3, channels=64)
+    print(type(model).__name__, model.config["backbone"])
 import vovnet_zoo
 print(vovnet_zoo.__file__)
 try:
@@ -78,12 +80,12 @@ except ValueError as error:
 """,
         hub_folder,
     )
-    assert "torch.Size([1, 1000])" in out and "\n5\n" in out and "FCOS 3 3" in out
+    assert "torch.Size([1, 1000])" in out and "\n5\n" in out and "FCOS 3 3" in out and "FCOS test_resnet" in out
     assert str(hub_folder) in out and "no weights of 'fcos_vovnet39_fpn' can be had" in out
 
 
 def test_list_and_help(hub_folder):
-    names = [*model_cfgs, *DETECTORS]
+    names = [*model_cfgs, *DETECTORS, "fcos"]
     out = run(
         f"""
 import torch

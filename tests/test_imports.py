@@ -31,6 +31,7 @@ LAYERS = [
     {"load", "publish"},
     {"demo"},
     {"__init__", "check_data", "cli", "coco_eval"},  # check_data and coco_eval are former paths of moved modules
+    {"__main__"},
 ]
 ONLY = {  # rooms that may import even less
     "data": {"arguments", "config", "files", "words"},
