@@ -116,5 +116,5 @@ def find_train_set(data: Path | None, dataset: CocoDataset) -> CocoDataset | Non
         return None
     images_dir, source = find_split(data, "train")
     found = CocoDataset(images_dir, source, known_classes=dataset.class_names)
-    is_scored = (found.images_dir, found.file_names.tolist()) == (dataset.images_dir, dataset.file_names.tolist())
-    return None if is_scored else found
+    same, other = ((x.annotation_file, x.images_dir, x.file_names.tolist()) for x in (found, dataset))
+    return None if same == other else found

@@ -119,6 +119,7 @@ def test_an_interrupt_while_torch_is_imported():
     """The script sends it to itself, after its arguments and before it imports torch."""
     code = (
         "import os, signal, sys; sys.argv = ['recipes/x.py']; from vovnet_zoo.commands import parse_command\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # as in a terminal
         "parse_command(lambda args: args); os.kill(os.getpid(), signal.SIGINT); import torch; print('imported')"
     )
     result = run_python(code)
