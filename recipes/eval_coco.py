@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds, so 
 import torch
 
 from reporting import find_train_set, save_thresholds, write_page
-from runtime import Stopped, StopSignal, check_out, log, process_group, run_command
+from runtime import Stopped, StopSignal, check_out, global_rank, log, process_group, run_command
 from scoring import score_dataset
 from vovnet_zoo import FCOS, load_detector
 from vovnet_zoo.coco_eval import format_table, load_engine
@@ -103,7 +102,7 @@ def main(config: EvalConfig) -> dict | None:
     """Score the detector; returns the metrics on rank 0, None on the others."""
     check_config(config)
     if config.results is not None:
-        return score_results(config, config.results) if int(os.environ.get("RANK", 0)) == 0 else None
+        return score_results(config, config.results) if global_rank() == 0 else None
     with process_group(config.device) as (rank, world_size, device):
         if config.compile:
             before_compiling(device.type, log.info)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from runtime import log
+from runtime import global_rank, log
 from vovnet_zoo.files import write_whole
 
 PROJECT = "vovnet_zoo"  # W&B, MLflow and trackio show runs by project; the tools' own variables name another
@@ -176,7 +176,7 @@ def check_loggers(names: Sequence[str]) -> None:
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         packages = " ".join(PACKAGES[name] for name in missing)
         raise ValueError(f"--loggers {' '.join(missing)}: not installed; pip install {packages}")
-    if "mlflow" in names and int(os.environ.get("RANK", 0)) == 0:  # two processes would make the same database
+    if "mlflow" in names and global_rank() == 0:  # two processes would make the same database
         from mlflow import MlflowClient
 
         try:

@@ -82,12 +82,17 @@ def tells_of_another(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (type(error) is RuntimeError and any(t in str(error) for t in texts))
 
 
+def global_rank() -> int:
+    """Return the number of this process in the job that torchrun started; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
 def claim(line: str) -> bool:
     """Tell whether this process is the first of those that torchrun started that asks for this line."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the store ends with the process of rank 0
-        return int(os.environ.get("RANK", 0)) == 0
+        return global_rank() == 0
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     key = f"vovnet_zoo/{start}/{hashlib.sha256(line.encode()).hexdigest()}"
     try:
@@ -126,7 +131,7 @@ def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]
     device, or if it is one GPU for several processes.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    rank, local_rank = global_rank(), int(os.environ.get("LOCAL_RANK", 0))
     start_log(rank)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if device is not None and device.startswith("cuda:") and local_size > 1:

@@ -35,6 +35,7 @@ class Annotations:
 
 
 Source = Path | Annotations
+REFERENCES = {"images": "image_id", "categories": "category_id"}  # the key by which an annotation names such an entry
 
 
 def file_of(source: str | Path | Annotations) -> Path:
@@ -77,8 +78,8 @@ def parse_annotations(data: bytes, path: str | Path, replace: Callable[[dict], A
         for i in lacking:
             rows[i] = rows[i] | {"bbox": _segmentation_box(whole[i]["segmentation"])}
     coco["images"] = [e | {"file_name": _end_of(e["coco_url"])} if _lacks_name(e) else e for e in coco["images"]]
-    for key, reference in (("images", "image_id"), ("categories", "category_id")):
-        numbers = _numbers_of([entry.get("id") if isinstance(entry, dict) else None for entry in coco[key]])
+    for key, reference in REFERENCES.items():
+        numbers = _numbers_of(coco[key])
         if numbers:
             coco[key] = [e | {"id": numbers.get(e.get("id"), e["id"])} if _has_id(e) else e for e in coco[key]]
         for i in places:
@@ -92,11 +93,12 @@ def parse_annotations(data: bytes, path: str | Path, replace: Callable[[dict], A
     return coco
 
 
-def _numbers_of(ids: list) -> dict[Any, int]:
-    """Map the ids that are texts or decimals to integers: to the numbers that they are.
+def _numbers_of(entries: list) -> dict[Any, int]:
+    """Map the ids of entries that are texts or decimals to integers: to the numbers that they are.
 
     Ids that are all texts, and not all numbers, become their positions. An id that is missing from the result stays.
     """
+    ids: list = [entry.get("id") if isinstance(entry, dict) else None for entry in entries]
     if all(isinstance(text, str) for text in ids) and not all(map(_is_number, ids)):
         return {text: i for i, text in enumerate(dict.fromkeys(ids), start=1)}
     return {x: int(x) for x in ids if type(x) in (str, float) and _is_number(x)}
@@ -110,12 +112,11 @@ def ids_of_texts(source: Source) -> dict[str, dict[str, int]]:
     """
     while isinstance(source, Annotations) and isinstance(source.read, Changed):
         source = source.read.source
-    found: dict[str, dict[str, int]] = {"image_id": {}, "category_id": {}}
+    found: dict[str, dict[str, int]] = {reference: {} for reference in REFERENCES.values()}
     if not isinstance(source, Annotations):
         coco = parse_json(read_bytes(source, "annotation file"))
-        for key, reference in (("images", "image_id"), ("categories", "category_id")):
-            numbers = _numbers_of([entry.get("id") if isinstance(entry, dict) else None for entry in coco[key]])
-            found[reference] = {text: number for text, number in numbers.items() if isinstance(text, str)}
+        for key, reference in REFERENCES.items():
+            found[reference] = {text: i for text, i in _numbers_of(coco[key]).items() if isinstance(text, str)}
     return found
 
 

@@ -177,11 +177,15 @@ def _has_images(folder: Path, file: Path) -> bool:
 SMALL = 4_000_000  # bytes of an annotation file that is read in less than a second
 
 
+def _json_files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.glob("*.json")) if not is_of_macos(path)]
+
+
 def _coco(root: Path) -> dict[str, list[Split]]:
     """Find COCO JSON files of any name, and the images that they name."""
     files: dict[str, list[Path]] = {}
     for folder in (root, *folders_below(root, 3)):
-        inside = [x for x in sorted(folder.glob("*.json")) if not OTHER_TASKS.match(x.name) and not is_of_macos(x)]
+        inside = [path for path in _json_files(folder) if not OTHER_TASKS.match(path.name)]
         if len(inside) > MANY:  # a file for each image, as labelme writes them
             continue
         for path in inside:
@@ -248,7 +252,7 @@ def _broken(root: Path, word: str) -> str:
     if is_dataset_file(root):
         return ""
     for folder in (root, *folders_below(root, 3)):
-        for path in [path for path in sorted(folder.glob("*.json")) if not is_of_macos(path)][:MANY]:
+        for path in _json_files(folder)[:MANY]:
             if word and (split_word(path.stem) or split_word_of_folders(path, root)) == word and os.path.isfile(path):
                 try:
                     parse_json(path.read_bytes())
