@@ -63,7 +63,7 @@ class EvalConfig:
     device: str | None = None
     """torch device; default: the GPU where there is one."""
     engine: Literal["pycocotools", "faster"] = "pycocotools"
-    """The package that computes the scores; "faster" gives the same numbers and needs faster-coco-eval installed."""
+    """The package that computes the scores; "faster" gives the same numbers and needs hotcoco installed."""
     results: Path | None = None
     """COCO results JSON, of any detector, or a run folder, whose detections are scored instead of a model's."""
 
@@ -85,8 +85,7 @@ from vovnet_zoo.config import RANGES as MODEL_RANGES
 from vovnet_zoo.data import CocoDataset, changed, difficult_as_crowd, without_classes
 from vovnet_zoo.data.layouts import OTHER_SPLIT, choose_split
 from vovnet_zoo.evaluation.analysis import analyse
-from vovnet_zoo.evaluation.coco_eval import coco_metrics, with_texts
-from vovnet_zoo.evaluation.errors import load_hotcoco
+from vovnet_zoo.evaluation.coco_eval import coco_metrics, load_hotcoco, with_texts
 from vovnet_zoo.evaluation.runs import read_run, scored_ids
 from vovnet_zoo.exported import ExportedDetector
 from vovnet_zoo.files import write_whole

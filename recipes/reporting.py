@@ -11,7 +11,7 @@ from typing import Any
 from runtime import environment, log
 from vovnet_zoo.data import CocoDataset, find_split, split_candidates
 from vovnet_zoo.evaluation.analysis import Analysis, analyse
-from vovnet_zoo.evaluation.errors import load_hotcoco
+from vovnet_zoo.evaluation.coco_eval import load_hotcoco
 from vovnet_zoo.evaluation.report import write_report
 from vovnet_zoo.evaluation.runs import DETECTIONS, read_run, scored_ids
 from vovnet_zoo.evaluation.thresholds import any_right

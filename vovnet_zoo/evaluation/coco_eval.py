@@ -1,7 +1,6 @@
 """This module computes COCO's average precision of boxes, from detections that may lie on several ranks."""
 
 import contextlib
-import functools
 import gc
 import io
 import logging
@@ -34,6 +33,7 @@ from ..words import counted
 
 logger = logging.getLogger(__name__)
 ID_KEYS = ("image_id", "category_id")
+_hotcoco_process: int | None = None  # the process that has used hotcoco
 
 
 def coco_metrics(
@@ -105,7 +105,7 @@ def run_engine(
     idle = idle_categories(categories, [*coco["annotations"], *results])  # Roboflow's group of all classes is none
     class_names = _class_names([category for category in categories if category not in idle])
     images = entries_by_id(coco["images"], "images", "file_name", name)
-    # engines get positions instead of ids, because "faster" would round ids beyond 2^53
+    # engines get positions instead of ids, which may be of any size
     image_index = {image["id"]: i for i, image in enumerate(images)}
     label_of = {category_id: label for label, category_id in enumerate(class_names)}
     _check_results(results, image_index, label_of, name)
@@ -116,8 +116,9 @@ def run_engine(
     if dropped := len(coco["annotations"]) - len(truth):
         logger.warning("%s: %s left out of the ground truth", name, counted(dropped, "unusable annotation"))
     with contextlib.redirect_stdout(io.StringIO()), _without_gc():
-        expected = _index(make_index(), truth, [_area(row) for row in truth], image_index, label_of)
-        found = _index(make_index(), results, [_box_area(row) for row in results], image_index, label_of)
+        nothing = image_ids is not None and not len(image_ids)  # "faster" takes no images as all images
+        expected = _index(make_index(), [] if nothing else truth, _area, image_index, label_of)
+        found = _index(make_index(), [] if nothing else results, _box_area, image_index, label_of)
         run = make_run(expected, found, "bbox")
         if image_ids is not None:
             run.params.imgIds = sorted({image_index[image_id] for image_id in image_ids})
@@ -130,21 +131,40 @@ def run_engine(
 def load_engine(name: str) -> tuple[Callable[..., COCO], Callable[..., COCOeval]]:
     """Return the two classes of an engine that stand for pycocotools' `COCO` and `COCOeval`.
 
-    The engine "faster" is the package faster-coco-eval, whose numbers equal pycocotools' to 1e-12.
+    The engine "faster" is the package hotcoco, whose numbers equal pycocotools' to 1e-12.
 
     Raises:
         ValueError: the name is neither "pycocotools" nor "faster".
-        ImportError: the package faster-coco-eval is not installed.
+        ImportError, RuntimeError: as for `load_hotcoco`.
     """
     if name == "pycocotools":
         return COCO, COCOeval
     if name != "faster":
         raise ValueError(f"the engine's name is 'pycocotools' or 'faster', not {name!r}")
+    hotcoco = load_hotcoco()
+    return hotcoco.COCO, hotcoco.COCOeval
+
+
+def load_hotcoco() -> Any:
+    """Import the package hotcoco (MIT), which computes in threads of its own.
+
+    Raises:
+        ImportError: it is not installed.
+        RuntimeError: this process is a copy, made by fork, of one that has used it. The copy lacks the threads, and
+            hotcoco would wait for them without end.
+    """
+    global _hotcoco_process
     try:
-        import faster_coco_eval
+        import hotcoco
     except ImportError as error:
-        raise ImportError("engine 'faster' needs a package: pip install -U faster-coco-eval") from error
-    return faster_coco_eval.COCO, functools.partial(faster_coco_eval.COCOeval_faster, print_function=logger.debug)
+        raise ImportError("the engine 'faster' and reports need a package: pip install 'hotcoco>=1.3,<2'") from error
+    if _hotcoco_process not in (None, os.getpid()):
+        raise RuntimeError(
+            "hotcoco was used before this process was forked, and would hang here; start processes with 'spawn' or "
+            "'forkserver', or use engine 'pycocotools'"
+        )
+    _hotcoco_process = os.getpid()
+    return hotcoco
 
 
 def gather_results(
@@ -266,7 +286,11 @@ def _merge(parts: list[tuple[list[dict], list[int]]]) -> list[dict]:
 
 
 def _index(
-    index: COCO, rows: list[dict], areas: list[float], image_index: dict[int, int], label_of: dict[int, int]
+    index: COCO,
+    rows: list[dict],
+    area_of: Callable[[dict], float],
+    image_index: dict[int, int],
+    label_of: dict[int, int],
 ) -> COCO:
     """Fill an engine's empty index with ground truth or result rows.
 
@@ -274,7 +298,7 @@ def _index(
     """
     index.dataset = {
         "images": [{"id": i} for i in image_index.values()],
-        "categories": [{"id": label} for label in label_of.values()],
+        "categories": [{"id": label, "name": str(label)} for label in label_of.values()],
         "annotations": [
             {  # other keys of the row are left out, because engines give a meaning to some
                 "id": i,  # from 1: id 0 means "not matched"
@@ -282,10 +306,10 @@ def _index(
                 "category_id": label_of[row["category_id"]],
                 "bbox": row["bbox"],
                 "score": row.get("score", 0),
-                "area": area,
+                "area": area_of(row),
                 "iscrowd": int(is_crowd(row)),
             }
-            for i, (row, area) in enumerate(zip(rows, areas, strict=True), start=1)
+            for i, row in enumerate(rows, start=1)
         ],
     }
     index.createIndex()

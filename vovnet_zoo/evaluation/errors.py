@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .coco_eval import load_hotcoco
 from .matches import Matches
 from .thresholds import AT_IOU_50, is_kept
 
@@ -73,19 +74,6 @@ def calibration(matches: Matches) -> Calibration:
     found = _run(matches, np.ones(len(matches.det_score), dtype=bool)).calibration(n_bins=10, iou_threshold=0.5)
     columns = [[row[key] for row in found["bins"]] for key in ("avg_confidence", "avg_accuracy", "count")]
     return Calibration(float(found["ece"]), *columns)
-
-
-def load_hotcoco() -> Any:
-    """Import hotcoco.
-
-    Raises:
-        ImportError: it is not installed; the message says how to install it.
-    """
-    try:
-        import hotcoco
-    except ImportError as error:
-        raise ImportError("the analysis of errors needs a package: pip install 'hotcoco>=1.3'") from error
-    return hotcoco
 
 
 def _run(matches: Matches, chosen: np.ndarray) -> Any:
