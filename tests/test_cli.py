@@ -318,7 +318,7 @@ def test_check_and_convert_data_of_other_formats(tmp_path, monkeypatch, capsys):
     assert "image/s" not in printed.err  # no bar where there is no terminal
     status, printed = run("convert-data", tmp_path / "yolo", tmp_path / "coco")
     assert status == 0 and f"train: {tmp_path / 'coco' / 'annotations' / 'instances_train.json'}" in printed.out
-    assert run("convert-data", tmp_path / "yolo", tmp_path / "coco")[0] == 2
+    assert run("convert-data", tmp_path / "coco", "--data", tmp_path / "yolo")[0] == 2  # it is there
     named = []
     for split in ("train", "val"):
         named += [f"--{split}", tmp_path / "coco" / "annotations" / f"instances_{split}.json"]
@@ -326,7 +326,7 @@ def test_check_and_convert_data_of_other_formats(tmp_path, monkeypatch, capsys):
     status, printed = run("check-data", *named, "--workers", "0")
     assert status == 0 and "train: 8 images, 14 boxes, 2 classes" in printed.out
     layouts.fiftyone_single(tmp_path / "one")
-    assert run("check-data", tmp_path / "one", "--workers", "0")[0] == 1
+    assert run("check-data", "--workers", "0", f"--data={tmp_path / 'one'}")[0] == 1  # as for a training
     assert run("check-data", tmp_path / "one", "--workers", "0", "--val-fraction", "0.2")[0] == 0
     for wrong in ([], named[:3], ["--val", named[1]], [tmp_path / "one", "--val-fraction", "2"]):
         status, printed = run("check-data", *wrong)

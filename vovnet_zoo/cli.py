@@ -338,6 +338,8 @@ def run_command(arguments: list[str], debug: bool) -> None:
     check_completion(arguments)
     check_first(arguments, COMMANDS, "command")
     typed = arguments[1:]
+    if arguments[:1] in (["check-data"], ["convert-data"]):
+        arguments = arguments[:1] + data_first(typed)
     if arguments[:1] == ["show-data"]:
         arguments = ["show-data", *split_arguments(typed)[0]]
     planning = arguments[:1] == ["plan"]
@@ -365,6 +367,16 @@ def run_command(arguments: list[str], debug: bool) -> None:
         Plan: lambda _: run_recipe("plan", typed, debug),
     }
     run[type(command)](command)
+
+
+def data_first(typed: list[str]) -> list[str]:
+    """Put the dataset's folder first, where it was typed as for a training: `--data DATA` or `--data=DATA`."""
+    for i, text in enumerate(typed):
+        if text == "--data" and i + 1 < len(typed):
+            return [typed[i + 1], *typed[:i], *typed[i + 2 :]]
+        if text.startswith("--data="):
+            return [text.removeprefix("--data="), *typed[:i], *typed[i + 1 :]]
+    return typed
 
 
 def run_predict(command: Predict) -> None:
