@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from runtime import Stopped, StopSignal, all_reduce, gather
 from vovnet_zoo import FCOS, predict
-from vovnet_zoo.coco_eval import evaluate, gather_results, load_engine
+from vovnet_zoo.coco_eval import evaluate, gather_results
 from vovnet_zoo.data import CocoDataset, Skipped
+from vovnet_zoo.evaluation.coco_eval import fastest_engine
 from vovnet_zoo.exported import ExportedDetector
 from vovnet_zoo.inference import PredictOptions, padded_size
 from vovnet_zoo.sources import Frame
@@ -75,15 +76,6 @@ def score_dataset(
     if stop and (code := int(all_reduce(torch.tensor(stopped), torch.distributed.ReduceOp.MAX))):
         raise Stopped(code)  # in all processes
     return results, metrics
-
-
-def fastest_engine() -> str:
-    """Name the fastest engine of `coco_eval.load_engine` that can be used here. All give the same numbers."""
-    try:
-        load_engine("faster")
-    except (ImportError, RuntimeError):
-        return "pycocotools"
-    return "faster"
 
 
 def _read(dataset: CocoDataset, index: int) -> Tensor:

@@ -14,8 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 
-from scoring import fastest_engine
-from vovnet_zoo.evaluation import coco_eval
+from vovnet_zoo.evaluation import coco_eval, matches
 from vovnet_zoo.evaluation.matches import match
 
 
@@ -337,6 +336,23 @@ def test_faster_engine_has_the_same_numbers(write, seed):
     assert len({round(ap, 3) for ap in aps}) > 20
 
 
+def test_matches_do_not_depend_on_the_engine(write, monkeypatch):
+    pytest.importorskip("hotcoco")
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(12):
+        coco, results = random_set(rng, int(rng.integers(1, 12)), int(rng.integers(1, 6)), 8, 40)
+        image_ids, file = [image["id"] for image in coco["images"]], write(coco)
+        for chosen in (None, image_ids[::2], []):
+            both = []
+            for engine in ("pycocotools", "faster"):
+                monkeypatch.setattr(matches, "fastest_engine", lambda engine=engine: engine)
+                both.append(vars(match(file, results, image_ids=chosen)))
+            for name, wanted in both[0].items():
+                np.testing.assert_equal(both[1][name], wanted, err_msg=name)
+            found += (both[0]["det_true"] >= 0).sum()
+    assert found > 500
+
+
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
 def test_faster_engine_on_real_ground_truth(coco_mini, split, capfd, caplog):
     pytest.importorskip("hotcoco")
@@ -382,7 +398,7 @@ def test_the_faster_engine_in_a_forked_process(write, monkeypatch):
         try:
             coco_eval.coco_metrics(file, [], engine="faster")
         except RuntimeError as error:
-            pipe.send((str(error), fastest_engine()))
+            pipe.send((str(error), coco_eval.fastest_engine()))
 
     ours, theirs = mp.Pipe()
     process = mp.get_context("fork").Process(target=use_it, args=(theirs,), daemon=True)
@@ -391,7 +407,7 @@ def test_the_faster_engine_in_a_forked_process(write, monkeypatch):
     message, chosen = ours.recv()
     process.join()
     assert "'spawn' or 'forkserver', or use engine 'pycocotools'" in message and chosen == "pycocotools"
-    assert fastest_engine() == "faster"
+    assert coco_eval.fastest_engine() == "faster"
 
 
 @pytest.mark.slow

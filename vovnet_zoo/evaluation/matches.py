@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 from pycocotools.coco import COCO
 
 from ..data import Annotations, is_crowd
-from .coco_eval import run_engine, summarize
+from .coco_eval import fastest_engine, run_engine, summarize, without_gc
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 SIZES = ("s", "m", "l")  # below 32^2, between, and above 96^2 square pixels
@@ -59,11 +60,11 @@ def match(
     max_dets: int = 100,
 ) -> Matches:
     """Match result rows with the objects of an annotation file; arguments and errors are as for `coco_metrics`."""
-    scored = run_engine(annotations, results, image_ids=image_ids, max_dets=max_dets)
-    run, truth = scored.run, scored.truth
+    engine = fastest_engine()
+    scored = run_engine(annotations, results, image_ids=image_ids, max_dets=max_dets, engine=engine)
+    run, truth, chosen = scored.run, scored.truth, scored.scored
     image_of = {image["id"]: i for i, image in enumerate(scored.images)}
     label_of = {category_id: label for label, category_id in enumerate(scored.category_ids)}
-    chosen = [int(i) for i in run.params.imgIds]
     place = np.full(len(scored.images), -1)  # of each image among the scored ones
     place[chosen] = np.arange(len(chosen))
 
@@ -74,14 +75,17 @@ def match(
     true_of = np.full(len(truth) + 1, -1)  # by the engine's number of an object, which is 0 for none
     true_of[kept + 1] = np.arange(len(kept))
 
-    # The engine lists its matches by class, object size (the first is any size) and image.
-    sizes = len(run.params.areaRng)
-    parts = [
-        entry
-        for label in range(len(scored.class_names))
-        for entry in run.evalImgs[label * sizes * len(chosen) :][: len(chosen)]
-        if entry is not None and entry["dtIds"]
-    ]
+    # The engine lists its matches by class, image and object size, in an order of its own; the first size is any.
+    metrics, precision, recall = summarize(scored), run.eval["precision"][..., -1], run.eval["recall"][..., -1]
+    any_size = list(run.params.areaRng[0])
+    if engine == "faster":  # its lists of all sizes would take 8 GiB for COCO's val
+        run.params.areaRng = [any_size]
+        run.evaluate()
+    with without_gc():
+        parts = [
+            entry for entry in run.evalImgs if entry is not None and entry["dtIds"] and list(entry["aRng"]) == any_size
+        ]
+    parts.sort(key=itemgetter("category_id", "image_id"))
     rows = [scored.results[int(number) - 1] for entry in parts for number in entry["dtIds"]]
     empty = [np.zeros((len(IOU_THRESHOLDS), 0))]
     matched = np.concatenate([entry["dtMatches"] for entry in parts] or empty, axis=1).astype(np.int64)
@@ -100,8 +104,8 @@ def match(
         det_score=np.array([row["score"] for row in rows], dtype=np.float64),
         det_true=true_of[matched],
         det_counts=~ignored,
-        metrics=summarize(scored),
-        class_metrics=_class_metrics(run.eval["precision"][..., -1], run.eval["recall"][..., -1], scored.class_names),
+        metrics=metrics,
+        class_metrics=_class_metrics(precision, recall, scored.class_names),
     )
 
 
