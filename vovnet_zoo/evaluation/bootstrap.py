@@ -166,8 +166,8 @@ def _class_ap(matches: Matches, label: int, weights: np.ndarray) -> np.ndarray:
             if not len(hit):
                 continue
             # Between two right detections the recall stays, and the precision falls, so only the right ones matter.
-            kept = (every if counts.all() else np.cumsum(drawn * counts, axis=1))[:, hit]  # [b,H]
-            found = np.cumsum(drawn[:, hit], axis=1)  # [b,H]
+            kept = (every if counts.all() else np.cumsum(drawn * counts, axis=1, dtype=np.int32))[:, hit]  # [b,H]
+            found = np.cumsum(drawn[:, hit], axis=1, dtype=np.int32)  # [b,H]
             precision = found / (kept + np.spacing(1))
             precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
             recall = found / np.maximum(total[part, None], 1)
