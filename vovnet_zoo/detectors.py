@@ -134,16 +134,20 @@ def create_detector(
     return model
 
 
-def load_detector(source: str) -> FCOS:
+def load_detector(source: str, **options: Unpack[hub.HubOptions]) -> FCOS:
     """Load a trained detector: of a folder, the Hub ("organisation/name[@revision]"), or the table ("name.tag").
+
+    `options` are passed to `FCOS.from_pretrained`; the table has none but `map_location`.
 
     Raises:
         ValueError: see `FCOS.from_pretrained` and `create_detector`.
         OSError: see there.
     """
     if source.split(".")[0] in DETECTORS and not Path(source).is_dir():
-        return create_detector(source, pretrained=True)
-    return FCOS.from_pretrained(source)
+        device = hub.as_device(options.pop("map_location", "cpu"))
+        hub.refuse_options(source, options, "a name in the table of weights")
+        return create_detector(source, pretrained=True).to(device)
+    return FCOS.from_pretrained(source, **options)
 
 
 def list_detectors(*, pretrained: bool = False) -> list[str]:

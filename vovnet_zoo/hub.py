@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypedDict, TypeVar
 
 import huggingface_hub
 import torch
@@ -26,6 +26,17 @@ T = TypeVar("T")
 CONFIG, WEIGHTS, CARD = constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, "README.md"
 KINDS: dict[str, dict[str, Any]] = {"model": {}, "space": {"repo_type": "space", "space_sdk": "gradio"}}
 MAX_CONFIG_BYTES, MAX_BYTES = 16 << 20, 8 << 30  # of a configuration, and of weights
+
+
+class HubOptions(TypedDict, total=False):
+    """`from_pretrained` has these options beside the arguments of the model."""
+
+    force_download: bool
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    revision: str | None
+    map_location: str | torch.device
 
 
 class StrictHubMixin(PyTorchModelHubMixin):
@@ -75,10 +86,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
                 check_kind(name, value, kinds, "a text")
         if cache_dir is not None:
             check_path("cache_dir", cache_dir)
-        try:
-            map_location = torch.device(map_location)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"map_location={map_location!r:.200}: {str(error).splitlines()[0]}") from error
+        map_location = as_device(map_location)
         source = str(pretrained_model_name_or_path)
         if Path(source).is_dir():
             config_file, weights_file = find_files(source)
@@ -156,6 +164,20 @@ class StrictHubMixin(PyTorchModelHubMixin):
             "parameters": f"{sum(p.numel() for p in self.parameters()):,}",
         }
         return model_card({**known, **facts}, info.model_card_data)
+
+
+def as_device(map_location: str | torch.device) -> torch.device:
+    """Return the device of this name. Raises `ValueError` where there is none."""
+    try:
+        return torch.device(map_location)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"map_location={map_location!r:.200}: {str(error).splitlines()[0]}") from error
+
+
+def refuse_options(source: str, options: Mapping[str, Any], kind: str) -> None:
+    """Raise `ValueError` if there are options of the Hub for a source of another kind."""
+    if given := [name for name, value in options.items() if value not in (None, False)]:
+        raise ValueError(f"{source} is {kind}, for which there is no {' or '.join(given)}; leave it out")
 
 
 def refuse_config(options: Mapping[str, Any], model: Any) -> None:
@@ -477,7 +499,8 @@ USAGE = {
 import vovnet_zoo
 
 model = vovnet_zoo.FCOS.from_pretrained("{repo_id}")
-print(vovnet_zoo.predict(model, "photo.jpg"))  # boxes (x1, y1, x2, y2) in pixels, scores, labels
+(found,) = vovnet_zoo.predict(model, "photo.jpg")
+print(found.names, found["boxes"], found["scores"])  # boxes (x1, y1, x2, y2) in pixels
 """,
     ("vovnet_zoo", "image-feature-extraction"): """\
 import timm
