@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from vovnet_zoo import FCOS, FCOSLoss, Predictions, create_detector, detectors
@@ -42,6 +43,7 @@ def test_predictions_are_the_flattened_heads():
         features = model.forward_features(images)
         cls, reg, ctr = model.forward_head(features)
     assert isinstance(preds, Predictions)
+    assert repr(preds).startswith("Predictions(logits=float32 [2, 129, 3], distances=float32 [2, 129, 4], ")
     assert [tuple(x.shape) for x in features] == [(2, 64, h, w) for h, w in ((8, 12), (4, 6), (2, 3), (1, 2), (1, 1))]
     # the point of row 3, column 5 at stride 8
     at = 3 * 12 + 5
@@ -72,6 +74,23 @@ def test_variants_compute_what_they_say():
 def test_initial_foreground_probability():
     preds = tiny(prior=0.02).eval()(torch.zeros(1, 3, 64, 64))
     assert preds.logits.sigmoid().mean().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("frozen_norm", [False, True])
+def test_layer_decay_of_timm(frozen_norm):
+    """timm's optimizers give FPN and head the whole learning rate, and each part of the backbone less, the first least.
+
+    Each parameter is in one group.
+    """
+    model = tiny(frozen_norm=frozen_norm)
+    optimizer = create_optimizer_v2(model, "sgd", lr=1, weight_decay=0.1, layer_decay=0.5)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(scales) == sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    parts = {name.split(".")[1]: scales[id(p)] for name, p in model.backbone.named_parameters(prefix="backbone")}
+    assert parts == {"conv1": 1 / 32, "layer1": 1 / 16, "layer2": 1 / 8, "layer3": 1 / 4, "layer4": 1 / 2} | (
+        {} if frozen_norm else {"bn1": 1 / 32}
+    )
+    assert {scales[id(p)] for part in (model.fpn, model.head) for p in part.parameters()} == {1}
 
 
 def test_frozen_norm_has_no_trainable_norm():

@@ -16,11 +16,12 @@ import eval_coco
 import step as step_module
 import train_coco
 from build import build_model, known_rows, load_start
-from optim import create_optimizer, depth_below_top, lr_factor, set_lr
+from optim import create_optimizer, lr_factor, set_lr
 from presets import PRESETS, TrainConfig
 from run_folder import list_checkpoints, load_checkpoint, refuse_changes
 from training_run import set_up
 from vovnet_zoo import FCOS, create_detector, inference
+from vovnet_zoo.backbone import depth_below_top
 from vovnet_zoo.config import VARIANTS
 
 
