@@ -4,6 +4,7 @@
 each argument; a function or argument that is new to the library and not in the table fails a test.
 """
 
+import copy
 import inspect
 import json
 import re
@@ -144,6 +145,15 @@ def make_table(model, folder, coco) -> dict[str, Row]:
             model.forward_head,
             dict(features=features),
             dict(features=[None, 5, features[0], features[:4], [x[0] for x in features], [x[:, :5] for x in features]]),
+        ),
+        "FCOS.reset_classifier": Row(
+            copy.deepcopy(model).reset_classifier,
+            dict(num_classes=2, class_names=["cat", "owl"], category_ids=[3, 4]),
+            dict(
+                num_classes=[*numbers["num_classes"], 3],
+                class_names=["cat", ["a"], [1, 2]],
+                category_ids=["12", [1], [1, 1]],
+            ),
         ),
         "FCOS.group_matcher": Row(model.group_matcher, {}, dict(coarse=NOT_A_FLAG)),
         "FCOS.set_grad_checkpointing": Row(
@@ -580,10 +590,10 @@ class FakeHalf:
 
 FUNCTIONS = [
     "FCOS", "FCOS.forward", "FCOS.make_points", "FCOS.forward_features", "FCOS.forward_head",
-    "FCOS.group_matcher", "FCOS.set_grad_checkpointing", "FCOS.from_pretrained", "FCOS.save_pretrained",
-    "FCOS.push_to_hub", "FCOS.complete_config", "FCOS.generate_model_card", "FCOSLoss", "FCOSLoss.of",
-    "FCOSLoss.forward", "FCOSLoss.compare", "FCOSLoss.assign", "FCOSLoss.normalizers", "Predictions", "assign_targets",
-    "compile_detector", "the function of compile_detector", "export_detector", "load_detector",
+    "FCOS.reset_classifier", "FCOS.group_matcher", "FCOS.set_grad_checkpointing", "FCOS.from_pretrained",
+    "FCOS.save_pretrained", "FCOS.push_to_hub", "FCOS.complete_config", "FCOS.generate_model_card", "FCOSLoss",
+    "FCOSLoss.of", "FCOSLoss.forward", "FCOSLoss.compare", "FCOSLoss.assign", "FCOSLoss.normalizers", "Predictions",
+    "assign_targets", "compile_detector", "the function of compile_detector", "export_detector", "load_detector",
     "create_detector", "list_detectors", "postprocess", "predict", "CocoDataset", "coco_metrics", "to_coco_results",
     "draw_detections", "gather_results", "format_table", "load_engine", "available", "class_nms", "nms_fixed",
     "use_winograd", "fuse_for_training", "freeze", "is_eligible", "FrozenWinogradConv2d", "conv3x3",

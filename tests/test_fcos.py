@@ -76,6 +76,24 @@ def test_initial_foreground_probability():
     assert preds.logits.sigmoid().mean().item() == pytest.approx(0.02, rel=0.05)
 
 
+def test_other_classes(tmp_path):
+    """A detector learns other classes: what it knows of a class by name stays, the rest is as in a new one."""
+    model = tiny(class_names=["cat", "dog", "cow"], thresholds={"dog": 0.5}, category_ids=[3, 4, 5], prior=0.02).half()
+    before, images = {k: v.clone() for k, v in model.state_dict().items()}, torch.zeros(1, 3, 64, 64)
+    model.reset_classifier(2, ["owl", "dog"])
+    layer = model.head.cls_logits
+    assert layer.weight.dtype == torch.float16 and torch.equal(layer.weight[1], before["head.cls_logits.weight"][1])
+    assert layer.bias[0].item() == pytest.approx(-3.89, abs=0.01) and 0.005 < layer.weight[0].std() < 0.02
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "cls_logits" not in k)
+    assert (model.num_classes, model.class_names) == (2, ["owl", "dog"])
+    assert model.config["thresholds"] is None and model.config["category_ids"] is None
+    model.float().save_pretrained(tmp_path)
+    again = FCOS.from_pretrained(tmp_path)
+    assert torch.equal(again(images).logits, model.eval()(images).logits) and again.config == model.config
+    with pytest.raises(ValueError, match="num_classes=5: the model has 2 .*; .* model.reset_classifier"):
+        FCOS.from_pretrained(tmp_path, num_classes=5)
+
+
 @pytest.mark.parametrize("frozen_norm", [False, True])
 def test_layer_decay_of_timm(frozen_norm):
     """timm's optimizers give FPN and head the whole learning rate, and each part of the backbone less, the first least.

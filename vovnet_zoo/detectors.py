@@ -219,5 +219,8 @@ def _load(name: str, variant: VariantName | None, num_classes: int | None, kwarg
     if num_classes is not None:
         wanted["num_classes"] = num_classes
     if wrong := [f"{k}={config[k]!r}, not {v!r}" for k, v in wanted.items() if config[k] != v]:
-        raise ValueError(f"the weights {key} were trained with {', '.join(wrong)}; leave it out, or train your own")
+        hint = "leave it out, or train your own"
+        if len(wrong) == 1 and num_classes not in (None, config["num_classes"]):
+            hint = "leave it out, and model.reset_classifier(num_classes) lets the model learn others"
+        raise ValueError(f"the weights {key} were trained with {', '.join(wrong)}; {hint}")
     return model

@@ -263,6 +263,31 @@ class FCOS(
                 raise ValueError(f"timm has no gradient checkpointing for the feature maps of {name!r}") from error
         self.head.grad_checkpointing = enable
 
+    def reset_classifier(
+        self, num_classes: int, class_names: Sequence[str] | None = None, category_ids: Sequence[int] | None = None
+    ) -> None:
+        """Let the detector learn other classes: their last convolution is a new one, and all else stays.
+
+        A class that the detector has by its name keeps its weights. The arguments are those of `FCOS`; `config` holds
+        them then, and no `thresholds`. Make the optimizer afterwards.
+
+        Raises:
+            ValueError: an argument is out of range, or there is not one name and one id for each class.
+        """
+        config: dict[str, Any] = {**self.config, "num_classes": num_classes, "class_names": class_names}
+        config |= {"category_ids": category_ids, "thresholds": None}
+        check_config(config)
+        old, rows = self.head.cls_logits, shared_classes(self.class_names, config["class_names"])
+        new = nn.Conv2d(config["channels"], config["num_classes"], 3, padding=1).to(old.weight)
+        nn.init.normal_(new.weight, std=0.01)  # as FCOSHead does
+        nn.init.constant_(new.get_parameter("bias"), prior_bias(config["prior"]))
+        with torch.no_grad():
+            for now, before in rows:
+                for ours, theirs in zip(new.parameters(), old.parameters(), strict=True):
+                    ours[now] = theirs[before]
+        self.head.cls_logits = new
+        cast(dict[str, Any], self.config).update(config)  # which save_pretrained writes
+
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Return the function by which timm's optimizers with `layer_decay` group the parameters, the first part first.
 
@@ -444,7 +469,7 @@ class FCOSHead(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.get_parameter("bias"))
-        nn.init.constant_(self.cls_logits.get_parameter("bias"), -math.log((1 - prior) / prior))
+        nn.init.constant_(self.cls_logits.get_parameter("bias"), prior_bias(prior))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         recompute = self.grad_checkpointing and self.training
@@ -463,6 +488,17 @@ class FCOSHead(nn.Module):
         centered = box_maps if self.centerness_on == "box" else cls_maps
         cls, raw = [self.cls_logits(x) for x in cls_maps], [self.box_distances(x) for x in box_maps]
         return cls, raw, [self.centerness(x) for x in centered]
+
+
+def prior_bias(prior: float) -> float:
+    """Return the logit of the probability `prior`."""
+    return -math.log((1 - prior) / prior)
+
+
+def shared_classes(before: Sequence[str] | None, now: Sequence[str] | None) -> list[tuple[int, int]]:
+    """List the label of each class that was there before by its name, and the label that it had then."""
+    labels = {name: i for i, name in enumerate(before or ())}
+    return [(i, labels[name]) for i, name in enumerate(now or ()) if name in labels]
 
 
 class Tower(nn.Sequential):

@@ -7,7 +7,8 @@ import hashlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, TypeVar
 
@@ -102,7 +103,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
             config_file = download(source, CONFIG, revision=revision, **options)
             commit = config_file.parent.name  # a push in between must not mix two commits
             weights_file = download(source, WEIGHTS, revision=commit, **options)
-        config = {**read_config(config_file, cls, known=model_kwargs), **model_kwargs}
+        config = {**read_config(config_file, cls, model_kwargs), **model_kwargs}
         try:
             skeleton: Any = build_empty(lambda: cls(**config))  # a Module too
         except ValueError as error:
@@ -231,12 +232,13 @@ def find_files(folder: str | Path) -> tuple[Path, Path]:
     return files
 
 
-def read_config(path: Path, cls: type[StrictHubMixin], known: Collection[str] = ()) -> dict[str, Any]:
+def read_config(path: Path, cls: type[StrictHubMixin], known: Mapping[str, Any]) -> dict[str, Any]:
     """Read the arguments of a class from a JSON file, except the arguments that are `known`.
 
     Raises:
         ValueError: the class does not know an argument, or needs one that is not in the file, or the backbone is not
-            a plain name, but tells timm to look into another repository or folder.
+            a plain name, but tells timm to look into another repository or folder; or a number of classes is known, and
+            the file says another.
     """
     config = cls.complete_config(read_json(path, MAX_CONFIG_BYTES))
     parameters = inspect.signature(cls).parameters
@@ -248,6 +250,12 @@ def read_config(path: Path, cls: type[StrictHubMixin], known: Collection[str] = 
         raise ValueError(f"{path} has no {sorted(missing)}: {hint}")
     if unknown := config.keys() - parameters.keys():
         raise ValueError(f"{path}: {cls.__name__} has no {sorted(unknown)}; was it saved by a newer vovnet_zoo?")
+    classes, asked = config.get("num_classes"), known.get("num_classes")
+    if classes is not None and asked not in (None, classes):
+        raise ValueError(
+            f"num_classes={reprlib.repr(asked)}: the model has {classes} ({path}); load it without num_classes, and "
+            "model.reset_classifier(num_classes) lets it learn others"
+        )
     config = {name: value for name, value in config.items() if name not in known}
     backbone = config.get("backbone", "")
     if isinstance(backbone, str) and not re.fullmatch(r"[\w.-]*", backbone):
