@@ -311,7 +311,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
             ),
             {"name": "name=|no detector|name of weights", "pretrained": "pretrained|no weights", "nosuch": "unknown"},
         ),
-        "list_detectors": Row(vovnet_zoo.list_detectors, {}, dict(pretrained=NOT_A_FLAG)),
+        "list_detectors": Row(vovnet_zoo.list_detectors, {}, dict(filter=NOT_A_TEXT, pretrained=NOT_A_FLAG)),
         "postprocess": Row(
             vovnet_zoo.postprocess,
             dict(preds=preds, image_sizes=[(64, 64)]),

@@ -27,6 +27,8 @@ def test_a_detector_says_what_it_is():
     assert "\n" not in repr(model) and repr(model).endswith("M parameters)")
     model = tiny(num_classes=4)
     assert model.class_names is None and "resnet10t, 4 classes, short" in repr(model)
+    loss = repr(FCOSLoss.of(tiny(center_radius=None, box_loss="iou")))
+    assert loss.startswith("FCOSLoss(add_images=False, box_loss='iou', center_radius=None, matching='paper', ")
 
 
 def test_points_lie_at_cell_centres():

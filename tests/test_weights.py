@@ -347,6 +347,8 @@ def resnet(monkeypatch, server, torchvision_file):
 def test_torchvisions_detector_at_a_url(resnet, server, cache, tmp_path):
     """It is downloaded, checked, converted and kept; the name without its tag is enough."""
     assert "fcos_resnet50_fpn.tv_coco" in vovnet_zoo.list_detectors(pretrained=True)
+    assert vovnet_zoo.list_detectors("*resnet50*", pretrained=True) == ["fcos_resnet50_fpn.tv_coco"]
+    assert vovnet_zoo.list_detectors("*_resnet*") == ["fcos_resnet101_fpn", "fcos_resnet50_fpn"]
     model = vovnet_zoo.create_detector("fcos_resnet50_fpn", pretrained=True)
     again = detectors.load_detector("fcos_resnet50_fpn.tv_coco", map_location="cpu", token=None)
     with pytest.raises(ValueError, match="a name in the table of weights, for which there is no revision; leave it"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from . import hub, vovnet
-from .arguments import check_choice, check_flag
+from .arguments import check_choice, check_flag, check_kind
 from .backbone import create_backbone
 from .classifiers import SOURCES, load_classifier
 from .config import DEFAULT_VARIANT, VARIANTS, DetectorOptions, VariantName
@@ -150,10 +151,15 @@ def load_detector(source: str, **options: Unpack[hub.HubOptions]) -> FCOS:
     return FCOS.from_pretrained(source, **options)
 
 
-def list_detectors(*, pretrained: bool = False) -> list[str]:
-    """List the names of the detectors or, with `pretrained`, each `name.tag` whose weights can be downloaded."""
+def list_detectors(filter: str = "*", *, pretrained: bool = False) -> list[str]:
+    """List the names of the detectors or, with `pretrained`, each `name.tag` whose weights can be downloaded.
+
+    `filter` is a pattern of the names, such as "*vovnet*", as `timm.list_models` takes it.
+    """
+    check_kind("filter", filter, str, "a pattern as text, such as '*vovnet*'")
     check_flag("pretrained", pretrained)
-    return sorted(key for key in WEIGHTS if available(key, WEIGHTS)) if pretrained else sorted(DETECTORS)
+    names = [key for key in WEIGHTS if available(key, WEIGHTS)] if pretrained else [*DETECTORS]
+    return sorted(fnmatch.filter(names, filter))
 
 
 def build_converted(converted: Converted, **kwargs: Unpack[DetectorOptions]) -> FCOS:
