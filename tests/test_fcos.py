@@ -89,6 +89,7 @@ def test_other_classes(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "cls_logits" not in k)
     assert (model.num_classes, model.class_names) == (2, ["owl", "dog"])
     assert model.config["thresholds"] is None and model.config["category_ids"] is None
+    assert model.config is model._hub_mixin_config
     model.float().save_pretrained(tmp_path)
     again = FCOS.from_pretrained(tmp_path)
     assert torch.equal(again(images).logits, model.eval()(images).logits) and again.config == model.config

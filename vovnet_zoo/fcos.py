@@ -286,7 +286,8 @@ class FCOS(
                 for ours, theirs in zip(new.parameters(), old.parameters(), strict=True):
                     ours[now] = theirs[before]
         self.head.cls_logits = new
-        cast(dict[str, Any], self.config).update(config)  # which save_pretrained writes
+        self.config = cast(DetectorConfig, config)
+        self._hub_mixin_config = config  # which save_pretrained writes
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Return the function by which timm's optimizers with `layer_decay` group the parameters, the first part first.
