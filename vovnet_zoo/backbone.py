@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers.format import Format
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from . import hub
@@ -144,8 +145,13 @@ def probe_channels(body: Backbone, name: str) -> list[int]:
 def depth_below_top(backbone: nn.Module) -> dict[str, int]:
     """Return how far each parameter of a timm feature extractor is below the head: 1 in the last part.
 
-    A part has weights of a convolution or of a linear layer; a norm belongs to the part before it.
+    A part has weights of a convolution or of a linear layer; a norm belongs to the part before it. Where timm wraps the
+    whole model, as for Twins, the model's own stages are the parts.
     """
+    model: Any = getattr(backbone, "model", None)
+    if hasattr(model, "group_matcher"):
+        layers = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+        return {f"model.{name}": max(layers.values()) + 1 - layer for name, layer in layers.items()}
     depths: dict[str, int] = {}
     depth = 0
     for prefix, part in reversed(_parts_of(backbone)):
