@@ -40,6 +40,7 @@ from vovnet_zoo.data import (
 from vovnet_zoo.data.layouts import choose_split, choose_whole
 from vovnet_zoo.data.splitting import hold_out
 from vovnet_zoo.detectors import DETECTORS, STARTS, load_detector
+from vovnet_zoo.fcos import shared_classes
 from vovnet_zoo.fused import use_gpu_kernels
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.winograd import has_amx, use_winograd
@@ -275,8 +276,7 @@ def build_model(
 
 def known_rows(start: FCOS, class_names: Sequence[str]) -> list[tuple[int, int]]:
     """List the label of each class that a detector knows by its name, and the label that it had there."""
-    before = {name: i for i, name in enumerate(start.config["class_names"] or ())}
-    return [(i, before[name]) for i, name in enumerate(class_names) if name in before]
+    return shared_classes(start.class_names, class_names)
 
 
 def log_start(config: TrainConfig, start: FCOS, class_names: Sequence[str]) -> None:

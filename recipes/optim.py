@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from presets import TrainConfig
 from vovnet_zoo import FCOS
+from vovnet_zoo.backbone import depth_below_top
 from vovnet_zoo.precision import multiplies_bfloat16
 
 
@@ -142,38 +143,6 @@ def as_matrix(x: Tensor, weight: Tensor) -> Tensor:
     if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     return x.view(len(x), -1) if x is weight else x.reshape(len(x), -1)
-
-
-def depth_below_top(backbone: nn.Module) -> dict[str, int]:
-    """Return how far each parameter of a timm feature extractor is below the head: 1 in the last part.
-
-    A part has weights of a convolution or of a linear layer; a norm belongs to the part before it.
-    """
-    depths, depth = {}, 0
-    for prefix, part in reversed(parts_of(backbone)):
-        parameters = dict(part.named_parameters(prefix))
-        is_norm = all(p.ndim <= 1 for p in parameters.values())
-        depths |= dict.fromkeys(parameters, depth + 1)
-        depth += not is_norm
-    return depths
-
-
-def parts_of(backbone: nn.Module) -> list[tuple[str, nn.Module]]:
-    """List the parts of a timm feature extractor by name, the first one first: its children.
-
-    EfficientNets and their like have nearly all weights in one child; its children, the stages, take its place.
-    """
-    whole, parts = number_of_weights(backbone), []
-    for name, child in backbone.named_children():
-        if isinstance(child, nn.Sequential) and number_of_weights(child) > 0.9 * whole:
-            parts += [(f"{name}.{place}", stage) for place, stage in child.named_children()]
-        else:
-            parts.append((name, child))
-    return parts
-
-
-def number_of_weights(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int) -> float:

@@ -4,6 +4,7 @@
 each argument; a function or argument that is new to the library and not in the table fails a test.
 """
 
+import copy
 import inspect
 import json
 import re
@@ -67,6 +68,14 @@ def make_table(model, folder, coco) -> dict[str, Row]:
         preds._replace(centerness=preds.centerness[:, 1:]), preds._replace(points=preds.points[1:]),
         preds._replace(strides=preds.strides[1:]), preds._replace(logits=preds.logits.long()),
     ]  # fmt: skip
+    hub_options = dict(
+        force_download=NOT_A_FLAG,
+        token=[5, ["a"]],
+        cache_dir=[5, ["a"]],
+        local_files_only=NOT_A_FLAG,
+        revision=[5, ["a"]],
+        map_location=["nosuch", None, ["cpu"], "cpu:x"],
+    )
     boxes, labels = torch.tensor([[[10.0, 10, 50, 50]]]), torch.tensor([[1]])
     wrong_boxes = [*NOT_A_TENSOR, [boxes[0]], zeros(1, 4), zeros(1, 1, 5), zeros(1, 2, 4)]
     wrong_labels = [*NOT_A_TENSOR, [labels[0]], labels.float(), labels[0], labels > 0, zeros(1, 2, dtype=torch.int64)]
@@ -137,6 +146,16 @@ def make_table(model, folder, coco) -> dict[str, Row]:
             dict(features=features),
             dict(features=[None, 5, features[0], features[:4], [x[0] for x in features], [x[:, :5] for x in features]]),
         ),
+        "FCOS.reset_classifier": Row(
+            copy.deepcopy(model).reset_classifier,
+            dict(num_classes=2, class_names=["cat", "owl"], category_ids=[3, 4]),
+            dict(
+                num_classes=[*numbers["num_classes"], 3],
+                class_names=["cat", ["a"], [1, 2]],
+                category_ids=["12", [1], [1, 1]],
+            ),
+        ),
+        "FCOS.group_matcher": Row(model.group_matcher, {}, dict(coarse=NOT_A_FLAG)),
         "FCOS.set_grad_checkpointing": Row(
             model.set_grad_checkpointing,
             dict(enable=False),
@@ -148,12 +167,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
             dict(pretrained_model_name_or_path=folder),
             dict(
                 pretrained_model_name_or_path=[5, None, ["a"], "no/such/folder", "./nosuch", "/nosuch", folder.parent],
-                force_download=NOT_A_FLAG,
-                token=[5, ["a"]],
-                cache_dir=[5, ["a"]],
-                local_files_only=NOT_A_FLAG,
-                revision=[5, ["a"]],
-                map_location=["nosuch", None, ["cpu"], "cpu:x"],
+                **hub_options,
             ),
             {
                 "pretrained_model_name_or_path": r"pretrained_model_name_or_path|folder|has no config.json",
@@ -268,7 +282,11 @@ def make_table(model, folder, coco) -> dict[str, Row]:
             {"images": "image must be", "data": "data=|no such folder"},
             works=False,  # an export takes half a minute
         ),
-        "load_detector": Row(vovnet_zoo.load_detector, dict(source=folder), dict(source=[None, 5, b"x"])),
+        "load_detector": Row(
+            vovnet_zoo.load_detector,
+            dict(source=folder),
+            dict(source=[None, 5, b"x"], nosuch=[1], **hub_options),
+        ),
         "the function of compile_detector": Row(
             vovnet_zoo.compile_detector(model, (64, 64), backend="eager"),
             dict(images=pixels),
@@ -293,7 +311,7 @@ def make_table(model, folder, coco) -> dict[str, Row]:
             ),
             {"name": "name=|no detector|name of weights", "pretrained": "pretrained|no weights", "nosuch": "unknown"},
         ),
-        "list_detectors": Row(vovnet_zoo.list_detectors, {}, dict(pretrained=NOT_A_FLAG)),
+        "list_detectors": Row(vovnet_zoo.list_detectors, {}, dict(filter=NOT_A_TEXT, pretrained=NOT_A_FLAG)),
         "postprocess": Row(
             vovnet_zoo.postprocess,
             dict(preds=preds, image_sizes=[(64, 64)]),
@@ -572,10 +590,10 @@ class FakeHalf:
 
 FUNCTIONS = [
     "FCOS", "FCOS.forward", "FCOS.make_points", "FCOS.forward_features", "FCOS.forward_head",
-    "FCOS.set_grad_checkpointing", "FCOS.from_pretrained", "FCOS.save_pretrained", "FCOS.push_to_hub",
-    "FCOS.complete_config", "FCOS.generate_model_card", "FCOSLoss", "FCOSLoss.of", "FCOSLoss.forward",
-    "FCOSLoss.compare", "FCOSLoss.assign", "FCOSLoss.normalizers", "Predictions", "assign_targets",
-    "compile_detector", "the function of compile_detector", "export_detector", "load_detector",
+    "FCOS.reset_classifier", "FCOS.group_matcher", "FCOS.set_grad_checkpointing", "FCOS.from_pretrained",
+    "FCOS.save_pretrained", "FCOS.push_to_hub", "FCOS.complete_config", "FCOS.generate_model_card", "FCOSLoss",
+    "FCOSLoss.of", "FCOSLoss.forward", "FCOSLoss.compare", "FCOSLoss.assign", "FCOSLoss.normalizers", "Predictions",
+    "assign_targets", "compile_detector", "the function of compile_detector", "export_detector", "load_detector",
     "create_detector", "list_detectors", "postprocess", "predict", "CocoDataset", "coco_metrics", "to_coco_results",
     "draw_detections", "gather_results", "format_table", "load_engine", "available", "class_nms", "nms_fixed",
     "use_winograd", "fuse_for_training", "freeze", "is_eligible", "FrozenWinogradConv2d", "conv3x3",

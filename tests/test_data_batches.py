@@ -98,6 +98,14 @@ def test_samples_that_are_no_bytes_or_lack_a_key_are_refused():
     for wrong in (image[:1], image[0], image.numpy()):
         with pytest.raises(ValueError, match=r"takes uint8 tensors \[3, H, W\], got"):
             collate([(wrong, target)])
+    boxes = {"format": "XYXY", "canvas_size": (32, 32)}
+    for wrong, why in (
+        ({"format": "CXCYWH"}, "are CXCYWH; end the transforms with v2.ConvertBoundingBoxFormat"),
+        ({"canvas_size": (64, 32)}, r"of \(64, 32\) \(height, width\), which is \(32, 32\) now; transforms must take"),
+    ):
+        boxed = tv_tensors.BoundingBoxes(target["boxes"], **boxes | wrong)
+        with pytest.raises(ValueError, match=f"image {target['image_id']}: .*{why}"):
+            collate([(image, target | {"boxes": boxed})])
     for key in ("boxes", "labels", "image_id", "orig_size"):
         with pytest.raises(ValueError, match=f"a target has no {key}, only "):
             collate([(image, {name: value for name, value in target.items() if name != key})])

@@ -31,6 +31,9 @@ def test_dataset(write_coco, caplog):
     assert dataset[-1][1]["boxes"].shape == (0, 4) and dataset[2][1]["labels"].shape == (0,)
     with pytest.raises(IndexError):
         dataset[3]
+    with pytest.raises(ValueError, match="one image at a time; torch.utils.data.Subset"):
+        dataset[:2]
+    assert repr(dataset).endswith("instances.json, 3 images, 4 boxes, 2 classes (cat, dog))")
 
     target["boxes"].zero_()  # a caller's changes stay with the caller
     assert dataset[1][1]["boxes"].sum() > 0

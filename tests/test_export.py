@@ -104,6 +104,7 @@ def test_the_file_computes_what_the_model_computes(exported, model, format):
     out, made = exported(format)
     images = pictures((64, 64), (64, 64), (64, 64), (70, 100), (160, 64), (90, 200))
     detector = load_detector(out / FILES[format])
+    assert "classes" in repr(detector) and repr(detector).endswith(", float32, images of any size, any at a time)")
     wanted = predict(model, images)
     assert_same(predict(detector, images), wanted)
     assert_same(predict(detector, images, batch_size=3), wanted)
@@ -630,6 +631,8 @@ def test_openvino_is_refused_where_it_crashes(monkeypatch):
 def test_files_that_are_no_exports(exported, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         load_detector(tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match="model.onnx is an exported file, for which there is no revision; leave it"):
+        load_detector(tmp_path / "model.onnx", revision="v2")
     with pytest.raises(ValueError, match=r"the folder of an exported file; give the file: .*model\.onnx"):
         load_detector(exported("onnx")[0])
     (tmp_path / "model.onnx").write_bytes((exported("onnx")[0] / "model.onnx").read_bytes()[:-5000])

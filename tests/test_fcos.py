@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 from vovnet_zoo import FCOS, FCOSLoss, Predictions, create_detector, detectors
@@ -26,6 +27,8 @@ def test_a_detector_says_what_it_is():
     assert "\n" not in repr(model) and repr(model).endswith("M parameters)")
     model = tiny(num_classes=4)
     assert model.class_names is None and "resnet10t, 4 classes, short" in repr(model)
+    loss = repr(FCOSLoss.of(tiny(center_radius=None, box_loss="iou")))
+    assert loss.startswith("FCOSLoss(add_images=False, box_loss='iou', center_radius=None, matching='paper', ")
 
 
 def test_points_lie_at_cell_centres():
@@ -42,6 +45,7 @@ def test_predictions_are_the_flattened_heads():
         features = model.forward_features(images)
         cls, reg, ctr = model.forward_head(features)
     assert isinstance(preds, Predictions)
+    assert repr(preds).startswith("Predictions(logits=float32 [2, 129, 3], distances=float32 [2, 129, 4], ")
     assert [tuple(x.shape) for x in features] == [(2, 64, h, w) for h, w in ((8, 12), (4, 6), (2, 3), (1, 2), (1, 1))]
     # the point of row 3, column 5 at stride 8
     at = 3 * 12 + 5
@@ -72,6 +76,42 @@ def test_variants_compute_what_they_say():
 def test_initial_foreground_probability():
     preds = tiny(prior=0.02).eval()(torch.zeros(1, 3, 64, 64))
     assert preds.logits.sigmoid().mean().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_other_classes(tmp_path):
+    """A detector learns other classes: what it knows of a class by name stays, the rest is as in a new one."""
+    model = tiny(class_names=["cat", "dog", "cow"], thresholds={"dog": 0.5}, category_ids=[3, 4, 5], prior=0.02).half()
+    before, images = {k: v.clone() for k, v in model.state_dict().items()}, torch.zeros(1, 3, 64, 64)
+    model.reset_classifier(2, ["owl", "dog"])
+    layer = model.head.cls_logits
+    assert layer.weight.dtype == torch.float16 and torch.equal(layer.weight[1], before["head.cls_logits.weight"][1])
+    assert layer.bias[0].item() == pytest.approx(-3.89, abs=0.01) and 0.005 < layer.weight[0].std() < 0.02
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if "cls_logits" not in k)
+    assert (model.num_classes, model.class_names) == (2, ["owl", "dog"])
+    assert model.config["thresholds"] is None and model.config["category_ids"] is None
+    assert model.config is model._hub_mixin_config
+    model.float().save_pretrained(tmp_path)
+    again = FCOS.from_pretrained(tmp_path)
+    assert torch.equal(again(images).logits, model.eval()(images).logits) and again.config == model.config
+    with pytest.raises(ValueError, match="num_classes=5: the model has 2 .*; .* model.reset_classifier"):
+        FCOS.from_pretrained(tmp_path, num_classes=5)
+
+
+@pytest.mark.parametrize("frozen_norm", [False, True])
+def test_layer_decay_of_timm(frozen_norm):
+    """timm's optimizers give FPN and head the whole learning rate, and each part of the backbone less, the first least.
+
+    Each parameter is in one group.
+    """
+    model = tiny(frozen_norm=frozen_norm)
+    optimizer = create_optimizer_v2(model, "sgd", lr=1, weight_decay=0.1, layer_decay=0.5)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(scales) == sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    parts = {name.split(".")[1]: scales[id(p)] for name, p in model.backbone.named_parameters(prefix="backbone")}
+    assert parts == {"conv1": 1 / 32, "layer1": 1 / 16, "layer2": 1 / 8, "layer3": 1 / 4, "layer4": 1 / 2} | (
+        {} if frozen_norm else {"bn1": 1 / 32}
+    )
+    assert {scales[id(p)] for part in (model.fpn, model.head) for p in part.parameters()} == {1}
 
 
 def test_frozen_norm_has_no_trainable_norm():

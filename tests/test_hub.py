@@ -187,7 +187,7 @@ print(model.config["class_names"], vovnet_zoo.predict(model, torch.zeros(3, 64, 
     assert "['cat', 'dog']" in result.stdout and "LocalEntryNotFoundError" in result.stderr, result.stderr
 
 
-def test_revisions(tiny_detector, hub_on_loopback):
+def test_revisions(tiny_detector, hub_on_loopback, tmp_path):
     tiny_detector.push_to_hub(REPO, token=TOKEN)
     first = hub_on_loopback.repos[REPO].branches["main"]
     changed = vovnet_zoo.FCOS(**tiny_detector.config)
@@ -197,6 +197,8 @@ def test_revisions(tiny_detector, hub_on_loopback):
     for revision, expected in [(first, tiny_detector), (None, changed), ("v2", changed), ("main", changed)]:
         assert same(vovnet_zoo.FCOS.from_pretrained(REPO, revision=revision), expected)
         assert revision is None or same(vovnet_zoo.load_detector(f"{REPO}@{revision}"), expected)
+        options = {"revision": revision, "token": TOKEN, "cache_dir": tmp_path}
+        assert same(vovnet_zoo.load_detector(REPO, **options), expected) and any(tmp_path.iterdir())
     with pytest.raises(huggingface_hub.errors.RevisionNotFoundError):
         vovnet_zoo.FCOS.from_pretrained(REPO, revision="v3")
     with pytest.raises(ValueError, match="the name ends with @v2; leave one of them out"):

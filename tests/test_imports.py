@@ -48,10 +48,10 @@ ONLY = {  # rooms that may import even less
     "draw": {"arguments", "sources", "words"},
     "fused": {"fcos", "kernels"},
     "parts": {"fcos", "fused"},
-    "results": {"arguments", "convert", "draw", "sources", "words"},
+    "results": {"arguments", "convert", "draw", "fcos", "sources", "words"},
     "show_data": {"arguments", "data", "draw"},
-    "exported": {"config", "fcos", "results"},
-    "inference": {"arguments", "batching", "commands", "config", "data", "exported", "fcos", "nms", "precision"}
+    "exported": {"config", "fcos", "results", "words"},
+    "inference": {"arguments", "batching", "commands", "config", "data", "draw", "exported", "fcos", "nms", "precision"}
     | {"parts", "results", "sources", "tiles", "words"},
     "vovnet": {"convert", "files", "hub", "ledger", "weights"},
     "space": {"files", "hub", "version"},

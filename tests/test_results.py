@@ -1,6 +1,7 @@
 """The detections of one image: a dict that also knows names, draws itself, and turns into rows for COCO."""
 
 import copy
+import io
 import pickle
 from types import SimpleNamespace
 
@@ -27,6 +28,13 @@ def test_it_is_a_dict_with_facts(tiny_detector, tmp_path):
     (found,) = predict(tiny_detector, tmp_path / "a.png")
     assert isinstance(found, dict) and list(found) == ["boxes", "scores", "labels"]
     assert found.source == str(tmp_path / "a.png") and found.size == (40, 60) and found.class_names == ["cat", "dog"]
+    assert repr(found) == f"ImageDetections({tmp_path / 'a.png'}, 60 x 40 px, 0 boxes)"
+    assert repr(found_in("a")) == "ImageDetections(a, 60 x 40 px, 2 boxes: dog 0.90, cat 0.20)"
+    many = found_in("a")
+    many.update({key: torch.cat([value, value]) for key, value in many.items()})
+    assert repr(many) == "ImageDetections(a, 60 x 40 px, 4 boxes: dog 0.90, cat 0.20, dog 0.90, ..)"
+    del many["scores"]
+    assert repr(many).startswith("{'boxes': tensor(")
     for other in (copy.deepcopy(found_in("a")), pickle.loads(pickle.dumps(found_in("a")))):
         assert other.names == ["dog", "cat"] and torch.equal(other["boxes"], found_in("a")["boxes"])
     assert found_in("a", class_names=None).names == ["1", "0"]
@@ -44,6 +52,33 @@ def test_draw(tmp_path):
         found_in("image 0").draw()
     with pytest.raises(ValueError, match=r"an image of \(40, 60\) \(height, width\), not \(60, 40\)"):
         found_in("image 0").draw(np.zeros((60, 40, 3), np.uint8))
+
+
+def test_what_a_notebook_shows(tmp_path):
+    """It shows the picture of `draw`, not larger than a screen; where there is no file, the text."""
+    for size in ((60, 40), (1500, 1200)):
+        Image.new("RGB", size, "black").save(tmp_path / "a.png")
+        found = found_in(tmp_path / "a.png", size=size[::-1])
+        picture, wanted = Image.open(io.BytesIO(found._repr_png_())), found.draw()
+        wanted.thumbnail((1000, 1000))
+        assert np.array_equal(np.asarray(picture), np.asarray(wanted)) and max(picture.size) in (360, 1000)
+    assert found_in("image 0")._repr_png_() is None
+
+
+def test_draw_shows_what_a_chosen_threshold_lets_through(tiny_detector):
+    """Without a threshold of the caller or of the config, a picture shows scores of 0.3 or more."""
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    chosen = [{"score_threshold": 0.01}, {"score_threshold": {"cat": 0.01}}, {"score_threshold": 0.01, "flip": True}]
+    for options, least in [({}, 0.3), ({"score_threshold": 0}, 0.3), *((options, 0) for options in chosen)]:
+        assert predict(tiny_detector, image, **options)[0].display_score == least
+    config = tiny_detector.config
+    config["thresholds"] = {"cat": 0.2}
+    try:
+        assert predict(tiny_detector, image)[0].display_score == 0
+    finally:
+        config["thresholds"] = None
+    found = found_in("image 0", display_score=0)
+    assert np.asarray(found.draw(np.zeros((40, 60, 3), np.uint8), enlarge=1))[20, 30:51].any(-1).all()
 
 
 def test_to_coco():

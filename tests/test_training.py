@@ -16,11 +16,12 @@ import eval_coco
 import step as step_module
 import train_coco
 from build import build_model, known_rows, load_start
-from optim import create_optimizer, depth_below_top, lr_factor, set_lr
+from optim import create_optimizer, lr_factor, set_lr
 from presets import PRESETS, TrainConfig
 from run_folder import list_checkpoints, load_checkpoint, refuse_changes
 from training_run import set_up
 from vovnet_zoo import FCOS, create_detector, inference
+from vovnet_zoo.backbone import depth_below_top
 from vovnet_zoo.config import VARIANTS
 
 
@@ -213,6 +214,7 @@ def test_layer_decay():
         ("resnet18", {"conv1": 5, "bn1": 5, "layer1": 4, "layer4": 1}),  # act1 and maxpool have no weights to train
         ("vgg11", {"features_0": 8, "features_3": 7, "features_18": 1}),
         ("efficientnet_lite0", {"conv_stem": 8, "bn1": 8, "blocks.0": 7, "blocks.6": 1}),
+        ("twins_svt_small", {"model.patch_embeds.0": 5, "model.blocks.0": 4, "model.blocks.3": 1}),
         ("vovnet27_slim", {"stem_0": 7, "stem_1": 6, "stem_2": 5, "stages_0": 4, "stages_3": 1}),
     ],
 )

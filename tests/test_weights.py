@@ -347,13 +347,17 @@ def resnet(monkeypatch, server, torchvision_file):
 def test_torchvisions_detector_at_a_url(resnet, server, cache, tmp_path):
     """It is downloaded, checked, converted and kept; the name without its tag is enough."""
     assert "fcos_resnet50_fpn.tv_coco" in vovnet_zoo.list_detectors(pretrained=True)
+    assert vovnet_zoo.list_detectors("*resnet50*", pretrained=True) == ["fcos_resnet50_fpn.tv_coco"]
+    assert vovnet_zoo.list_detectors("*_resnet*") == ["fcos_resnet101_fpn", "fcos_resnet50_fpn"]
     model = vovnet_zoo.create_detector("fcos_resnet50_fpn", pretrained=True)
-    again = detectors.load_detector("fcos_resnet50_fpn.tv_coco")
+    again = detectors.load_detector("fcos_resnet50_fpn.tv_coco", map_location="cpu", token=None)
+    with pytest.raises(ValueError, match="a name in the table of weights, for which there is no revision; leave it"):
+        detectors.load_detector("fcos_resnet50_fpn.tv_coco", revision="v2")
     assert same(model, again) and server.requests == 1 and len(cache()) == 1
     assert model.config["resize"] == "torchvision" and model.config["class_names"][79] == "toothbrush"
     config = TrainConfig(data=tmp_path, out=tmp_path, init="fcos_resnet50_fpn.tv_coco")
     assert same(load_start(config), model)
-    with pytest.raises(ValueError, match="trained with num_classes=80, not 3"):
+    with pytest.raises(ValueError, match="trained with num_classes=80, not 3; .*reset_classifier"):
         vovnet_zoo.create_detector("fcos_resnet50_fpn", pretrained=True, num_classes=3)
     publish.convert_file(next((tmp_path / "torch/hub/checkpoints").iterdir()), tmp_path / "out")
     card = (tmp_path / "out" / hub.CARD).read_text()

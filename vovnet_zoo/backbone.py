@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers.format import Format
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from . import hub
@@ -139,3 +140,41 @@ def probe_channels(body: Backbone, name: str) -> list[int]:
         raise ValueError(f"backbone {name!r} turns a {height}x{width} image into maps {sizes}; FCOS needs {wanted}")
     body.train()
     return [x.shape[1] for x in maps]
+
+
+def depth_below_top(backbone: nn.Module) -> dict[str, int]:
+    """Return how far each parameter of a timm feature extractor is below the head: 1 in the last part.
+
+    A part has weights of a convolution or of a linear layer; a norm belongs to the part before it. Where timm wraps the
+    whole model, as for Twins, the model's own stages are the parts.
+    """
+    model: Any = getattr(backbone, "model", None)
+    if hasattr(model, "group_matcher"):
+        layers = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+        return {f"model.{name}": max(layers.values()) + 1 - layer for name, layer in layers.items()}
+    depths: dict[str, int] = {}
+    depth = 0
+    for prefix, part in reversed(_parts_of(backbone)):
+        parameters = dict(part.named_parameters(prefix))
+        is_norm = all(p.ndim <= 1 for p in parameters.values())
+        depths |= dict.fromkeys(parameters, depth + 1)
+        depth += not is_norm
+    return depths
+
+
+def _parts_of(backbone: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List the parts of a timm feature extractor by name, the first one first: its children.
+
+    EfficientNets and their like have nearly all weights in one child; its children, the stages, take its place.
+    """
+    whole, parts = _number_of_weights(backbone), []
+    for name, child in backbone.named_children():
+        if isinstance(child, nn.Sequential) and _number_of_weights(child) > 0.9 * whole:
+            parts += [(f"{name}.{place}", stage) for place, stage in child.named_children()]
+        else:
+            parts.append((name, child))
+    return parts
+
+
+def _number_of_weights(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

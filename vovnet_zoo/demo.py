@@ -205,7 +205,8 @@ def above(found: ImageDetections, thresholds: tuple[float, ...], most: int | Non
     """Keep the detections that score at least the threshold of their class, the best `most` of them."""
     keep = (found["scores"] >= torch.tensor(thresholds)[found["labels"]]).nonzero()[:most, 0]
     kept = {key: value[keep] for key, value in found.items()}
-    return ImageDetections(kept, found.source, found.size, found.class_names, found.plus_one)
+    facts = found.source, found.size, found.class_names, found.plus_one, found.display_score
+    return ImageDetections(kept, *facts)
 
 
 def class_names(model: FCOS | ExportedDetector) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from . import hub, vovnet
-from .arguments import check_choice, check_flag
+from .arguments import check_choice, check_flag, check_kind
 from .backbone import create_backbone
 from .classifiers import SOURCES, load_classifier
 from .config import DEFAULT_VARIANT, VARIANTS, DetectorOptions, VariantName
@@ -134,22 +135,31 @@ def create_detector(
     return model
 
 
-def load_detector(source: str) -> FCOS:
+def load_detector(source: str, **options: Unpack[hub.HubOptions]) -> FCOS:
     """Load a trained detector: of a folder, the Hub ("organisation/name[@revision]"), or the table ("name.tag").
+
+    `options` are passed to `FCOS.from_pretrained`; the table has none but `map_location`.
 
     Raises:
         ValueError: see `FCOS.from_pretrained` and `create_detector`.
         OSError: see there.
     """
     if source.split(".")[0] in DETECTORS and not Path(source).is_dir():
-        return create_detector(source, pretrained=True)
-    return FCOS.from_pretrained(source)
+        device = hub.as_device(options.pop("map_location", "cpu"))
+        hub.refuse_options(source, options, "a name in the table of weights")
+        return create_detector(source, pretrained=True).to(device)
+    return FCOS.from_pretrained(source, **options)
 
 
-def list_detectors(*, pretrained: bool = False) -> list[str]:
-    """List the names of the detectors or, with `pretrained`, each `name.tag` whose weights can be downloaded."""
+def list_detectors(filter: str = "*", *, pretrained: bool = False) -> list[str]:
+    """List the names of the detectors or, with `pretrained`, each `name.tag` whose weights can be downloaded.
+
+    `filter` is a pattern of the names, such as "*vovnet*", as `timm.list_models` takes it.
+    """
+    check_kind("filter", filter, str, "a pattern as text, such as '*vovnet*'")
     check_flag("pretrained", pretrained)
-    return sorted(key for key in WEIGHTS if available(key, WEIGHTS)) if pretrained else sorted(DETECTORS)
+    names = [key for key in WEIGHTS if available(key, WEIGHTS)] if pretrained else [*DETECTORS]
+    return sorted(fnmatch.filter(names, filter))
 
 
 def build_converted(converted: Converted, **kwargs: Unpack[DetectorOptions]) -> FCOS:
@@ -215,5 +225,8 @@ def _load(name: str, variant: VariantName | None, num_classes: int | None, kwarg
     if num_classes is not None:
         wanted["num_classes"] = num_classes
     if wrong := [f"{k}={config[k]!r}, not {v!r}" for k, v in wanted.items() if config[k] != v]:
-        raise ValueError(f"the weights {key} were trained with {', '.join(wrong)}; leave it out, or train your own")
+        hint = "leave it out, or train your own"
+        if len(wrong) == 1 and num_classes not in (None, config["num_classes"]):
+            hint = "leave it out, and model.reset_classifier(num_classes) lets the model learn others"
+        raise ValueError(f"the weights {key} were trained with {', '.join(wrong)}; {hint}")
     return model

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .config import DetectorConfig, Precision, ThresholdOptions, Thresholds
 from .fcos import check_ranges, check_thresholds
 from .results import Detections
+from .words import counted_classes
 
 
 class ExportedDetector(nn.Module):
@@ -42,6 +43,11 @@ class ExportedDetector(nn.Module):
         self.source, self.config, self.thresholds = source, config, thresholds
         self.size, self.batch, self.precision, self.run = size, batch, precision, run
         self.least_side = least_side
+
+    def __repr__(self) -> str:
+        classes = counted_classes(self.num_classes, self.class_names)
+        size, batch = self.size or "any size", self.batch or "any"
+        return f"ExportedDetector({self.source}, {classes}, {self.precision}, images of {size}, {batch} at a time)"
 
     @property
     def class_names(self) -> list[str] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
@@ -18,7 +18,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from .arguments import check_choice, check_flag, check_number, check_tensor, is_number
-from .backbone import Backbone, backbone_maps, create_backbone, probe_channels
+from .backbone import Backbone, backbone_maps, create_backbone, depth_below_top, probe_channels
 from .config import (
     DEFAULTS,
     RANGES,
@@ -34,7 +34,7 @@ from .config import (
     Thresholds,
 )
 from .hub import StrictHubMixin
-from .words import counted
+from .words import counted_classes
 
 
 class FCOS(
@@ -178,10 +178,7 @@ class FCOS(
         return self.config["num_classes"]
 
     def __repr__(self) -> str:
-        config, names = self.config, self.class_names or []
-        classes = counted(self.num_classes, "class") + (
-            f" ({', '.join(names[:3])}{', ..' * (len(names) > 3)})" if names else ""
-        )
+        config, classes = self.config, counted_classes(self.num_classes, self.class_names)
         millions = sum(p.numel() for p in self.parameters()) / 1e6
         return f"FCOS({config['backbone']}, {classes}, short side {config['min_size']} px, {millions:.1f}M parameters)"
 
@@ -265,6 +262,42 @@ class FCOS(
                 name = self.config["backbone"]
                 raise ValueError(f"timm has no gradient checkpointing for the feature maps of {name!r}") from error
         self.head.grad_checkpointing = enable
+
+    def reset_classifier(
+        self, num_classes: int, class_names: Sequence[str] | None = None, category_ids: Sequence[int] | None = None
+    ) -> None:
+        """Let the detector learn other classes: their last convolution is a new one, and all else stays.
+
+        A class that the detector has by its name keeps its weights. The arguments are those of `FCOS`; `config` holds
+        them then, and no `thresholds`. Make the optimizer afterwards.
+
+        Raises:
+            ValueError: an argument is out of range, or there is not one name and one id for each class.
+        """
+        config: dict[str, Any] = {**self.config, "num_classes": num_classes, "class_names": class_names}
+        config |= {"category_ids": category_ids, "thresholds": None}
+        check_config(config)
+        old, rows = self.head.cls_logits, shared_classes(self.class_names, config["class_names"])
+        new = nn.Conv2d(config["channels"], config["num_classes"], 3, padding=1).to(old.weight)
+        nn.init.normal_(new.weight, std=0.01)  # as FCOSHead does
+        nn.init.constant_(new.get_parameter("bias"), prior_bias(config["prior"]))
+        with torch.no_grad():
+            for now, before in rows:
+                for ours, theirs in zip(new.parameters(), old.parameters(), strict=True):
+                    ours[now] = theirs[before]
+        self.head.cls_logits = new
+        self.config = cast(DetectorConfig, config)
+        self._hub_mixin_config = config  # which save_pretrained writes
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Return the function by which timm's optimizers with `layer_decay` group the parameters, the first part first.
+
+        It maps the name of a parameter to the number of its group, see `depth_below_top`: 0 is the group of FPN and
+        head, and the backbone's parts before it have negative numbers. The groups are the same with `coarse`.
+        """
+        check_flag("coarse", coarse)
+        depths = {f"backbone.{name}": depth for name, depth in depth_below_top(self.backbone).items()}
+        return lambda name: -depths.get(name, 0)
 
     def forward_head(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Run the head on the maps of `forward_features`, and return three lists over the levels.
@@ -437,7 +470,7 @@ class FCOSHead(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.get_parameter("bias"))
-        nn.init.constant_(self.cls_logits.get_parameter("bias"), -math.log((1 - prior) / prior))
+        nn.init.constant_(self.cls_logits.get_parameter("bias"), prior_bias(prior))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         recompute = self.grad_checkpointing and self.training
@@ -456,6 +489,17 @@ class FCOSHead(nn.Module):
         centered = box_maps if self.centerness_on == "box" else cls_maps
         cls, raw = [self.cls_logits(x) for x in cls_maps], [self.box_distances(x) for x in box_maps]
         return cls, raw, [self.centerness(x) for x in centered]
+
+
+def prior_bias(prior: float) -> float:
+    """Return the logit of the probability `prior`."""
+    return -math.log((1 - prior) / prior)
+
+
+def shared_classes(before: Sequence[str] | None, now: Sequence[str] | None) -> list[tuple[int, int]]:
+    """List the label of each class that was there before by its name, and the label that it had then."""
+    labels = {name: i for i, name in enumerate(before or ())}
+    return [(i, labels[name]) for i, name in enumerate(now or ()) if name in labels]
 
 
 class Tower(nn.Sequential):
@@ -486,6 +530,18 @@ class Predictions(NamedTuple):
     centerness: Tensor  # [B,P] logits
     points: Tensor  # [P,2] x, y in pixels of the network input
     strides: Tensor  # [P] stride of the point's level
+
+    def __repr__(self) -> str:
+        return shown_shapes(self)
+
+
+def shown_shapes(value: NamedTuple) -> str:
+    """Write a tuple of tensors in one line, with their types and shapes instead of their numbers."""
+    parts = [
+        f"{name}={str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if isinstance(x, Tensor) else f"{name}={x!r}"
+        for name, x in value._asdict().items()
+    ]
+    return f"{type(value).__name__}({', '.join(parts)})"
 
 
 def check_predictions(preds: Predictions) -> None:

@@ -7,9 +7,10 @@ import hashlib
 import inspect
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypedDict, TypeVar
 
 import huggingface_hub
 import torch
@@ -26,6 +27,17 @@ T = TypeVar("T")
 CONFIG, WEIGHTS, CARD = constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE, "README.md"
 KINDS: dict[str, dict[str, Any]] = {"model": {}, "space": {"repo_type": "space", "space_sdk": "gradio"}}
 MAX_CONFIG_BYTES, MAX_BYTES = 16 << 20, 8 << 30  # of a configuration, and of weights
+
+
+class HubOptions(TypedDict, total=False):
+    """`from_pretrained` has these options beside the arguments of the model."""
+
+    force_download: bool
+    token: str | bool | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+    revision: str | None
+    map_location: str | torch.device
 
 
 class StrictHubMixin(PyTorchModelHubMixin):
@@ -75,10 +87,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
                 check_kind(name, value, kinds, "a text")
         if cache_dir is not None:
             check_path("cache_dir", cache_dir)
-        try:
-            map_location = torch.device(map_location)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"map_location={map_location!r:.200}: {str(error).splitlines()[0]}") from error
+        map_location = as_device(map_location)
         source = str(pretrained_model_name_or_path)
         if Path(source).is_dir():
             config_file, weights_file = find_files(source)
@@ -94,7 +103,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
             config_file = download(source, CONFIG, revision=revision, **options)
             commit = config_file.parent.name  # a push in between must not mix two commits
             weights_file = download(source, WEIGHTS, revision=commit, **options)
-        config = {**read_config(config_file, cls, known=model_kwargs), **model_kwargs}
+        config = {**read_config(config_file, cls, model_kwargs), **model_kwargs}
         try:
             skeleton: Any = build_empty(lambda: cls(**config))  # a Module too
         except ValueError as error:
@@ -158,6 +167,20 @@ class StrictHubMixin(PyTorchModelHubMixin):
         return model_card({**known, **facts}, info.model_card_data)
 
 
+def as_device(map_location: str | torch.device) -> torch.device:
+    """Return the device of this name. Raises `ValueError` where there is none."""
+    try:
+        return torch.device(map_location)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"map_location={map_location!r:.200}: {str(error).splitlines()[0]}") from error
+
+
+def refuse_options(source: str, options: Mapping[str, Any], kind: str) -> None:
+    """Raise `ValueError` if there are options of the Hub for a source of another kind."""
+    if given := [name for name, value in options.items() if value not in (None, False)]:
+        raise ValueError(f"{source} is {kind}, for which there is no {' or '.join(given)}; leave it out")
+
+
 def refuse_config(options: Mapping[str, Any], model: Any) -> None:
     """Raise `ValueError` if the options of the mixin hold a configuration that is not the model's own."""
     if options.get("config") not in (None, model._hub_mixin_config):
@@ -209,12 +232,13 @@ def find_files(folder: str | Path) -> tuple[Path, Path]:
     return files
 
 
-def read_config(path: Path, cls: type[StrictHubMixin], known: Collection[str] = ()) -> dict[str, Any]:
+def read_config(path: Path, cls: type[StrictHubMixin], known: Mapping[str, Any]) -> dict[str, Any]:
     """Read the arguments of a class from a JSON file, except the arguments that are `known`.
 
     Raises:
         ValueError: the class does not know an argument, or needs one that is not in the file, or the backbone is not
-            a plain name, but tells timm to look into another repository or folder.
+            a plain name, but tells timm to look into another repository or folder; or a number of classes is known, and
+            the file says another.
     """
     config = cls.complete_config(read_json(path, MAX_CONFIG_BYTES))
     parameters = inspect.signature(cls).parameters
@@ -226,6 +250,12 @@ def read_config(path: Path, cls: type[StrictHubMixin], known: Collection[str] = 
         raise ValueError(f"{path} has no {sorted(missing)}: {hint}")
     if unknown := config.keys() - parameters.keys():
         raise ValueError(f"{path}: {cls.__name__} has no {sorted(unknown)}; was it saved by a newer vovnet_zoo?")
+    classes, asked = config.get("num_classes"), known.get("num_classes")
+    if classes is not None and asked not in (None, classes):
+        raise ValueError(
+            f"num_classes={reprlib.repr(asked)}: the model has {classes} ({path}); load it without num_classes, and "
+            "model.reset_classifier(num_classes) lets it learn others"
+        )
     config = {name: value for name, value in config.items() if name not in known}
     backbone = config.get("backbone", "")
     if isinstance(backbone, str) and not re.fullmatch(r"[\w.-]*", backbone):
@@ -477,7 +507,8 @@ USAGE = {
 import vovnet_zoo
 
 model = vovnet_zoo.FCOS.from_pretrained("{repo_id}")
-print(vovnet_zoo.predict(model, "photo.jpg"))  # boxes (x1, y1, x2, y2) in pixels, scores, labels
+(found,) = vovnet_zoo.predict(model, "photo.jpg")
+print(found.names, found["boxes"], found["scores"])  # boxes (x1, y1, x2, y2) in pixels
 """,
     ("vovnet_zoo", "image-feature-extraction"): """\
 import timm

@@ -20,6 +20,7 @@ from .batching import group_alike, read_ahead
 from .commands import check_compiler, reporting_compiler
 from .config import SCALES, TILES, DetectorConfig, Precision, ThresholdOptions, Thresholds
 from .data import normalize, resize_image, resize_size
+from .draw import DISPLAY_SCORE
 from .exported import ExportedDetector
 from .fcos import FCOS, Predictions, check_predictions, check_ranges, check_thresholds, level_sizes
 from .nms import class_nms, nms_fixed
@@ -304,7 +305,8 @@ def _detect_views(
             whole = results[0]
             if len(places) > 1:
                 whole = merge(results, places, size, thresholds.nms_threshold, config["plus_one"])
-            yield ImageDetections(whole, name, size, config["class_names"], config["plus_one"])
+            shown = display_score(thresholds)
+            yield ImageDetections(whole, name, size, config["class_names"], config["plus_one"], shown)
 
 
 def _try_read(frame: Frame, catch: bool) -> tuple[Frame, Tensor | ValueError]:
@@ -430,10 +432,15 @@ def detect_batch(
                 "scores": row[:, 4].clone(),
                 "labels": row[:, 5].long(),
             }
-            results.append(
-                ImageDetections(tensors, item.name, item.original, config["class_names"], config["plus_one"])
-            )
+            facts = item.name, item.original, config["class_names"], config["plus_one"], display_score(thresholds)
+            results.append(ImageDetections(tensors, *facts))
     return results
+
+
+def display_score(thresholds: Thresholds) -> float:
+    """Choose what `ImageDetections.draw` leaves out: nothing, where a score threshold was chosen already."""
+    least = thresholds.score_threshold
+    return 0.0 if isinstance(least, Tensor) or least > 0 else DISPLAY_SCORE
 
 
 def run_network(model: FCOS, images: Tensor, sizes: Tensor) -> Predictions:

@@ -65,6 +65,10 @@ class FCOSLoss(nn.Module):
         for name in ("plus_one", "weigh_boxes", "add_images"):
             check_flag(name, getattr(self, name))
 
+    def __repr__(self) -> str:
+        names = (*sorted(LossOptions.__annotations__), "alpha", "gamma")
+        return f"FCOSLoss({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
     @classmethod
     def of(cls, model: FCOS) -> FCOSLoss:
         """Create the loss that a detector's configuration asks for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import reprlib
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -16,8 +17,11 @@ from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 from .arguments import check_flag, check_kind
 from .convert import COCO_IDS
 from .draw import DISPLAY_SCORE, check_detection, draw_detections
+from .fcos import shown_shapes
 from .sources import ImageLike, to_rgb
-from .words import counted
+from .words import counted, shortened
+
+DISPLAY_SIDE = 1000  # pixels; the picture in a notebook is not larger, or a file of photos would have many megabytes
 
 
 class ImageDetections(dict[str, Tensor]):
@@ -32,6 +36,10 @@ class ImageDetections(dict[str, Tensor]):
         size: (height, width) of the original image.
         class_names: K names in label order, or None.
         plus_one: boxes follow the published pixel convention, see `FCOS`.
+        display_score: `draw` leaves out what scores less, unless it is told otherwise. `predict` sets 0 where its
+            caller or the model's config has a score threshold above 0: all detections are drawn then.
+
+    A notebook shows the picture that `draw()` makes, if `source` is a file.
     """
 
     def __init__(
@@ -41,9 +49,28 @@ class ImageDetections(dict[str, Tensor]):
         size: tuple[int, int],
         class_names: Sequence[str] | None = None,
         plus_one: bool = False,
+        display_score: float = DISPLAY_SCORE,
     ):
         super().__init__(detections)
         self.source, self.size, self.class_names, self.plus_one = source, size, class_names, plus_one
+        self.display_score = display_score
+
+    def __repr__(self) -> str:
+        if not {"boxes", "scores", "labels"} <= self.keys():  # what is left after a change
+            return super().__repr__()
+        height, width = self.size
+        best = [f"{name} {score:.2f}" for name, score in zip(self.names, self["scores"].tolist(), strict=False)]
+        boxes = counted(len(self["boxes"]), "box") + (f": {shortened(best)}" if best else "")
+        return f"ImageDetections({self.source}, {width} x {height} px, {boxes})"
+
+    def _repr_png_(self) -> bytes | None:
+        """Return the picture that a notebook shows; None where `source` is no file, and it shows the text."""
+        if not Path(self.source).is_file():
+            return None
+        file, picture = io.BytesIO(), self.draw()
+        picture.thumbnail((DISPLAY_SIDE, DISPLAY_SIDE))
+        picture.save(file, "PNG")
+        return file.getvalue()
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -56,12 +83,13 @@ class ImageDetections(dict[str, Tensor]):
         return [self.id2label.get(label, str(label)) for label in self["labels"].tolist()]
 
     def draw(
-        self, image: ImageLike | None = None, score_threshold: float = DISPLAY_SCORE, enlarge: int | None = None
+        self, image: ImageLike | None = None, score_threshold: float | None = None, enlarge: int | None = None
     ) -> Image.Image:
         """Draw the detections that score at least `score_threshold` on a copy of the image.
 
         Args:
             image: None reads the file `source` again.
+            score_threshold: None is `display_score`.
             enlarge: how many times larger the picture is, see `draw_detections`.
 
         Raises:
@@ -72,7 +100,8 @@ class ImageDetections(dict[str, Tensor]):
         pixels = to_rgb(self.source if image is None else image)
         if (height_width := tuple(pixels.shape[-2:])) != self.size:
             raise ValueError(f"{self.source}: found in an image of {self.size} (height, width), not {height_width}")
-        return draw_detections(pixels, self, self.class_names, score_threshold, enlarge)
+        least = self.display_score if score_threshold is None else score_threshold
+        return draw_detections(pixels, self, self.class_names, least, enlarge)
 
     def to_coco(self, image_id: int, category_ids: Sequence[int]) -> list[dict]:
         """Turn the detections into COCO result rows, see `to_coco_results`."""
@@ -86,6 +115,9 @@ class Detections(NamedTuple):
     scores: Tensor  # float32 [B,D]; 0 where empty
     labels: Tensor  # int64 [B,D] 0..K-1; -1 where empty
     count: Tensor  # type: ignore[assignment]  # int64 [B]; a tuple's method has this name too
+
+    def __repr__(self) -> str:
+        return shown_shapes(self)
 
 
 def to_coco_results(

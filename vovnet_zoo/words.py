@@ -1,8 +1,9 @@
-"""`counted` writes a number with its noun."""
+"""`counted` writes a number with its noun, and `counted_classes` also some of the names."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 
 def counted(number: float, noun: str, plural: str | None = None, form: str = "") -> str:
@@ -20,3 +21,13 @@ def counted(number: float, noun: str, plural: str | None = None, form: str = "")
         hissing = stem.endswith(("s", "x", "ch", "sh")) and not stem.endswith("epoch")
         plural = stem + ("es" if hissing else "s")
     return f"{text} {plural}"
+
+
+def counted_classes(number: int, names: Sequence[str] | None) -> str:
+    """Write the number of classes with the first names, such as "4 classes (cat, dog, cow, ..)"."""
+    return counted(number, "class") + (f" ({shortened(names)})" if names else "")
+
+
+def shortened(texts: Sequence[str], most: int = 3) -> str:
+    """Write the first texts of a list, with ".." for the others."""
+    return ", ".join([*texts[:most], *[".."] * (len(texts) > most)])

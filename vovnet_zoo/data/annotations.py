@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Container, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -28,10 +28,13 @@ class Annotations:
     """
 
     file: Path  # the file or folder that messages name
-    read: Callable[[], dict]  # gives the content of a COCO JSON: images, annotations, categories
-    read_image: Callable[[str], bytes] | None = None  # gives an image's bytes by its `file_name`; None: it is a file
-    image_files: tuple[Path, ...] = ()  # the files from which `read_image` reads
-    describe: Callable[[str, int], str] | None = None  # says where the i-th object of an image is written, and how
+    # A function gives the content of a COCO JSON: images, annotations, categories.
+    read: Callable[[], dict] = field(repr=False)  # it may hold the names of all images
+    # Another gives an image's bytes by its `file_name`; None: the image is a file.
+    read_image: Callable[[str], bytes] | None = field(default=None, repr=False)
+    image_files: tuple[Path, ...] = field(default=(), repr=False)  # the files from which `read_image` reads
+    # Another says where the i-th object of an image is written, and how.
+    describe: Callable[[str, int], str] | None = field(default=None, repr=False)
 
 
 Source = Path | Annotations

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torchvision import tv_tensors
 
 from ..arguments import check_number
 from .dataset import CocoDataset, Skipped, label_problem
@@ -170,8 +171,9 @@ def collate(
         skipped: list of the `Skipped` samples, which are not in the batch; without any, the key is absent.
 
     Raises:
-        ValueError: an image is not uint8 [3, H, W], or the labels of a sample are out of range, or not one for each
-            box; the message has its `image_id`. Or a target lacks one of its four keys.
+        ValueError: an image is not uint8 [3, H, W], its boxes are `BoundingBoxes` of another format than XYXY or of an
+            image of another size, or the labels of a sample are out of range, or not one for each box; the message has
+            its `image_id`. Or a target lacks one of its four keys.
     """
     if size_divisor < 1:
         raise ValueError(f"size_divisor={size_divisor!r}: give a whole number of 1 or more")
@@ -183,7 +185,7 @@ def collate(
     for image, target in samples:
         if missing := [key for key in ("boxes", "labels", "image_id", "orig_size") if key not in target]:
             raise ValueError(f"a target has no {', '.join(missing)}, only {', '.join(map(str, target))}; keep them all")
-        if problem := _image_problem(image) or label_problem(target, num_classes):
+        if problem := _image_problem(image) or _box_problem(image, target) or label_problem(target, num_classes):
             raise ValueError(f"image {target['image_id']}: {problem}")
     sizes = torch.tensor([image.shape[-2:] for image in images])
     height, width = (-(-sizes.amax(0) // size_divisor) * size_divisor).tolist()
@@ -214,6 +216,21 @@ def _image_problem(image: Tensor) -> str | None:
     advice = "leave ToDtype and Normalize out of the transforms: vovnet_zoo.data.normalize takes the batch"
     is_float = isinstance(image, Tensor) and image.is_floating_point()
     return f"a batch takes uint8 tensors [3, H, W], got {got}{'; ' + advice if is_float else ''}"
+
+
+def _box_problem(image: Tensor, target: dict) -> str | None:
+    """Say why boxes that know their format and their image's size cannot be in a batch; None if they can."""
+    boxes = target["boxes"]
+    if not isinstance(boxes, tv_tensors.BoundingBoxes):
+        return None
+    if boxes.format != tv_tensors.BoundingBoxFormat.XYXY:
+        return f"its boxes are {boxes.format.value}; end the transforms with v2.ConvertBoundingBoxFormat('XYXY')"
+    if tuple(boxes.canvas_size) != (size := tuple(image.shape[-2:])):
+        given = f"boxes of an image of {tuple(boxes.canvas_size)} (height, width), which is {size} now"
+        return (
+            f"the target has {given}; transforms must take image and target together, as v2.Resize(..)(image, target)"
+        )
+    return None
 
 
 def _blank_sample() -> tuple[Tensor, dict]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from ..arguments import check_flag, check_kind, check_path
-from ..words import counted
+from ..words import counted, counted_classes
 from .annotations import Annotations, are_fractions, file_of, idle_categories
 from .images import ImageError, decode_image, read_image_bytes
 from .index import open_index
@@ -144,6 +144,12 @@ class CocoDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def __repr__(self) -> str:
+        counts = f"{counted(len(self), 'image')}, {counted(self.num_boxes, 'box')}"
+        return (
+            f"CocoDataset({self.annotation_file}, {counts}, {counted_classes(len(self.class_names), self.class_names)})"
+        )
+
     def __getitem__(
         self, key: int | tuple[int, int] | tuple[int, int, bool]
     ) -> tuple[tv_tensors.Image, dict] | Skipped:
@@ -160,9 +166,11 @@ class CocoDataset(torch.utils.data.Dataset):
         Raises:
             ImageError: the image, or another one that the transforms want, cannot be read, or its size is not the one
                 in the JSON; the message names the file. With `skip_bad_images` a `Skipped` is returned instead.
-            ValueError: the transforms gave labels that are no classes, or not one for each box.
+            ValueError: the transforms gave labels that are no classes, or not one for each box; or `index` is a slice.
         """
         index, seed, late = (*key, False)[:3] if isinstance(key, tuple) else (key, None, False)
+        if isinstance(index, slice):
+            raise ValueError("a dataset gives one image at a time; torch.utils.data.Subset(dataset, range(10)) has ten")
         index = range(len(self))[index]
         transforms = self.late_transforms if late else self.transforms
         try:

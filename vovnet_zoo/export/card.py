@@ -15,7 +15,7 @@ def card(chosen: Format, facts: Mapping[str, Any], certificate: Mapping[str, Any
     table = "\n".join(f"| {key} | {value} |" for key, value in rows(chosen, facts, certificate).items())
     example = (
         f'import vovnet_zoo\n\nmodel = vovnet_zoo.load_detector("{file}")\n'
-        'print(vovnet_zoo.predict(model, "photo.jpg"))\n'
+        '(found,) = vovnet_zoo.predict(model, "photo.jpg")\nprint(found.names, found["boxes"], found["scores"])\n'
     )
     use = f"```python\n{example}```\n\n" if facts["thresholds"] is not None else "The network alone, without boxes.\n\n"
     return f"# {file}: FCOS on {facts['config']['backbone']}\n\n{use}| | |\n|---|---|\n{table}\n"
