@@ -78,6 +78,8 @@ class Batches:
                 if "DataLoader timed out" not in str(error):
                     if not self.workers or "in DataLoader worker process" in str(error):  # the dataset raised it
                         raise
+                    if self.stop and self.stop.received:  # Ctrl-C may have ended a worker that was just starting
+                        raise Stopped(128 + self.stop.received) from error
                     why = first_line(error)
                     raise RuntimeError(
                         f"a data loading worker has died or cannot be reached: {why}{advice()}"

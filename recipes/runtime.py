@@ -315,7 +315,7 @@ def describe_cpu() -> dict:
     capabilities = torch.cpu.get_capabilities()
     model = capabilities.get("cpu_name") or platform.processor()
     with contextlib.suppress(OSError):  # only Linux has this file, and its line of the model not on every CPU
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     kinds = ("avx", "amx", "fma", "f16c", "neon", "sve", "sme", "bf16", "i8mm", "fp16_arith")
     return {
@@ -330,5 +330,7 @@ def _git_commit() -> str | None:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
         here = Path(__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=here, capture_output=True, text=True, errors="replace", check=True
+        ).stdout.strip()
     return None

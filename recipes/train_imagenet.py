@@ -16,11 +16,13 @@ from pathlib import Path
 
 from grouping import parse_grouped
 from imagenet_presets import FIRST_OPTIONS, PRESETS, SECTIONS, ClassifierConfig, check_config
-from vovnet_zoo.commands import before_compiling, parse_command
+from vovnet_zoo.commands import before_compiling, leave_interrupts, parse_command
 
 PARSE = functools.partial(parse_grouped, PRESETS, FIRST_OPTIONS, SECTIONS, description=__doc__)
 if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
     CONFIG = parse_command(PARSE)
+elif __name__ == "__mp_main__":  # a data loading worker of macOS or Windows, which runs this file once more
+    leave_interrupts()
 
 import torch
 from torch import Tensor, nn

@@ -278,7 +278,8 @@ def write_index(cache: Path, index: Index) -> None:
             for name, values in arrays.items():
                 np.save(new / f"{name}.npy", values)
             checksums = {name: checksum(values) for name, values in arrays.items()}
-            (new / "about.json").write_text(json.dumps({"categories": index.categories, "checksums": checksums}))
+            about = {"categories": index.categories, "checksums": checksums}
+            (new / "about.json").write_text(json.dumps(about), encoding="utf-8")
     used = {path: path.stat().st_mtime_ns for path in cache.glob(f"{'?' * 64}-*")}
     for old in sorted(used, key=used.__getitem__)[:-KEPT_FILES]:
         shutil.rmtree(old, ignore_errors=True)
@@ -291,7 +292,7 @@ def checksum(values: np.ndarray) -> int:
 @contextlib.contextmanager
 def locked(note: Path) -> Iterator[IO[str]]:
     """Open the note on a file, and lock it against other processes, where the disk has locks."""
-    with open(note, "a+") as file:
+    with open(note, "a+", encoding="utf-8") as file:
         if fcntl is not None:
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
