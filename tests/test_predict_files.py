@@ -186,8 +186,12 @@ def test_a_name_of_a_file_that_is_not_utf8(detector_folder, tmp_path, run):
 
 
 def test_names_of_classes_that_are_no_names_of_folders():
-    names = ["a/b", "A:b", "..", "собака", "犬", "", "x" * 300]
-    assert predict_files.folder_names(names) == ["a_b", "A_b_2", "_", "собака", "犬", "__2", "x" * 100]
+    names = ["a/b", "A:b", "..", "собака", "犬", "", "x" * 300, "Con", "aux.x", "console"]
+    expected = ["a_b", "A_b_2", "_", "собака", "犬", "__2", "x" * 100, "_Con", "_aux.x", "console"]
+    assert predict_files.folder_names(names) == expected
+    assert (
+        predict_files.stem_of("https://x.org/a:b?c=d") == "a_b" and predict_files.stem_of("https://x.org/") == "image"
+    )
 
 
 @pytest.mark.parametrize("target", ["crops", "labels/clip", "clip.mp4", "coco.json", "classes.txt", "labels/x.txt"])

@@ -74,7 +74,8 @@ def _built() -> Path:
         if kept := sorted(cache.glob(f"{stem}-*.so")):  # another compiler's serves as well
             return kept[0]
         raise RuntimeError(
-            f"there is no C++ compiler {compiler!r}; {how_to_install('g++')}, or name one in the environment variable CXX"
+            f"there is no C++ compiler {compiler!r}; {how_to_install('g++')}, or name one in the environment "
+            "variable CXX"
         )
     real = Path(found).resolve()
     path = cache / f"{stem}-{_digest(str(real), real.stat().st_mtime_ns, compiler)}.so"
