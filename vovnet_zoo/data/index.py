@@ -264,6 +264,7 @@ def read_index(cache: Path, digest: str) -> Index | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s is damaged (%s) and is written anew", folder, error)
+        arrays = {}  # Windows removes no file that is mapped
         shutil.rmtree(folder, ignore_errors=True)
         return None
     return Index(digest, about["categories"], **{name: np.asarray(values) for name, values in arrays.items()})
