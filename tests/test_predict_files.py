@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -263,6 +262,7 @@ def test_a_lost_interrupt(detector_folder, tmp_path, monkeypatch):
 
 def test_a_full_disk(detector_folder, tmp_path):
     """A limit on the size of files stands for it; the lines and rows that fitted are whole."""
+    resource = pytest.importorskip("resource", reason="not on Windows")
     clip = draw_video(tmp_path / "clip.mp4", 200, size=(64, 48))
     limit = 60_000
     options = ["--model", detector_folder, "--save-pictures", "none", "--coco", tmp_path / "coco.json"]
