@@ -173,7 +173,7 @@ def main(config: BenchmarkConfig) -> list[Row]:
         if published:
             record["published"] = {preset: row._asdict() for preset, row in PUBLISHED.items()}
             print(*format_published(rows), sep="\n")
-        (config.out / "benchmark.json").write_text(json.dumps(record, indent=2, default=str))
+        (config.out / "benchmark.json").write_text(json.dumps(record, indent=2, default=str), encoding="utf-8")
         draw_rows(rows, config.out / "benchmark.png")
         log.info("%s and benchmark.png beside it", config.out / "benchmark.json")
         return rows
@@ -547,7 +547,7 @@ def memory_of(call: Callable, device: torch.device) -> float:
     if not clear.exists():
         return float("nan")  # only Linux counts this
     ctypes.CDLL(None).malloc_trim(0)  # what is free already goes back to the system, and counts again when used
-    clear.write_text("5")  # forgets the highest so far
+    clear.write_text("5", encoding="utf-8")  # forgets the highest so far
     before = resident("VmRSS")
     call()
     return resident("VmHWM") - before
@@ -555,7 +555,7 @@ def memory_of(call: Callable, device: torch.device) -> float:
 
 def resident(key: str) -> float:
     """Read a line of /proc/self/status, in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(key):
             return int(line.split()[1]) / 2**10
     raise KeyError(key)

@@ -113,7 +113,7 @@ def main(config: BenchmarkConfig) -> dict:
     }
     print(format_report(report))
     if config.out is not None:
-        config.out.write_text(json.dumps(report, indent=2))
+        config.out.write_text(json.dumps(report, indent=2), encoding="utf-8")
     return report
 
 

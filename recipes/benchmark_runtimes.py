@@ -158,7 +158,7 @@ def load_ncnn(network: nn.Module, images: Tensor, threads: int) -> Callable[[], 
             torch.jit.trace(network, images, check_trace=False).save(Path(folder, "network.pt"))
         shape = str(list(images.shape)).replace(" ", "")
         command = [pnnx.EXEC_PATH, "network.pt", f"inputshape={shape}f32", "fp16=0"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
         param, weights = Path(folder, "network.ncnn.param"), Path(folder, "network.ncnn.bin")
         if done.returncode or not param.is_file():
             raise RuntimeError(f"pnnx cannot convert the network to ncnn (exit code {done.returncode}): {done.stderr}")

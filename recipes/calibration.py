@@ -82,7 +82,8 @@ def calibrate(
     path = cache_path(config, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"config": dataclasses.asdict(config), **environment()}
-    path.write_text(json.dumps({"calibration": dataclasses.asdict(calibration), "about": about}, indent=1, default=str))
+    kept = {"calibration": dataclasses.asdict(calibration), "about": about}
+    path.write_text(json.dumps(kept, indent=1, default=str), encoding="utf-8")
     log.info("kept in %s", path)
     return calibration
 
@@ -180,7 +181,7 @@ def steady(times: list[float]) -> list[float]:
 
 def read_rows(path: Path) -> list[dict]:
     """Read the whole lines of a log that is still written."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
@@ -221,5 +222,5 @@ def draw_photos(root: Path, count: int = 48) -> Path:
         content = {"images": images, "annotations": annotations}
         content["categories"] = [{"id": i, "name": f"class {i}"} for i in range(1, CLASSES + 1)]
         (root / "annotations").mkdir(exist_ok=True)
-        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
     return root

@@ -63,7 +63,7 @@ class GradientSum:
         # from pinned memory, since a GPU would have to be waited for otherwise
         has_gradient = torch.tensor(flags, dtype=first.dtype, pin_memory=first.is_cuda)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([*(g.flatten() for g in gradients), has_gradient.to(first.device, non_blocking=True)])
+        flat = torch.cat([*(g.flatten() for g in gradients), has_gradient.to(first.device, non_blocking=first.is_cuda)])
         self._messages.append((flat, dist.all_reduce(flat, async_op=True)))
 
     def finish(self) -> list[Tensor]:

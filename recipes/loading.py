@@ -78,6 +78,8 @@ class Batches:
                 if "DataLoader timed out" not in str(error):
                     if not self.workers or "in DataLoader worker process" in str(error):  # the dataset raised it
                         raise
+                    if self.stop and self.stop.received:  # Ctrl-C may have ended a worker that was just starting
+                        raise Stopped(128 + self.stop.received) from error
                     why = first_line(error)
                     raise RuntimeError(
                         f"a data loading worker has died or cannot be reached: {why}{advice()}"
@@ -152,10 +154,10 @@ def first_line(error: BaseException) -> str:
 
 def advice() -> str:
     """Say what to do about shared memory."""
-    room = ""
-    if SHM.is_dir():
-        usage = shutil.disk_usage(SHM)
-        room = f" ({SHM} has {usage.total / 2**20:.0f} MiB, {usage.free / 2**20:.0f} MiB of them free)"
+    if not SHM.is_dir():  # only Linux limits shared memory by itself
+        return "; memory may be too small: lower --workers or --batch-size"
+    usage = shutil.disk_usage(SHM)
+    room = f" ({SHM} has {usage.total / 2**20:.0f} MiB, {usage.free / 2**20:.0f} MiB of them free)"
     return (
         f"; memory or shared memory may be too small{room}: enlarge it (docker run --shm-size=2g, or --ipc=host), or "
         "lower --workers or --batch-size; --workers 0 needs no shared memory"

@@ -193,11 +193,11 @@ def check_loggers(names: Sequence[str]) -> None:
 def read_id(folder: Path, name: str, step: int) -> str | None:
     """Return a run's id in a tool if the run goes on there; None if it begins."""
     path = folder / IDS
-    return json.loads(path.read_text()).get(name) if step and path.is_file() else None
+    return json.loads(path.read_bytes()).get(name) if step and path.is_file() else None
 
 
 def write_id(folder: Path, name: str, value: str) -> None:
     """Note a run's id in a tool."""
     path = folder / IDS
-    ids = json.loads(path.read_text()) if path.is_file() else {}
+    ids = json.loads(path.read_bytes()) if path.is_file() else {}
     write_whole(path, json.dumps({**ids, name: value}).encode())

@@ -90,7 +90,7 @@ def main(config: ProfileConfig) -> list[dict]:
             rows += measure(models, images, precision, config.rounds)
             log.info("%s: done", precision)
         print(format_rows(rows))
-        config.out.write_text(json.dumps({**environment(), "rows": rows}, indent=2))
+        config.out.write_text(json.dumps({**environment(), "rows": rows}, indent=2), encoding="utf-8")
         return rows
 
 

@@ -43,7 +43,7 @@ def make_shapes(root: Path, num_train: int = 500, num_val: int = 100, size: int 
                     )
             categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
             content = {"images": images, "annotations": annotations, "categories": categories}
-            (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+            (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
     return root
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from runtime import environment, log
+from vovnet_zoo.commands import command_line
 from vovnet_zoo.data import CocoDataset, find_split, split_candidates
 from vovnet_zoo.evaluation.analysis import Analysis, analyse
 from vovnet_zoo.evaluation.coco_eval import load_hotcoco
@@ -88,9 +88,9 @@ def write_page(
     Args:
         is_model: `model` names a detector, and not a file of its detections, with which nobody can go on.
     """
-    run, name = environment(), shlex.quote(model)
+    run, name = environment(), command_line([model])
     facts = {
-        "command": shlex.join(run["command"]),
+        "command": command_line(run["command"]),
         "time": run["time"],
         "model" if is_model else "detections": model,
         "data": f"{dataset.annotation_file} (SHA-256 {dataset.annotations_sha256[:16]}..)",

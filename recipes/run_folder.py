@@ -10,7 +10,6 @@ import json
 import math
 import os
 import platform
-import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -27,10 +26,10 @@ from presets import NETWORK, TrainConfig, with_defaults
 from runtime import environment, log, log_own
 from vovnet_zoo import FCOS
 from vovnet_zoo.classifiers import SOURCES
-from vovnet_zoo.commands import make_folder
+from vovnet_zoo.commands import command_line, make_folder
 from vovnet_zoo.data import CocoDataset, ImageError, Skipped
 from vovnet_zoo.evaluation.runs import TRAINED, VALIDATED, decisive, describe_annotations, read_log, shown
-from vovnet_zoo.files import hash_file, naming, write_whole
+from vovnet_zoo.files import hash_file, naming, sync, write_whole
 
 try:
     import fcntl
@@ -64,6 +63,8 @@ def locked(folder: Path, rank: int = 0, wait: float = 10.0) -> Iterator[None]:
             yield
         except BaseException:
             if not (folder / "run.json").exists():
+                if fcntl is None:
+                    file.close()  # Windows removes no open file
                 remove_prepared(folder, before, missing)
             raise
 
@@ -75,7 +76,7 @@ def take_lock(folder: Path, wait: float) -> IO:
         folder.mkdir(parents=True, exist_ok=True)  # a run that had not begun may have removed it
         # A lock of lockf belongs to this process alone. One of flock would be shared by data loading workers, which may
         # outlive it; and opening this file once more in this process and closing it would release the lock.
-        file = open(folder / "lock", "a+")  # noqa: SIM115  (returned)
+        file = open(folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115  (returned)
         if try_lock(file):
             if is_open_at(file, folder / "lock"):
                 return file
@@ -176,7 +177,7 @@ class RunLog:
         write_whole(folder / "run.json", json.dumps(about, indent=2, default=str).encode())
         kept = [row for row in rows if row["step"] <= (start_step if "loss" in row else scored)]
         write_whole(folder / "metrics.jsonl", "".join(write_json(row) + "\n" for row in kept).encode())
-        self.file = open(folder / "metrics.jsonl", "a")  # noqa: SIM115  (closed by close)
+        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115  (closed by close)
         self.loggers = Loggers(["tensorboard", *config.loggers])
         self.loggers.on_start(folder, json.loads(json.dumps(about["config"], default=str)), start_step)
 
@@ -259,7 +260,7 @@ def note_not_finite(
         {name: x.tolist() for name, x in part.items() if name != "images"} | {"shape": list(part["images"].shape)}
         for part in parts
     ]
-    path.write_text(write_json({"losses": losses, "grad_norm": grad_norm, "batch": batch}))
+    path.write_text(write_json({"losses": losses, "grad_norm": grad_norm, "batch": batch}), encoding="utf-8")
     log_own.warning("step %d skipped: losses %s, gradient norm %s; its batch is in %s", step, losses, grad_norm, path)
     return path
 
@@ -353,11 +354,11 @@ def refuse_changes(saved: dict[str, str], asked: dict[str, str], config: TrainCo
 
 def longer(config: Any) -> str:
     """Say how a run that is complete is followed by another one, since its learning rate has come down to its end."""
-    best, out = shlex.quote(str(config.out / "best")), shlex.quote(f"{config.out}-longer")
+    start = command_line(["--init", str(config.out / "best"), "--out", f"{config.out}-longer"])
     without = ["--pretrained-backbone"] if getattr(config, "pretrained_backbone", False) else []
     if (getattr(config, "backbone", None) or "").startswith(SOURCES):  # the detector knows it by another name
         without.append("--backbone")
-    return f"the same command with --init {best} --out {out}" + "".join(f" and without {name}" for name in without)
+    return f"the same command with {start}" + "".join(f" and without {name}" for name in without)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -488,14 +489,5 @@ def synced(path: Path) -> Iterator[IO[bytes]]:
 
 def move(source: Path, path: Path) -> None:
     """Give a file another name in its folder, where it replaces a file of this name."""
-    source.rename(path)
-    if os.name == "nt":  # Windows opens no folders
-        return
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot do this for folders
-            raise
-    finally:
-        os.close(folder)
+    source.replace(path)
+    sync(path.parent)  # the new name, too

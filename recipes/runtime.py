@@ -128,7 +128,7 @@ def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]
     After an error the job is not left, since that would wait for the other processes: see `end_at_once`.
 
     Yields (rank, world size, this process's device); (0, 1, device) without torchrun. `ValueError` if there is no such
-    device, or if it is one GPU for several processes.
+    device, if it is one GPU for several processes, or if torch cannot connect processes on it.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = global_rank(), int(os.environ.get("LOCAL_RANK", 0))
@@ -140,6 +140,7 @@ def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]
             "and choose among the GPUs with the variable CUDA_VISIBLE_DEVICES"
         )
     target = find_device(device, local_rank)
+    check_backend(target, world_size)
     if target.type == "cuda":
         torch.cuda.set_device(target)
     if world_size > 1:
@@ -157,6 +158,17 @@ def process_group(device: str | None) -> Iterator[tuple[int, int, torch.device]]
     yield rank, world_size, target
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_backend(device: torch.device, world_size: int) -> None:
+    """Raise `ValueError` where several processes cannot work together on a type of device."""
+    if world_size > 1 and device.type == "cuda" and not dist.is_nccl_available():
+        raise ValueError(
+            "several GPUs need NCCL, which this torch lacks (it is there on Linux only); start one process, without "
+            "torchrun"
+        )
+    if world_size > 1 and device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: several processes need a CPU or NVIDIA GPUs; start one, without torchrun")
 
 
 def start_log(rank: int) -> None:
@@ -217,6 +229,15 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def to_device(batch: dict, device: torch.device) -> dict[str, Tensor]:
+    """Move the tensors of a batch to a device, and leave out all else.
+
+    Only an NVIDIA GPU is not waited for: on Apple's, torch may read memory that was freed meanwhile.
+    """
+    waits = device.type != "cuda"
+    return {name: x.to(device, non_blocking=not waits) for name, x in batch.items() if isinstance(x, Tensor)}
 
 
 REPEAT_S = 5.0
@@ -315,7 +336,7 @@ def describe_cpu() -> dict:
     capabilities = torch.cpu.get_capabilities()
     model = capabilities.get("cpu_name") or platform.processor()
     with contextlib.suppress(OSError):  # only Linux has this file, and its line of the model not on every CPU
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     kinds = ("avx", "amx", "fma", "f16c", "neon", "sve", "sme", "bf16", "i8mm", "fp16_arith")
     return {
@@ -330,5 +351,7 @@ def _git_commit() -> str | None:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
         here = Path(__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            command, cwd=here, capture_output=True, text=True, errors="replace", check=True
+        ).stdout.strip()
     return None

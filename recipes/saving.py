@@ -142,7 +142,7 @@ class BackgroundSaver:
 
 
 def copy_state(state: Any, copy: Any = None) -> Any:
-    """Copy a state (tensors, numbers, strings in dicts and lists) to the host; on a GPU the copies are only queued.
+    """Copy a state (tensors, numbers, strings in dicts and lists) to the host; an NVIDIA GPU's copies are only queued.
 
     Args:
         copy: an earlier copy, whose tensors are written again where they fit.
@@ -151,7 +151,7 @@ def copy_state(state: Any, copy: Any = None) -> Any:
     def copied(x: Tensor, room: Any) -> Tensor:
         if not (isinstance(room, Tensor) and (room.shape, room.dtype) == (x.shape, x.dtype)):
             room = room_for(x)
-        return room.copy_(x.detach(), non_blocking=True)
+        return room.copy_(x.detach(), non_blocking=x.is_cuda)  # Apple's GPUs would have to be waited for
 
     return map_tensors(copied, state, copy)
 

@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from presets import TrainConfig, check_config, doubts, is_recorded, parse
-from vovnet_zoo.commands import before_compiling, parse_command
+from vovnet_zoo.commands import before_compiling, leave_interrupts, parse_command
 
 PARSE = functools.partial(parse, description=__doc__)
 if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
     CONFIG = parse_command(PARSE)
+elif __name__ == "__mp_main__":  # a data loading worker of macOS or Windows, which runs this file once more
+    leave_interrupts()
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ from run_folder import (
     note_bad_image,
     note_skipped,
 )
-from runtime import Stopped, StopSignal, all_reduce, average, gather, log, process_group, run_command
+from runtime import Stopped, StopSignal, all_reduce, average, gather, log, process_group, run_command, to_device
 from scoring import score_dataset
 from seeds import check_seeds, compare_seeds, seed_configs
 from step import compile_step, compute_losses, find_targets
@@ -203,9 +205,7 @@ def next_parts(run: Run, step: int, batches: Iterator[list[dict]]) -> list[dict[
         raise
     skipped = [image for part in parts for image in part.get("skipped", [])]
     note_skipped(run.config.out, step + 1, skipped)
-    return [
-        {name: x.to(run.device, non_blocking=True) for name, x in part.items() if name != "skipped"} for part in parts
-    ]
+    return [to_device(part, run.device) for part in parts]
 
 
 def common_size(model: nn.Module, parts: list[dict[str, Tensor]], received: int) -> tuple[int, int, int]:

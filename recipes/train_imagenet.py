@@ -16,11 +16,13 @@ from pathlib import Path
 
 from grouping import parse_grouped
 from imagenet_presets import FIRST_OPTIONS, PRESETS, SECTIONS, ClassifierConfig, check_config
-from vovnet_zoo.commands import before_compiling, parse_command
+from vovnet_zoo.commands import before_compiling, leave_interrupts, parse_command
 
 PARSE = functools.partial(parse_grouped, PRESETS, FIRST_OPTIONS, SECTIONS, description=__doc__)
 if __name__ == "__main__":  # before torch is imported, which takes seconds, so that --help is quick
     CONFIG = parse_command(PARSE)
+elif __name__ == "__mp_main__":  # a data loading worker of macOS or Windows, which runs this file once more
+    leave_interrupts()
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from loggers import check_loggers
 from memory import peak_memory
 from optim import set_lr
 from run_folder import RunLog, locked
-from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command
+from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command, to_device
 from step import compiled
 from training_loop import clip_gradients, log_graphs, log_step, note_score, seed_of, show_progress, stopped, update
 from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, save_if_due
@@ -128,7 +130,7 @@ def next_parts(run: Run, batches: Iterator[list[dict[str, Tensor]]]) -> list[dic
     except Stopped:  # the batch did not come
         save(run)
         raise
-    return [{name: x.to(run.device, non_blocking=True) for name, x in part.items()} for part in parts]
+    return [to_device(part, run.device) for part in parts]
 
 
 def compute_loss(
@@ -189,7 +191,8 @@ def score(run: Run, stop: StopSignal) -> dict[str, float]:
         if not more:
             break
         if batch is not None:
-            images, labels = (batch[name].to(run.device, non_blocking=True) for name in ("images", "labels"))
+            batch = to_device(batch, run.device)
+            images, labels = batch["images"], batch["labels"]
             logits = compute_logits(model, images, cfg, run.config.precision)
             right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             counts += torch.stack([right[:, 0].sum(), right.sum(), torch.full((), len(labels), device=run.device)])

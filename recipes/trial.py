@@ -16,7 +16,7 @@ from gradients import GradientSum
 from optim import create_optimizer
 from presets import TrainConfig, is_recorded
 from recorded import Passes, RecordedPasses
-from runtime import StopSignal, synchronize
+from runtime import StopSignal, synchronize, to_device
 from step import compile_step, compute_losses, find_targets
 from vovnet_zoo import FCOS, FCOSLoss, predict
 from vovnet_zoo.config import DetectorConfig
@@ -61,7 +61,7 @@ class Trial:
         """Do one step: forward, backward and update, as `train_coco.train` does for one process."""
         self.passes.begin()
         for part in parts:
-            part = {name: x.to(self.device, non_blocking=True) for name, x in part.items() if name != "skipped"}
+            part = to_device(part, self.device)
             height, width = part["images"].shape[-2:]
             targets, normalizers = self.find(self.model, self.criterion, part["boxes"], part["labels"], height, width)
             self.passes(part["images"], part["sizes"], targets, normalizers, last=False)

@@ -5,11 +5,14 @@ import builtins
 import dataclasses
 import importlib
 import json
+import ntpath
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ import train_coco
 import train_imagenet
 import vovnet_zoo.cli
 from vovnet_zoo import commands
+from vovnet_zoo.kernels import library
 
 RECIPES = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "recipes").glob("*.py")}
 MODULES = [benchmark, benchmark_data, eval_coco, profile_blocks, train_coco]
@@ -195,6 +199,9 @@ def test_the_home_folder(run, monkeypatch):
     ]  # fmt: skip
     status, printed = run(train_coco, "finetune", "--data=~/data", "--out", "~/run", "--device", "cpu")
     assert status == 2 and home in printed and not os.path.exists("~")
+    monkeypatch.setattr(os.path, "expanduser", ntpath.expanduser)
+    monkeypatch.setenv("USERPROFILE", r"C:\Users\me")
+    assert commands.expand_home([r"~\x", r"--out=~\y"]) == [r"C:\Users\me\x", r"--out=C:\Users\me\y"]
 
 
 @pytest.mark.parametrize(
@@ -350,6 +357,35 @@ def test_windows_has_no_resource_and_no_sigchld(monkeypatch):
     monkeypatch.delattr(signal, "SIGCHLD")
     with runtime.StopSignal() as stop:
         assert not stop.received
+
+
+@pytest.mark.parametrize(
+    "platform, advice, line",
+    [
+        ("linux", r"install one \(apt install g\+\+\)", r"--init 'my runs\a'"),
+        ("darwin", r"install one \(xcode-select --install\)", r"--init 'my runs\a'"),
+        ("win32", "install Visual Studio's Build Tools", r'--init "my runs\a"'),
+    ],
+)
+def test_what_to_type_on_each_system(monkeypatch, platform, advice, line):
+    monkeypatch.setattr(commands, "sys", types.SimpleNamespace(platform=platform))
+    assert re.search(advice, commands.no_compiler("cpu", ""))
+    assert commands.command_line(["--init", r"my runs\a"]) == line
+
+
+def test_the_kernels_are_not_built_on_windows(monkeypatch):
+    """Its compilers take other options; a g++ that happens to be there makes nothing that torch can load."""
+    monkeypatch.setattr(library, "sys", types.SimpleNamespace(platform="win32"))
+    assert library.load.__wrapped__() == "they are not built on Windows"
+
+
+def test_several_processes_need_nccl_on_gpus(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    runtime.check_backend(torch.device("cuda"), 1)
+    runtime.check_backend(torch.device("cpu"), 2)
+    for name, message in (("cuda", "NCCL"), ("mps", "CPU or NVIDIA GPUs")):
+        with pytest.raises(ValueError, match=f"{message}.* without torchrun"):
+            runtime.check_backend(torch.device(name), 2)
 
 
 def test_macos_counts_memory_in_bytes(monkeypatch):

@@ -2,12 +2,14 @@
 
 import json
 import logging
+from pathlib import PureWindowsPath
 
 import numpy as np
 import pytest
 import torch
 from samples import box, make_coco
 
+from vovnet_zoo.data import annotations
 from vovnet_zoo.data.annotations import coco_to_xyxy
 from vovnet_zoo.data.dataset import CocoDataset
 from vovnet_zoo.data.transforms import hflip_boxes
@@ -102,6 +104,14 @@ def test_unusable_file(name, write_coco):
     coco, message = BAD_FILES[name]
     with pytest.raises(ValueError, match=rf"instances\.json: .*{message}"):
         CocoDataset(*write_coco(coco))
+
+
+@pytest.mark.parametrize("name", ["/etc/x.png", r"\etc\x.png", "C:x.png", r"C:\x.png", r"a\..\..\x.png"])
+def test_windows_has_more_ways_out_of_a_folder(monkeypatch, name):
+    monkeypatch.setattr(annotations, "PurePath", PureWindowsPath)
+    image = {"id": 1, "height": 4, "width": 4}
+    assert "below the folder of images" in annotations.image_problem(image | {"file_name": name})
+    assert annotations.image_problem(image | {"file_name": r"a\x.png"}) is None
 
 
 def test_coco_to_xyxy_continuous():

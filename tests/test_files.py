@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import types
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,25 @@ def test_sync(tmp_path, monkeypatch, number):
     with pytest.raises(OSError, match="file"):
         files.write_whole(tmp_path / "x", b"1")
     assert not (tmp_path / "x").exists()
+
+
+def test_windows_flushes_only_what_may_be_written(tmp_path, monkeypatch):
+    """A stand-in for Windows: it flushes no file that was opened for reading, opens no folder, and has no fcntl."""
+    fcntl = pytest.importorskip("fcntl", reason="this is Windows")
+    flushed = []
+
+    def fsync(descriptor):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flushed.append(descriptor)
+
+    monkeypatch.setattr(files, "os", types.SimpleNamespace(**{**vars(os), "name": "nt", "fsync": fsync}))
+    monkeypatch.setattr(files, "fcntl", None)
+    files.write_whole(tmp_path / "a", b"1")
+    for text in ("1", "2"):
+        with files.staged(tmp_path / "new") as folder:
+            (folder / "b").write_text(text)
+    assert (tmp_path / "a").read_text() == "1" and (tmp_path / "new" / "b").read_text() == "2" and len(flushed) == 3
 
 
 def test_read_bytes(tmp_path):

@@ -162,6 +162,61 @@ def test_every_form_of_import_is_seen(tmp_path, module, line, imported):
 # ---- reading the sources
 
 
+POSIX = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}  # modules that Windows lacks
+
+
+def test_every_module_fits_every_system():
+    paths = [*(ROOT / "vovnet_zoo").rglob("*.py"), *(ROOT / "recipes").rglob("*.py"), ROOT / "hubconf.py"]
+    found = {str(path): unfit(ast.parse(path.read_text(encoding="utf-8"))) for path in paths}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    "code, what",
+    [
+        ("import fcntl", "imports fcntl without except ImportError"),
+        ("try:\n    import fcntl\nexcept ImportError:\n    fcntl = None", None),
+        ("open(path)", "has no encoding: open(path)"),
+        ("open(path, 'rb')", None),
+        ("path.write_text(text)", "has no encoding: path.write_text(text)"),
+        ("path.read_text('utf-8')", None),
+        ("x.to(device, non_blocking=True)", "does not wait: x.to(device, non_blocking=True)"),
+    ],
+)
+def test_what_does_not_fit_a_system_is_found(code, what):
+    assert unfit(ast.parse(code)) == ([f"line 1 {what}"] if what else [])
+
+
+def unfit(tree: ast.Module) -> list[str]:
+    """List what a module does that fails on some system.
+
+    Windows has not all modules, and takes cp1252 where no encoding is given. On Apple's GPUs, a copy that is not
+    waited for may read memory that was freed (github.com/pytorch/pytorch/issues/139550).
+    """
+    tries = [n for n in ast.walk(tree) if isinstance(n, ast.Try) and "ImportError" in ast.unparse(n.handlers[:1])]
+    caught = {node for part in tries for node in ast.walk(part)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and node not in caught:
+            found += [(node, f"imports {x.name} without except ImportError") for x in node.names if x.name in POSIX]
+        if isinstance(node, ast.Call):
+            if lacks_encoding(node):
+                found.append((node, f"has no encoding: {ast.unparse(node)}"))
+            if "non_blocking=True" in map(ast.unparse, node.keywords):
+                found.append((node, f"does not wait: {ast.unparse(node)}"))
+    return [f"line {node.lineno} {what}" for node, what in found]
+
+
+def lacks_encoding(call: ast.Call) -> bool:
+    """Tell whether a call reads or writes text in the encoding of the system."""
+    name = getattr(call.func, "attr", None) or getattr(call.func, "id", None)
+    if not {keyword.arg for keyword in call.keywords} <= {"mode", "buffering", "errors", "newline"}:
+        return False  # it has one, or is no function of Python's
+    if name == "open" and isinstance(call.func, ast.Name):
+        return len(call.args) < 2 or "b" not in ast.unparse(call.args[1])
+    return name == "read_text" and not call.args or name == "write_text" and len(call.args) < 2
+
+
 def import_graph(root: Path) -> dict[str, set[str]]:
     """Map the dotted name of each module of ours to the modules of ours that it imports; recipes have no dot."""
     paths = [*(root / "vovnet_zoo").rglob("*.py"), *(root / "recipes").glob("*.py")]

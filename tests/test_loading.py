@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -93,6 +94,34 @@ def test_a_signal_while_a_batch_does_not_come(impatient):
         with pytest.raises(Stopped) as error:
             next(batches)
         assert error.value.code == 128 + signal.SIGTERM
+
+
+@pytest.mark.usefixtures("forked")
+def test_ctrl_c_that_ends_a_worker_too(impatient):
+    """Where workers are no copies, Ctrl-C can reach one before it leaves signals to this process."""
+    with StopSignal() as stop:
+        batches = Batches(Numbers(die), workers=2, batch_size=None, stop=stop)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises at any place in this test
+        stop.received = signal.SIGINT
+        with pytest.raises(Stopped) as error:
+            list(batches)
+        assert error.value.code == 130
+
+
+@pytest.mark.parametrize("script", ["train_coco.py", "train_imagenet.py"])
+def test_a_worker_leaves_ctrl_c_while_it_imports_torch(script):
+    """multiprocessing runs the script once more, under this name, in a worker that is no copy."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        runpy.run_path(str(ROOT / "recipes" / script), run_name="__mp_main__")
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_only_linux_is_told_of_docker(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "SHM", tmp_path / "none")
+    assert "docker" not in loading.advice() and "--workers" in loading.advice()
 
 
 @pytest.mark.usefixtures("forked")

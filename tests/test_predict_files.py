@@ -5,7 +5,6 @@ import functools
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -186,8 +185,12 @@ def test_a_name_of_a_file_that_is_not_utf8(detector_folder, tmp_path, run):
 
 
 def test_names_of_classes_that_are_no_names_of_folders():
-    names = ["a/b", "A:b", "..", "собака", "犬", "", "x" * 300]
-    assert predict_files.folder_names(names) == ["a_b", "A_b_2", "_", "собака", "犬", "__2", "x" * 100]
+    names = ["a/b", "A:b", "..", "собака", "犬", "", "x" * 300, "Con", "aux.x", "console"]
+    expected = ["a_b", "A_b_2", "_", "собака", "犬", "__2", "x" * 100, "_Con", "_aux.x", "console"]
+    assert predict_files.folder_names(names) == expected
+    assert (
+        predict_files.stem_of("https://x.org/a:b?c=d") == "a_b" and predict_files.stem_of("https://x.org/") == "image"
+    )
 
 
 @pytest.mark.parametrize("target", ["crops", "labels/clip", "clip.mp4", "coco.json", "classes.txt", "labels/x.txt"])
@@ -259,6 +262,7 @@ def test_a_lost_interrupt(detector_folder, tmp_path, monkeypatch):
 
 def test_a_full_disk(detector_folder, tmp_path):
     """A limit on the size of files stands for it; the lines and rows that fitted are whole."""
+    resource = pytest.importorskip("resource", reason="not on Windows")
     clip = draw_video(tmp_path / "clip.mp4", 200, size=(64, 48))
     limit = 60_000
     options = ["--model", detector_folder, "--save-pictures", "none", "--coco", tmp_path / "coco.json"]

@@ -139,8 +139,15 @@ def test_a_log_that_cannot_be_written_stays_as_it_was(config, name, monkeypatch)
     assert (config.out / (name + ".partial")).read_text() == "mine"
 
 
-def test_a_checkpoint_replaces_that_of_the_same_step(tmp_path):
-    for step, value in ((2, 0.0), (4, 1.0), (4, 2.0), (4, 3.0)):
+def test_a_checkpoint_replaces_that_of_the_same_step(tmp_path, monkeypatch):
+    """One of the same content has the same name, and Windows gives a file no name that another file has."""
+
+    def rename(source, target):
+        assert not os.path.exists(target), "as Windows says"
+        os.replace(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    for step, value in ((2, 0.0), (4, 1.0), (4, 2.0), (4, 3.0), (4, 3.0)):
         save_checkpoint(tmp_path, step, {"value": value})
     assert [path.name[:8] for path in list_checkpoints(tmp_path)] == ["00000002", "00000004"]
     assert load_checkpoint(tmp_path) == {"value": 3.0}

@@ -8,8 +8,10 @@ import io
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -47,6 +49,10 @@ COMPILERS = {
     ),
     "cuda": Compiler("C", "CC", ("gcc", "clang"), "gcc", "Failed to find C compiler"),
 }
+INSTALL = {  # how a compiler comes to systems that have no apt
+    "darwin": "install one (xcode-select --install)",
+    "win32": "install Visual Studio's Build Tools for C++ and type this in their x64 Native Tools Command Prompt",
+}
 USER_ERRORS = (ValueError, OSError, ImportError, CommandError)
 
 
@@ -57,7 +63,7 @@ def take_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 def expand_home(arguments: Sequence[str]) -> list[str]:
     """Write the home folder for a ~ that begins an argument or a value, where a shell left it: in quotes, after `=`."""
-    parts = [re.fullmatch(r"(--[\w-]+=)?(~(?:/.*)?)", argument, re.DOTALL) for argument in arguments]
+    parts = [re.fullmatch(r"(--[\w-]+=)?(~(?:[/\\].*)?)", argument, re.DOTALL) for argument in arguments]
     pairs = zip(arguments, parts, strict=True)
     return [(part[1] or "") + os.path.expanduser(part[2]) if part else argument for argument, part in pairs]
 
@@ -91,6 +97,15 @@ def end_import(number: int, frame: object) -> NoReturn:
     if int(os.environ.get("RANK", 0)) == 0:
         os.write(2, f"{Path(sys.argv[0]).stem}: interrupted\n".encode())
     os._exit(128 + number)
+
+
+def leave_interrupts() -> None:
+    """Leave Ctrl-C to the process that this one works for, from here on.
+
+    A worker that died while it imports torch would let that process wait for ever: where a worker is no copy of it,
+    Python sends the worker its data through a pipe, and does not notice that nobody reads them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_completion(arguments: Sequence[str]) -> None:
@@ -153,7 +168,7 @@ def open_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (as long as the process)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  (as long as the process)
         elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 
@@ -227,9 +242,19 @@ def has_compiler(device: str = "cpu") -> bool:
 def no_compiler(device: str, instead: str) -> str:
     """Say that a compiler is missing, and what to do."""
     missing = COMPILERS[device]
-    install, name = f"install one (apt install {missing.package})", f"name it in {missing.variable}"
+    install, name = how_to_install(missing.package), f"name it in {missing.variable}"
     ways = f"{install}, {name}, or {instead}" if instead else f"{install}, or {name}"
     return f"torch.compile finds no {missing.language} compiler; {ways}"
+
+
+def how_to_install(package: str) -> str:
+    """Say how a compiler is installed on this system; `package` is its name in Debian."""
+    return INSTALL.get(sys.platform, f"install one (apt install {package})")
+
+
+def command_line(words: Sequence[str]) -> str:
+    """Join words to a line that a shell of this system takes as it is. Windows knows no single quotes."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 @contextlib.contextmanager

@@ -268,7 +268,8 @@ def sync(path: Path) -> None:
     is_folder = path.is_dir()
     if is_folder and os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows writes out only what was opened to be written
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -414,9 +414,10 @@ def detect_batch(
     with torch.inference_mode():
         images = torch.stack([item.pixels for item in items])  # [B,3,H,W]
         sizes = torch.tensor([item.size for item in items], device="cpu")
-        if device.type == "cuda":
+        waits = device.type != "cuda"  # on Apple's GPUs, torch may otherwise read memory that was freed meanwhile
+        if not waits:
             images, sizes = images.pin_memory(), sizes.pin_memory()
-        images, sizes = images.to(device, non_blocking=True), sizes.to(device, non_blocking=True)
+        images, sizes = images.to(device, non_blocking=not waits), sizes.to(device, non_blocking=not waits)
         found = detect(model, images, sizes, thresholds, network)
         packed = torch.cat([found.boxes, found.scores[..., None], found.labels[..., None].float()], dim=-1).cpu()
     results = []

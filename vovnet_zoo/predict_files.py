@@ -40,6 +40,7 @@ from .words import counted
 JPEG_QUALITY = 90
 KEPT_BYTES = 256 << 20  # pixels that are kept from the network's look at an image until its picture is drawn
 NO_PLACE_FOR = r'[\\/:*?"<>|\x00-\x1f]|^\.+|[. ]+$'  # in the name of a file, on some system
+DEVICES = r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)"  # Windows takes these names, in capitals too, for devices
 
 
 def predict_files(
@@ -387,7 +388,13 @@ class AppendedFile:
 def folder_names(class_names: Sequence[str]) -> list[str]:
     """Choose a folder's name for each class, which no system refuses."""
     taken: set[str] = set()
-    return [unique(re.sub(NO_PLACE_FOR, "_", name)[:100] or "_", taken) for name in class_names]
+    return [unique(file_name(name), taken) for name in class_names]
+
+
+def file_name(text: str) -> str:
+    """Make a name of at most 100 letters, which no system refuses for a file, of any text."""
+    name = re.sub(NO_PLACE_FOR, "_", text)[:100] or "_"
+    return f"_{name}" if re.match(DEVICES, name, re.IGNORECASE) else name
 
 
 def check_targets(
@@ -441,7 +448,7 @@ def image_ids(names: Sequence[str]) -> list[int] | None:
 
 def stem_of(name: str) -> str:
     """Return the name of an image's file, without folder and suffix."""
-    return Path(urlparse(name).path).stem[:100] or "image" if is_url(name) else Path(name).stem
+    return file_name(Path(urlparse(name).path).stem or "image") if is_url(name) else Path(name).stem
 
 
 def result_name(name: str, folders: Sequence[Path]) -> str:

@@ -96,7 +96,14 @@ def _check(folder: Path) -> None:
     line = [sys.executable, "-B", APP, "--check"]
     try:
         result = subprocess.run(
-            line, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            line,
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"the page of the Space did not start in {TIMEOUT_S} s; nothing was pushed") from error

@@ -288,7 +288,7 @@ def image_problem(image: dict) -> str | None:
     if len(name) > 4096 or "\0" in name:
         return f"image {image['id']} has a 'file_name' of {len(name)} characters that is no path: {name[:50]!r}"
     # A name of letters, digits and a suffix needs no closer look, which takes half a second for COCO's.
-    if not PLAIN_NAME(name) and ((path := PurePath(name)).is_absolute() or ".." in path.parts):
+    if not PLAIN_NAME(name) and ((path := PurePath(name)).anchor or ".." in path.parts):
         return f"image {image['id']} ({name}) must have a 'file_name' below the folder of images, without '..'"
     if not all(type(side) in (int, float) and 1 <= side < 2**31 and side == int(side) for side in size):
         return f"image {image['id']} ({name}) needs a whole positive width and height, not {size[1]!r} and {size[0]!r}"

@@ -116,7 +116,7 @@ def main(root: Path | None, *, json_out: Path | None = None, **options: Any) -> 
     print(report)
     if json_out is not None:
         json_out.parent.mkdir(parents=True, exist_ok=True)
-        json_out.write_text(json.dumps({"ok": report.ok, **asdict(report)}, indent=2))
+        json_out.write_text(json.dumps({"ok": report.ok, **asdict(report)}, indent=2), encoding="utf-8")
     return 0 if report.ok else 1
 
 

@@ -50,7 +50,7 @@ def convert_data(source: str | Path, target: str | Path, *, difficult_is_crowd: 
         for word, split in splits.items():
             (folder / word).mkdir()
             content = write_images(split, folder / word, difficult_is_crowd)
-            (folder / "annotations" / f"instances_{word}.json").write_text(json.dumps(content))
+            (folder / "annotations" / f"instances_{word}.json").write_text(json.dumps(content), encoding="utf-8")
     return {word: out / "annotations" / f"instances_{word}.json" for word in splits}
 
 

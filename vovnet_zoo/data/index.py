@@ -264,6 +264,7 @@ def read_index(cache: Path, digest: str) -> Index | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s is damaged (%s) and is written anew", folder, error)
+        arrays = {}  # Windows removes no file that is mapped
         shutil.rmtree(folder, ignore_errors=True)
         return None
     return Index(digest, about["categories"], **{name: np.asarray(values) for name, values in arrays.items()})
@@ -278,7 +279,8 @@ def write_index(cache: Path, index: Index) -> None:
             for name, values in arrays.items():
                 np.save(new / f"{name}.npy", values)
             checksums = {name: checksum(values) for name, values in arrays.items()}
-            (new / "about.json").write_text(json.dumps({"categories": index.categories, "checksums": checksums}))
+            about = {"categories": index.categories, "checksums": checksums}
+            (new / "about.json").write_text(json.dumps(about), encoding="utf-8")
     used = {path: path.stat().st_mtime_ns for path in cache.glob(f"{'?' * 64}-*")}
     for old in sorted(used, key=used.__getitem__)[:-KEPT_FILES]:
         shutil.rmtree(old, ignore_errors=True)
@@ -291,7 +293,7 @@ def checksum(values: np.ndarray) -> int:
 @contextlib.contextmanager
 def locked(note: Path) -> Iterator[IO[str]]:
     """Open the note on a file, and lock it against other processes, where the disk has locks."""
-    with open(note, "a+") as file:
+    with open(note, "a+", encoding="utf-8") as file:
         if fcntl is not None:
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)

@@ -318,7 +318,7 @@ def _refuse_archive(root: Path) -> None:
         return
     target = path.with_suffix("")
     if zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is an archive; type: unzip {path} -d {target}; then give --data {target}")
+        raise ValueError(f"{path} is an archive; type: python -m zipfile -e {path} {target}; then give --data {target}")
     if tarfile.is_tarfile(path):
         raise ValueError(
             f"{path} is an archive; type: mkdir {target} && tar -xf {path} -C {target}; then give --data {target}"

@@ -118,7 +118,7 @@ def scored_ids(dataset: CocoDataset, skipped: Collection[int]) -> list[int] | No
 def read_log(path: Path) -> list[dict]:
     """Read the rows of a run's `metrics.jsonl`; a damaged line, like the last one of a killed run, is left out."""
     rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

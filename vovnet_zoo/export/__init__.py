@@ -140,7 +140,9 @@ def export_detector(
             certificate |= comparison.certify(written, bounds)
         certificate |= exporter.versions()
         exporter.write_facts(file, {**facts, "certificate": certificate})
-        (folder / CERTIFICATE).write_text(json.dumps({**facts, "certificate": certificate}, indent=1) + "\n")
+        (folder / CERTIFICATE).write_text(
+            json.dumps({**facts, "certificate": certificate}, indent=1) + "\n", encoding="utf-8"
+        )
         (folder / CARD).write_text(card(chosen, facts, certificate), encoding="utf-8")
     return certificate
 

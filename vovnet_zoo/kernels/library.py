@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ..commands import how_to_install
 from ..files import cache_folder
 
 log = logging.getLogger("vovnet_zoo")
@@ -61,6 +62,8 @@ def load() -> str:
 
 def _built() -> Path:
     """Return the library's file, from the cache or built now; a `RuntimeError` or `OSError` says why there is none."""
+    if sys.platform == "win32":
+        raise RuntimeError("they are not built on Windows")
     cache = cache_folder()
     flags = [*FLAGS, *(INSTRUCTION_SETS.get(capability(), []) if platform.machine() in ("x86_64", "AMD64") else [])]
     contents = _digest([source.read_bytes() for source in SOURCES], flags)
@@ -71,7 +74,7 @@ def _built() -> Path:
         if kept := sorted(cache.glob(f"{stem}-*.so")):  # another compiler's serves as well
             return kept[0]
         raise RuntimeError(
-            f"there is no C++ compiler {compiler!r}; install one (apt install g++), or name one in the environment "
+            f"there is no C++ compiler {compiler!r}; {how_to_install('g++')}, or name one in the environment "
             "variable CXX"
         )
     real = Path(found).resolve()
@@ -96,7 +99,7 @@ def _build(command: list[str], path: Path) -> None:
     with folder as name:
         built = Path(name) / path.name
         whole = [*command, f"-I{root / 'include'}", *map(str, SOURCES), "-o", str(built), *links]
-        result = subprocess.run(whole, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        result = subprocess.run(whole, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
         if result.returncode:
             errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
             raise RuntimeError(f"{' '.join(command)} could not build the kernels: {errors[0] if errors else ''}")

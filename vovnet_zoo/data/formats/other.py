@@ -62,7 +62,7 @@ def first_line(path: Path) -> str:
 
 def head(path: Path) -> str:
     try:
-        with open(path, errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(1000)
     except OSError:
         return ""
