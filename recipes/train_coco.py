@@ -235,7 +235,9 @@ def room_for_norms(model: nn.Module, parts: list[dict[str, Tensor]], height: int
 
 
 def pad_images(images: Tensor, height: int, width: int) -> Tensor:
-    """Pad images [B,3,h,w] below and at the right."""
+    """Pad images [B,3,h,w] below and at the right; images of that size already are not copied."""
+    if images.shape[-2:] == (height, width):
+        return images
     return nn.functional.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from average import MovingAverage
 from build import build_loader, build_loss, build_model, prepare_for_training
-from gradients import GradientSum
+from gradients import GradientSum, limit_norm
 from optim import create_optimizer
 from presets import TrainConfig, is_recorded
 from recorded import Passes, RecordedPasses
@@ -66,7 +66,7 @@ class Trial:
             targets, normalizers = self.find(self.model, self.criterion, part["boxes"], part["labels"], height, width)
             self.passes(part["images"], part["sizes"], targets, normalizers, last=False)
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or float("inf"))
+        limit_norm(self.model, self.config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema:
