@@ -63,7 +63,7 @@ def load(logits, labels, count, of_class, of_rest, K: tl.constexpr, BLOCK: tl.co
     """Return the places of some logits from the program's first one on, which there are, the sign and the weight of
     each, and its value times its sign: the larger it is, the better."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    column = first % K + tl.arange(0, BLOCK)
+    column = (first % K).to(tl.int32) + tl.arange(0, BLOCK)
     place = first + tl.arange(0, BLOCK)
     inside = place < count
     label = tl.load(labels + first // K + column // K, mask=inside, other=-1)
