@@ -334,6 +334,7 @@ def training_contestants(
     criterion = FCOSLoss()
     fuse_for_training(ours)
     use_gpu_kernels(ours, device)
+    use_gpu_kernels(criterion, device)
     sparing, fast = copy.deepcopy(ours), copy.deepcopy(ours)
     sparing.set_grad_checkpointing()
     if device.type == "cpu":

@@ -14,7 +14,7 @@ from loading import Batches
 from presets import TrainConfig, with_defaults
 from quickstart_data import make_shapes
 from runtime import StopSignal, barrier, log
-from vovnet_zoo import FCOS, create_detector
+from vovnet_zoo import FCOS, FCOSLoss, create_detector
 from vovnet_zoo.backbone import create_backbone
 from vovnet_zoo.classifiers import SOURCES
 from vovnet_zoo.config import (
@@ -308,6 +308,13 @@ def prepare_blocks(model: nn.Module, config: Any, device: torch.device) -> None:
     if config.winograd and device.type == "cpu" and config.precision != "fp16":
         if config.precision == "float32" or not has_amx():
             use_winograd(model)
+
+
+def build_loss(model: FCOS, device: torch.device) -> FCOSLoss:
+    """Create the loss of a detector, on a GPU with a kernel of its own."""
+    criterion = FCOSLoss.of(model)
+    use_gpu_kernels(criterion, device)
+    return criterion
 
 
 def build_sampler(

@@ -122,3 +122,14 @@ def fits(parameter: nn.Parameter, bucket: list[nn.Parameter], bucket_bytes: int)
     """Say whether a bucket has room for one more parameter, and has its dtype and its device."""
     same_kind = (parameter.dtype, parameter.device) == (bucket[0].dtype, bucket[0].device)
     return same_kind and sum(p.nbytes for p in bucket) + parameter.nbytes <= bucket_bytes
+
+
+def limit_norm(model: nn.Module, most: float | None, foreach: bool | None = None) -> Tensor:
+    """Scale all gradients down where their norm is above `most`, if that is given; returns the norm before.
+
+    Args:
+        foreach: as of torch's functions.
+    """
+    if most:
+        return nn.utils.clip_grad_norm_(model.parameters(), most, foreach=foreach)
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=foreach)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vovnet_zoo import FCOS, FCOSLoss, Predictions
-from vovnet_zoo.data import normalize
-from vovnet_zoo.fcos import level_sizes
+from vovnet_zoo.fcos import level_sizes, make_points
+from vovnet_zoo.fused import normalize_images
 from vovnet_zoo.loss import Targets
 from vovnet_zoo.parts import MANY, compile_parts
 
@@ -31,9 +31,21 @@ def find_targets(
     Returns:
         The targets, and the numbers [3] that these images add to the normalizers of the global batch.
     """
-    points, strides = model.make_points(level_sizes(height, width, model.strides), (height, width), boxes.device)
+    if boxes.device.type == "cuda":
+        corner = model.config["points"] == "corner"
+        points, strides = known_points(height, width, tuple(model.strides), corner, boxes.device)
+    else:
+        points, strides = model.make_points(level_sizes(height, width, model.strides), (height, width), boxes.device)
     targets = criterion.assign(points, strides, boxes, labels)
     return targets, criterion.normalizers(targets)
+
+
+@functools.lru_cache(128)
+def known_points(
+    height: int, width: int, strides: tuple[int, ...], corner: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Compute what `FCOS.make_points` does. It is kept for steps of the same size: a GPU is given 50 kernels for it."""
+    return make_points(level_sizes(height, width, strides), strides, device, (height, width) if corner else None)
 
 
 def compute_losses(
@@ -61,13 +73,13 @@ def compute_losses(
 
 def run_network(model: FCOS, images: Tensor, sizes: Tensor, precision: str) -> Predictions:
     """Normalize images, uint8 [B,3,H,W], and run the network under autocast, unless `precision` is "float32"."""
-    images = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
+    images = normalize_images(images, sizes, model.config["image_mean"], model.config["image_std"])
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     # Autocast keeps its casts of the weights for their next use. The second run of a checkpointed tower does not find
     # them there, while torch demands the same operations of both runs.
     keep_casts = not model.head.grad_checkpointing
     with torch.autocast(images.device.type, dtype, enabled=precision != "float32", cache_enabled=keep_casts):
-        return model(images.contiguous(memory_format=torch.channels_last))
+        return model(images)
 
 
 def compile_step(

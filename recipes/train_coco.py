@@ -63,6 +63,7 @@ from training_run import (
     batch_statistics,
     is_due,
     is_trusted,
+    note_statistics,
     save,
     save_finished,
     save_if_due,
@@ -129,7 +130,7 @@ def train_once(config: TrainConfig, rank: int, world_size: int, device: torch.de
 def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     """Do the steps that are left of a run, with the checkpoints and evaluations that are due."""
     config, model, criterion, progress = run.config, run.model, run.criterion, run.progress
-    find, passes = step_functions(run)
+    (find, passes), statistics = step_functions(run), batch_statistics(model)
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     batches = build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop)
     bar = show_progress(run)
@@ -149,7 +150,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         # Forward and backward, part by part; autograd adds up the gradients of the parts. The seed for drop path and
         # the like depends on the step only, so that a resumed run draws the same numbers.
         torch.manual_seed(seed_of(config.seed, step, run.rank))
-        run.statistics = batch_statistics(model)  # as they are before the step
+        note_statistics(run, statistics)
         totals = torch.zeros(3, device=run.device)
         passes.begin()
         for part, (targets, _) in zip(parts, assigned, strict=True):
@@ -234,7 +235,9 @@ def room_for_norms(model: nn.Module, parts: list[dict[str, Tensor]], height: int
 
 
 def pad_images(images: Tensor, height: int, width: int) -> Tensor:
-    """Pad images [B,3,h,w] below and at the right."""
+    """Pad images [B,3,h,w] below and at the right; images of that size already are not copied."""
+    if images.shape[-2:] == (height, width):
+        return images
     return nn.functional.pad(images, (0, width - images.shape[-1], 0, height - images.shape[-2]))
 
 

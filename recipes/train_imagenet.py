@@ -36,9 +36,9 @@ from run_folder import RunLog, locked
 from runtime import Stopped, StopSignal, all_reduce, average, log, process_group, run_command, to_device
 from step import compiled
 from training_loop import clip_gradients, log_graphs, log_step, note_score, seed_of, show_progress, stopped, update
-from training_run import Run, batch_statistics, is_due, is_trusted, save, save_finished, save_if_due
+from training_run import Run, batch_statistics, is_due, is_trusted, note_statistics, save, save_finished, save_if_due
 from vovnet_zoo.classifiers import save_classifier
-from vovnet_zoo.data import normalize
+from vovnet_zoo.fused import normalize_images
 from vovnet_zoo.words import counted
 
 
@@ -76,7 +76,7 @@ def train_once(
 def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     """Do the steps that are left of a run, with the checkpoints and evaluations that are due."""
     config, progress, cfg = run.config, run.progress, run.model_config["pretrained_cfg"]
-    compute = compiled(compute_loss) if config.compile else compute_loss
+    compute, statistics = compiled(compute_loss) if config.compile else compute_loss, batch_statistics(run.model)
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     num_classes = len(run.model_config["class_names"])
     batches = train_batches(
@@ -93,7 +93,8 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         # of the global batch, so that gradients add up over the processes too. The seed of drop path depends on the
         # step only, so that a resumed run draws the same numbers.
         torch.manual_seed(seed_of(config.seed, step, run.rank))
-        run.statistics, total = batch_statistics(run.model), torch.zeros(1, device=run.device)
+        note_statistics(run, statistics)
+        total = torch.zeros(1, device=run.device)
         for part in parts:
             loss = compute(run.model, run.criterion, part["images"], part["labels"], cfg, config.precision)
             loss = loss * (len(part["images"]) / config.batch_size)
@@ -145,7 +146,7 @@ def compute_logits(model: nn.Module, images: Tensor, cfg: dict, precision: str) 
     """Compute the logits [B,K] of images, uint8 [B,3,H,W]."""
     height, width = images.shape[-2:]
     sizes = torch.stack([torch.full((len(images),), side, device=images.device) for side in (height, width)], dim=1)
-    images = normalize(images, sizes, cfg["mean"], cfg["std"]).contiguous(memory_format=torch.channels_last)
+    images = normalize_images(images, sizes, cfg["mean"], cfg["std"])
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.autocast(images.device.type, dtype, enabled=precision != "float32"):
         return model(images)

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from gradients import limit_norm
 from memory import peak_memory
 from run_folder import RunLog, note_not_finite
 from runtime import Stopped, all_reduce, log
@@ -24,7 +25,7 @@ LINE_EVERY, LINES = 50, 20  # without a progress bar: a line every 50 steps, or 
 def clip_gradients(run: Run) -> Tensor:
     """Undo the scaling of the gradients, limit their norm if the configuration says so, and return the norm before."""
     run.scaler.unscale_(run.optimizer)
-    return nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip_grad or float("inf"))
+    return limit_norm(run.model, run.config.clip_grad)
 
 
 def update(run: Run, step: int, parts: list[dict], losses: dict[str, float], grad_norm: float) -> None:

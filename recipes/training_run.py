@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from average import MovingAverage
 from build import (
     build_datasets,
+    build_loss,
     build_model,
     check_batch,
     check_start,
@@ -33,7 +34,6 @@ from run_folder import describe_run, load_checkpoint, refuse_changes, was_bad
 from runtime import StopSignal, broadcast_weights, log
 from saving import BackgroundSaver
 from trial import Trial
-from vovnet_zoo import FCOSLoss
 from vovnet_zoo.commands import describe
 from vovnet_zoo.data import CocoDataset
 from vovnet_zoo.fcos import batch_norms
@@ -147,7 +147,7 @@ def set_up(
         val_set=val_set,
         model=model,
         model_config=model.config,
-        criterion=FCOSLoss.of(model),
+        criterion=build_loss(model, device),
         identity=identity,
         notes=notes,
     )
@@ -291,8 +291,16 @@ def state_of(run: Run) -> dict:
 
 
 def batch_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Return the buffers of all batch norms, each with a copy of its value."""
-    return [(x, x.clone()) for norm in batch_norms(model) for x in norm.buffers()]
+    """Return the buffers of all batch norms, each with memory for a copy of its value."""
+    return [(x, torch.empty_like(x)) for norm in batch_norms(model) for x in norm.buffers()]
+
+
+def note_statistics(run: Run, statistics: list[tuple[Tensor, Tensor]]) -> None:
+    """Note the values that these buffers have before a step; all of a dtype are copied at once."""
+    for dtype in {x.dtype for x, _ in statistics}:
+        values, copies = zip(*(pair for pair in statistics if pair[0].dtype == dtype), strict=True)
+        torch._foreach_copy_(copies, values)
+    run.statistics = statistics
 
 
 def put_back(run: Run) -> None:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from average import MovingAverage
-from build import build_loader, build_model, prepare_for_training
-from gradients import GradientSum
+from build import build_loader, build_loss, build_model, prepare_for_training
+from gradients import GradientSum, limit_norm
 from optim import create_optimizer
 from presets import TrainConfig, is_recorded
 from recorded import Passes, RecordedPasses
 from runtime import StopSignal, synchronize, to_device
 from step import compile_step, compute_losses, find_targets
-from vovnet_zoo import FCOS, FCOSLoss, predict
+from vovnet_zoo import FCOS, predict
 from vovnet_zoo.config import DetectorConfig
 from vovnet_zoo.data import CocoDataset, Skipped, resize_size
 
@@ -50,7 +50,7 @@ class Trial:
         with torch.random.fork_rng(devices=[]):
             self.model = build_model(config, train_set.class_names, train_set.category_ids, start, known)
         prepare_for_training(self.model, config, device)
-        self.criterion, self.optimizer = FCOSLoss.of(self.model), create_optimizer(self.model, config)
+        self.criterion, self.optimizer = build_loss(self.model, device), create_optimizer(self.model, config)
         self.ema = MovingAverage(self.model, config.ema) if config.ema else None
         self.find, self.compute = compile_step(self.model) if config.compile else (find_targets, compute_losses)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -66,7 +66,7 @@ class Trial:
             targets, normalizers = self.find(self.model, self.criterion, part["boxes"], part["labels"], height, width)
             self.passes(part["images"], part["sizes"], targets, normalizers, last=False)
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad or float("inf"))
+        limit_norm(self.model, self.config.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema:

@@ -9,18 +9,21 @@ import torch.nn.functional as F
 from launch import TINY, run_in_interpreter
 from safetensors.torch import load_file
 from torch import nn
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, sigmoid_focal_loss
 
 import train_coco
+from build import build_loss
 from calibration import read_rows
 from presets import parse
 from step import compile_step, compute_losses, find_targets
 from vovnet_zoo import FCOSLoss, create_detector, fused, kernels
-from vovnet_zoo.fcos import FCOSHead, Tower
-from vovnet_zoo.fused import FusedHead, FusedPyramid, FusedTower, use_gpu_kernels
+from vovnet_zoo.data import normalize
+from vovnet_zoo.fcos import FCOSHead, Tower, make_points
+from vovnet_zoo.fused import FusedHead, FusedLoss, FusedPyramid, FusedTower, use_gpu_kernels
 from vovnet_zoo.kernels.max_pool import FusedMaxPool2d, pooled_size
 from vovnet_zoo.kernels.osa import fuse_for_training
 from vovnet_zoo.kernels.surgery import plain_class, restore
+from vovnet_zoo.loss import assign_targets
 
 CHANNELS_LAST = torch.channels_last
 PYRAMID = ((20, 30), (10, 15), (5, 8), (3, 4), (2, 2))
@@ -69,6 +72,11 @@ def test_without_a_gpu_nothing_changes(monkeypatch):
     for a, b in zip(changed(x), model(x), strict=True):
         assert torch.equal(a, b)
     assert all(type(a) is type(b) for a, b in zip(restore(changed).modules(), model.modules(), strict=True))
+    criterion = FCOSLoss()
+    inputs = torch.randn(2, 5, 3), torch.tensor([[0, 1, -1, 2, -1]] * 2)
+    wanted = criterion.add_class_losses(*inputs)
+    use_gpu_kernels(criterion, torch.device("cuda"))
+    assert type(criterion) is FusedLoss and torch.equal(criterion.add_class_losses(*inputs), wanted)
 
 
 @pytest.mark.parametrize("variant", ["improved", "published"])
@@ -196,6 +204,70 @@ def check_upsampling(device: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(upsample_triton.sum_fours(x).double(), sums, rtol=1e-2, atol=1e-5)
 
 
+def check_focal_loss(device: str, dtype: torch.dtype) -> None:
+    """Sum and gradients, for logits that are far from 0 too; the gradient is that of the sum times a number."""
+    from vovnet_zoo.kernels.focal_triton import focal_loss
+
+    torch.manual_seed(0)
+    for shape, alpha, gamma in (
+        ((2, 700, 3), 0.25, 2.0),
+        ((1, 5, 1), 1.0, 0.0),
+        ((3, 90, 20), 0.4, 1.5),
+        ((0, 9, 4), 0.25, 1.0),
+    ):
+        logits = (torch.randn(shape, device=device) * 12).to(dtype).requires_grad_()
+        labels = torch.randint(-1, shape[-1], shape[:-1], device=device)
+        exact = logits.detach().double().requires_grad_()
+        one_hot = (labels[..., None] == torch.arange(shape[-1], device=device)).double()
+        wanted = sigmoid_focal_loss(exact, one_hot, alpha, gamma, reduction="sum")
+        found = focal_loss(logits, labels, alpha, gamma)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
+        (3 * found).backward(), (3 * wanted).backward()
+        assert logits.grad.dtype == dtype
+        error = max(2e-5, torch.finfo(dtype).eps)
+        torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=error, atol=1e-6)
+    logits = torch.zeros(1, 1, 2, device=device)
+    logits[..., 1] = torch.nan
+    assert focal_loss(logits, torch.zeros(1, 1, dtype=torch.int64, device=device), 0.25, 2.0).isnan()
+
+
+def check_assigning(device: str) -> None:
+    """Bit by bit what torch computes, with equal boxes, boxes on the limits of a level, and none at all."""
+    from vovnet_zoo.kernels.assign_triton import assign
+
+    torch.manual_seed(0)
+    points, strides = make_points(PYRAMID, (8, 16, 32, 64, 128), device)
+    boxes = torch.randint(0, 240, (3, 9, 4), device=device).float().sort(-1)[0]
+    boxes[0, 3], boxes[1, :2] = boxes[0, 2], torch.tensor([20.0, 20.0, 84.0, 84.0])
+    boxes[..., 2:] += 0.3 * (torch.arange(9, device=device) > 4)[:, None]
+    labels = torch.randint(0, 5, (3, 9), device=device)
+    labels[1, 6:], labels[2] = -1, -1
+    for radius, plus_one, matching in ((1.5, False, "paper"), (None, True, "paper"), (1.5, False, "torchvision")):
+        for count in (9, 0):
+            given = points, strides, boxes[:, :count], labels[:, :count]
+            wanted = assign_targets(*given, center_radius=radius, plus_one=plus_one, matching=matching)
+            found = assign(*given, radius, plus_one, matching == "torchvision")
+            rounding = 0 if device == "cuda" else 2e-7  # torch's square root on a CPU is not always the nearest number
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=rounding * (b is wanted.centerness), atol=0)
+            assert (wanted.labels >= 0).any() == bool(count)
+
+
+def check_normalizing(device: str) -> None:
+    """Bit by bit what torch computes; on a CPU, torch divides, and on a GPU it multiplies."""
+    from vovnet_zoo.kernels.normalize_triton import normalize as normalize_at_once
+
+    torch.manual_seed(0)
+    images, sizes = torch.randint(0, 256, (2, 3, 37, 45), dtype=torch.uint8, device=device), [[37, 40], [20, 45]]
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    sizes = torch.tensor(sizes, device=device)
+    found = normalize_at_once(images, sizes, mean, std)
+    assert found.is_contiguous(memory_format=CHANNELS_LAST)
+    rounding = 0 if device == "cuda" else 3e-7
+    torch.testing.assert_close(found, normalize(images, sizes, mean, std), rtol=rounding, atol=0)
+
+
 def compare(found, wanted, leaves, exact, tolerance: float) -> None:
     """Hold results and gradients of the leaves against exact ones, by the norm of the difference."""
     dys = [torch.randn_like(y) for y in found]
@@ -216,6 +288,10 @@ tests.check_max_pool("cpu", torch.float32)
 tests.check_aggregation("cpu", torch.float32, 1e-5)
 tests.check_shift_relu("cpu", torch.float32)
 tests.check_upsampling("cpu", torch.float32)
+tests.check_focal_loss("cpu", torch.float32)
+tests.check_focal_loss("cpu", torch.float16)
+tests.check_normalizing("cpu")
+tests.check_assigning("cpu")
 """
 
 
@@ -234,6 +310,9 @@ def test_kernels_on_a_gpu(dtype):
     check_aggregation("cuda", dtype, max(1e-5, 20 * torch.finfo(dtype).eps))  # four layers, each rounded
     check_shift_relu("cuda", dtype)
     check_upsampling("cuda", dtype)
+    check_focal_loss("cuda", dtype)
+    check_normalizing("cuda")
+    check_assigning("cuda")
 
 
 @pytest.mark.gpu
@@ -247,6 +326,8 @@ def test_a_training_step_on_a_gpu(variant, how):
     options = dict(num_classes=3, channels=64, num_convs=2, variant=variant, frozen_norm=how != "live norms")
     plain = create_detector("fcos", backbone="vovnet27_slim", **options).cuda().train()
     model, criterion = copy.deepcopy(plain), FCOSLoss.of(plain)
+    fused_criterion = build_loss(plain, torch.device("cuda"))
+    assert type(fused_criterion) is FusedLoss
     fuse_for_training(model)
     use_gpu_kernels(model, torch.device("cuda"))
     assert isinstance(model.head, FCOSHead) and type(model.fpn) is not FeaturePyramidNetwork
@@ -259,22 +340,22 @@ def test_a_training_step_on_a_gpu(variant, how):
     boxes = torch.tensor([[[10.0, 12, 90, 80], [100, 40, 180, 150]]], device="cuda").expand(2, 2, 4)
     labels = torch.tensor([[0, 2], [1, -1]], device="cuda")
 
-    def step(model, find, compute):
+    def step(model, criterion, find, compute):
         model.zero_grad()
         targets, normalizers = find(model, criterion, boxes, labels, 192, 256)
         losses = compute(model, criterion, images, sizes, targets, normalizers, "float32")
         sum(losses.values()).backward()
         return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-    losses, gradients = step(plain, find_targets, compute_losses)
-    found, found_gradients = step(model, *functions)
+    losses, gradients = step(plain, criterion, find_targets, compute_losses)
+    found, found_gradients = step(model, fused_criterion, *functions)
     torch.testing.assert_close(found, losses, rtol=1e-4, atol=0)
     assert found_gradients.keys() == gradients.keys()
     for name, wanted in gradients.items():
         error = (found_gradients[name] - wanted).norm() / wanted.norm()
         assert error < (0.05 if how == "live norms" else 5e-3), f"{name}: {error:.1e}"  # single ReLUs decide otherwise
     if how in ("eager", "checkpointing"):
-        again, again_gradients = step(model, *functions)
+        again, again_gradients = step(model, fused_criterion, *functions)
         assert all(torch.equal(again[name], x) for name, x in found.items())
         assert all(torch.equal(again_gradients[name], x) for name, x in found_gradients.items())
 

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from launch import fork
 from torch import nn
 
-from gradients import GradientSum, split_into_buckets
+from gradients import GradientSum, limit_norm, split_into_buckets
 
 BUCKETS = (1, 3000, 1 << 30)  # bytes: one parameter a bucket, some, the single message
 
@@ -162,3 +162,17 @@ def test_buckets_are_of_one_kind_and_of_trainable_parameters():
     model[2].weight.requires_grad = False
     buckets = [list(bucket) for bucket in split_into_buckets(model, 1 << 30)]
     assert buckets == [["6.bias", "6.weight"], ["3.bias", "3.weight"], ["2.bias", "0.bias", "0.weight"]]
+
+
+@pytest.mark.parametrize("most", [None, 2.0, 100.0])
+def test_the_norm_is_limited_if_there_is_a_limit(most):
+    """The norm is torch's, and without a limit no gradient is written."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    for parameter in list(model.parameters())[1:]:  # one has none
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter.grad._version for parameter in list(model.parameters())[1:]]
+    norm = limit_norm(model, most)
+    assert norm.item() == pytest.approx(14**0.5)
+    assert model[1].bias.grad[0].item() == pytest.approx(2 / 14**0.5 if most == 2.0 else 1)
+    if most is None:
+        assert [parameter.grad._version for parameter in list(model.parameters())[1:]] == before

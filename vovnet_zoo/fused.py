@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FeaturePyramidNetwork
 
+from .data import normalize
 from .fcos import FCOSHead, Tower
 from .kernels import has_triton, suits_kernels
 from .kernels.max_pool import FusedMaxPool2d
 from .kernels.surgery import become
 from .kernels.tensor_cores import MULTIPLE
 from .kernels.upsample import add_upsampled
+from .loss import FCOSLoss, Targets, check_boxes, check_points
 
 
 def use_gpu_kernels(model: nn.Module, device: torch.device) -> None:
-    """Change, in place, how the FPN, the head and the max poolings of `model` compute on a GPU; only rounding changes.
+    """Change, in place, how the FPN, the head and the max poolings of `model`, or a loss, compute on a GPU.
 
-    Parameters and state dict stay as they are, and `kernels.surgery.restore` undoes it. Nothing is changed for a device
-    that Triton does not know.
+    Only rounding changes. Parameters and state dict stay as they are, and `kernels.surgery.restore` undoes it. Nothing
+    is changed for a device that Triton does not know.
     """
     if not has_triton(device):
         return
@@ -37,6 +39,18 @@ def use_gpu_kernels(model: nn.Module, device: torch.device) -> None:
             become(module, FusedHead)
         if type(module) is Tower and FusedTower.suits(module):
             become(module, FusedTower)
+        if type(module) is FCOSLoss:
+            become(module, FusedLoss)
+
+
+def normalize_images(images: Tensor, sizes: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Do `data.normalize` to a channels-last result, as networks are fast with, on a GPU in one kernel."""
+    if images.shape[1] == len(mean) == len(std) == 3 and not torch.compiler.is_compiling():
+        if has_triton(images.device):
+            from .kernels.normalize_triton import normalize as normalize_at_once
+
+            return normalize_at_once(images, sizes, mean, std)
+    return normalize(images, sizes, mean, std).contiguous(memory_format=torch.channels_last)
 
 
 class FusedPyramid(FeaturePyramidNetwork):
@@ -116,3 +130,28 @@ class FusedTower(Tower):
             found = [conv._conv_forward(x, conv.weight, None) for x in found]
             found = group_norm_relu(found, conv.bias, norm.weight, norm.bias, norm.num_groups, norm.eps)
         return found
+
+
+class FusedLoss(FCOSLoss):
+    """This loss assigns boxes in one kernel; its largest part, the focal loss of the classes, is one forward and one
+    back."""
+
+    stands_for = FCOSLoss
+
+    def assign(self, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor) -> Targets:
+        check_points(points, strides)
+        check_boxes(boxes, labels)
+        float32 = {x.dtype for x in (points, strides, boxes)} == {torch.float32} and labels.dtype == torch.int64
+        if not float32 or not suits_kernels(boxes) or torch.compiler.is_compiling():
+            return super().assign(points, strides, boxes, labels)
+        from .kernels.assign_triton import assign
+
+        how = self.center_radius, self.plus_one, self.matching == "torchvision"
+        return Targets(*assign(points, strides, boxes, labels, *how))
+
+    def add_class_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if not suits_kernels(logits) or torch.compiler.is_compiling():
+            return super().add_class_losses(logits, labels)
+        from .kernels.focal_triton import focal_loss
+
+        return focal_loss(logits, labels, self.alpha, self.gamma)

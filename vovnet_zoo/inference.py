@@ -19,10 +19,11 @@ from .arguments import check_choice, check_flag, check_kind, check_model, check_
 from .batching import group_alike, read_ahead
 from .commands import check_compiler, reporting_compiler
 from .config import SCALES, TILES, DetectorConfig, Precision, ThresholdOptions, Thresholds
-from .data import normalize, resize_image, resize_size
+from .data import resize_image, resize_size
 from .draw import DISPLAY_SCORE
 from .exported import ExportedDetector
 from .fcos import FCOS, Predictions, check_predictions, check_ranges, check_thresholds, level_sizes
+from .fused import normalize_images
 from .nms import class_nms, nms_fixed
 from .parts import many_graphs, with_compiled_parts
 from .precision import DTYPES, warn_of_slow_precision
@@ -446,9 +447,8 @@ def display_score(thresholds: Thresholds) -> float:
 
 def run_network(model: FCOS, images: Tensor, sizes: Tensor) -> Predictions:
     """Normalise images [B,3,H,W] (0..255) of `sizes` [B,2], and run the network on them."""
-    inputs = normalize(images, sizes, model.config["image_mean"], model.config["image_std"])
-    inputs = inputs.to(model.head.scales.dtype)
-    return model(inputs.contiguous(memory_format=torch.channels_last))  # faster, on a CPU and on a GPU
+    inputs = normalize_images(images, sizes, model.config["image_mean"], model.config["image_std"])
+    return model(inputs.to(model.head.scales.dtype))
 
 
 def run_autocast(model: FCOS, images: Tensor, sizes: Tensor, precision: Precision) -> Predictions:

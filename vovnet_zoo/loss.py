@@ -131,14 +131,11 @@ class FCOSLoss(nn.Module):
         # without positives the sums are 0, so that any other divisor will do
         cls_norm, box_norm, ctr_norm = (x.clamp(min=least) for x, least in zip(normalizers, (1, 1e-6, 1), strict=True))
 
-        logits = _at_least_float32(preds.logits)  # [B,P,K]
         distances = _at_least_float32(preds.distances)  # [B,P,4]
         centerness = _at_least_float32(preds.centerness)  # [B,P]
         positive = targets.labels >= 0  # [B,P]
 
-        classes = torch.arange(logits.shape[-1], device=logits.device)
-        one_hot = (targets.labels[..., None] == classes).to(logits.dtype)  # [B,P,K], zeros for background
-        loss_cls = sigmoid_focal_loss(logits, one_hot, self.alpha, self.gamma, reduction="sum") / cls_norm
+        loss_cls = self.add_class_losses(preds.logits, targets.labels) / cls_norm
 
         # Background locations take part with weight 0 and a harmless box, so that no inf or nan reaches the gradient.
         distances = torch.where(positive[..., None], distances, 1.0)
@@ -149,6 +146,13 @@ class FCOSLoss(nn.Module):
         ctr_losses = F.binary_cross_entropy_with_logits(centerness, targets.centerness, reduction="none")  # [B,P]
         loss_ctr = (ctr_losses * positive).sum() / ctr_norm
         return {"loss_cls": loss_cls, "loss_box": loss_box, "loss_ctr": loss_ctr}
+
+    def add_class_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Add up the focal losses of logits [B,P,K]; labels are int64 [B,P], -1 for background."""
+        logits = _at_least_float32(logits)
+        classes = torch.arange(logits.shape[-1], device=logits.device)
+        one_hot = (labels[..., None] == classes).to(logits.dtype)  # [B,P,K], zeros for background
+        return sigmoid_focal_loss(logits, one_hot, self.alpha, self.gamma, reduction="sum")
 
     def assign(self, points: Tensor, strides: Tensor, boxes: Tensor, labels: Tensor) -> Targets:
         """Call `assign_targets` with the options of this loss."""
@@ -198,6 +202,14 @@ def check_boxes(boxes: Tensor, labels: Tensor) -> None:
         raise ValueError(f"boxes are on {boxes.device}, labels on {labels.device}; move them to one device")
 
 
+def check_points(points: Tensor, strides: Tensor) -> None:
+    """Raise `ValueError` unless points are a tensor [P,2] and strides [P]."""
+    check_tensor("points", points, ("P", 2))
+    check_tensor("strides", strides, ("P",), "")
+    if len(points) != len(strides):
+        raise ValueError(f"points must be [P,2] and strides [P], got {list(points.shape)} and {list(strides.shape)}")
+
+
 def _wide_enough(boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Convert boxes whose area float16 cannot hold, and labels whose dtype has no -1."""
     return _at_least_float32(boxes), labels.long()
@@ -240,10 +252,7 @@ def assign_targets(
     Raises:
         ValueError: a tensor has another shape or kind, or an option is out of range; the message names it.
     """
-    check_tensor("points", points, ("P", 2))
-    check_tensor("strides", strides, ("P",), "")
-    if len(points) != len(strides):
-        raise ValueError(f"points must be [P,2] and strides [P], got {list(points.shape)} and {list(strides.shape)}")
+    check_points(points, strides)
     check_radius(center_radius)
     check_flag("plus_one", plus_one)
     check_choice("matching", matching, CHOICES["matching"])

@@ -121,7 +121,9 @@ EFFICIENCY = {
 }
 LAUNCH = Assumption(30e-6, "s per launch", "an H200, RESULTS.md, planner: v39_1x, 2 images, without CUDA graphs")
 COMPILED_LAUNCHES = Assumption(0.8, "of the eager launches", "counted for v39_1x on a GPU that computes nothing")
-RECORDED_LAUNCHES = Assumption(0.12, "of the eager launches", "counted likewise: what CUDA graphs leave")
+RECORDED_LAUNCHES = Assumption(
+    0.12, "of the eager launches", "counted likewise, when assigning boxes took 120 kernels: what CUDA graphs leave"
+)
 SYNC = Assumption(12e-3, "s per step", MEASURED)
 COMPILED_KEPT = Assumption(0.7, "of the eager activations", "RESULTS.md, memory at 800x1333: 824 of 1195 MiB")
 LINK = Assumption(0.5, "of the link's bandwidth", "guess for messages of 25 MiB; nccl-tests measures it (busbw)")

@@ -1,8 +1,9 @@
 """These kernels compute what torch computes, faster. Each is optional: `available` says which can be used here.
 
 winograd.cpp, winograd.py: 3x3 convolutions on a CPU. osa.py: blocks of VoVNets. freeze.py: a model for inference.
-On a GPU: nms_triton.py: non-maximum suppression. group_norm_triton.py, max_pool_triton.py, osa_triton.py and
-upsample_triton.py: parts of a training step. tensor_cores.py: channels that suit it.
+On a GPU: nms_triton.py: non-maximum suppression. assign_triton.py, focal_triton.py, group_norm_triton.py,
+max_pool_triton.py, normalize_triton.py, osa_triton.py and upsample_triton.py: parts of a training step.
+tensor_cores.py: channels that suit it.
 README.md says how to add one.
 """
 
