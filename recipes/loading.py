@@ -102,6 +102,45 @@ class Batches:
             raise RuntimeError(f"no batch came for {waited:.0f} s; see whether the disk of the images still answers")
 
 
+class Ahead:
+    """This iterator gives the items of another one. `fetch` gets the next item before `next` asks for it."""
+
+    def __init__(self, items: Iterator):
+        self.items = items
+        self.fetched: tuple[Any, BaseException | None] | None = None
+        self.events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> Any:
+        if self.fetched is None:
+            return next(self.items)
+        (item, error), self.fetched = self.fetched, None
+        if error is not None:
+            raise error
+        return item
+
+    def fetch(self, device: torch.device) -> None:
+        """Get the next item while an NVIDIA GPU computes; an error is raised by `next`. A CPU computes nothing now."""
+        if device.type != "cuda":
+            return
+        self.events = computed, received = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        computed.record()
+        try:
+            self.fetched = next(self.items), None
+        except (Exception, Stopped) as error:
+            self.fetched = None, error
+        received.record()
+
+    def idle(self) -> float:
+        """Return for how many seconds the GPU lacked work in the last `fetch`, once it was waited for."""
+        if self.events is None:
+            return 0.0
+        (computed, received), self.events = self.events, None
+        return computed.elapsed_time(received) / 1e3
+
+
 def kill_workers() -> None:
     """Kill the workers that are left. At its exit Python sends them SIGTERM, which they ignore, and waits for them."""
     for child in multiprocessing.active_children():

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from build import build_loader
+from loading import Ahead
 from loggers import check_loggers
 from memory import peak_memory
 from optim import set_lr
@@ -132,7 +133,7 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     config, model, criterion, progress = run.config, run.model, run.criterion, run.progress
     (find, passes), statistics = step_functions(run), batch_statistics(model)
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
-    batches = build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop)
+    batches = Ahead(build_loader(config, run.train_set, progress.step, run.rank, run.world_size, run.device, stop))
     bar = show_progress(run)
     began = time.perf_counter()
     for step in bar:
@@ -164,11 +165,13 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         average([x for x, _ in run.statistics])
 
         # One update of the weights, unless a loss or the gradient is not finite: such a step changes nothing. A GPU is
-        # waited for once a step, when losses and norm are read.
+        # waited for once a step, when losses and norm are read; before that, the next batch is fetched.
         lr = set_lr(run.optimizer, config, step)
         numbers = torch.cat([all_reduce(totals), clip_gradients(run)[None], *counts])
+        if not stopping:
+            batches.fetch(run.device)
         *totals, grad_norm = run.gradients.check(numbers.tolist())
-        losses = dict(zip(losses, totals, strict=True))
+        losses, data_wait = dict(zip(losses, totals, strict=True)), data_wait + batches.idle()
         update(run, step, parts, losses, grad_norm)
 
         # Log: a row of numbers.

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from classifier_run import set_up
 from image_data import eval_batches, train_batches
+from loading import Ahead
 from loggers import check_loggers
 from memory import peak_memory
 from optim import set_lr
@@ -79,8 +80,8 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
     compute, statistics = compiled(compute_loss) if config.compile else compute_loss, batch_statistics(run.model)
     score_if_due(run, run_log, stop)  # the run may have been stopped between a checkpoint and its evaluation
     num_classes = len(run.model_config["class_names"])
-    batches = train_batches(
-        config, run.train_set, num_classes, progress.step, run.rank, run.world_size, stop, run.device
+    batches = Ahead(
+        train_batches(config, run.train_set, num_classes, progress.step, run.rank, run.world_size, stop, run.device)
     )
     bar = show_progress(run)
     began = time.perf_counter()
@@ -108,8 +109,10 @@ def train(run: Run, run_log: RunLog, stop: StopSignal) -> None:
         average([x for x, _ in run.statistics])
         lr = set_lr(run.optimizer, config, step)
         numbers = torch.cat([all_reduce(total), clip_gradients(run)[None], *counts])
+        if not stopping:
+            batches.fetch(run.device)  # while a GPU computes
         total, grad_norm = run.gradients.check(numbers.tolist())
-        losses = {"loss": total}
+        losses, data_wait = {"loss": total}, data_wait + batches.idle()
         update(run, step, parts, losses, grad_norm)
         seconds = time.perf_counter() - began
         progress.train_seconds += seconds

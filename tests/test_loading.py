@@ -16,7 +16,7 @@ from launch import ROOT, losses, tiny_config
 import build
 import loading
 import train_coco
-from loading import Batches
+from loading import Ahead, Batches
 from run_folder import load_checkpoint
 from runtime import Stopped, StopSignal
 
@@ -85,6 +85,40 @@ def test_a_batch_that_does_not_come(impatient, trouble, message):
 
 
 @pytest.mark.usefixtures("forked")
+def test_the_next_batch_is_fetched_while_a_gpu_computes(monkeypatch):
+    """An item that cannot be had is missed when it is asked for, so that the step before is finished."""
+
+    def items():
+        yield from range(3)
+        raise Stopped(130)
+
+    class Event:
+        seconds = iter((1.0, 1.5))
+
+        def __init__(self, enable_timing):
+            self.time = None
+
+        def record(self):
+            self.time = next(self.seconds)
+
+        def elapsed_time(self, other):
+            return 1e3 * (other.time - self.time)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    gpu, ahead = torch.device("cuda"), Ahead(items())
+    assert next(ahead) == 0 and ahead.idle() == 0
+    ahead.fetch(torch.device("cpu"))
+    assert ahead.fetched is None and ahead.idle() == 0
+    ahead.fetch(gpu)
+    assert ahead.fetched == (1, None) and ahead.idle() == 0.5 and ahead.idle() == 0
+    assert [next(ahead), next(ahead)] == [1, 2]
+    Event.seconds = iter((2.0, 3.0))
+    ahead.fetch(gpu)
+    assert ahead.idle() == 1
+    with pytest.raises(Stopped):
+        next(ahead)
+
+
 def test_a_signal_while_a_batch_does_not_come(impatient):
     with StopSignal() as stop:
         batches = Batches(Numbers(hang), workers=2, batch_size=None, stop=stop)
