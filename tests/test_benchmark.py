@@ -33,7 +33,7 @@ def without_inductor(monkeypatch):
 
 def test_benchmark(tmp_path, capsys):
     config = benchmark.BenchmarkConfig(
-        model="fcos_vovnet27_slim_fpn", size=(64, 96), train_batch=2, precisions=("float32",), rounds=2,
+        model="fcos_vovnet27_slim_fpn", size=(64, 96), train_batch=2, precisions=("float32",), rounds=1,
         others=False, runtimes=(), device="cpu", out=tmp_path,
     )  # fmt: skip
     rows = benchmark.main(config)

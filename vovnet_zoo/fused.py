@@ -149,9 +149,9 @@ class FusedLoss(FCOSLoss):
         how = self.center_radius, self.plus_one, self.matching == "torchvision"
         return Targets(*assign(points, strides, boxes, labels, *how))
 
-    def add_class_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _add_class_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         if not suits_kernels(logits) or torch.compiler.is_compiling():
-            return super().add_class_losses(logits, labels)
+            return super()._add_class_losses(logits, labels)
         from .kernels.focal_triton import focal_loss
 
         return focal_loss(logits, labels, self.alpha, self.gamma)

@@ -135,7 +135,7 @@ class FCOSLoss(nn.Module):
         centerness = _at_least_float32(preds.centerness)  # [B,P]
         positive = targets.labels >= 0  # [B,P]
 
-        loss_cls = self.add_class_losses(preds.logits, targets.labels) / cls_norm
+        loss_cls = self._add_class_losses(preds.logits, targets.labels) / cls_norm
 
         # Background locations take part with weight 0 and a harmless box, so that no inf or nan reaches the gradient.
         distances = torch.where(positive[..., None], distances, 1.0)
@@ -147,7 +147,7 @@ class FCOSLoss(nn.Module):
         loss_ctr = (ctr_losses * positive).sum() / ctr_norm
         return {"loss_cls": loss_cls, "loss_box": loss_box, "loss_ctr": loss_ctr}
 
-    def add_class_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _add_class_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Add up the focal losses of logits [B,P,K]; labels are int64 [B,P], -1 for background."""
         logits = _at_least_float32(logits)
         classes = torch.arange(logits.shape[-1], device=logits.device)
