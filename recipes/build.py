@@ -265,7 +265,7 @@ def build_model(
     weights = start.state_dict()
     if frozen_norm:  # fixed batch norms do not count batches
         weights = {k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
-    rows = known_rows(start, class_names)
+    rows = shared_classes(start.class_names, class_names)
     for name, new in model.state_dict().items():
         if name.startswith("head.cls_logits."):  # its first dimension is the classes'
             old, weights[name] = weights[name], new
@@ -274,14 +274,9 @@ def build_model(
     return model
 
 
-def known_rows(start: FCOS, class_names: Sequence[str]) -> list[tuple[int, int]]:
-    """List the label of each class that a detector knows by its name, and the label that it had there."""
-    return shared_classes(start.class_names, class_names)
-
-
 def log_start(config: TrainConfig, start: FCOS, class_names: Sequence[str]) -> None:
     """Say which classes begin with what the detector of `config.init` knows of them."""
-    known = {now for now, _ in known_rows(start, class_names)}
+    known = {now for now, _ in shared_classes(start.class_names, class_names)}
     new = [name for i, name in enumerate(class_names) if i not in known]
     log.info(
         "starting from %s, which knows %d of %s%s",

@@ -236,8 +236,8 @@ def to_device(batch: dict, device: torch.device) -> dict[str, Tensor]:
 
     Only an NVIDIA GPU is not waited for: on Apple's, torch may read memory that was freed meanwhile.
     """
-    waits = device.type != "cuda"
-    return {name: x.to(device, non_blocking=not waits) for name, x in batch.items() if isinstance(x, Tensor)}
+    goes_on = device.type == "cuda"
+    return {name: x.to(device, non_blocking=goes_on) for name, x in batch.items() if isinstance(x, Tensor)}
 
 
 REPEAT_S = 5.0

@@ -415,10 +415,10 @@ def detect_batch(
     with torch.inference_mode():
         images = torch.stack([item.pixels for item in items])  # [B,3,H,W]
         sizes = torch.tensor([item.size for item in items], device="cpu")
-        waits = device.type != "cuda"  # on Apple's GPUs, torch may otherwise read memory that was freed meanwhile
-        if not waits:
+        goes_on = device.type == "cuda"  # on Apple's GPUs, torch might read memory that was freed meanwhile
+        if goes_on:
             images, sizes = images.pin_memory(), sizes.pin_memory()
-        images, sizes = images.to(device, non_blocking=not waits), sizes.to(device, non_blocking=not waits)
+        images, sizes = images.to(device, non_blocking=goes_on), sizes.to(device, non_blocking=goes_on)
         found = detect(model, images, sizes, thresholds, network)
         packed = torch.cat([found.boxes, found.scores[..., None], found.labels[..., None].float()], dim=-1).cpu()
     results = []
