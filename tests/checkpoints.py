@@ -1,14 +1,18 @@
 """The tests make checkpoints of every published form here, filled with drawn numbers, and compare models."""
 
+import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torchvision_models import make_torchvision
 
-from vovnet_zoo import convert
+from vovnet_zoo import convert, hub
 from vovnet_zoo.detectors import archs
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -32,6 +36,16 @@ def published(form: str, arch: str | None = None) -> dict[str, Tensor]:
     net = timm.create_model(arch)
     ours = {key: W(key, x.shape, str(x.dtype)) for key, x in net.state_dict().items()}
     return {theirs: ours[name] for theirs, name in convert.names(form, ARCHS[arch]).items()}
+
+
+def open_with_timm(folder: Path, **options: Any) -> nn.Module:
+    """Build a saved classifier as timm does. Before 1.0.26 `local-dir:` reads no safetensors; `pretrained_cfg` does."""
+    if Version(version("timm")) >= Version("1.0.26"):
+        return timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
+    config = json.loads((folder / hub.CONFIG).read_text())
+    cfg = {**config["pretrained_cfg"], "file": str(folder / hub.WEIGHTS)}
+    args = {"num_classes": config["num_classes"], **config.get("model_args", {}), **options}
+    return timm.create_model(config["architecture"], pretrained=True, pretrained_cfg=cfg, **args)
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:

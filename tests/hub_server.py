@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlparse
 
+import huggingface_hub
+
+# Seconds for which the client tries again, at most, where the Hub cannot be reached; before 1.0 no option changes it.
+PATIENCE = 3 if int(huggingface_hub.__version__.split(".")[0]) else 50
+
 TOKEN = "hf_right"
 
 

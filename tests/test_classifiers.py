@@ -6,7 +6,7 @@ import shutil
 import pytest
 import timm
 import torch
-from checkpoints import same
+from checkpoints import open_with_timm, same
 from hub_server import Repo
 
 from vovnet_zoo import FCOS, create_detector, hub
@@ -33,7 +33,7 @@ def test_a_detector_starts_from_a_folder(name, tmp_path):
     net = save(name, tmp_path / "net")
     loaded, known_as, cfg = load_classifier(tmp_path / "net")
     assert same(loaded, net) and known_as == name and cfg["mean"] == CFG["mean"]
-    stock = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, features_only=True).eval()
+    stock = open_with_timm(tmp_path / "net", features_only=True).eval()
     x = torch.randn(1, 3, 64, 96)
     for source in (dict(pretrained_backbone=tmp_path / "net"), dict(backbone=f"local-dir:{tmp_path / 'net'}")):
         detector = create_detector("fcos", **source, **SMALL).eval()

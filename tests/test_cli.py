@@ -9,6 +9,7 @@ import layouts
 import pytest
 import timm
 import torch
+from checkpoints import open_with_timm
 from checkpoints import published as published_form
 from launch import HEAVY, run_light
 from PIL import Image
@@ -296,7 +297,7 @@ def test_convert_a_v2_body_of_a_detector(run, tmp_path, prefix):
     assert status == 0 and "left out 2 tensors" in out and all(name in out for name in beside), err
     card = (tmp_path / "out" / hub.CARD).read_text()
     assert "import vovnet_zoo" in card and "2 tensors beside the backbone" in card
-    net = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    net = open_with_timm(tmp_path / "out")
     assert type(net) is VovNetV2
     assert torch.equal(net.stem[0].conv.weight, body[f"{prefix}stem.stem_1/conv.weight"])
     status, out, err = run("convert", tmp_path / "w.pth", tmp_path / "out", "--part", "backbone", "--overwrite")

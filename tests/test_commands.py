@@ -16,6 +16,7 @@ import types
 
 import pytest
 import torch
+from hub_server import PATIENCE
 from launch import ROOT, command, run_python, tiny_config
 
 import benchmark
@@ -283,7 +284,7 @@ def test_a_name_offline_is_answered_at_once(run, monkeypatch, hub_on_loopback):
     hub_on_loopback.down = True
     status, printed = run(eval_coco, "--model", "runs/nosuch", "--data", "x")
     assert status == 2 and "runs/nosuch: there is no such folder here; as a name on the Hub" in printed
-    assert sum(waited) < 3
+    assert sum(waited) < PATIENCE
     hub_on_loopback.down = False
     status, printed = run(eval_coco, "--model", "runs/nosuch", "--data", "x")
     assert status == 2 and "runs/nosuch is no folder here either" in printed

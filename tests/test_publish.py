@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from checkpoints import published, same
+from checkpoints import open_with_timm, published, same
 from hub_server import TOKEN, Repo
 from huggingface_hub import ModelCard
 from launch import run_python
@@ -32,7 +32,7 @@ def test_convert_file(kind, tmp_path):
         assert model.config["category_ids"] == convert.COCO_IDS and len(convert.COCO_IDS) == 80
         assert model.config.items() >= VARIANTS[VARIANT_OF[kind]].items()
     else:
-        model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+        model = open_with_timm(tmp_path / "out")
         assert json.loads((tmp_path / "out" / hub.CONFIG).read_text())["pretrained_cfg"]["label_offset"] == 0
     assert all(x.isfinite().all() for x in model.state_dict().values())
 

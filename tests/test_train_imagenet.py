@@ -16,6 +16,7 @@ import pytest
 import timm
 import torch
 import tyro
+from checkpoints import open_with_timm
 from launch import command, fork, losses, rows, train_command
 from PIL import Image
 from test_resume import send_all, wait_for_step
@@ -82,7 +83,7 @@ def test_a_run_and_the_detector_that_starts_from_it(folder, tmp_path, capsys):
     assert losses(out)[-1] < 0.7 * losses(out)[0]
 
     # timm opens the folder, and finds there what the images have to look like.
-    net = timm.create_model(f"local-dir:{best}", pretrained=True).eval()
+    net = open_with_timm(best).eval()
     cfg = net.pretrained_cfg
     assert cfg["label_names"] == CLASSES and list(cfg["input_size"]) == [3, 32, 32] and cfg["crop_pct"] == 1.0
     transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=net))

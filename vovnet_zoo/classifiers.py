@@ -32,8 +32,8 @@ def save_classifier(
     """Save a classifier, so that every file in `folder` is whole at any time.
 
     `vovnet-zoo publish` pushes the folder, `create_detector(..., pretrained_backbone=folder)` starts a detector from
-    it, and `timm.create_model("local-dir:FOLDER", pretrained=True)` opens it, for a VoVNet V1 also where this package
-    is not installed.
+    it, and timm 1.0.26 or later opens it as `create_model("local-dir:FOLDER", pretrained=True)`, a VoVNet V1 also where
+    this package is not installed.
 
     Args:
         model: what `timm.create_model(name, num_classes=..)` builds.
