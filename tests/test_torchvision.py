@@ -244,7 +244,7 @@ def test_loss_and_gradients():
     net = make_torchvision(_skip_resize=True).double()
     model = twin(net.float().state_dict()).double().train()
     net.double().train()
-    images = torch.rand(2, 3, 256, 288, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, 160, 192, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     boxes, labels = (x[1:] for x in make_targets(torch.float64))
     wanted = net(list(images), their_targets(boxes, labels))
     mean, std = (torch.tensor(model.config[f"image_{k}"], dtype=torch.float64)[:, None, None] for k in ("mean", "std"))

@@ -57,9 +57,9 @@ def test_a_run_leaves_everything(tiny_coco, tmp_path, capsys):
 
 
 def test_world_size_and_accumulation_change_nothing(tiny_coco, tmp_path):
-    """12 steps with a global batch of 8: 1x8, 2x4, 4x2 and 1x(4, accumulated twice); batch norm frozen."""
+    """8 steps with a global batch of 8: 1x8, 2x4, 4x2 and 1x(4, accumulated twice); batch norm frozen."""
     # Winograd starts at a size of a process's own batch, and rounds differently: 1e-6 grows over the steps
-    options = "--no-winograd --steps 12 --batch-size 8 --frozen-norm --workers 0"
+    options = "--no-winograd --steps 8 --batch-size 8 --frozen-norm --workers 0"
     options += " --optimizer momentum --lr 0.01 --warmup-steps 2"
     curves, weights = [], []
     for processes, accum in ((1, 1), (2, 1), (4, 1), (1, 2)):
