@@ -119,6 +119,7 @@ def test_the_next_batch_is_fetched_while_a_gpu_computes(monkeypatch):
         next(ahead)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_signal_while_a_batch_does_not_come(impatient):
     with StopSignal() as stop:
         batches = Batches(Numbers(hang), workers=2, batch_size=None, stop=stop)
