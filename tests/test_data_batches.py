@@ -111,7 +111,7 @@ def test_samples_that_are_no_bytes_or_lack_a_key_are_refused():
         ({"labels": [0.0]}, "the labels are torch.float32; give whole numbers"),
     ):
         with pytest.raises(ValueError, match=f"image {target['image_id']}: {why}"):
-            collate([(image, target | wrong)])
+            collate([(image, target | {"image_id": torch.tensor([target["image_id"]])} | wrong)])
     with pytest.raises(ValueError, match="image_id='a.jpg': give a whole number"):
         collate([(image, target | {"image_id": "a.jpg"})])
     for key in ("boxes", "labels", "image_id", "orig_size"):

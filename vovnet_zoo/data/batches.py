@@ -191,7 +191,7 @@ def collate(
         if not isinstance(target["image_id"], Integral | Tensor):
             raise ValueError(f"image_id={target['image_id']!r}: give a whole number")
         if problem := _image_problem(image) or _box_problem(image, target) or label_problem(target, num_classes):
-            raise ValueError(f"image {target['image_id']}: {problem}")
+            raise ValueError(f"image {int(target['image_id'])}: {problem}")
     sizes = torch.tensor([image.shape[-2:] for image in images])
     height, width = (-(-sizes.amax(0) // size_divisor) * size_divisor).tolist()
     most = max(1, *(len(target["labels"]) for target in targets))
