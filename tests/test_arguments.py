@@ -688,6 +688,10 @@ def test_what_the_messages_say(tiny_detector):
         vovnet_zoo.predict(theirs, zeros(3, 8, 8))
     with pytest.raises(ValueError, match="unknown .'weights'.: create_detector has pretrained, pretrained_backbone, "):
         vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", weights="DEFAULT")
+    with pytest.raises(ValueError, match="name of a timm model, got Linear; timm.models.register_model gives"):
+        vovnet_zoo.create_detector("fcos", backbone=nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="vovnet_zoo.data.normalize turns a batch of bytes into floating point"):
+        tiny_detector(zeros(1, 3, 64, 64, dtype=torch.uint8))
     with pytest.raises(ValueError, match="2 class_names for num_classes=80: .* their number as num_classes"):
         vovnet_zoo.create_detector("fcos_vovnet27_slim_fpn", class_names=["cat", "dog"])
     with pytest.raises(ValueError, match="class_names='cat': give a list of names"):

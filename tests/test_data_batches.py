@@ -106,9 +106,32 @@ def test_samples_that_are_no_bytes_or_lack_a_key_are_refused():
         boxed = tv_tensors.BoundingBoxes(target["boxes"], **boxes | wrong)
         with pytest.raises(ValueError, match=f"image {target['image_id']}: .*{why}"):
             collate([(image, target | {"boxes": boxed})])
+    for wrong, why in (
+        ({"boxes": [[1, 2, 3, 4, 0]], "labels": [0]}, r"its boxes have the shape \[1, 5\]; give \[N, 4\]"),
+        ({"labels": [0.0]}, "the labels are torch.float32; give whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=f"image {target['image_id']}: {why}"):
+            collate([(image, target | {"image_id": torch.tensor([target["image_id"]])} | wrong)])
+    with pytest.raises(ValueError, match="image_id='a.jpg': give a whole number"):
+        collate([(image, target | {"image_id": "a.jpg"})])
     for key in ("boxes", "labels", "image_id", "orig_size"):
         with pytest.raises(ValueError, match=f"a target has no {key}, only "):
             collate([(image, {name: value for name, value in target.items() if name != key})])
+
+
+def test_a_batch_takes_what_other_datasets_and_transforms_give():
+    """albumentations gives arrays or lists, and empty ones without a type; torchvision's older datasets a tensor id."""
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    right = {"boxes": torch.tensor([[1.0, 2, 3, 4]]), "labels": torch.tensor([1]), "image_id": 7, "orig_size": (64, 48)}
+    wanted = collate([(image, right), (image, right | {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long()})])
+    for boxes, labels, nothing in (
+        ([[1, 2, 3, 4]], [1], []),
+        (np.array([[1.0, 2, 3, 4]]), np.array([1]), np.array([])),
+        (right["boxes"].double(), right["labels"].int(), torch.tensor([])),
+    ):
+        target = {"boxes": boxes, "labels": labels, "image_id": torch.tensor([7]), "orig_size": torch.tensor([64, 48])}
+        found = collate([(image, target), (image, target | {"boxes": nothing, "labels": nothing})])
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 def test_normalize_published(shared):

@@ -150,6 +150,15 @@ def test_transform_arguments():
     for arguments in ({"augment": "mosaic"}, {"min_size": (800, 640)}, {"min_size": (0, 9)}):
         with pytest.raises(ValueError):
             train_transforms(**arguments)
+    for size in (640, (640.0, 800.0), (480, 640, 800), None):
+        with pytest.raises(ValueError, match=r"the shorter side is a range \(low, high\) of whole numbers"):
+            train_transforms(size)
+    for make, name in ((train_transforms, "max_size"), (eval_transforms, "max_size"), (eval_transforms, "min_size")):
+        for size in ((800, 1333), 0, 640.0):
+            with pytest.raises(ValueError, match=f"{name}=.*: give a whole number of 1 or more"):
+                make(**{name: size})
+    with pytest.raises(ValueError, match="scale is"):
+        train_transforms(augment="jitter_crop", scale=2.0)
     with pytest.raises(ValueError, match="plus_one"):
         train_transforms(augment="jitter_crop", plus_one=True)
     with pytest.raises(ValueError, match="scale"):

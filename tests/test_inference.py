@@ -227,6 +227,9 @@ def test_detections_are_ordinary_tensors(model):
         weight = torch.ones(1, requires_grad=True)
         (weight * found["scores"]).sum().backward()
         assert weight.grad.item() == pytest.approx(found["scores"].sum().item())
+        moved = found.to("meta")
+        assert {value.device.type for value in moved.values()} == {"meta"} and found["boxes"].device.type == "cpu"
+        assert type(moved) is type(found) and vars(moved) == vars(found)
 
 
 def test_predict_does_not_depend_on_neighbours(model):

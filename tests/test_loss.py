@@ -243,6 +243,8 @@ def test_losses_are_float32_for_low_precision_predictions():
     for name, value in FCOSLoss()(half, boxes, labels).items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, FCOSLoss()(preds, boxes, labels)[name], rtol=0.02, atol=0)
+    double = preds._replace(**{name: getattr(preds, name).double() for name in ("logits", "distances", "centerness")})
+    assert {value.dtype for value in FCOSLoss()(double, boxes, labels).values()} == {torch.float64}
 
 
 @pytest.mark.parametrize("box_dtype", [torch.float16, torch.bfloat16, torch.int32, torch.float64])

@@ -220,6 +220,8 @@ class FCOS(
     def forward_features(self, images: Tensor) -> list[Tensor]:
         """Compute the pyramid's maps P3..P7, [B,C,H/8,W/8] .. [B,C,H/128,W/128] (each size is rounded up)."""
         hint = "; vovnet_zoo.predict(model, images) takes images of any kind and size"
+        if isinstance(images, Tensor) and images.dtype == torch.uint8:
+            hint += ", and vovnet_zoo.data.normalize turns a batch of bytes into floating point"
         check_tensor("images", images, ("B", 3, "H", "W"), why=hint)
         maps = backbone_maps(self.backbone, images)
         return list(self.fpn(OrderedDict(zip(("c3", "c4", "c5"), maps, strict=True))).values())
@@ -341,7 +343,9 @@ def check_config(config: dict[str, Any]) -> None:
         ValueError: an argument has another type than documented or is out of range; the message names it.
     """
     if not isinstance(config["backbone"], str):
-        raise ValueError(f"backbone={reprlib.repr(config['backbone'])}: give the name of a timm model")
+        got = type(config["backbone"]).__name__  # the text of a module has many lines
+        own = "timm.models.register_model gives a network of your own a name"
+        raise ValueError(f"backbone must be the name of a timm model, got {got}; {own}")
     for name, (lowest, highest, why) in RANGES.items():
         check_number(name, config[name], lowest, highest, whole=True, why=why)
         config[name] = int(config[name])

@@ -143,7 +143,8 @@ class FCOSLoss(nn.Module):
         box_losses = giou_loss(distances, wanted) if self.box_loss == "giou" else iou_loss(distances, wanted)  # [B,P]
         loss_box = (box_losses * (targets.centerness if self.weigh_boxes else positive)).sum() / box_norm
 
-        ctr_losses = F.binary_cross_entropy_with_logits(centerness, targets.centerness, reduction="none")  # [B,P]
+        wanted_ctr = targets.centerness.to(centerness.dtype)  # torch gives the losses the dtype of the targets
+        ctr_losses = F.binary_cross_entropy_with_logits(centerness, wanted_ctr, reduction="none")  # [B,P]
         loss_ctr = (ctr_losses * positive).sum() / ctr_norm
         return {"loss_cls": loss_cls, "loss_box": loss_box, "loss_ctr": loss_ctr}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,8 @@ class ImageDetections(dict[str, Tensor]):
     """The detections of one image are a dict of tensors on the CPU, best score first, with facts as attributes.
 
     The keys are `boxes` float32 [N,4] xyxy in pixels of the original image, `scores` float32 [N] and `labels` int64 [N]
-    (0..K-1). `supervision.Detections.from_transformers(found, found.id2label)` takes it as it is.
+    (0..K-1). `supervision.Detections.from_transformers(found, found.id2label)` takes it as it is, and `dict(found)` is
+    a plain dict for `torch.save`, and for tools that make a new object of its class, such as Ignite.
 
     Attributes:
         source: path or address of the image, "clip.mp4 frame 0" .. for a frame of a video, or "image 0" .. for an image
@@ -81,6 +83,12 @@ class ImageDetections(dict[str, Tensor]):
     def names(self) -> list[str]:
         """The class name of each detection; its label as text where names are unknown."""
         return [self.id2label.get(label, str(label)) for label in self["labels"].tolist()]
+
+    def to(self, device: torch.device | str) -> ImageDetections:
+        """Copy the detections to a device; Lightning and Accelerate call this where they move results."""
+        moved = copy.copy(self)
+        moved.update({key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.items()})
+        return moved
 
     def draw(
         self, image: ImageLike | None = None, score_threshold: float | None = None, enlarge: int | None = None

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -155,7 +156,8 @@ def collate(
     If all samples are `Skipped`, the batch is one blank 32x32 image (id -1) without boxes, so that no step is missing.
 
     Args:
-        batch: images uint8 [3, H, W] with `boxes` [N, 4], `labels` [N], `image_id` and `orig_size`.
+        batch: images uint8 [3, H, W], each with a dict: `boxes` [N, 4] and `labels` [N] (tensors, arrays or lists),
+            `image_id` (a whole number) and `orig_size` (height, width) before the transforms.
         size_divisor: divides the height and the width of the batch.
         num_classes: K; labels of K or more are refused. None knows only that labels are not negative.
 
@@ -171,9 +173,9 @@ def collate(
         skipped: list of the `Skipped` samples, which are not in the batch; without any, the key is absent.
 
     Raises:
-        ValueError: an image is not uint8 [3, H, W], its boxes are `BoundingBoxes` of another format than XYXY or of an
-            image of another size, or the labels of a sample are out of range, or not one for each box; the message has
-            its `image_id`. Or a target lacks one of its four keys.
+        ValueError: an image is not uint8 [3, H, W], its boxes are not [N, 4], or `BoundingBoxes` of another format than
+            XYXY or of an image of another size, or the labels of a sample are out of range, or not one for each box;
+            the message has its `image_id`. Or a target lacks one of its four keys.
     """
     if size_divisor < 1:
         raise ValueError(f"size_divisor={size_divisor!r}: give a whole number of 1 or more")
@@ -184,9 +186,12 @@ def collate(
     images, targets = zip(*samples, strict=True)
     for image, target in samples:
         if missing := [key for key in ("boxes", "labels", "image_id", "orig_size") if key not in target]:
-            raise ValueError(f"a target has no {', '.join(missing)}, only {', '.join(map(str, target))}; keep them all")
+            has = f"a target has no {', '.join(missing)}, only {', '.join(map(str, target))}"
+            raise ValueError(f"{has}; orig_size is the image's (height, width) before the transforms")
+        if not isinstance(target["image_id"], Integral | Tensor):
+            raise ValueError(f"image_id={target['image_id']!r}: give a whole number")
         if problem := _image_problem(image) or _box_problem(image, target) or label_problem(target, num_classes):
-            raise ValueError(f"image {target['image_id']}: {problem}")
+            raise ValueError(f"image {int(target['image_id'])}: {problem}")
     sizes = torch.tensor([image.shape[-2:] for image in images])
     height, width = (-(-sizes.amax(0) // size_divisor) * size_divisor).tolist()
     most = max(1, *(len(target["labels"]) for target in targets))
@@ -194,15 +199,16 @@ def collate(
         # channels last in memory, as decoding and resizing leave the images, so that no image is transposed
         "images": torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2),
         "sizes": sizes,
-        "orig_sizes": torch.tensor([target["orig_size"] for target in targets]),
+        "orig_sizes": torch.stack([torch.as_tensor(target["orig_size"]) for target in targets]),
         "boxes": torch.zeros(len(samples), most, 4),
         "labels": torch.full((len(samples), most), -1),
-        "image_ids": torch.tensor([target["image_id"] for target in targets]),
+        "image_ids": torch.tensor([int(target["image_id"]) for target in targets]),
     }
     for i, (image, target) in enumerate(samples):
         out["images"][i, :, : image.shape[-2], : image.shape[-1]] = image
-        out["boxes"][i, : len(target["boxes"])] = target["boxes"]
-        out["labels"][i, : len(target["labels"])] = target["labels"]
+        if count := len(target["labels"]):
+            out["boxes"][i, :count] = torch.as_tensor(target["boxes"])
+            out["labels"][i, :count] = torch.as_tensor(target["labels"])
     if skipped:
         out["skipped"] = skipped
     return out
@@ -219,10 +225,12 @@ def _image_problem(image: Tensor) -> str | None:
 
 
 def _box_problem(image: Tensor, target: dict) -> str | None:
-    """Say why boxes that know their format and their image's size cannot be in a batch; None if they can."""
+    """Say why boxes cannot be in a batch, by their shape or by the format and size that they know; None if they can."""
     boxes = target["boxes"]
     if not isinstance(boxes, tv_tensors.BoundingBoxes):
-        return None
+        shape = list(torch.as_tensor(boxes).shape)
+        wrong = len(boxes) and shape != [len(boxes), 4]  # without boxes, a list has the shape [0]
+        return f"its boxes have the shape {shape}; give [N, 4]" if wrong else None
     if boxes.format != tv_tensors.BoundingBoxFormat.XYXY:
         return f"its boxes are {boxes.format.value}; end the transforms with v2.ConvertBoundingBoxFormat('XYXY')"
     if tuple(boxes.canvas_size) != (size := tuple(image.shape[-2:])):

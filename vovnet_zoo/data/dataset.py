@@ -260,7 +260,7 @@ def label_problem(target: dict, num_classes: int | None) -> str | None:
     labels, boxes = torch.as_tensor(target["labels"]), target["boxes"]
     if labels.shape != (len(boxes),):
         return f"the labels of {counted(len(boxes), 'box')} have the shape {list(labels.shape)}; give one for each box"
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if len(labels) and (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool):
         return f"the labels are {labels.dtype}; give whole numbers"
     last = labels.max().item() if num_classes is None and len(labels) else (num_classes or 0) - 1
     if len(labels) and not (0 <= labels.min() and labels.max() <= last):

@@ -4,6 +4,7 @@ Each transform takes and returns `(image, target)`, as samples of `CocoDataset` 
 """
 
 import math
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -89,9 +90,8 @@ def photometric(color: float = 0.0, blur: float = 0.0, jpeg: float = 0.0) -> lis
 
 def eval_transforms(min_size: int = 800, max_size: int = 1333) -> v2.Compose:
     """Make the transforms for evaluation, which resize by the published rule, see `resize_size`."""
-    return v2.Compose(
-        [RandomShortestSide((min_size, min_size), max_size), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
-    )
+    sizes = (_positive("min_size", min_size), min_size)
+    return v2.Compose([RandomShortestSide(sizes, max_size), v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()])
 
 
 class RandomShortestSide(v2.Transform):
@@ -99,7 +99,7 @@ class RandomShortestSide(v2.Transform):
 
     def __init__(self, min_sizes: tuple[int, int], max_size: int, resize: Resize = "antialias"):
         super().__init__()
-        self.min_sizes, self.max_size, self.resize = _int_range(min_sizes), _positive(max_size), resize
+        self.min_sizes, self.max_size, self.resize = _int_range(min_sizes), _positive("max_size", max_size), resize
 
     def make_params(self, flat_inputs: list) -> dict:
         height, width = v2.query_size(flat_inputs)
@@ -121,9 +121,9 @@ class RandomScaleCrop(v2.Transform):
         self, min_sizes: tuple[int, int], max_size: int, scale: tuple[float, float], resize: Resize = "antialias"
     ):
         super().__init__()
-        if not 0 < scale[0] <= scale[1]:
+        if _pair(scale, Real) is None:
             raise ValueError(f"scale is (low, high) with 0 < low <= high, not {scale}")
-        self.min_sizes, self.max_size = _int_range(min_sizes), _positive(max_size)
+        self.min_sizes, self.max_size = _int_range(min_sizes), _positive("max_size", max_size)
         self.scale, self.resize = scale, resize
 
     def make_params(self, flat_inputs: list) -> dict:
@@ -206,13 +206,24 @@ def randint(low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, ()))
 
 
+def _pair(value: Any, kind: type) -> tuple[Any, Any] | None:
+    """Return `value` as (low, high), two numbers of a kind with 0 < low <= high; None if it is something else."""
+    try:
+        low, high = value
+        right = 0 < low <= high and isinstance(low, kind) and isinstance(high, kind)
+    except (TypeError, ValueError):  # no two values
+        return None
+    return (low, high) if right else None
+
+
 def _int_range(sizes: tuple[int, int]) -> tuple[int, int]:
-    if len(sizes) != 2 or not 0 < sizes[0] <= sizes[1] or any(size != int(size) for size in sizes):
-        raise ValueError(f"the shorter side is a range (low, high) with 0 < low <= high, not {sizes}")
-    return sizes[0], sizes[1]
+    if (pair := _pair(sizes, Integral)) is None:
+        wanted = "a range (low, high) of whole numbers with 0 < low <= high, such as (640, 800)"
+        raise ValueError(f"the shorter side is {wanted}, not {sizes}")
+    return pair
 
 
-def _positive(max_size: int) -> int:
-    if max_size < 1 or max_size != int(max_size):
-        raise ValueError(f"max_size={max_size!r}: give a whole number of 1 or more")
-    return max_size
+def _positive(name: str, size: int) -> int:
+    if not isinstance(size, Integral) or size < 1:
+        raise ValueError(f"{name}={size!r}: give a whole number of 1 or more")
+    return size
