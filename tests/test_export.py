@@ -1,8 +1,10 @@
 """An exported file computes what the model computes, or there is no file."""
 
+import base64
 import copy
 import dataclasses
 import importlib
+import io
 import json
 import os
 import shutil
@@ -124,6 +126,11 @@ def test_the_onnx_file_is_valid_and_knows_itself(exported, model):
     assert [x.name for x in file.graph.input] == ["images", "sizes"]
     assert [x.name for x in file.graph.output] == ["boxes", "scores", "labels", "count"]
     assert {node.domain for node in file.graph.node} == {""}  # no operator of our own
+    shapes = [[dim.dim_param or dim.dim_value for dim in x.type.tensor_type.shape.dim] for x in file.graph.input]
+    assert shapes == [["batch", 3, "height", "width"], ["batch", 2]]
+    written = file.SerializeToString()
+    for path in (vovnet_zoo, torch):  # no paths of this machine
+        assert str(Path(path.__file__).parent).encode() not in written
     facts = {x.key: json.loads(x.value) for x in file.metadata_props}
     assert facts["config"] == json.loads(json.dumps(model.config)) and facts["vovnet_zoo"] == vovnet_zoo.__version__
     assert facts["thresholds"]["nms_threshold"] == 0.6 and facts["certificate"]["matched"] == 1
@@ -813,6 +820,43 @@ def test_the_example_needs_no_torch(exported, model, format, tmp_path):
     )
     printed = outputs([sys.executable, "-c", program, script, FILES[format], "image.npy"], tmp_path)
     assert_printed([json.loads(line) for line in printed], predict(model, image)[0])
+
+
+STAND_INS = """
+window.ort = { Tensor: class { constructor(type, data, dims) { Object.assign(this, { type, data, dims }); } } };
+ort.InferenceSession = { create: async () => ({ run: async (given) => {
+  const [h, w] = Array.from(given.sizes.data, Number);
+  window.given = { pixels: Array.from(given.images.data), shape: given.images.dims, size: [h, w] };
+  return { boxes: { data: [0, 0, w, h] }, scores: { data: [0.5] }, labels: { data: [1n] }, count: { data: [1n] } };
+} }) };
+const known = %s, read = window.fetch;
+window.fetch = async (path) => (path === "certificate.json" ? { json: async () => known } : read(path));
+"""
+ASK = "const done = arguments[1]; fetch(arguments[0]).then((x) => x.blob()).then(detect).then((x) => done([x, given]))"
+
+
+@pytest.mark.parametrize("fixed", [None, (96, 96)])
+def test_the_page_prepares_images_as_predict_does(browser, model, fixed):
+    """The example for browsers resizes and pads photos, and scales boxes, by the rules of `predict`."""
+    known = json.dumps({"config": model.config, "size": fixed})
+    added = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": STAND_INS % known})
+    try:
+        browser.get((GUIDES / "detect_onnxruntime.html").as_uri())
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+    for height, width in ((70, 100), (300, 100), (30, 170), (50, 60)):
+        across = torch.linspace(0, 255, width).expand(3, height, width)
+        image = (across * torch.tensor([1, 0.5, 0.2])[:, None, None]).byte()
+        data = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(data, "PNG")
+        address = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+        found, given = browser.execute_async_script(ASK, address)
+        frame = vovnet_zoo.sources.Frame("", image)
+        want = vovnet_zoo.inference.prepare(frame, model.config, fixed=fixed, least=64)
+        assert tuple(given["size"]) == want.size and given["shape"] == [1, *want.pixels.shape]
+        pixels = torch.tensor(given["pixels"]).view(want.pixels.shape)
+        assert (pixels - want.pixels.int()).abs().max() <= 6  # the browser's resizing is not bitwise ours
+        assert found == [["green", 0.5, pytest.approx([0, 0, width, height])]]
 
 
 # ---- the models of the README ---------------------------------------------------------------------------------------
