@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -775,14 +776,22 @@ def test_fixed_size_and_batch(model, tmp_path, size):
         predict(detector, images, score_threshold=0.05)
 
 
-def test_float16(exported, model, tmp_path):
-    """The weights take half the space, and the file says so."""
-    made = export_detector(model, tmp_path / "out", precision="float16", size=(64, 64), batch=1)
+def test_float16(exported, model, tmp_path, monkeypatch, capsys):
+    """The weights take half the space, and the file says so; the example pads images to the file's fixed size."""
+    made = export_detector(model, tmp_path / "out", precision="float16", size=(64, 96), batch=1)
     whole = exported("onnx")[0] / "model.onnx"
     assert made["bounds"] == vars(pairs.BOUNDS["float16"])
     assert made["largest_score_difference"] > 1e-6  # so the bounds of float32 are not met by chance
     weights = sum(x.numel() * 4 for x in model.parameters())
-    assert (tmp_path / "out" / "model.onnx").stat().st_size < whole.stat().st_size - 0.4 * weights
+    file = tmp_path / "out" / "model.onnx"
+    assert file.stat().st_size < whole.stat().st_size - 0.4 * weights
+    (image,) = pictures((64, 64))
+    np.save(tmp_path / "image.npy", image.permute(1, 2, 0).numpy())
+    monkeypatch.setattr(sys, "argv", ["", str(file), str(tmp_path / "image.npy")])
+    capsys.readouterr()
+    runpy.run_path(str(GUIDES / "detect_onnxruntime.py"))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert_printed(rows, predict(load_detector(file), image)[0])
 
 
 def test_the_command_and_the_evaluation_take_a_file(run, exported, model, tiny_coco, tmp_path):  # noqa: F811
