@@ -1,10 +1,13 @@
 """An exported file computes what the model computes, or there is no file."""
 
+import base64
 import copy
 import dataclasses
 import importlib
+import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -124,6 +127,11 @@ def test_the_onnx_file_is_valid_and_knows_itself(exported, model):
     assert [x.name for x in file.graph.input] == ["images", "sizes"]
     assert [x.name for x in file.graph.output] == ["boxes", "scores", "labels", "count"]
     assert {node.domain for node in file.graph.node} == {""}  # no operator of our own
+    shapes = [[dim.dim_param or dim.dim_value for dim in x.type.tensor_type.shape.dim] for x in file.graph.input]
+    assert shapes == [["batch", 3, "height", "width"], ["batch", 2]]
+    written = file.SerializeToString()
+    for path in (vovnet_zoo, torch):  # no paths of this machine
+        assert str(Path(path.__file__).parent).encode() not in written
     facts = {x.key: json.loads(x.value) for x in file.metadata_props}
     assert facts["config"] == json.loads(json.dumps(model.config)) and facts["vovnet_zoo"] == vovnet_zoo.__version__
     assert facts["thresholds"]["nms_threshold"] == 0.6 and facts["certificate"]["matched"] == 1
@@ -768,14 +776,22 @@ def test_fixed_size_and_batch(model, tmp_path, size):
         predict(detector, images, score_threshold=0.05)
 
 
-def test_float16(exported, model, tmp_path):
-    """The weights take half the space, and the file says so."""
-    made = export_detector(model, tmp_path / "out", precision="float16", size=(64, 64), batch=1)
+def test_float16(exported, model, tmp_path, monkeypatch, capsys):
+    """The weights take half the space, and the file says so; the example pads images to the file's fixed size."""
+    made = export_detector(model, tmp_path / "out", precision="float16", size=(64, 96), batch=1)
     whole = exported("onnx")[0] / "model.onnx"
     assert made["bounds"] == vars(pairs.BOUNDS["float16"])
     assert made["largest_score_difference"] > 1e-6  # so the bounds of float32 are not met by chance
     weights = sum(x.numel() * 4 for x in model.parameters())
-    assert (tmp_path / "out" / "model.onnx").stat().st_size < whole.stat().st_size - 0.4 * weights
+    file = tmp_path / "out" / "model.onnx"
+    assert file.stat().st_size < whole.stat().st_size - 0.4 * weights
+    (image,) = pictures((64, 64))
+    np.save(tmp_path / "image.npy", image.permute(1, 2, 0).numpy())
+    monkeypatch.setattr(sys, "argv", ["", str(file), str(tmp_path / "image.npy")])
+    capsys.readouterr()
+    runpy.run_path(str(GUIDES / "detect_onnxruntime.py"))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert_printed(rows, predict(load_detector(file), image)[0])
 
 
 def test_the_command_and_the_evaluation_take_a_file(run, exported, model, tiny_coco, tmp_path):  # noqa: F811
@@ -813,6 +829,43 @@ def test_the_example_needs_no_torch(exported, model, format, tmp_path):
     )
     printed = outputs([sys.executable, "-c", program, script, FILES[format], "image.npy"], tmp_path)
     assert_printed([json.loads(line) for line in printed], predict(model, image)[0])
+
+
+STAND_INS = """
+window.ort = { Tensor: class { constructor(type, data, dims) { Object.assign(this, { type, data, dims }); } } };
+ort.InferenceSession = { create: async () => ({ run: async (given) => {
+  const [h, w] = Array.from(given.sizes.data, Number);
+  window.given = { pixels: Array.from(given.images.data), shape: given.images.dims, size: [h, w] };
+  return { boxes: { data: [0, 0, w, h] }, scores: { data: [0.5] }, labels: { data: [1n] }, count: { data: [1n] } };
+} }) };
+const known = %s, read = window.fetch;
+window.fetch = async (path) => (path === "certificate.json" ? { json: async () => known } : read(path));
+"""
+ASK = "const done = arguments[1]; fetch(arguments[0]).then((x) => x.blob()).then(detect).then((x) => done([x, given]))"
+
+
+@pytest.mark.parametrize("fixed", [None, (96, 96)])
+def test_the_page_prepares_images_as_predict_does(browser, model, fixed):
+    """The example for browsers resizes and pads photos, and scales boxes, by the rules of `predict`."""
+    known = json.dumps({"config": model.config, "size": fixed})
+    added = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": STAND_INS % known})
+    try:
+        browser.get((GUIDES / "detect_onnxruntime.html").as_uri())
+    finally:
+        browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+    for height, width in ((70, 100), (300, 100), (30, 170), (50, 60)):
+        across = torch.linspace(0, 255, width).expand(3, height, width)
+        image = (across * torch.tensor([1, 0.5, 0.2])[:, None, None]).byte()
+        data = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(data, "PNG")
+        address = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+        found, given = browser.execute_async_script(ASK, address)
+        frame = vovnet_zoo.sources.Frame("", image)
+        want = vovnet_zoo.inference.prepare(frame, model.config, fixed=fixed, least=64)
+        assert tuple(given["size"]) == want.size and given["shape"] == [1, *want.pixels.shape]
+        pixels = torch.tensor(given["pixels"]).view(want.pixels.shape)
+        assert (pixels - want.pixels.int()).abs().max() <= 6  # the browser's resizing is not bitwise ours
+        assert found == [["green", 0.5, pytest.approx([0, 0, width, height])]]
 
 
 # ---- the models of the README ---------------------------------------------------------------------------------------

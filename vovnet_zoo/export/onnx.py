@@ -44,11 +44,31 @@ def write(graph: Graph, program: ExportedProgram, file: Path, precision: str) ->
     assert converted is not None
     converted.save(file, external_data=False)
     model = onnx.load(file)
+    remove_notes(model.graph)
+    name_dimensions(model.graph)
     if precision == "float16":
         store_float16(model.graph)
-        onnx.save(model, file)
+    onnx.save(model, file)
     onnx.checker.check_model(file, full_check=True)
     return name_layers(model.graph, graph)
+
+
+def remove_notes(graph: onnx.GraphProto) -> None:
+    """Remove what torch.onnx notes of the code that made each node: it is long, and has paths of this machine."""
+    values = *graph.input, *graph.output, *graph.value_info, *graph.initializer
+    for item in (graph, *graph.node, *values):
+        item.ClearField("metadata_props")
+
+
+def name_dimensions(graph: onnx.GraphProto) -> None:
+    """Name the free dimensions of the images, which torch.export calls s34 and 32*s30, wherever they occur."""
+    of_images = [dim.dim_param for dim in graph.input[0].type.tensor_type.shape.dim]
+    names = dict(zip(of_images, ("batch", "", "height", "width"), strict=True))
+    names.pop("", None)  # fixed dimensions
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
 
 
 def name_layers(translated: onnx.GraphProto, graph: nn.Module) -> dict[str, str]:
