@@ -844,10 +844,11 @@ window.fetch = async (path) => (path === "certificate.json" ? { json: async () =
 ASK = "const done = arguments[1]; fetch(arguments[0]).then((x) => x.blob()).then(detect).then((x) => done([x, given]))"
 
 
-@pytest.mark.parametrize("fixed", [None, (96, 96)])
-def test_the_page_prepares_images_as_predict_does(browser, model, fixed):
+@pytest.mark.parametrize("fixed, resize", [(None, "antialias"), ((96, 96), "antialias"), (None, "torchvision")])
+def test_the_page_prepares_images_as_predict_does(browser, model, fixed, resize):
     """The example for browsers resizes and pads photos, and scales boxes, by the rules of `predict`."""
-    known = json.dumps({"config": model.config, "size": fixed})
+    config = model.config | {"resize": resize}
+    known = json.dumps({"config": config, "size": fixed})
     added = browser.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": STAND_INS % known})
     try:
         browser.get((GUIDES / "detect_onnxruntime.html").as_uri())
@@ -861,7 +862,7 @@ def test_the_page_prepares_images_as_predict_does(browser, model, fixed):
         address = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
         found, given = browser.execute_async_script(ASK, address)
         frame = vovnet_zoo.sources.Frame("", image)
-        want = vovnet_zoo.inference.prepare(frame, model.config, fixed=fixed, least=64)
+        want = vovnet_zoo.inference.prepare(frame, config, fixed=fixed, least=64)
         assert tuple(given["size"]) == want.size and given["shape"] == [1, *want.pixels.shape]
         pixels = torch.tensor(given["pixels"]).view(want.pixels.shape)
         assert (pixels - want.pixels.int()).abs().max() <= 6  # the browser's resizing is not bitwise ours
