@@ -562,7 +562,7 @@ def resident(key: str) -> float:
     raise KeyError(key)
 
 
-def measure_peak(precision: str, device: torch.device) -> dict[str, float]:
+def measure_peak(precision: str, device: torch.device, calls: int = 10) -> dict[str, float]:
     """Multiply large matrices, and convolve 256 channels with 3x3, in PyTorch; returns the GFLOP/s of each."""
     n, side = (8192, 100) if device.type == "cuda" else (2048, 80)
     dtype = DTYPES[precision]
@@ -582,7 +582,7 @@ def measure_peak(precision: str, device: torch.device) -> dict[str, float]:
         for name, (flop, call) in work.items():
             call = with_tf32(precision, call)
             times = []
-            for _ in range(10):
+            for _ in range(calls):
                 synchronize(device)
                 began = time.perf_counter()
                 call()

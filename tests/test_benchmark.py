@@ -31,7 +31,8 @@ def without_inductor(monkeypatch):
     monkeypatch.setattr(benchmark, "compile_detector", functools.partial(compile_detector, backend="eager"))
 
 
-def test_benchmark(tmp_path, capsys):
+def test_benchmark(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "measure_peak", functools.partial(benchmark.measure_peak, calls=3))
     config = benchmark.BenchmarkConfig(
         model="fcos_vovnet27_slim_fpn", size=(64, 96), train_batch=2, precisions=("float32",), rounds=1,
         others=False, runtimes=(), device="cpu", out=tmp_path,

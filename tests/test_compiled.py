@@ -74,7 +74,11 @@ def test_inference_is_one_graph(model, size):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
-@pytest.mark.parametrize("model, size", CASES, indirect=["model"])
+@pytest.mark.parametrize(
+    "model, size",
+    [pytest.param(*case, marks=pytest.mark.slow if case[0] == "resnet50" else ()) for case in CASES],
+    indirect=["model"],
+)
 def test_training_step_is_one_graph(model, size):
     model.train()
     criterion = FCOSLoss()
