@@ -12,8 +12,12 @@ from vovnet_zoo.data.check import _check_near, check_dataset
 from vovnet_zoo.data.formats.places import Split
 from vovnet_zoo.data.images import read_image
 from vovnet_zoo.data.inspection import Inspection
-from vovnet_zoo.data.near import groups_of, joining_pairs, near_pairs, near_rows, same_pairs, thumbnail
+from vovnet_zoo.data.near import groups_of, joining_pairs, near_rows, same_pairs, thumbnail
 from vovnet_zoo.data.splitting import look_alike
+
+
+def near_pairs(thumbnails):
+    return [(i, int(j)) for i, later in near_rows(thumbnails) for j in later]
 
 
 def scene(seed: int, size=(96, 120)) -> Image.Image:

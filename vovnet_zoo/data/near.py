@@ -1,4 +1,4 @@
-"""`near_pairs` finds images that look the same: re-encoded, scaled, brighter, noisy, slightly cropped or mirrored.
+"""`near_rows` finds images that look the same: re-encoded, scaled, brighter, noisy, slightly cropped or mirrored.
 
 The difference hash (dHash) is ten lines, so that no package is needed for it: each bit says whether a cell of a grey
 thumbnail is brighter than the cell at its left. A second look compares the thumbnails themselves, since images without
@@ -24,11 +24,6 @@ def thumbnail(image: Tensor) -> np.ndarray:
     """Average a uint8 image [3, H, W] to a grey thumbnail, float32 [16, 17]."""
     grey = image.float().mean(dim=0, keepdim=True)  # [1, H, W]
     return torch.nn.functional.adaptive_avg_pool2d(grey, (ROWS, COLUMNS))[0].numpy()
-
-
-def near_pairs(thumbnails: np.ndarray) -> list[tuple[int, int]]:
-    """List the pairs (i, j), i < j, of images that look the same or mirrored; arguments as of `near_rows`."""
-    return [(i, int(j)) for i, later in near_rows(thumbnails) for j in later]
 
 
 def near_rows(thumbnails: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
