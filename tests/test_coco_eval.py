@@ -101,6 +101,8 @@ def test_same_numbers_as_pycocotools(coco_mini, capsys):
     run.accumulate()
     run.summarize()
     assert coco_eval.coco_metrics(file, results, image_ids=subset)["AP"] == pytest.approx(run.stats[0], abs=1e-12)
+    part = [row for row in results if row["image_id"] in subset[:2]]
+    assert coco_eval.coco_metrics(file, part, image_ids=torch.tensor(subset[:2]))["AP"] >= 0
 
 
 def test_missing_keys_and_absent_classes(write):
