@@ -140,7 +140,9 @@ def test_no_results_or_no_ground_truth(write):
     coco = make_coco()
     metrics = coco_eval.coco_metrics(write(coco), [])
     assert metrics["AP"] == metrics["AR100"] == 0.0 and metrics["per_class"]["bird"] == -1.0
-    assert coco_eval.coco_metrics(write(coco), ground_truth_results(coco), image_ids=[6])["per_class"]["cat"] == -1.0
+    for chosen in ([6], torch.tensor([6])):
+        metrics = coco_eval.coco_metrics(write(coco), ground_truth_results(coco), image_ids=chosen)
+        assert metrics["per_class"]["cat"] == -1.0
     results = ground_truth_results(coco)
     coco["annotations"] = []
     metrics = coco_eval.coco_metrics(write(coco), results)

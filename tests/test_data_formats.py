@@ -193,6 +193,10 @@ def test_yolo_image_turned_by_exif(tmp_path):
         ({"data.yaml": "names: [a]\ntrain: nowhere"}, "no images where it says .*nowhere"),
         ({"data.yaml": "names: 3\ntrain: images"}, "'names' must be a list"),
         ({"data.yaml": "names: [a"}, "not a YAML file"),
+        ({"data.yaml": "names: [a]\ntrain: images\ndate: 2023-13-45"}, "not a YAML file"),
+        ({"data.yaml": "names: " + "[" * 5000}, "not a YAML file"),
+        ({"data.yaml": "names: [a]\ntrain: 2017"}, "no images where it says .*2017"),
+        ({"data.yaml": "names: [a", "labels/0.txt": "0 0.5 0.5 0.5 0.5"}, "classes.txt.*data.yaml: not a YAML file"),
         ({"labels/0.txt": "0 0.5 0.5 0.5 0.5", "images/x": ""}, "classes.txt"),
     ],
 )
@@ -289,6 +293,25 @@ def test_metadata_of_other_forms(form, tmp_path):
     assert dataset.class_names == (layouts.CLASSES if form == "columns of the row" else ["0", "1"])
 
 
+@pytest.mark.parametrize(
+    ("columns", "names", "labels"),
+    [
+        ([{"bbox": [1, 2, 3, 4], "label": 3}], ["3"], [0]),
+        ([{"bbox": [1, 2, 3, 4], "label": "cat"}], ["cat"], [0]),
+        ([{"bboxes": [[1, 2, 3, 4], [5, 6, 7, 8]], "label": "cat"}], ["cat"], [0, 0]),
+        ([{"objects": [{"bbox": [1, 2, 3, 4], "label": x}]} for x in "ba"], ["a", "b"], [1, 0]),  # a line an object
+        ([{"objects": [{"bbox": [1, 2, 3, 4], "label": "cat"}, {"bbox": [5, 6, 7, 8]}]}], ["cat"], [0]),
+    ],
+)
+def test_metadata_of_few_objects(columns, names, labels, tmp_path):
+    """A row may have one box or one class that is in no list, and an image several rows; a box may lack its class."""
+    layouts.save(tmp_path / "train")
+    rows = [{"file_name": layouts.PICTURES[0]["name"], **row} for row in columns]
+    layouts.write(tmp_path / "train" / "metadata.jsonl", "\n".join(map(json.dumps, rows)))
+    dataset = only_train(tmp_path)
+    assert dataset.class_names == names and len(dataset) == 1 and dataset[0][1]["labels"].tolist() == labels
+
+
 def test_metadata_that_cannot_be_read(tmp_path):
     layouts.write(tmp_path / "train" / "metadata.jsonl", '{"file_name": "a.png"}\n{"file"\n')
     with pytest.raises(ValueError, match="metadata.jsonl: line 2 is no JSON"):
@@ -299,6 +322,7 @@ def test_metadata_that_cannot_be_read(tmp_path):
     ("columns", "message"),
     [
         ({"objects": [{"bbox": [[1.0, 2.0, 3.0, 4.0]], "category": ["a"]}]}, None),
+        ({"bbox": [[1.0, 2.0, 3.0, 4.0]], "label": [7]}, None),
         ({"faces": [{"bbox": [[1.0, 2.0, 3.0, 4.0]]}]}, "none of its columns holds boxes: image, faces; rename .*bbox"),
         ({"objects": [{"bbox": [[1.0, 2.0, 3.0, 4.0]]}]}, "its boxes have no classes; write .*category"),
     ],

@@ -112,6 +112,10 @@ def test_an_error_names_the_place_in_the_file(text):
     assert str(found.value) == str(expected.value)
 
 
+def refuse(path):
+    raise PermissionError(1, "Operation not permitted", str(path))
+
+
 def test_a_large_file_is_parsed_once(write_coco, kept, monkeypatch):
     folder, path = write_coco(make_coco([box(), box(2, 7)]))
     parsed = []
@@ -135,6 +139,11 @@ def test_a_large_file_is_parsed_once(write_coco, kept, monkeypatch):
     changed = CocoDataset(folder, path)
     assert changed._boxes.tolist() == [[1, 2, 11, 23]] * 2 and len(parsed) == 2
     assert changed.annotations_sha256 != datasets[0].annotations_sha256
+
+    # One that another user made is read, though its time stamp cannot be set.
+    with monkeypatch.context() as patch:
+        patch.setattr(index.os, "utime", refuse)
+        assert CocoDataset(folder, path)._boxes.tolist() == changed._boxes.tolist() and len(parsed) == 2
 
     # A damaged index is made anew.
     for file in kept.glob("*-*/xywh.npy"):

@@ -373,6 +373,33 @@ def test_held_out_part_is_seeded_and_kept(tmp_path, caplog):
     assert (tmp_path / "a" / "val.json").stat().st_mtime_ns == stamp
 
 
+def test_image_ids_with_a_decimal_point_keep_their_boxes_when_held_out(tmp_path):
+    """A table that lacked some ids for a while has 12.0 for 12."""
+    from vovnet_zoo.data.layouts import unsplit
+    from vovnet_zoo.data.splitting import hold_out
+
+    layouts.fiftyone_single(tmp_path / "data")
+    file = tmp_path / "data" / "labels.json"
+    coco = json.loads(file.read_text())
+    coco["annotations"] = [a | {"image_id": float(a["image_id"])} for a in coco["annotations"]]
+    file.write_text(json.dumps(coco))
+    whole = unsplit(tmp_path / "data")
+    places = hold_out(whole, 0.25, 0, tmp_path / "split", workers=0)
+    assert sum(CocoDataset(*x).num_boxes for x in places.values()) == CocoDataset(whole.folder, whole.source).num_boxes
+
+
+def test_two_entries_of_one_image_are_converted(tmp_path):
+    from vovnet_zoo.data.conversion import convert_data
+
+    layouts.fiftyone_single(tmp_path / "data")
+    file = tmp_path / "data" / "labels.json"
+    coco = json.loads(file.read_text())
+    coco["images"].append(coco["images"][0] | {"id": 10_000})
+    file.write_text(json.dumps(coco))
+    convert_data(tmp_path / "data", tmp_path / "coco")
+    assert len(CocoDataset(*find_split(tmp_path / "coco", "train"))) == len(layouts.PICTURES) + 1
+
+
 def test_a_run_keeps_the_part_that_it_scored(tmp_path, monkeypatch):
     """A command with another fraction or seed is refused before it writes the parts anew, and `compare` reads them."""
     for name in ("report_run", "draw_pictures"):  # they take most of the time of a short run

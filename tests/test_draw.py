@@ -17,6 +17,10 @@ def test_draw_detections():
     assert drawn.shape == (60, 80, 3) and image.max() == 0
     assert drawn[50, 10:50].any(axis=-1).all()  # the lower edge of the first box
     assert not drawn[31:, 60:].any()  # the second is below the threshold
+    for odd in (boxes.clone().requires_grad_(), boxes.bfloat16()):  # of `postprocess` in a training loop
+        assert np.array_equal(
+            np.asarray(draw_detections(image, {**detection, "boxes": odd}, ["cat", "dog"], enlarge=1)), drawn
+        )
     truth = {"boxes": boxes, "labels": torch.tensor([0, 1])}
     assert np.asarray(draw_detections(image, truth, enlarge=1))[30, 60:79].any(axis=-1).all()
 

@@ -76,6 +76,12 @@ def test_nothing_there(folder, source, message):
         list(frames(folder / source))
 
 
+def test_a_name_that_is_too_long_is_an_image_that_cannot_be_read(folder, tiny_detector):
+    bad = []
+    found = predict(tiny_detector, ["x" * 300 + ".jpg", folder / "b.jpg"], on_error=lambda *x: bad.append(x))
+    assert len(found) == 1 and "cannot read the image: File name too long" in str(bad[0][1])
+
+
 def test_images_in_memory(folder):
     array, tensor = np.zeros((4, 5, 3), np.uint8), torch.zeros(2, 3, 4, 5, dtype=torch.uint8)
     mixed = [array, tensor, Image.open(folder / "b.jpg"), Frame("mine", array), (x for x in [array])]

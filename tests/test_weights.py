@@ -473,6 +473,16 @@ def test_path_in_a_zip_is_refused(server, tmp_path, cache, name):
     assert not (tmp_path / "w.pth").exists() and not Path("/tmp/w.pth").exists()
 
 
+def test_a_zip_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "w.zip").write_bytes(zipped(**{"w.pth": saved({"a": torch.zeros(1)})}))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(published.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(published.os, "access", lambda path, mode: Path(path) != tmp_path)
+    with published.unwrapped(tmp_path / "w.zip", "w.zip") as file:
+        assert file.is_relative_to(tmp_path / "temporary")
+    assert published.read_checkpoint(tmp_path / "w.zip")["a"].tolist() == [0]
+
+
 def test_link_and_several_files_in_a_zip_are_refused(tmp_path):
     info = zipfile.ZipInfo("w.pth")
     info.external_attr = 0o120777 << 16

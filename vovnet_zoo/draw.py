@@ -76,7 +76,8 @@ def draw_detections(
     check_number("score_threshold", score_threshold, 0, 1)
     if enlarge is not None:
         check_number("enlarge", enlarge, 1, 100, whole=True)
-    boxes, labels, scores = detection["boxes"].cpu(), detection["labels"].tolist(), detection.get("scores")
+    boxes, labels, scores = detection["boxes"].detach().cpu(), detection["labels"].tolist(), detection.get("scores")
+    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))  # NumPy has no bfloat16
     texts = [_readable_name(class_names[label], label) if class_names else str(label) for label in labels]
     chosen = list(range(len(labels)))
     if scores is not None:

@@ -183,7 +183,7 @@ def _find_files(source: str | PathLike, recursive: bool, urls: bool) -> Iterator
         raise ValueError("the path of an image is empty")
     if is_url(source):
         yield _place(source, urls)
-    elif path.is_dir():
+    elif os.path.isdir(path):  # Path.is_dir raises an error for a name that is too long
         files = sorted(path.rglob("*") if recursive else path.iterdir())
         found, videos = [x for x in files if _is_image_file(x, path)], [x for x in files if _is_video(x)]
         left = f"{counted(len(videos), 'video is', 'videos are')} left out; name videos, or give a pattern: '{path}/*'"
@@ -203,7 +203,7 @@ def _find_files(source: str | PathLike, recursive: bool, urls: bool) -> Iterator
         if not lines:
             raise ValueError(f"{path}: the list of images is empty; write one path in each line")
         yield from (_place(line if is_url(line) else path.parent / line, urls) for line in lines)
-    elif glob.has_magic(str(path)) and not path.exists():
+    elif glob.has_magic(str(path)) and not os.path.exists(path):
         matches = sorted(Path(x) for x in glob.iglob(str(path), recursive=True))
         found = [x for x in matches if _is_image_file(x, x.parent) or _is_video(x)]
         if not found:
@@ -234,7 +234,7 @@ def is_camera(path: Path) -> bool:
 
 
 def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.is_dir()
+    return path.suffix.lower() in SUFFIXES and not os.path.isdir(path)
 
 
 def _is_image_file(path: Path, folder: Path) -> bool:

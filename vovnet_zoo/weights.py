@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 import struct
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -152,7 +153,9 @@ def unwrapped(path: Path, source: str) -> Iterator[Path]:
     if not _is_wrapped(path, source):
         yield path
         return
-    with temporary(path) as inner:
+    # beside the file, where there is room for another one of its size, unless nothing can be written there
+    place = path if os.access(path.parent, os.W_OK) else Path(tempfile.gettempdir()) / path.name
+    with temporary(place) as inner:
         unzip(path, inner, source)
         yield inner
 

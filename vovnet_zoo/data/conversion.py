@@ -75,10 +75,12 @@ def write_images(split: Split, folder: Path, difficult_is_crowd: bool) -> dict:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make a hard link, or a copy on another disk. `ValueError` where there is no such file."""
+    """Make a hard link, or a copy on another disk, unless `target` is there. `ValueError` where `source` is not."""
     try:
         os.link(source.resolve(), target)
     except FileNotFoundError as error:
         raise ValueError(f"{source}: no such image; restore it, or remove its entry") from error
+    except FileExistsError:  # two entries name the same image
+        return
     except OSError:
         shutil.copyfile(source, target)

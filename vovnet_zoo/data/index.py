@@ -259,7 +259,8 @@ def read_index(cache: Path, digest: str) -> Index | None:
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         if about["checksums"] != {name: checksum(values) for name, values in arrays.items()}:
             raise ValueError("its checksums are others")
-        os.utime(folder)  # it was used
+        with contextlib.suppress(PermissionError):  # of another user
+            os.utime(folder)  # it was used
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..files import write_whole
 from ..words import counted
-from .annotations import Annotations, Source, digest_of, entries_by_id, file_of, read_annotations
+from .annotations import NUMBERS, Annotations, Source, digest_of, entries_by_id, file_of, read_annotations
 from .formats.places import Split
 from .inspection import Inspection, image_jobs, inspect_job, run_parallel, usable_cores
 from .near import COLUMNS, ROWS, groups_of, joining_pairs, near_rows, same_pairs
@@ -117,5 +117,5 @@ def subset(coco: dict, image_ids: set[int]) -> dict:
     }
 
 
-def _owner(annotation: dict) -> int | None:
-    return annotation["image_id"] if type(annotation.get("image_id")) is int else None
+def _owner(annotation: dict) -> float | None:
+    return image_id if type(image_id := annotation.get("image_id")) in NUMBERS else None  # 12.0 is the image 12

@@ -97,6 +97,7 @@ def run_engine(
     check_rows(results, texts=not isinstance(annotations, COCO))
     if image_ids is not None:
         check_ids("image_ids", image_ids)
+        image_ids = [int(image_id) for image_id in image_ids]  # of a tensor, too
     if isinstance(annotations, COCO):
         name, coco = "the COCO object", _without_numpy(annotations.dataset)
     else:

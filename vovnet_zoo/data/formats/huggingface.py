@@ -127,13 +127,10 @@ def _object_features(table: Any) -> dict:
 def _named(row: dict, names: list[str]) -> dict:
     """Replace numbers of classes by names."""
     objects = objects_of_row(row)
-    if objects is None or not names:
+    if objects is None or "category" not in objects or not names:
         return row
-    key = next((name for name in CLASS_COLUMNS if objects.get(name) is not None), None)
-    if key is None:
-        return {"objects": objects}
-    classes = [names[x] if isinstance(x, int) and 0 <= x < len(names) else None for x in objects[key]]
-    return {"objects": {**{k: v for k, v in objects.items() if k in BOX_COLUMNS}, key: classes}}
+    classes = [names[x] if isinstance(x, int) and 0 <= x < len(names) else None for x in objects["category"]]
+    return {"objects": {"bbox": objects["bbox"], "category": classes}}
 
 
 def _image_column(table: Any) -> str | None:

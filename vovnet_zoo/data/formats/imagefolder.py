@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import read_bytes
-from ..annotations import Annotations
+from ..annotations import NUMBERS, Annotations
 from .coco import coco_content
 from .places import Split, folders_below, split_word
 
@@ -49,9 +49,12 @@ def read_imagefolder(path: Path, names: Sequence[str], root: Path, word: str) ->
         names: the classes.
         word: the split whose rows are read, see `word_of`.
     """
-    rows = {row["file_name"]: row for row in read_lines(path) if word_of(path, row, root) == word}
+    objects: dict[str, list[dict]] = {}  # of each image, which may have several lines
     label_of = {name: i for i, name in enumerate(names)}
-    return coco_content(path.parent, list(rows), names, lambda name, size: to_objects(rows[name], label_of))
+    for row in read_lines(path):
+        if word_of(path, row, root) == word:
+            objects.setdefault(row["file_name"], []).extend(to_objects(row, label_of))
+    return coco_content(path.parent, list(objects), names, lambda name, size: objects[name])
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -71,13 +74,22 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def objects_of_row(row: dict) -> dict | None:
-    """Return a row's columns of objects, each a list: under `objects`, or in the row itself; None without boxes."""
+    """Return the lists `bbox` and `category` of a row's objects; the second one only if there are classes.
+
+    They are under `objects`, or in the row itself; None where there are no boxes. A row may have one box that is in no
+    list, and one class for all of its boxes.
+    """
     for place in (row.get("objects"), row):
         if isinstance(place, list):  # a list of objects instead of an object of lists
             keys = sorted({key for x in place if isinstance(x, dict) for key in x})
             place = {key: [x.get(key) for x in place if isinstance(x, dict)] for key in keys} or {"bbox": []}
-        if isinstance(place, dict) and isinstance(column(place, BOX_COLUMNS), list):
-            return place
+        if isinstance(place, dict) and isinstance(boxes := column(place, BOX_COLUMNS), list):
+            if boxes and all(type(x) in NUMBERS for x in boxes):
+                boxes = [boxes]
+            classes = column(place, CLASS_COLUMNS)
+            if classes is not None and not isinstance(classes, list):
+                classes = [classes] * len(boxes)
+            return {"bbox": boxes} if classes is None else {"bbox": boxes, "category": classes}
     return None
 
 
@@ -88,8 +100,9 @@ def column(objects: dict, names: Sequence[str]) -> Any:
 
 def class_names(rows: list[dict], path: Path) -> list[str]:
     """Collect the names of the classes: sorted, numbers as numbers. `ValueError` names `path`, where none has one."""
-    found = {x for row in rows for x in (column(objects_of_row(row) or {}, CLASS_COLUMNS) or [])}
-    if not found and any(column(objects_of_row(row) or {}, BOX_COLUMNS) for row in rows):
+    objects = [x for x in map(objects_of_row, rows) if x is not None]
+    found = {x for o in objects for x in o.get("category", ()) if isinstance(x, (str, int, float))}
+    if not found and any(o["bbox"] for o in objects):
         raise ValueError(f"{path}: its boxes have no classes; write them beside 'bbox', as 'category'")
     numbers = sorted(x for x in found if isinstance(x, int))
     return [str(x) for x in [*numbers, *sorted(str(x) for x in found if not isinstance(x, int))]]
@@ -98,10 +111,12 @@ def class_names(rows: list[dict], path: Path) -> list[str]:
 def to_objects(row: dict, label_of: dict[str, int]) -> list[dict]:
     """Turn the columns of a row into objects of a COCO JSON file; a box without a class has category -1."""
     objects = objects_of_row(row) or {}
-    boxes = column(objects, BOX_COLUMNS) or []
-    classes = column(objects, CLASS_COLUMNS) or []
+    boxes, classes = objects.get("bbox", []), objects.get("category", [])
     classes = [*classes, *[None] * (len(boxes) - len(classes))]
     return [
-        {"category_id": label_of.get(str(name), -1), "bbox": list(box) if isinstance(box, (list, tuple)) else None}
+        {
+            "category_id": -1 if name is None else label_of.get(str(name), -1),
+            "bbox": list(box) if isinstance(box, (list, tuple)) else None,
+        }
         for box, name in zip(boxes, classes, strict=False)
     ]

@@ -54,7 +54,10 @@ def find_yolo(root: Path) -> dict[str, list[Split]]:
         names = ", ".join(other.name for other in others)
         several = (f"{path} is taken, and not {names}; to use another, give that file as DATA",) if others else ()
         return _listed(path, usable[path], root, several)
-    found = _side_by_side(root) or _together(root)
+    try:
+        found = _side_by_side(root) or _together(root)
+    except ValueError as error:
+        raise ValueError(f"{error}; {broken}" if broken else str(error)) from error
     if broken and not found:
         raise broken
     return found
@@ -93,7 +96,7 @@ def _read_yaml(path: Path) -> Any:
         if isinstance(about, dict) and "names" in about:  # as texts: YAML takes the names no and off for false
             about["names"] = yaml.load(data, yaml.BaseLoader)["names"]
         return about
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or no date
         raise ValueError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from error
 
 
@@ -118,9 +121,8 @@ def _listed(path: Path, about: dict, root: Path, remarks: tuple[str, ...] = ()) 
     found: dict[str, list[Split]] = {}
     missing = []
     for word, places in {_word(key): value for key, value in about.items() if _word(key) and value}.items():
-        images = [
-            image for place in ([places] if isinstance(places, str) else places) for image in _images(str(place), bases)
-        ]
+        folders = places if isinstance(places, list) else [places]
+        images = [image for place in folders for image in _images(str(place), bases)]
         if images:
             labels = (
                 f"{path.name} and {'labels/' if _label_file(images[0]).parent != images[0].parent else 'text files'}"
