@@ -133,6 +133,9 @@ def test_command_compares_run_folders_and_files(runs, data, run, tmp_path):
     assert "data:image/jpeg" in page and "default-src 'none'" in page
     (runs[1] / SKIPPED).write_text("[7]")  # an image that one run could not read is left out for both
     assert run(*runs, "--out", tmp_path / "page.html")[0] == 0 and "39 of" in (tmp_path / "page.html").read_text()
+    (runs[1] / SKIPPED).write_text("[7")
+    with pytest.raises(ValueError, match="best_skipped.json is no list of image ids"):
+        read_runs(runs)
     (runs[1] / SKIPPED).unlink()
     (tmp_path / "b.json").write_text(json.dumps(worse))
     options = ["--val", dataset.annotation_file, "--val-images", dataset.images_dir]

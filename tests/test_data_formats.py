@@ -26,6 +26,7 @@ from vovnet_zoo.data.check import check_dataset
 from vovnet_zoo.data.conversion import convert_data
 from vovnet_zoo.data.formats.huggingface import open_table
 from vovnet_zoo.data.formats.voc import VocObject, count_of, read_objects
+from vovnet_zoo.data.images import ImageError
 from vovnet_zoo.data.layouts import unsplit
 from vovnet_zoo.evaluation import coco_metrics
 
@@ -393,6 +394,37 @@ def test_scores_are_those_of_coco(name, tmp_path):
                 rows.append(row | {"bbox": [x + dx, y + dy, x2 - x, y2 - y]})
         metrics.append(coco_metrics(dataset.annotations, rows))
     assert metrics[0] == metrics[1] and 0.2 < metrics[0]["AP"] < 0.95
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (None, "this row has no image"),
+        ({"bytes": None, "path": "nowhere.png"}, "nowhere.png: cannot read the image"),
+        ({"bytes": b"xxxx", "path": None}, "not an image|no image that can be read"),
+    ],
+)
+def test_a_row_of_a_table_without_an_image(cell, message, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="tables need the extra `datasets`")
+    pytest.importorskip("datasets", reason="tables need the extra `datasets`")
+    import pyarrow
+
+    layouts.usual(tmp_path / "coco")
+    whole = {"bytes": next((tmp_path / "coco").rglob("*.png")).read_bytes(), "path": None}
+    form = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    objects = [{"bbox": [[1.0, 2.0, 3.0, 4.0]], "category": ["a"]}] * 2
+    table = pyarrow.table({"image": pyarrow.array([whole, cell], type=form), "objects": objects})
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        parquet.write_table(table, tmp_path / "data" / f"{split}.parquet")
+    message = f"train.parquet/00000001: .*({message})"
+    with pytest.raises(ImageError, match=message):
+        CocoDataset(*find_split(tmp_path / "data", "train"))[1]
+    with pytest.raises(ValueError, match=message):
+        convert_data(tmp_path / "data", tmp_path / "out")
+    report = check_dataset(tmp_path / "data", workers=0, progress=False)
+    (found,) = (x for x in report.findings if x.split == "train" and x.severity == "error")
+    assert re.search(message, found.items[0])
 
 
 @pytest.mark.parametrize("name", ["yolo_label_studio", "voc", "imagefolder"])

@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+from PIL import UnidentifiedImageError
 from tqdm import tqdm
 
 from ..files import staged
@@ -65,7 +66,12 @@ def write_images(split: Split, folder: Path, difficult_is_crowd: bool) -> dict:
         name = image["file_name"]
         if inside:
             data = inside(name)
-            name += f".{(open_image(data).format or 'png').lower()}"
+            try:
+                format = open_image(data).format or "png"
+            except UnidentifiedImageError as error:
+                where = split.source.file / name  # type: ignore[union-attr]  # `inside` is of Annotations
+                raise ValueError(f"{where}: this row has no image that can be read; remove the row") from error
+            name += f".{format.lower()}"
             (folder / name).write_bytes(data)
         else:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

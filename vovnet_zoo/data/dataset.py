@@ -236,11 +236,8 @@ class CocoDataset(torch.utils.data.Dataset):
             ImageError: it cannot be read, or its (height, width) is not `size`; the message names it.
         """
         if isinstance(self.annotations, Annotations) and self.annotations.read_image is not None:  # in a table
+            data = self.annotations.read_image(name)
             path = self.annotation_file / name
-            try:
-                data = self.annotations.read_image(name)
-            except (OSError, TypeError) as error:  # the row has the path of a file that is not there, or nothing
-                raise ImageError(f"{path}: cannot read the image of this row: {error}", "missing image file") from error
         else:
             data = read_image_bytes(path := self.images_dir / name)
         return decode_image(data, path, size, str(self.annotation_file))

@@ -61,10 +61,21 @@ def read_run(path: Path) -> Run:
         hint = f"; {inside} has" if inside else ", so it is no folder of a training run with a report"
         raise ValueError(f"{path} has no {DETECTIONS}{hint}; eval_coco.py --out FILE writes the detections of a model")
     about = read_json(path / "run.json") if (path / "run.json").is_file() else {}
-    skipped = json.loads((path / SKIPPED).read_bytes()) if (path / SKIPPED).is_file() else []
+    skipped = _read_skipped(path / SKIPPED) if (path / SKIPPED).is_file() else []
     annotations = (about.get("data") or {}).get(VALIDATED) or _of_thresholds(path / "best" / "thresholds.json")
     log, settings = read_log(path / "metrics.jsonl"), about.get("config") or {}
     return Run(path, _read_results(found), log, settings, skipped, annotations)
+
+
+def _read_skipped(path: Path) -> list[int]:
+    """Read the ids of the images that a run could not use."""
+    try:
+        ids = json.loads(path.read_bytes())
+        if not isinstance(ids, list):
+            raise ValueError(f"it holds a JSON {type(ids).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{path} is no list of image ids: {error}; score the run again") from error
+    return ids
 
 
 def _of_thresholds(path: Path) -> str:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..annotations import Annotations
 from ..images import FORMATS as IMAGE_FORMATS
-from ..images import turned_size
+from ..images import ImageError, read_image_bytes, turned_size
 from .coco import UNKNOWN, coco_content
 from .imagefolder import BOX_COLUMNS, CLASS_COLUMNS, class_names, column, objects_of_row, to_objects
 from .places import Split, folders_below, is_of_macos, split_word
@@ -91,10 +91,17 @@ def read_table(paths: Sequence[Path], names: Sequence[str]) -> dict:
 
 
 def read_table_image(paths: Sequence[Path], name: str) -> bytes:
-    """Read the bytes of the image in a row."""
+    """Read the bytes of the image in a row. Raises `ImageError` if there is none, or its file cannot be read."""
     table = open_table(paths)
-    cell = table[int(name)][_image_column(table)]
-    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    cell = table[int(name)][_image_column(table)] or {"bytes": None, "path": None}
+    if cell["bytes"] is not None:
+        return cell["bytes"]
+    if cell["path"] is None:
+        raise ImageError(f"{paths[0] / name}: this row has no image; remove the row", "missing image file")
+    try:
+        return read_image_bytes(cell["path"])
+    except ImageError as error:
+        raise ImageError(f"{paths[0] / name}: {error}", error.kind) from error
 
 
 def _names(tables: dict[str, tuple[Path, ...]]) -> list[str]:
