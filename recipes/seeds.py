@@ -8,6 +8,7 @@ import statistics
 
 from presets import TrainConfig
 from runtime import log
+from vovnet_zoo.evaluation.coco_eval import score_text
 from vovnet_zoo.files import read_json, write_whole
 
 FILE = "seeds.json"
@@ -39,15 +40,19 @@ def check_seeds(config: TrainConfig) -> None:
 
 
 def compare_seeds(config: TrainConfig, scores: list[float]) -> dict:
-    """Write the best AP of each seed, their mean and their sample standard deviation to `seeds.json`."""
-    names = [one.out.name for one in seed_configs(config)]
+    """Write the best AP of each seed, their mean and their sample standard deviation to `seeds.json`.
+
+    An AP of -1 means that there is nothing to score; mean and deviation are None then.
+    """
+    names, scored = [one.out.name for one in seed_configs(config)], min(scores) >= 0
     found = {
         "AP": dict(zip(names, scores, strict=True)),
-        "mean": statistics.mean(scores),
-        "deviation": statistics.stdev(scores),
+        "mean": statistics.mean(scores) if scored else None,
+        "deviation": statistics.stdev(scores) if scored else None,
     }
     write_whole(config.out / FILE, json.dumps(found, indent=2).encode())
-    each = ", ".join(f"{score:.3f}" for score in scores)
-    print(f"best AP of {len(scores)} seeds: {found['mean']:.3f} +- {found['deviation']:.3f} ({each})")
+    each = ", ".join(map(score_text, scores))
+    mean = f"{found['mean']:.3f} +- {found['deviation']:.3f}" if scored else "no mean, since there is nothing to score"
+    print(f"best AP of {len(scores)} seeds: {mean} ({each})")
     log.info("the runs are in %s, and these numbers in %s", config.out, FILE)
     return found

@@ -15,7 +15,7 @@ import train_coco
 from fitting import fit_batch, fit_precision, fit_schedule, fit_size, fit_steps, probe_batch
 from presets import FIT, FIT_PRETRAINED, PRESETS, TrainConfig, parse
 from run_folder import load_checkpoint, save_checkpoint
-from seeds import check_seeds
+from seeds import check_seeds, compare_seeds
 from training_run import set_up
 from trial import Trial, blank_batch, largest_input
 from vovnet_zoo.data import CocoDataset, find_split
@@ -360,3 +360,10 @@ def test_seeds(config, capsys):
     (config.out / "seeds.json").write_text("[1]")
     with pytest.raises(ValueError, match="no file that this command wrote"):
         train_coco.main(config)
+
+
+def test_seeds_without_a_score(tmp_path, capsys):
+    """Where no held-out image has a box, the AP of a run is -1, which is no number to average."""
+    found = compare_seeds(TrainConfig(data=tmp_path, out=tmp_path, seeds=2), [-1.0, -1.0])
+    assert found["mean"] is None and found == json.loads((tmp_path / "seeds.json").read_text())
+    assert "nothing to score (-, -)" in capsys.readouterr().out
